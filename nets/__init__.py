@@ -1,0 +1,38 @@
+"""The networks, by name."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from nets.vit import SIZES, vit
+
+BACKBONES: tuple[str, ...] = tuple(SIZES)
+TRANSFORMERS: frozenset[str] = frozenset(SIZES)
+
+
+def build_model(
+    name: str, num_classes: int, input_shape: Sequence[int], *, pretrained: bool = False, **options: Any
+) -> nn.Module:
+    """Build the network `name`, one of `BACKBONES`.
+
+    Args:
+        name: a name in `BACKBONES`.
+        num_classes: outputs of the head.
+        input_shape: height and width of the pictures in pixels.
+        pretrained: start from published weights.
+        options: what the family takes besides; for a ViT `activation`, `drop_rate`, `attn_drop_rate` and
+            `drop_path_rate`, see `nets.vit.vit`.
+
+    Returns:
+        A module from pictures (B, 3, height, width) to logits (B, num_classes), with `forward_features`,
+        `forward_head`, `freeze_backbone` and `unfreeze_backbone`. Its attribute `arguments` holds what this function
+        needs to build it again.
+
+    Raises:
+        ValueError: the name isn't known, or the network can't take that input shape.
+        FileNotFoundError: there are no pretrained weights at hand.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"backbone={name!r} is not known: choose one of {', '.join(BACKBONES)}")
+    return vit(input_shape, pretrained, num_classes, name=name, **options)

@@ -1,0 +1,335 @@
+"""The Vision Transformer.
+
+Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, https://arxiv.org/abs/2010.11929. Parameter names are
+those of timm and of this layout's `vit-patch_16.pth`, so their files load as they are.
+
+Shape comments: B batch, N tokens, C width of the network, H heads, D = C / H width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nets.weights import find_pretrained, load_weights
+
+
+@dataclass(frozen=True)
+class Size:
+    """One row of `SIZES`: the patch's side in pixels, the width, the number of blocks and of heads."""
+
+    patch_size: int
+    num_features: int
+    depth: int
+    num_heads: int
+
+
+# Base, large and huge: table 1 of the ViT paper. Tiny and small: table 1 of DeiT, https://arxiv.org/abs/2012.12877.
+# Patch 4 is for pictures of about 16 to 64 pixels, where a patch of 16 would leave hardly any tokens; vit_xs is
+# vit_t with half its blocks.
+SIZES: dict[str, Size] = {
+    "vit_xs_4": Size(patch_size=4, num_features=192, depth=6, num_heads=3),
+    "vit_t_4": Size(patch_size=4, num_features=192, depth=12, num_heads=3),
+    "vit_s_4": Size(patch_size=4, num_features=384, depth=12, num_heads=6),
+    "vit_t_16": Size(patch_size=16, num_features=192, depth=12, num_heads=3),
+    "vit_s_16": Size(patch_size=16, num_features=384, depth=12, num_heads=6),
+    "vit_b_16": Size(patch_size=16, num_features=768, depth=12, num_heads=12),
+    "vit_l_16": Size(patch_size=16, num_features=1024, depth=24, num_heads=16),
+    "vit_b_32": Size(patch_size=32, num_features=768, depth=12, num_heads=12),
+    "vit_l_32": Size(patch_size=32, num_features=1024, depth=24, num_heads=16),
+    "vit_h_14": Size(patch_size=14, num_features=1280, depth=32, num_heads=16),
+}
+
+# This layout's networks use the tanh approximation; the weights of timm, torchvision and others expect the exact one.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "gelu": nn.GELU,
+}
+
+# The paper's authors' epsilon, not torch's 1e-5.
+LAYER_NORM: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate: float = 0.0) -> Tensor:
+    """softmax(q kᵀ · scale) v, with dropout on the weights; q, k, v and the result are (..., N, D)."""
+    if q.device.type == "cuda":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate, scale=scale)
+    # On a processor the two products by themselves are faster than torch's fused attention.
+    weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (..., N, N)
+    if drop_rate:
+        weights = F.dropout(weights, drop_rate)
+    return weights @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one linear layer for queries, keys and values."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop_rate: float, drop_rate: float) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_features={dim} can't be shared among num_heads={num_heads}: it must be a multiple")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.attn_drop_rate = attn_drop_rate
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, C) -> (B, N, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D)
+        x = attention(q, k, v, self.scale, self.attn_drop_rate if self.training else 0.0)
+        x = x.transpose(1, 2).flatten(2)  # (B, H, N, D) -> (B, N, C)
+        return self.proj_drop(self.proj(x))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, dim: int, hidden: int, act_layer: Callable[[], nn.Module], drop_rate: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop_rate)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop2 = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a residual branch is left out for a random part of the batch.
+
+    Huang et al., 2016, https://arxiv.org/abs/1603.09382. What is kept is divided by the probability of being kept,
+    so that the expectation stays and evaluation needs no correction.
+    """
+
+    def __init__(self, drop_rate: float) -> None:
+        super().__init__()
+        self.drop_rate = drop_rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_rate == 0.0:
+            return x
+        keep_rate = 1.0 - self.drop_rate
+        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep_rate)  # (B, 1, 1)
+        return x * kept / keep_rate
+
+
+class Block(nn.Module):
+    """One pre-norm encoder block: the paper's equations 2 and 3."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        drop_rate: float,
+        attn_drop_rate: float,
+        drop_path_rate: float,
+        norm_layer: Callable[[int], nn.Module],
+        act_layer: Callable[[], nn.Module],
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop_rate, drop_rate)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Cuts the picture into patches and projects each to a token: a convolution whose stride is its kernel."""
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, 3, h, w) -> (B, N, C)
+
+
+class VisionTransformer(nn.Module):
+    """A Vision Transformer whose backbone can be frozen and thawed.
+
+    Args:
+        input_shape: height and width of the pictures in pixels, each a multiple of `patch_size`.
+        patch_size: side of a patch in pixels.
+        in_chans: channels of the pictures.
+        num_classes: outputs of the head.
+        num_features: width C, a multiple of `num_heads`.
+        depth: number of blocks.
+        num_heads: attention heads of each block.
+        mlp_ratio: width of the hidden layer of a block's MLP, divided by C.
+        qkv_bias: whether queries, keys and values have a bias.
+        drop_rate: dropout after the position embedding, after attention's projection and in the MLP.
+        attn_drop_rate: dropout on the attention weights.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        norm_layer: makes a norm from a width.
+        act_layer: makes an activation; `nn.GELU` for weights of projects that use the exact one.
+
+    Raises:
+        ValueError: the patch doesn't divide the input shape, or the heads don't divide the width.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int] = (224, 224),
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        num_features: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.1,
+        attn_drop_rate: float = 0.1,
+        drop_path_rate: float = 0.1,
+        norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
+        act_layer: Callable[[], nn.Module] = ACTIVATIONS["gelu_tanh"],
+    ) -> None:
+        super().__init__()
+        check_input_shape(input_shape, patch_size)
+        self.grid = (input_shape[0] // patch_size, input_shape[1] // patch_size)  # patches down, patches across
+        self.patch_embed = PatchEmbed(patch_size, in_chans, num_features)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, num_features))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], num_features))
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(num_features, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, rate, norm_layer, act_layer)
+            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        )
+        self.norm = norm_layer(num_features)
+        self.head = nn.Linear(num_features, num_classes)
+        self._frozen: list[nn.Module] = []
+
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.apply(_init_weights)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) to normalised tokens (B, N, C), the class token first."""
+        x = self.patch_embed(x)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.pos_drop(x + self.pos_embed)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, C) to logits (B, classes), by the class token."""
+        return self.head(x[:, 0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def freeze_backbone(self, blocks: int | str = 8) -> None:
+        """Freeze the embeddings and the first `blocks` blocks; with "all", everything but the head.
+
+        A frozen part has no gradient and stays in eval mode whatever `train()` is told, so its output for a given
+        picture never changes. What an earlier call froze is thawed first.
+
+        Raises:
+            ValueError: there are fewer blocks than that.
+        """
+        if blocks != "all" and not (isinstance(blocks, int) and 0 <= blocks <= len(self.blocks)):
+            raise ValueError(
+                f'freeze_blocks={blocks!r}: this network has {len(self.blocks)} blocks; give 0 to that, or "all"'
+            )
+        self.unfreeze_backbone()
+        if blocks == "all":
+            self._frozen = [self.patch_embed, self.pos_drop, *self.blocks, self.norm]
+        else:
+            self._frozen = [self.patch_embed, self.pos_drop, *self.blocks[:blocks]]
+        for module in self._frozen:
+            module.requires_grad_(False)
+        self.cls_token.requires_grad_(False)
+        self.pos_embed.requires_grad_(False)
+        self.train(self.training)
+
+    def unfreeze_backbone(self) -> None:
+        """Give every parameter its gradient back."""
+        self._frozen = []
+        self.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> VisionTransformer:
+        """Like `nn.Module.train`, but a frozen part stays in eval mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+
+def vit(
+    input_shape: Sequence[int] = (224, 224),
+    pretrained: bool = False,
+    num_classes: int = 1000,
+    *,
+    name: str = "vit_b_16",
+    activation: str = "gelu_tanh",
+    drop_rate: float = 0.1,
+    attn_drop_rate: float = 0.1,
+    drop_path_rate: float = 0.1,
+) -> VisionTransformer:
+    """A ViT of one of the `SIZES`, base with patch 16 unless told.
+
+    `pretrained` starts from published weights (see `nets.weights.find_pretrained`), whose kind of GELU then takes the
+    place of `activation`; their head is kept if it has `num_classes` outputs.
+
+    >>> vit(input_shape=[224, 224], num_classes=12).head.out_features
+    12
+    """
+    source = find_pretrained(name) if pretrained else None
+    if source:
+        activation = source.activation
+    model = VisionTransformer(
+        input_shape,
+        num_classes=num_classes,
+        drop_rate=drop_rate,
+        attn_drop_rate=attn_drop_rate,
+        drop_path_rate=drop_path_rate,
+        act_layer=ACTIVATIONS[activation],
+        **vars(SIZES[name]),
+    )
+    if source:
+        load_weights(model, source.path)
+    # What `nets.build_model` needs to build this network again; a checkpoint carries it.
+    model.arguments = {
+        "name": name,
+        "num_classes": num_classes,
+        "input_shape": list(input_shape),
+        "activation": activation,
+    }
+    return model
+
+
+def check_input_shape(input_shape: Sequence[int], patch_size: int) -> None:
+    """Raise a ValueError that says which sizes would do, unless the patch divides both sides."""
+    if len(input_shape) != 2 or any(side < 1 or side % patch_size for side in input_shape):
+        nearest = tuple(max(patch_size, round(side / patch_size) * patch_size) for side in input_shape[:2])
+        raise ValueError(
+            f"input_shape={tuple(input_shape)}: height and width must be multiples of the patch, {patch_size} pixels; "
+            f"the nearest that would do: {nearest}"
+        )
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As the paper's authors do: truncated normal of 0.02, biases at zero. Norms keep ones and zeros."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

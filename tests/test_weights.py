@@ -1,0 +1,171 @@
+"""nets/weights.py: finding, fetching (from a stand-in for the hub) and loading, against timm's own resampling."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
+
+from nets.vit import vit
+from nets.weights import HUB_REPOS, find_pretrained, load_weights, read_state_dict, resample_pos_embed
+
+
+def tiny(num_classes=4, input_shape=(16, 16), **options):
+    torch.manual_seed(1)
+    return vit(input_shape, num_classes=num_classes, name="vit_xs_4", **options)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_data").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def hub(here, monkeypatch):
+    """A stand-in for the hub's function that serves timm's tiny ViT with random weights, and records what is asked."""
+    torch.manual_seed(0)
+    peer = timm.create_model("vit_tiny_patch16_224").eval()
+    save_file(peer.state_dict(), here / "cached.safetensors")
+    asked = []
+
+    def hf_hub_download(repo_id, filename):
+        asked.append((repo_id, filename))
+        return str(here / "cached.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return SimpleNamespace(peer=peer, asked=asked)
+
+
+def test_pretrained_from_the_hub_equals_timm(hub, capsys):
+    model = vit(input_shape=[224, 224], pretrained=True, num_classes=1000, name="vit_t_16").eval()
+    assert hub.asked == [("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")]
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), hub.peer(x), atol=1e-4, rtol=0)
+    assert model.arguments["activation"] == "gelu"
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_pretrained_with_another_head_and_shape(hub, capsys):
+    model = vit(input_shape=[160, 224], pretrained=True, num_classes=7, name="vit_t_16").eval()
+    told = capsys.readouterr().out
+    assert "head of 1000 classes is left out, ours starts anew with 7" in told
+    assert "resampled to 10 x 14 patches" in told
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, hub.peer.blocks[3].mlp.fc1.weight)
+    assert model.head.weight.std() > 0.01
+
+
+def test_every_hub_name_is_one_that_timm_knows():
+    for repo in HUB_REPOS.values():
+        cfg = timm.models.get_pretrained_cfg(repo.removeprefix("timm/"))
+        assert cfg.hf_hub_id in ("timm/", repo), repo
+
+
+def test_model_data_comes_before_the_hub(hub, here):
+    save_file(hub.peer.state_dict(), here / "model_data" / "vit_t_16.safetensors")
+    assert str(find_pretrained("vit_t_16").path) == "model_data/vit_t_16.safetensors"
+    assert hub.asked == []
+
+
+def test_the_layouts_file_goes_with_its_gelu(here):
+    (here / "model_data" / "vit-patch_16.pth").touch()
+    source = find_pretrained("vit_b_16")
+    assert (source.path.name, source.activation) == ("vit-patch_16.pth", "gelu_tanh")
+
+
+def test_no_network_says_what_to_put_where(here, monkeypatch):
+    def offline(repo_id, filename):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"augreg2_in21k_ft_in1k.*put it at model_data/vit_b_16\.safetensors"):
+        vit(pretrained=True)
+
+
+def test_network_without_published_weights(here):
+    with pytest.raises(ValueError, match=r"no weights are published for backbone='vit_xs_4'"):
+        vit([16, 16], pretrained=True, name="vit_xs_4")
+
+
+@pytest.mark.parametrize("grid", [(24, 24), (10, 14), (7, 7), (14, 14)])
+def test_resampling_equals_timms(grid):
+    pos_embed = torch.randn(1, 1 + 14 * 14, 8, generator=torch.Generator().manual_seed(0))
+    peer = timm.layers.resample_abs_pos_embed(pos_embed, list(grid), antialias=False)
+    torch.testing.assert_close(resample_pos_embed(pos_embed, grid), peer, atol=1e-6, rtol=0)
+
+
+def test_resampling_from_no_square():
+    with pytest.raises(ValueError, match="15 patches is no square"):
+        resample_pos_embed(torch.zeros(1, 16, 8), (4, 4))
+
+
+def test_resampled_when_loaded_not_at_every_forward(here):
+    torch.save(tiny().state_dict(), "small.pth")
+    model = tiny(input_shape=(32, 16))
+    load_weights(model, "small.pth")
+    assert model.pos_embed.shape == (1, 1 + 8 * 4, 192)
+    assert model(torch.zeros(1, 3, 32, 16)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_state_dict_round_trip(here, suffix):
+    state = tiny().state_dict()
+    torch.save(state, "w.pth")
+    save_file(state, "w.safetensors")
+    model = tiny()
+    torch.nn.init.zeros_(model.head.weight)
+    load_weights(model, f"w.{suffix}")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda s: s.pop("norm.bias"), "1 missing: norm.bias"),
+        (lambda s: s.update({"extra.weight": torch.zeros(1)}), "1 not ours: extra.weight"),
+        (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"1 of another shape: norm.bias \(3,\) for \(192,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(here, fault, told):
+    state = tiny().state_dict()
+    fault(state)
+    torch.save(state, "w.pth")
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=told):
+        load_weights(model, "w.pth")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_without_a_head(here, capsys):
+    state = {name: value for name, value in tiny().state_dict().items() if not name.startswith("head.")}
+    torch.save(state, "w.pth")
+    load_weights(tiny(), "w.pth")
+    assert "head of no classes" in capsys.readouterr().out
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("canary",))
+
+
+def test_nothing_in_a_file_is_executed(here):
+    torch.save({"weights": Trap()}, "trap.pth")
+    with pytest.raises(ValueError, match=r"trap\.pth"):
+        read_state_dict("trap.pth")
+    assert not Path("canary").exists()
+
+
+def test_no_such_file_and_no_state_dict(here):
+    with pytest.raises(FileNotFoundError, match="no weights at none"):
+        read_state_dict("none.pth")
+    torch.save([1, 2], "list.pth")
+    with pytest.raises(ValueError, match="no state dict"):
+        read_state_dict("list.pth")
