@@ -1,0 +1,203 @@
+"""utils/annotation.py: folders to lists, on made folders."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_picture
+from utils import demo
+from utils.annotation import annotate, ensure_lists, scan_folders, split_validation
+from utils.config import TrainConfig
+from utils.lists import read_classes, read_list
+
+LISTS = ("cls_train.txt", "cls_val.txt", "cls_test.txt", "model_data/cls_classes.txt")
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def entries(name: str) -> list[str]:
+    return Path(name).read_text(encoding="utf-8").splitlines()
+
+
+def test_splits_and_classes(two_classes, capsys):
+    annotate()
+    assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
+    assert entries("cls_test.txt") == [f"0;datasets/test/dark/{i:02d}.png" for i in range(6)] + [
+        f"1;datasets/test/light/{i:02d}.png" for i in range(4)
+    ]
+    train, val = set(entries("cls_train.txt")), set(entries("cls_val.txt"))
+    assert not train & val
+    assert len(train | val) == 40
+    assert [sum(line.startswith(f"{k};") for line in val) for k in (0, 1)] == [2, 2]  # a tenth of 24 and of 16
+    assert entries("cls_train.txt") == sorted(train)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["dark", "22", "2", "6"] in rows
+    assert ["light", "14", "2", "4"] in rows
+    assert ["all", "36", "4", "10"] in rows
+
+
+def test_a_second_run_gives_the_same_bytes(two_classes):
+    annotate()
+    first = [Path(name).read_bytes() for name in LISTS]
+    annotate()
+    assert [Path(name).read_bytes() for name in LISTS] == first
+
+
+def test_the_simple_layout(here):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(5)))
+    annotate()
+    assert len(entries("cls_train.txt")) == 8
+    assert len(entries("cls_val.txt")) == 2
+    assert not Path("cls_test.txt").exists()
+
+
+def test_a_val_folder_is_used_as_it_is(here):
+    touch(*(f"datasets/{split}/{name}/{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(3)))
+    annotate()
+    assert entries("cls_val.txt") == [
+        f"{k};datasets/val/{name}/{i}.jpg" for k, name in enumerate("ab") for i in range(3)
+    ]
+    assert len(entries("cls_train.txt")) == 6
+
+
+def test_an_old_test_list_goes_with_its_folder(here):
+    touch("datasets/a/1.jpg", "datasets/b/1.jpg", "cls_test.txt")
+    annotate()
+    assert not Path("cls_test.txt").exists()
+
+
+def test_names_and_suffixes(here, capsys):
+    kept = ["1.JPG", "2.Png", "a b;c'\".jpeg", "猫.webp", "deeper/still/3.bmp"]
+    touch(*(f"datasets/ä b/{name}" for name in kept), "datasets/z/1.jpg")
+    touch("datasets/ä b/notes.txt", "datasets/ä b/.hidden.jpg", "datasets/ä b/none", "datasets/ä b/.git/x.jpg")
+    touch("datasets/loose.jpg", "datasets/README.md")
+    os.mkdir("datasets/empty")
+    annotate()
+    found = {line.partition(";")[2] for line in entries("cls_train.txt") + entries("cls_val.txt")}
+    assert found == {f"datasets/ä b/{name}" for name in kept} | {"datasets/z/1.jpg"}
+    told = capsys.readouterr().out
+    assert "1 hidden, 1 not a picture (.txt), 1 not a picture (no suffix)" in told
+    assert "1 no pictures" in told
+    assert "1 outside the class folders" in told
+
+
+def test_validation_takes_one_of_each_class_that_has_two():
+    pictures = {"many": [f"{i}" for i in range(50)], "two": ["a", "b"], "one": ["c"]}
+    taken = split_validation(pictures, 0.1, seed=0)
+    assert {name: len(paths) for name, paths in taken.items()} == {"many": 5, "two": 1}
+    assert {name: len(paths) for name, paths in pictures.items()} == {"many": 45, "two": 1, "one": 1}
+    assert sorted(pictures["many"] + taken["many"]) == sorted(f"{i}" for i in range(50))
+
+
+def test_validation_depends_on_the_seed_and_hardly_on_other_pictures():
+    def draw(count, seed=0):
+        return set(split_validation({"a": [f"{i}" for i in range(count)]}, 0.1, seed)["a"])
+
+    assert draw(500) == draw(500)
+    assert draw(500) != draw(500, seed=1)
+    assert len(draw(500) - draw(501)) <= 1
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1])
+def test_val_fraction_is_checked(two_classes, fraction):
+    with pytest.raises(ValueError, match="val_fraction"):
+        annotate(val_fraction=fraction)
+
+
+def test_a_class_file_is_obeyed(two_classes, capsys):
+    write_picture(two_classes / "train" / "other" / "1.png")
+    Path("model_data").mkdir()
+    Path("model_data/cls_classes.txt").write_text("light\ndark\nmissing\n")
+    annotate()
+    assert entries("cls_test.txt")[0].startswith("0;datasets/test/light")
+    assert not any("other" in line for line in entries("cls_train.txt") + entries("cls_val.txt"))
+    told = capsys.readouterr().out
+    assert "other" in told
+    assert "1 not in the class file" in told
+    assert "no train pictures of missing" in told
+
+
+def test_a_class_file_of_other_classes(two_classes):
+    Path("model_data").mkdir()
+    Path("model_data/cls_classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(
+        ValueError, match=r"names cat, dog, and none of them is a folder.*found: dark, light.*delete it"
+    ):
+        annotate()
+
+
+def test_classes_only_in_test_are_left_out_and_said(two_classes, capsys):
+    write_picture(two_classes / "test" / "new" / "1.png")
+    annotate()
+    assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
+    assert "1 not in train" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_work(here):
+    with pytest.raises(FileNotFoundError, match="no folder datasets"):
+        annotate()
+    touch("datasets/a/1.jpg")
+    with pytest.raises(ValueError, match="1 class folders"):
+        annotate()
+    touch("datasets/test/a/1.jpg")
+    with pytest.raises(ValueError, match="none named train"):
+        annotate()
+
+
+def test_absolute_folders_and_lists_elsewhere(two_classes, tmp_path):
+    annotate(datasets_path=two_classes)
+    assert entries("cls_test.txt")[0] == f"0;{two_classes.as_posix()}/test/dark/00.png"
+    os.mkdir("lists")
+    annotate(train_annotation_path="lists/t.txt", val_annotation_path="lists/v.txt")
+    assert entries("lists/t.txt")[0].startswith("0;../datasets/train/dark/")
+    assert os.path.isfile(read_list("lists/t.txt", 2).path(0))
+
+
+def test_the_demo_is_written_where_there_is_nothing(here, capsys):
+    ensure_lists(TrainConfig())
+    assert "writing the built-in set" in capsys.readouterr().out
+    assert read_classes("model_data/cls_classes.txt") == list(demo.CLASSES)
+    assert [len(read_list(name, 10)) for name in LISTS[:3]] == [1294, 144, 359]
+
+
+def test_own_pictures_take_the_demos_place(here, capsys):
+    ensure_lists(TrainConfig())
+    touch("datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/7/3.jpg", "datasets/train/7/4.jpg")
+    ensure_lists(TrainConfig())
+    assert read_classes("model_data/cls_classes.txt") == ["7", "cat"]
+    assert len(entries("cls_train.txt")) + len(entries("cls_val.txt")) == 4
+    assert not Path("cls_test.txt").exists()
+    assert "built-in digits" in capsys.readouterr().out
+
+
+def test_own_classes_replace_the_demos_class_file(here):
+    ensure_lists(TrainConfig())
+    touch(
+        "datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/dog/3.jpg", "datasets/train/dog/4.jpg"
+    )
+    ensure_lists(TrainConfig())
+    assert read_classes("model_data/cls_classes.txt") == ["cat", "dog"]
+    assert len(entries("cls_train.txt")) == 2
+
+
+def test_the_users_lists_are_left_alone(two_classes):
+    annotate()
+    before = Path("cls_train.txt").read_bytes()
+    write_picture(two_classes / "train" / "dark" / "new.png")
+    ensure_lists(TrainConfig())
+    assert Path("cls_train.txt").read_bytes() == before
+    ensure_lists(TrainConfig(train_annotation_path="mine.txt"))
+    assert not Path("mine.txt").exists()
+
+
+def test_links_to_class_folders_are_followed_and_loops_end(two_classes):
+    os.symlink(two_classes / "train" / "dark", two_classes / "train" / "linked")
+    os.symlink(two_classes, two_classes / "train" / "light" / "loop")
+    scan = scan_folders("datasets")
+    assert scan.count("train", "linked") == 24
+    assert scan.count("train", "light") == 16

@@ -1,0 +1,176 @@
+"""Every setting of a training run, with its meaning, range and check."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run. `CONFIG` on top of `train.py` sets those that people edit; each is also a flag.
+
+    Raises:
+        ValueError: a value can't work; the message names field, value and remedy.
+    """
+
+    classes_path: str = "model_data/cls_classes.txt"
+    """Class names, one a line; the line number is the class id. `txt_annotation.py` writes it."""
+
+    train_annotation_path: str = "cls_train.txt"
+    """List of the training pictures, one `class_id;path` a line. `txt_annotation.py` writes it."""
+
+    val_annotation_path: str = "cls_val.txt"
+    """List of the validation pictures, which choose the best epoch; never the test pictures."""
+
+    backbone: str = "vit_b_16"
+    """Network: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14 for photos; vit_xs_4, vit_t_4 or
+    vit_s_4 for pictures of about 16 to 64 pixels. Larger is slower and more accurate if there are pictures enough."""
+
+    input_shape: tuple[int, int] = (224, 224)
+    """Height and width in pixels that pictures are brought to, multiples of the network's patch. Larger shows finer
+    detail; the time grows faster than the area."""
+
+    pretrained: bool = False
+    """Start from published weights of the backbone: from `model_data/`, else downloaded. With fewer than some ten
+    thousand pictures this decides how good the result is."""
+
+    model_path: str = ""
+    """Start from the weights in this file (a checkpoint of Thaw or a state dict) instead. Empty: don't."""
+
+    resume: str = ""
+    """Go on with the run in this folder or checkpoint: weights, optimizer, epoch and best value. Empty: a new run."""
+
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
+    """GELU by its tanh approximation, this layout's, or exact, as in timm's and torchvision's weights. `pretrained`
+    sets it by itself; touch it when `model_path` holds weights of another project."""
+
+    drop_rate: float = 0.1
+    """Dropout in the network, 0 to below 1. Towards 0 for small networks, short runs and pretrained weights."""
+
+    attn_drop_rate: float = 0.1
+    """Dropout on the attention weights, 0 to below 1."""
+
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the last block, rising from 0 at the first; 0 to below 1. Up to 0.4 for large networks."""
+
+    freeze_train: bool = True
+    """Train in two stages: with a frozen backbone up to `freeze_epoch`, then all of it. False: all of it from the
+    start, for networks that are not pretrained."""
+
+    freeze_epoch: int = 50
+    """Epoch at which the backbone is thawed, at most `unfreeze_epoch`."""
+
+    freeze_blocks: int | Literal["all"] = 8
+    """How many blocks, from the first, are frozen in the first stage, besides the embeddings; "all": everything but the
+    head. More is faster and safer with few pictures, fewer adapts better."""
+
+    freeze_batch_size: int = 32
+    """Pictures a step while frozen. It takes less memory than thawed, so it can be larger."""
+
+    unfreeze_epoch: int = 100
+    """Epochs in all. From pretrained weights 20 to 100; from scratch 300 and more."""
+
+    unfreeze_batch_size: int = 32
+    """Pictures a step once thawed. As large as memory takes; the learning rate follows it."""
+
+    optimizer_type: Literal["sgd", "adam", "adamw"] = "adamw"
+    """`adamw` suits transformers; `sgd` (Nesterov) wants a learning rate ten to a hundred times as high."""
+
+    init_lr: float = 1e-3
+    """Highest learning rate, for 256 pictures a step (64 for networks that are not transformers): it is scaled by the
+    batch size, kept within the layout's limits, and printed. Halve it if the loss jumps."""
+
+    min_lr: float = 1e-5
+    """Learning rate at the end, scaled likewise; usually `init_lr` / 100."""
+
+    momentum: float = 0.9
+    """SGD's momentum, and beta1 of Adam and AdamW; 0 to below 1."""
+
+    weight_decay: float = 0.05
+    """Decay of the weights (not of biases, norms, class token and position embedding). 0.05 with adamw, 1e-4 with sgd,
+    0 with adam."""
+
+    lr_decay_type: Literal["cos", "step"] = "cos"
+    """`cos`: warm-up, half a cosine, flat end. `step`: ten equal steps down."""
+
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the matrix products. `bf16` on GPUs since Ampere and on processors that have it (AVX512-BF16, AMX):
+    two to three times as fast; on others it is slower. `fp16` on older GPUs, with a loss scaler."""
+
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    """Where to train. `auto`: CUDA if there is one, else Apple's GPU (mps), else the processor."""
+
+    letterbox_image: bool = False
+    """How evaluation brings a picture to `input_shape`. False: resize the short side and cut out the centre. True:
+    show all of it, with grey (128) bars; for when what matters may lie at the border."""
+
+    eval_crop: float = 0.875
+    """The part of each side that the centre crop keeps, above 0 to 1. 1 for pictures that fill their frame."""
+
+    train_crop: float = 0.08
+    """The least area that a random training crop keeps, above 0 to 1. Towards 1 if a crop can cut off what matters."""
+
+    horizontal_flip: float = 0.5
+    """Probability of mirroring a training picture, 0 to 1. 0 where left and right matter: digits, letters, signs."""
+
+    auto_augment: bool = True
+    """AutoAugment (its ImageNet policy: colours, contrast, shear, rotation) on training pictures. False where colour or
+    orientation tells the class."""
+
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of red, green and blue (0 to 1) that is subtracted: ImageNet's. timm's ViT weights expect 0.5 0.5 0.5."""
+
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Deviation of red, green and blue that is divided by: ImageNet's. timm's ViT weights expect 0.5 0.5 0.5."""
+
+    save_period: int = 10
+    """Keep a checkpoint every so many epochs, besides the best and the last."""
+
+    save_dir: str = "logs"
+    """Folder that gets a folder for every run."""
+
+    num_workers: int = 4
+    """Processes that load pictures; 0: none besides the main one. About the number of cores beside a GPU, half of them
+    without one."""
+
+    seed: int = 11
+    """The same seed, config and lists give the same run."""
+
+    def __post_init__(self) -> None:
+        def check(field: str, holds: bool, remedy: str) -> None:
+            if not holds:
+                raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
+
+        for field, hint in get_type_hints(TrainConfig).items():
+            if get_origin(hint) is Literal:
+                check(field, getattr(self, field) in get_args(hint), f"choose one of {', '.join(get_args(hint))}")
+        check("input_shape", len(self.input_shape) == 2, "give height and width in pixels")
+        for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum"):
+            check(field, 0 <= getattr(self, field) < 1, "give a number from 0 to below 1")
+        for field in ("eval_crop", "train_crop"):
+            check(field, 0 < getattr(self, field) <= 1, "give a number above 0, at most 1")
+        check("horizontal_flip", 0 <= self.horizontal_flip <= 1, "give a probability from 0 to 1")
+        for field in ("freeze_batch_size", "unfreeze_batch_size", "unfreeze_epoch", "save_period"):
+            check(field, getattr(self, field) >= 1, "give a whole number from 1 up")
+        for field in ("freeze_epoch", "num_workers", "seed", "weight_decay"):
+            check(field, getattr(self, field) >= 0, "give 0 or more")
+        check("freeze_blocks", self.freeze_blocks == "all" or self.freeze_blocks >= 0, 'give 0 or more, or "all"')
+        check("init_lr", self.init_lr > 0, "give a number above 0")
+        check("min_lr", 0 <= self.min_lr <= self.init_lr, f"give a number from 0 to init_lr ({self.init_lr})")
+        check(
+            "freeze_epoch",
+            not self.freeze_train or self.freeze_epoch <= self.unfreeze_epoch,
+            f"the backbone is thawed by unfreeze_epoch ({self.unfreeze_epoch}) at the latest; lower it or raise that",
+        )
+        check("image_std", len(self.image_std) == 3 and min(self.image_std) > 0, "give three numbers above 0")
+        check("image_mean", len(self.image_mean) == 3, "give three numbers")
+        check("resume", not (self.resume and self.model_path), "set either resume or model_path, not both")
+        check("pretrained", not (self.pretrained and self.model_path), "set either pretrained or model_path, not both")
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain types, for JSON and checkpoints."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
+        }
