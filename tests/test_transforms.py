@@ -1,0 +1,106 @@
+"""utils/transforms.py against Pillow, torchvision and hand-made pictures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from utils.config import TrainConfig
+from utils.transforms import Normalise, Preprocessing, eval_transform, train_transform
+
+
+def preprocessing(**changes) -> Preprocessing:
+    return Preprocessing.from_dict(TrainConfig().as_dict() | changes)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Brightness rises from left to right."""
+    return Image.fromarray(np.tile(np.linspace(0, 255, width).astype(np.uint8)[None, :, None], (height, 1, 3)))
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (50, 80)])
+def test_evaluation_is_short_side_then_centre(size):
+    peer = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), v2.PILToTensor()])
+    image = gradient(*size)
+    own = eval_transform(preprocessing())(image)
+    assert (own.dtype, own.shape) == (torch.uint8, (3, 224, 224))
+    assert (own.int() - peer(image).int()).abs().max() <= 2  # the long side may be rounded otherwise, by one pixel
+
+
+def test_evaluation_at_a_shape_that_is_not_square():
+    pixels = eval_transform(preprocessing(input_shape=[100, 200], eval_crop=1.0))(gradient(200, 200))
+    assert pixels.shape == (3, 100, 200)
+    assert (pixels[0, 0].int() - np.linspace(0, 255, 200).astype(int)).abs().max() <= 1  # the whole width
+
+
+@pytest.mark.parametrize(("size", "bars"), [((200, 100), "rows"), ((100, 200), "columns")])
+def test_letterbox_keeps_all_and_pads_grey(size, bars):
+    white = Image.new("RGB", size, "white")
+    pixels = eval_transform(preprocessing(input_shape=[64, 64], letterbox_image=True))(white)[0]
+    pixels = pixels if bars == "rows" else pixels.T
+    assert pixels.shape == (64, 64)
+    assert (pixels[:16] == 128).all()
+    assert (pixels[16:48] == 255).all()
+    assert (pixels[48:] == 128).all()
+
+
+def test_normalisation_equals_torchvisions():
+    pixels = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig()
+    peer = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.image_mean, config.image_std)])
+    own = Normalise(config.image_mean, config.image_std)
+    torch.testing.assert_close(own(pixels), peer(pixels), atol=1e-5, rtol=0)
+    assert not own.state_dict()
+
+
+def test_training_makes_uint8_of_the_input_shape():
+    pixels = train_transform(TrainConfig(input_shape=(32, 48)))(noise(100, 80))
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 32, 48))
+
+
+def drawn(config: TrainConfig, image: Image.Image, count: int = 200) -> torch.Tensor:
+    torch.manual_seed(0)
+    transform = train_transform(config)
+    return torch.stack([transform(image) for _ in range(count)]).float()
+
+
+PLAIN = TrainConfig(input_shape=(16, 16), auto_augment=False, horizontal_flip=0.0)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_mirroring_follows_its_field(probability):
+    pixels = drawn(dataclasses.replace(PLAIN, horizontal_flip=probability, train_crop=0.5), gradient(64, 64))
+    mirrored = pixels[:, 0, :, 0].mean(1) > pixels[:, 0, :, -1].mean(1)
+    assert mirrored.float().mean().item() == pytest.approx(probability, abs=0.1)
+
+
+def test_crops_follow_their_field():
+    def least_span(train_crop):
+        pixels = drawn(dataclasses.replace(PLAIN, train_crop=train_crop), gradient(64, 64))
+        return (pixels[:, 0, 0, -1] - pixels[:, 0, 0, 0]).min().item() / 255
+
+    assert least_span(0.9) > 0.75
+    assert least_span(0.08) < 0.4
+
+
+def test_auto_augment_follows_its_field():
+    def looks(auto_augment):
+        config = dataclasses.replace(PLAIN, auto_augment=auto_augment, train_crop=1.0)
+        return len(drawn(config, gradient(16, 16), 50).unique(dim=0))
+
+    assert looks(False) <= 5  # of a square picture, whole crops are all that is left
+    assert looks(True) > 10
+
+
+def test_preprocessing_round_trip():
+    before = preprocessing(input_shape=[32, 48], letterbox_image=True)
+    assert before.input_shape == (32, 48)
+    assert Preprocessing.from_dict(before.as_dict()) == before
+    assert all(type(v) in (list, bool, float) for v in before.as_dict().values())

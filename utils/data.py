@@ -1,0 +1,91 @@
+"""Lists to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from utils.images import open_image
+from utils.lists import ImageList
+from utils.seeds import derive_seed
+
+
+class ImageDataset(Dataset):
+    """The pictures of a list, transformed. An item's key is (epoch, index in the list).
+
+    What the transform draws is a function of (seed, epoch, index), whichever worker draws it.
+    """
+
+    def __init__(self, images: ImageList, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        """One picture, uint8 (3, height, width), and its class id.
+
+        Raises:
+            ImageError: the file can't be read.
+        """
+        epoch, index = key
+        torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
+        return self.transform(open_image(self.images.path(index))), int(self.images.class_ids[index])
+
+
+class EpochSampler(Sampler):
+    """The keys of one epoch: every index once, shuffled by a function of (seed, epoch), or in the list's order."""
+
+    def __init__(self, length: int, shuffle: bool, seed: int) -> None:
+        self.length = length
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+            order = torch.randperm(self.length, generator=generator).numpy()
+        else:
+            order = range(self.length)
+        for index in order:
+            yield self.epoch, int(index)
+
+
+def train_loader(
+    images: ImageList, transform: Callable[[Image.Image], Tensor], batch_size: int, num_workers: int, seed: int
+) -> DataLoader:
+    """Batches of uint8 pixels (B, 3, height, width) and class ids (B,), shuffled anew in each epoch.
+
+    All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
+    `loader.sampler.epoch` before each epoch.
+    """
+    return _loader(images, transform, batch_size, num_workers, seed, training=True)
+
+
+def eval_loader(
+    images: ImageList, transform: Callable[[Image.Image], Tensor], batch_size: int, num_workers: int
+) -> DataLoader:
+    """Batches in the list's order, every picture once; the last batch may be smaller."""
+    return _loader(images, transform, batch_size, num_workers, seed=0, training=False)
+
+
+def _loader(images: ImageList, transform: Callable, batch_size: int, num_workers: int, seed: int, training: bool):
+    return DataLoader(
+        ImageDataset(images, transform, seed),
+        batch_size=batch_size,
+        sampler=EpochSampler(len(images), training, seed),
+        num_workers=num_workers,
+        drop_last=training,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
