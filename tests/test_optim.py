@@ -1,0 +1,142 @@
+"""utils/optim.py: groups, decay, limits, and the schedule as numbers at chosen epochs."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from nets import build_model
+from utils.config import TrainConfig
+from utils.optim import build_optimizer, learning_rate_at, parameter_groups, scale_learning_rate, set_learning_rate
+
+
+def tiny_vit() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("vit_xs_4", 3, (8, 8))
+
+
+def names_in(model: nn.Module, group: dict) -> set[str]:
+    members = {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in members}
+
+
+@pytest.mark.parametrize("frozen", [None, 4, "all"])
+def test_every_trainable_parameter_is_in_exactly_one_group(frozen):
+    model = tiny_vit()
+    if frozen is not None:
+        model.freeze_backbone(frozen)
+    grouped = [id(p) for group in parameter_groups(model, 0.1) for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_what_does_not_decay():
+    model = tiny_vit()
+    decayed, undecayed = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
+    kept = {
+        n for n, _ in model.named_parameters() if n.endswith("bias") or "norm" in n or n in ("cls_token", "pos_embed")
+    }
+    assert names_in(model, undecayed) == kept
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_weight_decay_really_applies(kind):
+    def after_a_step(weight_decay):
+        model = tiny_vit()
+        config = TrainConfig(optimizer_type=kind, weight_decay=weight_decay, momentum=0.9)
+        optimizer = build_optimizer(model, config, 0.1)
+        torch.manual_seed(1)
+        model.eval()(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        return model
+
+    plain, decayed = after_a_step(0.0), after_a_step(0.5)
+    assert not torch.allclose(plain.head.weight, decayed.head.weight)
+    assert torch.equal(plain.pos_embed, decayed.pos_embed)
+    assert torch.equal(plain.norm.weight, decayed.norm.weight)
+
+
+def test_adamw_decay_is_the_papers():
+    """Decoupled decay: w <- w - lr * wd * w, besides Adam's step, which is none without a gradient."""
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    optimizer = build_optimizer(model, TrainConfig(optimizer_type="adamw", weight_decay=0.5), 0.1)
+    model(torch.zeros(1, 2)).sum().mul(0).backward()
+    optimizer.step()
+    torch.testing.assert_close(model.weight, before * (1 - 0.1 * 0.5))
+
+
+def test_momentum_and_nesterov_reach_the_optimizer():
+    sgd = build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer_type="sgd", momentum=0.7), 0.1)
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.7, True)
+    adam = build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer_type="adam", momentum=0.7), 0.1)
+    assert adam.defaults["betas"] == (0.7, 0.999)
+    assert (
+        build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer_type="sgd", momentum=0), 0.1).defaults["momentum"] == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "init_lr", "min_lr", "batch", "transformer", "expected"),
+    [
+        ("adamw", 4e-3, 4e-5, 32, True, (5e-4, 5e-6)),
+        ("adamw", 1e-3, 1e-5, 32, False, (5e-4, 5e-6)),
+        ("adam", 1e-2, 1e-4, 256, True, (1e-3, 1e-5)),  # at the upper limit
+        ("adam", 1e-6, 1e-8, 256, True, (1e-5, 1e-7)),  # at the lower one of transformers
+        ("adam", 1e-6, 1e-8, 64, False, (1e-4, 1e-6)),  # and of others
+        ("sgd", 1e-2, 1e-4, 64, False, (1e-2, 1e-4)),
+        ("sgd", 1.0, 1e-2, 128, False, (1e-1, 1e-3)),
+        ("sgd", 1e-5, 1e-7, 256, True, (5e-4, 5e-6)),
+    ],
+)
+def test_scaling_and_limits(kind, init_lr, min_lr, batch, transformer, expected):
+    config = TrainConfig(optimizer_type=kind, init_lr=init_lr, min_lr=min_lr)
+    assert scale_learning_rate(config, batch, transformer) == pytest.approx(expected)
+
+
+def test_cosine_at_chosen_epochs():
+    def rate(epoch):
+        return learning_rate_at(epoch, 40, 1.0, 0.01, "cos")
+
+    assert rate(0) == pytest.approx(0.1)
+    assert rate(1) == pytest.approx(0.55)  # half of a warm-up of 5 % of 40 epochs
+    assert rate(2) == pytest.approx(1.0)
+    assert rate(20) == pytest.approx(0.505)  # half-way between 2 and 38
+    assert rate(11) == pytest.approx(0.01 + 0.99 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rate(38) == pytest.approx(0.01)
+    assert rate(39.99) == pytest.approx(0.01)
+
+
+def test_cosine_limits_of_warm_up_and_flat_part():
+    assert learning_rate_at(2.999, 1000, 1.0, 0.01, "cos") < 1.0
+    assert learning_rate_at(3, 1000, 1.0, 0.01, "cos") == pytest.approx(1.0)
+    assert learning_rate_at(984, 1000, 1.0, 0.01, "cos") > 0.01
+    assert learning_rate_at(985, 1000, 1.0, 0.01, "cos") == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7, 100])
+def test_cosine_rises_then_falls_and_never_leaves_its_bounds(epochs):
+    rates = [learning_rate_at(epochs * i / 500, epochs, 1.0, 0.01, "cos") for i in range(500)]
+    peak = rates.index(max(rates))
+    assert rates[:peak] == sorted(rates[:peak])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert min(rates) >= 0.01
+    assert max(rates) == pytest.approx(1.0, abs=0.01)
+
+
+def test_step_has_ten_levels_by_one_factor():
+    rates = [learning_rate_at(i / 10, 100, 1.0, 0.01, "step") for i in range(1000)]
+    levels = sorted(set(rates), reverse=True)
+    assert len(levels) == 10
+    assert (levels[0], levels[-1]) == (1.0, pytest.approx(0.01))
+    assert all(a / b == pytest.approx(100 ** (1 / 9)) for a, b in pairwise(levels))
+    assert [rates.count(level) for level in levels] == [100] * 10
+
+
+def test_the_rate_reaches_every_group():
+    optimizer = build_optimizer(tiny_vit(), TrainConfig(), 0.1)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]

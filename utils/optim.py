@@ -1,0 +1,85 @@
+"""Parameter groups, optimizer, learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from utils.config import TrainConfig
+
+UNDECAYED = ("cls_token", "pos_embed")
+
+# Of this layout: the batch that `init_lr` is meant for, and the limits of what scaling makes of it.
+REFERENCE_BATCH, REFERENCE_BATCH_TRANSFORMER = 64, 256
+LIMITS = {"sgd": (5e-4, 1e-1), "adam": (1e-4, 1e-3)}
+LIMITS_TRANSFORMER = {"sgd": (5e-4, 1e-1), "adam": (1e-5, 1e-3)}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The trainable parameters in two groups: those that decay, and biases, norms, class token and positions.
+
+    Biases and the scales of norms are the parameters of one dimension.
+    """
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim <= 1 or name.split(".")[-1] in UNDECAYED
+            (undecayed if plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, learning_rate: float) -> Optimizer:
+    """The optimizer that `config` names, over the trainable parameters of `model`."""
+    groups = parameter_groups(model, config.weight_decay)
+    # The fused step spares one launch a tensor, and under a loss scaler a synchronisation at every step.
+    fused = groups[0]["params"][0].device.type == "cuda"
+    if config.optimizer_type == "sgd":
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(groups, learning_rate, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer_type]
+    return kind(groups, learning_rate, betas=(config.momentum, 0.999), fused=fused)
+
+
+def scale_learning_rate(config: TrainConfig, batch_size: int, transformer: bool) -> tuple[float, float]:
+    """`init_lr` and `min_lr` for this batch size: in proportion to it, then kept within the layout's limits.
+
+    `init_lr` is meant for 64 pictures a step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
+    for transformers) and 5e-4 to 1e-1 for SGD; those of `min_lr` are a hundredth of them.
+    """
+    reference = REFERENCE_BATCH_TRANSFORMER if transformer else REFERENCE_BATCH
+    limits = LIMITS_TRANSFORMER if transformer else LIMITS
+    low, high = limits["sgd" if config.optimizer_type == "sgd" else "adam"]
+    scale = batch_size / reference
+    init_lr = min(max(config.init_lr * scale, low), high)
+    min_lr = min(max(config.min_lr * scale, low / 100), high / 100)
+    return init_lr, min_lr
+
+
+def learning_rate_at(epoch: float, epochs: int, init_lr: float, min_lr: float, decay: str) -> float:
+    """The learning rate after `epoch` of `epochs` epochs, fractions of an epoch included.
+
+    "cos": (1) linear warm-up from a tenth over 5 % of the run, at most 3 epochs; (2) half a cosine down to `min_lr`;
+    (3) `min_lr` over the last 5 %, at most 15 epochs. "step": ten equal steps, each by the same factor, from `init_lr`
+    down to `min_lr`.
+    """
+    if decay == "step":
+        step = min(int(10 * epoch / epochs), 9)
+        return init_lr * (min_lr / init_lr) ** (step / 9)
+    warm_up = min(0.05 * epochs, 3)
+    flat = min(0.05 * epochs, 15)
+    if epoch < warm_up:
+        return init_lr * (0.1 + 0.9 * epoch / warm_up)
+    if epoch >= epochs - flat:
+        return min_lr
+    progress = (epoch - warm_up) / (epochs - flat - warm_up)
+    return min_lr + 0.5 * (init_lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Give every group of `optimizer` this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
