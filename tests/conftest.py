@@ -1,12 +1,36 @@
 """Fixtures that several tests share."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import train
+from utils.config import TrainConfig
+
+# The networks here are so small that a second thread costs more than it does; and on one, sums have one order.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+SMALL = {
+    "backbone": "vit_xs_4",
+    "input_shape": (8, 8),
+    "freeze_epoch": 1,
+    "freeze_blocks": 4,
+    "unfreeze_epoch": 4,
+    "freeze_batch_size": 8,
+    "unfreeze_batch_size": 6,
+    "init_lr": 4e-3,
+    "min_lr": 4e-5,
+    "train_crop": 0.5,
+    "num_workers": 0,
+    "save_period": 2,
+}
+"""A run of seconds, with dropout, stochastic depth, augmentation and both stages."""
 
 
 @pytest.fixture
@@ -32,11 +56,37 @@ def write_picture(path: Path, level: int = 128, size: tuple[int, int] = (20, 16)
     return path
 
 
-@pytest.fixture
-def two_classes(here) -> Path:
-    """`datasets/` with dark and light pictures: 24 and 16 to train on, 6 and 4 to test on."""
-    for split, counts in (("train", (24, 16)), ("test", (6, 4))):
+def write_two_classes(datasets: Path) -> Path:
+    """`datasets` with dark and light pictures: 24 and 16 to train on, 6 and 5 to test on."""
+    for split, counts in (("train", (24, 16)), ("test", (6, 5))):
         for name, level, count in zip(("dark", "light"), (60, 190), counts, strict=True):
             for i in range(count):
-                write_picture(here / "datasets" / split / name / f"{i:02d}.png", level, seed=i)
-    return here / "datasets"
+                write_picture(datasets / split / name / f"{i:02d}.png", level, seed=i)
+    return datasets
+
+
+@pytest.fixture
+def two_classes(here) -> Path:
+    """`datasets/` in the working folder, see `write_two_classes`."""
+    return write_two_classes(here / "datasets")
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory) -> Path:
+    """A folder in which two classes were trained; tests read it and write elsewhere."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_two_classes(folder / "datasets")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        train.main(TrainConfig(**SMALL))
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def trained(trained_folder, monkeypatch) -> Path:
+    """The trained folder as the working folder."""
+    monkeypatch.chdir(trained_folder)
+    return trained_folder

@@ -28,7 +28,7 @@ def test_splits_and_classes(two_classes, capsys):
     annotate()
     assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
     assert entries("cls_test.txt") == [f"0;datasets/test/dark/{i:02d}.png" for i in range(6)] + [
-        f"1;datasets/test/light/{i:02d}.png" for i in range(4)
+        f"1;datasets/test/light/{i:02d}.png" for i in range(5)
     ]
     train, val = set(entries("cls_train.txt")), set(entries("cls_val.txt"))
     assert not train & val
@@ -37,8 +37,8 @@ def test_splits_and_classes(two_classes, capsys):
     assert entries("cls_train.txt") == sorted(train)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["dark", "22", "2", "6"] in rows
-    assert ["light", "14", "2", "4"] in rows
-    assert ["all", "36", "4", "10"] in rows
+    assert ["light", "14", "2", "5"] in rows
+    assert ["all", "36", "4", "11"] in rows
 
 
 def test_a_second_run_gives_the_same_bytes(two_classes):

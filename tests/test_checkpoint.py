@@ -1,0 +1,99 @@
+"""utils/checkpoint.py: whole or not at all, and nothing is executed."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import checkpoint
+from utils.checkpoint import BEST, KEYS, LAST, find_checkpoint, load_checkpoint, save_checkpoint
+
+
+def content(**changes):
+    return dict.fromkeys(KEYS - {"format_version"}, 0) | {"weights": {"w": torch.ones(3)}} | changes
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("canary",))
+
+
+def test_round_trip(here):
+    save_checkpoint("a.pth", content(step=7))
+    read = load_checkpoint("a.pth")
+    assert read["step"] == 7
+    assert torch.equal(read["weights"]["w"], torch.ones(3))
+    assert os.listdir() == ["a.pth"]
+
+
+def test_a_failed_save_leaves_the_old_file(here, monkeypatch):
+    save_checkpoint("a.pth", content(step=1))
+
+    def fail(*args):
+        args[1].write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint("a.pth", content(step=2))
+    monkeypatch.undo()
+    assert load_checkpoint(here / "a.pth")["step"] == 1
+
+
+def test_it_is_on_disk_before_it_has_its_name(here, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
+    save_checkpoint("a.pth", content())
+    assert order == ["fsync", "replace"]
+
+
+def test_code_in_a_checkpoint_is_not_run(here):
+    torch.save(content(format_version=1, optimizer=Trap()), "trap.pth")
+    with pytest.raises(ValueError, match=r"trap\.pth can't be opened"):
+        load_checkpoint("trap.pth")
+    assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (lambda: Path("a.pth").write_bytes(b"PK\3\4 no more"), "can't be opened"),
+        (lambda: Path("a.pth").write_bytes(b""), "can't be opened"),
+        (lambda: torch.save({"w": torch.ones(1)}, "a.pth"), "none of Thaw's checkpoints"),
+        (lambda: torch.save(content(format_version=99), "a.pth"), "format 99"),
+        (
+            lambda: torch.save({"format_version": 1, "weights": {}}, "a.pth"),
+            "can't be used: it lacks best_val_loss, class_names",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint(here, write, told):
+    write()
+    with pytest.raises(ValueError, match=told):
+        load_checkpoint("a.pth")
+
+
+def test_no_checkpoint(here):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint a\.pth"):
+        load_checkpoint("a.pth")
+    with pytest.raises(FileNotFoundError, match=r"train first, python train\.py"):
+        find_checkpoint("")
+
+
+def test_finding(here):
+    for run in ("old", "new", "unfinished"):
+        Path("logs", run).mkdir(parents=True)
+    for run in ("old", "new"):
+        for name in (BEST, LAST):
+            Path("logs", run, name).touch()
+    os.utime("logs/old/best_epoch_weights.pth", (time.time() - 100,) * 2)
+    assert find_checkpoint("") == Path("logs/new", BEST)
+    assert find_checkpoint("logs/old") == Path("logs/old", BEST)
+    assert find_checkpoint("logs/old", LAST) == Path("logs/old", LAST)
+    assert find_checkpoint("logs/old/last_epoch_weights.pth") == Path("logs/old", LAST)
+    with pytest.raises(FileNotFoundError, match="logs/unfinished"):
+        find_checkpoint("logs/unfinished")

@@ -1,0 +1,123 @@
+"""utils/config.py and utils/freeze.py: every field is documented and checked, and stages follow from them."""
+
+import ast
+import dataclasses
+import inspect
+import json
+from itertools import pairwise
+
+import pytest
+import tyro
+
+import train
+from utils import config as config_module
+from utils.config import TrainConfig
+from utils.freeze import plan_stages
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer_type", "adamm"),
+        ("lr_decay_type", "linear"),
+        ("precision", "tf32"),
+        ("device", "gpu"),
+        ("activation", "relu"),
+        ("input_shape", (224,)),
+        ("drop_rate", 1.0),
+        ("attn_drop_rate", -0.1),
+        ("drop_path_rate", 1.5),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-4),
+        ("init_lr", 0.0),
+        ("min_lr", 1.0),
+        ("eval_crop", 0.0),
+        ("train_crop", 1.1),
+        ("horizontal_flip", 2.0),
+        ("freeze_blocks", -1),
+        ("freeze_epoch", 101),
+        ("freeze_batch_size", 0),
+        ("unfreeze_batch_size", 0),
+        ("unfreeze_epoch", 0),
+        ("save_period", 0),
+        ("num_workers", -1),
+        ("seed", -1),
+        ("image_std", (0.2, 0.0, 0.2)),
+        ("image_mean", (0.5,)),
+    ],
+)
+def test_a_value_that_cannot_work_is_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field}=") as error:
+        TrainConfig(**{field: value})
+    assert repr(value) in str(error.value)
+    assert len(str(error.value).partition(": ")[2]) > 10, "no remedy"
+
+
+@pytest.mark.parametrize("pair", [("resume", "model_path"), ("pretrained", "model_path")])
+def test_two_places_to_start_from(pair):
+    with pytest.raises(ValueError, match=f"{pair[0]}.*{pair[1]}"):
+        TrainConfig(**dict.fromkeys(pair, "x"))
+
+
+def test_every_field_has_a_docstring():
+    body = ast.parse(inspect.getsource(config_module.TrainConfig)).body[0].body
+    documented = {
+        node.target.id
+        for node, after in pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+    assert documented == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_every_field_is_a_flag():
+    changed = tyro.cli(TrainConfig, args=["--unfreeze-epoch", "130", "--input-shape", "32", "64", "--no-freeze-train"])
+    assert changed == TrainConfig(unfreeze_epoch=130, input_shape=(32, 64), freeze_train=False)
+    assert tyro.cli(TrainConfig, args=["--freeze-blocks", "all"]).freeze_blocks == "all"
+    assert tyro.cli(TrainConfig, args=["--freeze-blocks", "3"]).freeze_blocks == 3
+
+
+def test_the_dict_is_plain():
+    values = TrainConfig().as_dict()
+    assert TrainConfig(**json.loads(json.dumps(values))).as_dict() == values
+
+
+def stages_of(num_pictures=1000, **changes):
+    options = {"freeze_epoch": 3, "unfreeze_epoch": 10, "freeze_batch_size": 64, "unfreeze_batch_size": 16}
+    config = TrainConfig(**options | changes)
+    return plan_stages(config, num_pictures, transformer=True)
+
+
+def test_two_stages():
+    frozen, thawed = stages_of(freeze_blocks=5)
+    assert (frozen.start, frozen.end, frozen.frozen, frozen.batch_size) == (0, 3, 5, 64)
+    assert (thawed.start, thawed.end, thawed.frozen, thawed.batch_size) == (3, 10, "nothing", 16)
+    assert frozen.init_lr == pytest.approx(4 * thawed.init_lr)
+
+
+@pytest.mark.parametrize("changes", [{"freeze_train": False}, {"freeze_epoch": 0}])
+def test_straight_to_the_thawed_stage(changes):
+    (stage,) = stages_of(**changes)
+    assert (stage.start, stage.end, stage.frozen) == (0, 10, "nothing")
+
+
+def test_frozen_to_the_end():
+    (stage,) = stages_of(freeze_epoch=10, freeze_blocks="all")
+    assert (stage.end, stage.frozen) == (10, "all")
+
+
+def test_a_small_set_makes_a_smaller_batch_and_says_so(capsys):
+    frozen, thawed = stages_of(num_pictures=20)
+    assert (frozen.batch_size, thawed.batch_size) == (20, 16)
+    assert "freeze_batch_size: 64 -> 20" in capsys.readouterr().out
+
+
+def test_one_schedule_over_both_stages():
+    frozen, thawed = stages_of(freeze_batch_size=16)
+    assert frozen.learning_rate(3) == thawed.learning_rate(3)
+    assert thawed.learning_rate(9.9) == pytest.approx(thawed.min_lr)
+
+
+def test_the_config_on_top_of_train_py_trains_digits_unmirrored():
+    assert train.CONFIG.horizontal_flip == 0
+    assert not train.CONFIG.auto_augment
+    assert train.CONFIG.freeze_train

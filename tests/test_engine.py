@@ -1,0 +1,215 @@
+"""utils/engine.py against a step written by hand, on the meta device, and with planted faults."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nets import build_model
+from utils.classifier import pixel_network
+from utils.config import TrainConfig
+from utils.engine import NonFiniteLoss, Trainer, compute_logits, pick_device
+from utils.optim import build_optimizer
+from utils.transforms import Preprocessing
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(input_shape=(8, 8))
+
+
+def network(device=CPU, drop_rate=0.0, **freeze) -> nn.Sequential:
+    torch.manual_seed(0)
+    rates = {"drop_rate": drop_rate, "attn_drop_rate": drop_rate, "drop_path_rate": drop_rate}
+    model = build_model("vit_xs_4", 3, (8, 8), **rates)
+    if freeze:
+        model.freeze_backbone(**freeze)
+    return pixel_network(model, Preprocessing.from_dict(CONFIG.as_dict()), device)
+
+
+def batch(size=6):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(size) % 3
+
+
+class Batches(list):
+    """A loader in memory."""
+
+    class Sampler:
+        epoch = -1
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.sampler = self.Sampler()
+
+
+def test_a_step_is_the_one_written_by_hand():
+    pixels, targets = batch()
+    own = network()
+    other = copy.deepcopy(own)
+    trainer = Trainer(own, CPU, "fp32", seed=1)
+    sgd = TrainConfig(
+        optimizer_type="sgd"
+    )  # its step is linear in the gradient; Adam's first is its sign, noise and all
+    loss, correct = trainer.train_step(pixels, targets, build_optimizer(own[1], sgd, 0.1))
+
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.image_mean, CONFIG.image_std))
+    logits = other[1]((pixels / 255 - mean) / std)
+    by_hand = -logits.log_softmax(1)[range(6), targets].mean()
+    by_hand.backward()
+    build_optimizer(other[1], sgd, 0.1).step()
+    torch.testing.assert_close(loss, by_hand.detach())
+    assert correct == (logits.argmax(1) == targets).sum()
+    for (name, a), b in zip(own.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name, atol=1e-5, rtol=1e-4)
+    assert all(p.grad is None for p in own.parameters())
+    assert trainer.step == 1
+
+
+@pytest.mark.parametrize("optimizer_type", ["sgd", "adam", "adamw"])
+def test_a_step_on_the_meta_device(optimizer_type):
+    """A tensor made on another device, or a look at a value (which would make the host wait), raises there."""
+    meta = torch.device("meta")
+    own = network(meta, drop_rate=0.1, blocks=2).train()
+    config = TrainConfig(optimizer_type=optimizer_type)
+    optimizer = build_optimizer(own[1], config, 1e-3)
+    pixels, targets = (tensor.to(meta) for tensor in batch())
+    loss, correct = Trainer(own, meta, "fp32", seed=1).train_step(pixels, targets, optimizer)
+    assert (loss.device, loss.shape, correct.shape) == (meta, (), ())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_step_on_cuda_never_waits(precision):
+    device = torch.device("cuda")
+    own = network(device, drop_rate=0.1).train()
+    trainer = Trainer(own, device, precision, seed=1)
+    optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+    pixels, targets = (tensor.pin_memory() for tensor in batch())
+    trainer.train_step(pixels, targets, optimizer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(pixels, targets, optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_device_is_named_in_the_code():
+    root = Path(__file__).resolve().parents[1]
+    files = [*root.glob("*.py"), *root.glob("nets/*.py"), *root.glob("utils/*.py")]
+    assert len(files) > 10
+    assert [file.name for file in files if ".cuda(" in file.read_text(encoding="utf-8")] == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_full(precision):
+    pixels, targets = batch()
+    losses = {}
+    for name in ("fp32", precision):
+        own = network().train()
+        trainer = Trainer(own, CPU, name, seed=1)
+        optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+        losses[name] = torch.stack([trainer.train_step(pixels, targets, optimizer)[0] for _ in range(10)])
+    assert not torch.equal(losses["fp32"], losses[precision])
+    torch.testing.assert_close(losses[precision], losses["fp32"], atol=0.03, rtol=0)
+    assert Trainer(own, CPU, precision, seed=1).scaler.is_enabled() == (precision == "fp16")
+
+
+def test_frozen_weights_do_not_move_and_have_no_state():
+    own = network(drop_rate=0.3, blocks=4)
+    before = {name: p.detach().clone() for name, p in own.named_parameters()}
+    optimizer = build_optimizer(own[1], CONFIG, 1e-2)
+    trainer = Trainer(own.train(), CPU, "fp32", seed=1)
+    for _ in range(3):
+        trainer.train_step(*batch(), optimizer)
+    for name, p in own.named_parameters():
+        assert torch.equal(p, before[name]) == (not p.requires_grad), name
+    assert set(optimizer.state) == {p for p in own.parameters() if p.requires_grad}
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone():
+    def loss(seed, step, noise):
+        own = network(drop_rate=0.5).train()
+        trainer = Trainer(own, CPU, "fp32", seed)
+        trainer.step = step
+        torch.manual_seed(noise)
+        return trainer.train_step(*batch(), build_optimizer(own[1], CONFIG, 1e-3))[0].item()
+
+    assert loss(1, 5, noise=0) == loss(1, 5, noise=9)
+    assert len({loss(1, 5, 0), loss(1, 6, 0), loss(2, 5, 0)}) == 3
+
+
+def test_an_epoch_returns_means_and_sets_the_rate_at_every_step():
+    own = network()
+    optimizer = build_optimizer(own[1], CONFIG, 1.0)
+    asked = []
+
+    def rate(epoch):
+        asked.append(epoch)
+        return 0.0  # so that the weights stay, and losses can be told in advance
+
+    batches = Batches([batch(6), batch(6), batch(3), batch(6)])
+    numbers = Trainer(own, CPU, "fp32", 1).train_epoch(batches, optimizer, epoch=3, learning_rate=rate)
+    assert asked == [3, 3.25, 3.5, 3.75]
+    assert batches.sampler.epoch == 3
+    own.eval()
+    with torch.no_grad():
+        losses = [F.cross_entropy(own(x), y).item() for x, y in batches]
+        hits = sum((own(x).argmax(1) == y).sum().item() for x, y in batches)
+    assert numbers["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert numbers["top1"] == pytest.approx(hits / 21)
+
+
+def test_training_learns():
+    own = network()
+    trainer = Trainer(own, CPU, "fp32", 1)
+    optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+    epochs = [trainer.train_epoch(Batches([batch()] * 5), optimizer, e, lambda epoch: 1e-3) for e in range(8)]
+    assert epochs[-1]["loss"] < 0.5 * epochs[0]["loss"]
+    assert epochs[-1]["top1"] == 1
+
+
+def test_a_loss_that_is_not_finite_names_its_step():
+    own = network()
+    trainer = Trainer(own, CPU, "fp32", 1)
+    trainer.step = 100
+    poisoned = []
+
+    def rate(epoch):
+        poisoned.append(epoch)
+        if len(poisoned) == 13:
+            nn.init.constant_(own[1].head.bias, float("nan"))
+        return 1e-3
+
+    with pytest.raises(NonFiniteLoss, match=r"nan at step 113 .*Lower init_lr"):
+        trainer.train_epoch(Batches([batch()] * 30), build_optimizer(own[1], CONFIG, 1e-3), 0, rate)
+    assert len(poisoned) == 20  # seen at the next look
+
+
+def test_a_validation_loss_that_is_not_finite():
+    own = network()
+    nn.init.constant_(own[1].head.bias, float("nan"))
+    with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
+        Trainer(own, CPU, "fp32", 1).validate([batch()])
+
+
+def test_evaluation_keeps_order_and_every_picture_and_no_dropout():
+    own = network(drop_rate=0.5).train()
+    pixels, targets = batch(11)
+    whole = compute_logits(own, [(pixels, targets)], CPU, "fp32")
+    parts = compute_logits(
+        own, [(pixels[:4], targets[:4]), (pixels[4:8], targets[4:8]), (pixels[8:], targets[8:])], CPU, "fp32"
+    )
+    assert whole[0].shape == (11, 3)
+    torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(parts[1], targets)
+
+
+def test_devices():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    if not torch.cuda.is_available():
+        assert pick_device("auto").type != "cuda"
+        with pytest.raises(ValueError, match="device='cuda': torch finds none"):
+            pick_device("cuda")

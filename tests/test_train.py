@@ -1,0 +1,230 @@
+"""train.py from the pictures to the checkpoints."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from nets import build_model
+from tests.conftest import SMALL, write_two_classes
+from utils.annotation import annotate
+from utils.checkpoint import BEST, LAST, load_checkpoint
+from utils.config import TrainConfig
+from utils.engine import NonFiniteLoss
+
+
+def only_run(folder: Path = Path()) -> Path:
+    (run,) = Path(folder, "logs").iterdir()
+    return run
+
+
+def digest(state) -> str:
+    """SHA-256 over all tensors and numbers in nested dicts and lists, in the order of their keys."""
+    sha = hashlib.sha256()
+
+    def walk(value):
+        if isinstance(value, torch.Tensor):
+            sha.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                sha.update(str(key).encode())
+                walk(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                walk(item)
+        else:
+            sha.update(repr(value).encode())
+
+    walk(state)
+    return sha.hexdigest()
+
+
+def state_of(checkpoint) -> str:
+    return digest([checkpoint[key] for key in ("weights", "optimizer", "step", "epoch", "best_val_loss")])
+
+
+def numbers_of(history) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def test_what_a_run_leaves(trained):
+    run = only_run()
+    names = {path.name for path in run.iterdir()}
+    assert {BEST, LAST, "config.json", "epoch_loss.txt", "epoch_val_loss.txt", "epoch_loss.png"} <= names
+    assert sorted(name[:5] for name in names if name.startswith("ep0")) == ["ep002", "ep004"]
+    assert json.loads((run / "config.json").read_text()) == TrainConfig(**SMALL).as_dict()
+    last = load_checkpoint(run / LAST)
+    assert [float(line) for line in (run / "epoch_loss.txt").read_text().split()] == [
+        r["loss"] for r in last["history"]
+    ]
+    assert (run / "epoch_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_checkpoint_holds(trained):
+    last = load_checkpoint(only_run() / LAST)
+    assert last["class_names"] == ["dark", "light"]
+    assert (last["epoch"], last["step"]) == (4, 36 // 8 + 3 * (36 // 6))
+    assert last["config"] == TrainConfig(**SMALL).as_dict()
+    assert last["preprocessing"]["input_shape"] == [8, 8]
+    build_model(**last["model"]).load_state_dict(last["weights"], strict=True)
+    assert [row["epoch"] for row in last["history"]] == [1, 2, 3, 4]
+
+
+def test_the_best_is_that_of_the_lowest_validation_loss(trained):
+    best, last = (load_checkpoint(only_run() / name) for name in (BEST, LAST))
+    losses = [row["val_loss"] for row in last["history"]]
+    assert best["epoch"] == losses.index(min(losses)) + 1
+    assert best["best_val_loss"] == last["best_val_loss"] == min(losses)
+
+
+def test_it_learns(trained):
+    last = load_checkpoint(only_run() / LAST)
+    assert last["history"][-1]["val_top1"] == 1.0
+    assert last["history"][-1]["loss"] < last["history"][0]["loss"]
+
+
+def test_tensorboard_has_scalars_pictures_and_the_graph(trained):
+    events = EventAccumulator(str(only_run()))
+    events.Reload()
+    history = load_checkpoint(only_run() / LAST)["history"]
+    for name in ("loss", "val_loss", "top1", "val_top1", "learning_rate"):
+        points = events.Scalars(name)
+        assert [point.value for point in points] == pytest.approx([row[name] for row in history])
+        assert [point.step for point in points] == [4, 10, 16, 22]
+    assert len(events.Tags()["images"]) >= 1
+    assert events.Tags()["graph"]
+
+
+def test_frozen_then_thawed(two_classes):
+    """In stage 1 the frozen part stays as it was built; in stage 2 it moves."""
+    config = TrainConfig(**SMALL | {"save_period": 1})
+    start = {name: value.clone() for name, value in train.make_model(config, 2).state_dict().items()}
+    train.main(config)
+    first, second = (load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2))
+    for name in start:
+        frozen = name.startswith(
+            ("patch_embed", "cls_token", "pos_embed", "blocks.0.", "blocks.1.", "blocks.2.", "blocks.3.")
+        )
+        assert torch.equal(first[name], start[name]) == frozen, name
+        assert not torch.equal(second[name], start[name]), name
+
+
+def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(two_classes):
+    digests = []
+    for i, changes in enumerate(({}, {}, {"num_workers": 2}, {"seed": 12})):
+        train.main(TrainConfig(**SMALL | {"save_dir": f"logs{i}", "unfreeze_epoch": 2} | changes))
+        digests.append(state_of(load_checkpoint(next(Path(f"logs{i}").glob(f"*/{LAST}")))))
+    assert digests[0] == digests[1] == digests[2]
+    assert digests[0] != digests[3]
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch, capsys, stop_after):
+    """Cut off inside stage 2, and between the stages."""
+    whole = load_checkpoint(only_run() / LAST)
+    shutil.copytree(trained / "datasets", tmp_path / "datasets")
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(**SMALL)
+    finish_epoch = train.Run.finish_epoch
+
+    def cut_off(run, *args):
+        finish_epoch(run, *args)
+        if run.epoch == stop_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "finish_epoch", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config)
+    run = only_run()
+    assert load_checkpoint(run / LAST)["epoch"] == stop_after
+    train.main(dataclasses.replace(config, resume=str(run)))
+    resumed = load_checkpoint(only_run() / LAST)
+    assert f"going on with {run / LAST} after epoch {stop_after}" in capsys.readouterr().out
+    assert state_of(resumed) == state_of(whole)
+    assert numbers_of(resumed["history"]) == numbers_of(whole["history"])
+    assert len((run / "epoch_loss.txt").read_text().split()) == 4
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [point.step for point in events.Scalars("loss")] == [4, 10, 16, 22]
+
+
+def test_resuming_another_network_is_refused(trained, tmp_path):
+    changed = SMALL | {"input_shape": (12, 12), "save_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"resume=.*has model .*\[8, 8\].*\[12, 12\]"):
+        train.main(TrainConfig(**changed, resume=str(only_run())))
+
+
+def test_resuming_a_finished_run_does_nothing(trained, capsys):
+    before = (only_run() / LAST).read_bytes()
+    train.main(TrainConfig(**SMALL, resume=str(only_run())))
+    assert (only_run() / LAST).read_bytes() == before
+    assert "epoch 5" not in capsys.readouterr().out
+
+
+def test_starting_from_weights(trained, tmp_path, capsys):
+    best = only_run() / BEST
+    model = train.make_model(TrainConfig(**SMALL, model_path=str(best)), 2)
+    weights = load_checkpoint(best)["weights"]
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    train.make_model(TrainConfig(**SMALL, model_path=str(best)), 3)
+    assert "head of 2 classes is left out, ours starts anew with 3" in capsys.readouterr().out
+
+
+def test_summary_prints_and_leaves(two_classes, capsys):
+    train.main(TrainConfig(**SMALL), summary=True)
+    told = capsys.readouterr().out
+    assert not Path("logs").exists()
+    model = build_model("vit_xs_4", 2, (8, 8))
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in told
+    assert "stage 1: epochs 1 to 1, frozen: embeddings and 4 blocks; 4 steps of 8 pictures" in told
+    assert "stage 2: epochs 2 to 4, frozen: nothing; 6 steps of 6 pictures" in told
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, monkeypatch):
+    train_epoch = train.Trainer.train_epoch
+
+    def poison_third(trainer, loader, optimizer, epoch, learning_rate):
+        if epoch == 2:
+            with torch.no_grad():
+                trainer.network[1].head.weight.mul_(math.nan)
+        return train_epoch(trainer, loader, optimizer, epoch, learning_rate)
+
+    monkeypatch.setattr(train.Trainer, "train_epoch", poison_third)
+    with pytest.raises(NonFiniteLoss, match="nan at step 11 "):
+        train.main(TrainConfig(**SMALL))
+    for name in (BEST, LAST):
+        checkpoint = load_checkpoint(only_run() / name)
+        assert checkpoint["epoch"] <= 2
+        assert all(value.isfinite().all() for value in checkpoint["weights"].values())
+
+
+def test_freezing_what_has_learned_nothing_is_warned_about(capsys):
+    train.make_model(TrainConfig(**SMALL), 2)
+    assert "freezes a backbone that has learned nothing" in capsys.readouterr().out
+    train.make_model(TrainConfig(**SMALL | {"freeze_train": False}), 2)
+    assert "learned nothing" not in capsys.readouterr().out
+
+
+def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
+    from tests.conftest import write_picture
+
+    for name in "ab":
+        for i in range(3):
+            write_picture(here / "datasets" / name / f"{i}.png", size=(400, 300))
+    train.main(TrainConfig(**SMALL), summary=True)
+    assert "attention: the pictures have some 120 thousand pixels" in capsys.readouterr().out
+
+
+def test_a_missing_list_of_the_users_own(here):
+    write_two_classes(here / "datasets")
+    annotate()
+    with pytest.raises(FileNotFoundError, match=r"mine\.txt"):
+        train.main(TrainConfig(**SMALL, train_annotation_path="mine.txt"))

@@ -1,0 +1,158 @@
+"""Train an image classifier: edit CONFIG, then `python train.py`. Every field is also a flag, see `--help`.
+
+The backbone is frozen first and thawed at `freeze_epoch`. What each field means, and all the others, stand in
+`utils/config.py`; "Your own pictures" in README.md says what to put here for photos.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import tyro
+from torch import nn
+
+from nets import TRANSFORMERS, build_model
+from nets.weights import load_weights
+from utils.annotation import ensure_lists
+from utils.classifier import pixel_network
+from utils.config import TrainConfig
+from utils.data import eval_loader, train_loader
+from utils.engine import Trainer, pick_device
+from utils.freeze import Stage, plan_stages
+from utils.lists import ImageList, read_classes, read_list
+from utils.optim import build_optimizer
+from utils.run import Run
+from utils.seeds import derive_seed
+from utils.summary import format_config, format_model, format_stages, warn_of_small_input
+from utils.transforms import Preprocessing, eval_transform, train_transform
+
+# As it stands, for the built-in handwritten digits: a small network from scratch in two minutes of two cores.
+CONFIG = TrainConfig(
+    # the network
+    backbone="vit_xs_4",  # 6 blocks, patches of 4 pixels; photos: vit_b_16
+    input_shape=(16, 16),  # pixels; photos: (224, 224)
+    pretrained=False,  # photos: True, with so few pictures nothing helps as much
+    model_path="",  # weights of your own to start from
+    drop_rate=0.0,
+    attn_drop_rate=0.0,
+    drop_path_rate=0.0,
+    # the stages
+    freeze_train=True,
+    freeze_epoch=2,  # nothing is gained by freezing a network from scratch: this shows it; photos: 10 of 50
+    freeze_blocks=4,  # of 6; photos: 8 of 12
+    freeze_batch_size=32,
+    unfreeze_epoch=40,
+    unfreeze_batch_size=32,
+    # the optimizer
+    optimizer_type="adamw",
+    init_lr=4e-3,  # for 256 pictures a step: 5e-4 for 32
+    min_lr=4e-5,
+    weight_decay=0.05,
+    # the pictures
+    train_crop=0.7,  # digits fill their frame: no small crops,
+    eval_crop=1.0,
+    horizontal_flip=0.0,  # no mirroring
+    auto_augment=False,  # and no rotation
+    # the machine
+    precision="bf16",  # fp32 on processors and GPUs from before about 2020
+    num_workers=0,  # tiny pictures need none; photos: the number of cores
+)
+
+
+def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summary: bool = False) -> None:
+    """Train an image classifier: first with a frozen backbone, then all of it.
+
+    Args:
+        config: the settings.
+        summary: print what would be trained, and leave.
+    """
+    print(f"config\n{format_config(config)}")
+    ensure_lists(config)
+    data = load_data(config)
+    device = pick_device(config.device)
+    model = make_model(config, len(data.class_names))
+    stages = plan_stages(config, len(data.train_images), config.backbone in TRANSFORMERS)
+    print(f"{config.backbone} on {device} in {config.precision}\n{format_model(model, stages)}")
+    print(format_stages(stages, len(data.train_images)))
+    if summary:
+        return
+    folder = train_stages(config, stages, model, device, data)
+    print(f"done, the run is in {folder}. Next:\n  python eval.py")
+    print(f"  python predict.py {os.path.dirname(data.val_images.path(0))}")
+
+
+class Data(NamedTuple):
+    """What the lists say."""
+
+    class_names: list[str]
+    train_images: ImageList
+    val_images: ImageList
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Read the lists; make them first where that is clearly wanted."""
+    ensure_lists(config)
+    class_names = read_classes(config.classes_path)
+    train_images = read_list(config.train_annotation_path, len(class_names))
+    val_images = read_list(config.val_annotation_path, len(class_names))
+    print(f"{len(train_images)} training and {len(val_images)} validation pictures, {len(class_names)} classes")
+    warn_of_small_input(train_images, config.input_shape)
+    return Data(class_names, train_images, val_images)
+
+
+def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network with the weights that a new run starts from."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model = build_model(
+        config.backbone,
+        num_classes,
+        config.input_shape,
+        pretrained=config.pretrained,
+        activation=config.activation,
+        drop_rate=config.drop_rate,
+        attn_drop_rate=config.attn_drop_rate,
+        drop_path_rate=config.drop_path_rate,
+    )
+    if config.model_path:
+        load_weights(model, config.model_path)
+    if config.freeze_train and not (config.pretrained or config.model_path or config.resume):
+        print("attention: freeze_train without pretrained weights freezes a backbone that has learned nothing yet")
+    return model
+
+
+def train_stages(config: TrainConfig, stages: list[Stage], model: nn.Module, device: torch.device, data: Data) -> Path:
+    """Train through `stages`, saving after every epoch; returns the run's folder.
+
+    Raises:
+        NonFiniteLoss: a training or validation loss isn't finite; the checkpoints of earlier epochs stay.
+    """
+    preprocessing = Preprocessing.from_dict(config.as_dict())
+    trainer = Trainer(pixel_network(model, preprocessing, device), device, config.precision, config.seed)
+    run = Run(config, model, trainer, data.class_names, preprocessing)
+    val_loader = eval_loader(
+        data.val_images, eval_transform(preprocessing), config.unfreeze_batch_size, config.num_workers
+    )
+    with closing(run.log):
+        for stage in stages:
+            if run.epoch >= stage.end:
+                continue
+            stage.freeze(model)
+            optimizer = build_optimizer(model, config, stage.init_lr)
+            run.restore_optimizer(optimizer, stage)
+            loader = train_loader(
+                data.train_images, train_transform(config), stage.batch_size, config.num_workers, config.seed
+            )
+            if run.epoch == 0:
+                run.log.log_pictures(trainer.network, next(iter(loader))[0])
+            for epoch in range(run.epoch, stage.end):
+                numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate)
+                run.finish_epoch(numbers | trainer.validate(val_loader), optimizer)
+    return run.folder
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

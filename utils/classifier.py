@@ -1,0 +1,70 @@
+"""A checkpoint becomes a classifier: the only way in for evaluation and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from nets import build_model
+from utils.checkpoint import load_checkpoint
+from utils.engine import autocast, pick_device
+from utils.transforms import Normalise, Preprocessing, eval_transform
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained network with all that it needs.
+
+    Attributes:
+        network: uint8 pixels (B, 3, height, width) to logits (B, classes), on `device`, in eval mode.
+        transform: an RGB picture to uint8 (3, height, width).
+        class_names: name of each class id.
+        device: where the network is.
+        precision: the arithmetic that it was trained and validated in.
+    """
+
+    network: nn.Module
+    transform: Callable[[Image.Image], Tensor]
+    class_names: list[str]
+    device: torch.device
+    precision: str
+
+    @torch.inference_mode()
+    def probabilities(self, images: Sequence[Image.Image]) -> Tensor:
+        """Probabilities (B, classes), fp32 on the CPU, of upright RGB pictures."""
+        pixels = torch.stack([self.transform(image) for image in images])  # (B, 3, height, width)
+        with autocast(self.device, self.precision):
+            logits = self.network(pixels.to(self.device))
+        return logits.float().softmax(dim=1).cpu()
+
+
+def pixel_network(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
+    """`model` behind the normalisation that it expects: uint8 pixels (B, 3, height, width) to logits."""
+    normalise = Normalise(preprocessing.image_mean, preprocessing.image_std)
+    return nn.Sequential(normalise, model).to(device)
+
+
+def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
+    """Open a checkpoint; nothing else is needed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't one of Thaw's checkpoints, or there is no such device.
+    """
+    checkpoint = load_checkpoint(path)
+    model = build_model(**checkpoint["model"])
+    model.load_state_dict(checkpoint["weights"])
+    preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
+    place = pick_device(device)
+    return Classifier(
+        network=pixel_network(model, preprocessing, place).eval(),
+        transform=eval_transform(preprocessing),
+        class_names=checkpoint["class_names"],
+        device=place,
+        precision=checkpoint["config"]["precision"],
+    )

@@ -1,0 +1,83 @@
+"""What is about to be trained, printed before it is."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nets import build_model
+from utils.config import TrainConfig
+from utils.freeze import Stage
+from utils.images import ImageError, read_size
+from utils.lists import ImageList
+
+
+def format_config(config: TrainConfig) -> str:
+    """All fields and their values as a table."""
+    fields = config.as_dict()
+    width = max(map(len, fields))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in fields.items())
+
+
+def count_flops(model: nn.Module) -> int:
+    """Floating-point operations of a forward of one picture; a multiplication and an addition count as two."""
+    with torch.device("meta"):
+        twin = build_model(**model.arguments).eval()
+        picture = torch.empty(1, 3, *model.arguments["input_shape"])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(picture)
+    return counter.get_total_flops()
+
+
+def format_model(model: nn.Module, stages: list[Stage]) -> str:
+    """Parameters of each part, how many of them each stage trains, and the FLOPs of a forward."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(name.split(".")[0], []).append(parameter)
+    table = {"parameters": [sum(p.numel() for p in part) for part in parts.values()]}
+    for number, stage in enumerate(stages, start=1):
+        stage.freeze(model)
+        table[f"trained in stage {number}"] = [
+            sum(p.numel() for p in part if p.requires_grad) for part in parts.values()
+        ]
+    lines = ["  " + " " * 12 + "".join(f"{title:>20}" for title in table)]
+    for name, counts in zip([*parts, "all"], zip(*((*c, sum(c)) for c in table.values()), strict=True), strict=True):
+        lines.append(f"  {name:<12}" + "".join(f"{count:>20,}" for count in counts))
+    return "\n".join([*lines, f"  forward of a picture: {count_flops(model) / 1e9:.3g} GFLOPs"])
+
+
+def format_stages(stages: list[Stage], num_pictures: int) -> str:
+    """A line a stage: its epochs, steps, frozen part and learning rates."""
+    lines = []
+    for number, stage in enumerate(stages, start=1):
+        part = {"all": "all but the head", "nothing": "nothing"}.get(
+            stage.frozen, f"embeddings and {stage.frozen} blocks"
+        )
+        steps, left = divmod(num_pictures, stage.batch_size)
+        lines.append(
+            f"  stage {number}: epochs {stage.start + 1} to {stage.end}, frozen: {part}; {steps} steps of "
+            f"{stage.batch_size} pictures an epoch ({left} sit out, others each time); learning rate up to "
+            f"{stage.init_lr:.3g}, down to {stage.min_lr:.3g}"
+        )
+    return "\n".join(lines)
+
+
+def warn_of_small_input(images: ImageList, input_shape: tuple[int, int]) -> None:
+    """Say so when `input_shape` is meant for tiny pictures and those of `images` are photos."""
+    areas = []
+    for index in range(0, len(images), max(1, len(images) // 20)):
+        try:
+            width, height = read_size(images.path(index))
+        except ImageError as error:
+            print(f"attention: {error}")
+            continue
+        areas.append(width * height)
+    if max(input_shape) < 100 and areas and statistics.median(areas) > 16 * input_shape[0] * input_shape[1]:
+        print(
+            f"attention: the pictures have some {statistics.median(areas) / 1e3:.0f} thousand pixels, and input_shape "
+            f"{input_shape} shows the network {input_shape[0] * input_shape[1]} of them; README.md, "
+            f'"Your own pictures", has the settings for photos'
+        )
