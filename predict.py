@@ -1,0 +1,141 @@
+"""Name what is in pictures: `python predict.py PATH ...`, see `--help`."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+
+from utils.annotation import IMAGE_SUFFIXES
+from utils.checkpoint import find_checkpoint
+from utils.classifier import Classifier, load_classifier
+from utils.images import ImageError, open_image
+
+BATCH = 32
+
+
+def main(
+    paths: tyro.conf.Positional[tuple[str, ...]] = (),
+    model_path: str = "",
+    top_k: int = 3,
+    json_lines: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    save: str = "",
+    device: str = "auto",
+) -> int:
+    """Name what is in pictures.
+
+    Args:
+        paths: files, folders (with all below them) and globs; none: ask for one after the other.
+        model_path: a checkpoint or a run's folder; empty: the best of the newest run in logs/.
+        top_k: how many classes to give.
+        json_lines: print one JSON object a line, with path and predictions, or error.
+        save: folder that gets the pictures with their labels written on them.
+        device: auto, cuda, cpu or mps.
+
+    Returns:
+        The exit status: 1 if a picture couldn't be read.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}: give a whole number from 1 up")
+    checkpoint = find_checkpoint(model_path)
+    classifier = load_classifier(checkpoint, device)
+    print(f"checkpoint {checkpoint}", file=sys.stderr)
+    failures = 0
+    source = expand(paths) if paths else ask()
+    # Asked for one by one, pictures are answered one by one.
+    while batch := list(islice(source, BATCH if paths else 1)):
+        for path, image, answer in predict_batch(classifier, batch, top_k):
+            print(json.dumps({"path": path} | answer) if json_lines else format_answer(path, answer), flush=True)
+            failures += image is None
+            if save and image:
+                save_labelled(image, answer["predictions"][0], Path(path).name, Path(save))
+    return 1 if failures else 0
+
+
+def expand(paths: tuple[str, ...]) -> Iterator[str]:
+    """Files as they are, the pictures in folders, and what globs match; sorted within each.
+
+    A path that is none of these comes out as it is, so that reading it gives the error.
+    """
+    for path in paths:
+        if os.path.isdir(path):
+            found = (os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
+            yield from sorted(name for name in found if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
+        elif os.path.exists(path):
+            yield path
+        else:
+            yield from sorted(glob.glob(path, recursive=True)) or [path]
+
+
+def ask() -> Iterator[str]:
+    """Paths typed in, until the input ends or a line is empty."""
+    while True:
+        print("picture (empty line to leave): ", end="", file=sys.stderr, flush=True)
+        path = sys.stdin.readline().strip()
+        if not path:
+            return
+        yield path
+
+
+def predict_batch(
+    classifier: Classifier, paths: list[str], top_k: int
+) -> Iterator[tuple[str, Image.Image | None, dict]]:
+    """For each path, in order: the path, its picture, and `predictions` or `error` as `--json` prints them."""
+    images: dict[int, Image.Image] = {}
+    answers: dict[int, dict] = {}
+    for i, path in enumerate(paths):
+        try:
+            images[i] = open_image(path)
+        except ImageError as error:
+            answers[i] = {"error": str(error)}
+    if images:
+        ranked = classifier.probabilities(list(images.values())).topk(min(top_k, len(classifier.class_names)))
+        for i, values, ids in zip(images, ranked.values.tolist(), ranked.indices.tolist(), strict=True):
+            best = zip(ids, values, strict=True)
+            answers[i] = {"predictions": [{"class": classifier.class_names[k], "probability": p} for k, p in best]}
+    for i, path in enumerate(paths):
+        yield path, images.get(i), answers[i]
+
+
+def format_answer(path: str, answer: dict) -> str:
+    """A line for people: path, label and probability, then the next classes."""
+    if "error" in answer:
+        return f"{printable(path)}: error: {printable(answer['error'])}"
+    best, *others = (f"{printable(row['class'])} {row['probability']:.1%}" for row in answer["predictions"])
+    return f"{printable(path)}: {best}" + (f"  ({', '.join(others)})" if others else "")
+
+
+def printable(text: str) -> str:
+    """Names may hold bytes that aren't UTF-8; they are shown as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def save_labelled(image: Image.Image, prediction: dict, name: str, folder: Path) -> None:
+    """Save `image` in `folder` with its label in a bar below it; tiny pictures are enlarged so that it can be read.
+
+    A name that is taken gets a number, so that nothing is overwritten.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    scale = max(1, -(-224 // min(image.size)))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    size = max(14, image.width // 24)
+    bar = Image.new("RGB", (image.width, image.height + 2 * size))
+    bar.paste(image)
+    label = f"{printable(prediction['class'])}  {prediction['probability']:.1%}"
+    ImageDraw.Draw(bar).text((size // 2, image.height + size // 3), label, "white", ImageFont.load_default(size))
+    stem, number = Path(name).stem, 1
+    while (target := folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")).exists():
+        number += 1
+    bar.save(target)
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

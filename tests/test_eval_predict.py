@@ -1,0 +1,186 @@
+"""eval.py and predict.py on a trained checkpoint, as commands and as functions."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import predict
+from tests.conftest import write_picture
+from utils.checkpoint import BEST, find_checkpoint, load_checkpoint
+from utils.classifier import load_classifier
+from utils.data import eval_loader
+from utils.engine import compute_logits
+from utils.images import open_image
+from utils.lists import read_list
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *args: str, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, ROOT / script, *args], capture_output=True, text=True, env=environment, timeout=120, **options
+    )
+
+
+def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
+    """The three ways to a probability: the training loop's validation, eval.py's loader, predict.py's pictures."""
+    checkpoint = find_checkpoint("")
+    evaluation.main(data="cls_val.txt", out=str(tmp_path), batch_size=3)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    row = load_checkpoint(checkpoint)["history"][load_checkpoint(checkpoint)["epoch"] - 1]
+    assert metrics["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+    assert metrics["top1"] == row["val_top1"]
+
+    classifier = load_classifier(checkpoint, "cpu")
+    images = read_list("cls_val.txt", 2)
+    loader = eval_loader(images, classifier.transform, 3, num_workers=0)
+    logits, _ = compute_logits(classifier.network, loader, classifier.device, classifier.precision)
+    one_by_one = torch.cat([classifier.probabilities([open_image(images.path(i))]) for i in range(len(images))])
+    torch.testing.assert_close(logits.softmax(1), one_by_one, atol=1e-6, rtol=1e-5)
+
+    capsys.readouterr()
+    predict.main(tuple(images.path(i) for i in range(len(images))), json_lines=True)
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for answer, expected in zip(printed, one_by_one.tolist(), strict=True):
+        assert {p["class"]: p["probability"] for p in answer["predictions"]} == pytest.approx(
+            dict(zip(["dark", "light"], expected, strict=True)), abs=1e-6
+        )
+
+
+def test_eval_command(trained, tmp_path):
+    result = run("eval.py", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "best_epoch_weights.pth on cls_test.txt" in result.stdout
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["pictures"] == 11
+    assert [row["support"] for row in metrics["per_class"]] == [6, 5]
+    assert f"top-1 {metrics['top1']:.2%}" in result.stdout
+    rows = list(csv.reader((tmp_path / "confusion_matrix.csv").open()))
+    assert rows[0] == ["true \\ predicted", "dark", "light"]
+    counts = np.array([[int(v) for v in row[1:]] for row in rows[1:]])
+    assert counts.sum(axis=1).tolist() == [6, 5]
+    assert counts.trace() / 11 == pytest.approx(metrics["top1"])
+    for name in ("recall.png", "precision.png", "confusion_matrix.png"):
+        assert min(Image.open(tmp_path / name).size) > 100
+
+
+def test_evaluating_a_folder_and_a_list_is_the_same(trained, tmp_path):
+    evaluation.main(data="datasets/test", out=str(tmp_path / "folder"))
+    evaluation.main(data="cls_test.txt", out=str(tmp_path / "list"))
+    read = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("folder", "list")]
+    assert read[0] == read[1]
+
+
+def test_a_folder_that_lacks_a_class_is_evaluated_and_said(trained, tmp_path, capsys):
+    shutil.copytree("datasets/test/dark", tmp_path / "data" / "dark")
+    evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
+    assert "no pictures, so not in the means: light" in capsys.readouterr().out
+
+
+def test_other_classes_are_refused(trained, tmp_path):
+    classes = tmp_path / "classes.txt"
+    classes.write_text("dark\nred\n")
+    with pytest.raises(ValueError, match=r"only in .*classes\.txt: red; only in the checkpoint: light"):
+        evaluation.main(classes_path=str(classes), out=str(tmp_path))
+    classes.write_text("light\ndark\n")
+    with pytest.raises(ValueError, match="the same in another order"):
+        evaluation.main(classes_path=str(classes), out=str(tmp_path))
+    write_picture(tmp_path / "data" / "red" / "1.png")
+    with pytest.raises(ValueError, match=r"only in .*data: red"):
+        evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
+    with pytest.raises(ValueError, match="give the one to evaluate, datasets/test"):
+        evaluation.main(data="datasets", out=str(tmp_path))
+
+
+def test_a_checkpoint_is_all_that_is_needed(trained, tmp_path, monkeypatch, capsys):
+    shutil.copy(find_checkpoint(""), tmp_path / "model.pth")
+    shutil.copytree("datasets/test", tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(data="pictures", model_path="model.pth")
+    assert predict.main(("pictures",), model_path="model.pth") == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("pictures/")]) == 11
+
+
+def test_predict_command_on_files_folders_and_globs(trained):
+    result = run("predict.py", "datasets/test/dark/00.png", "datasets/test/light", "datasets/test/*/0[12].png")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1 + 5 + 4
+    assert lines[0].startswith("datasets/test/dark/00.png: dark ")
+    assert lines[1].startswith("datasets/test/light/00.png: light ")
+    assert BEST in result.stderr
+
+
+def test_predict_json_and_unreadable_files(trained, tmp_path):
+    (tmp_path / "broken.jpg").write_text("no picture")
+    result = run(
+        "predict.py", "--json", "--top-k", "1", "none.jpg", str(tmp_path / "broken.jpg"), "datasets/test/light/00.png"
+    )
+    assert result.returncode == 1
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [set(answer) for answer in answers] == [{"path", "error"}] * 2 + [{"path", "predictions"}]
+    assert "none.jpg can't be read" in answers[0]["error"]
+    assert [p["class"] for p in answers[2]["predictions"]] == ["light"]
+
+
+def test_predict_asks_for_pictures(trained):
+    result = run("predict.py", input="datasets/test/dark/00.png\nnone.jpg\ndatasets/test/light/00.png\n\n")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3
+    assert "dark" in lines[0]
+    assert "error" in lines[1]
+    assert "light" in lines[2]
+    assert result.returncode == 1
+
+
+def test_asking_ends_with_the_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a.jpg\nb.jpg"))
+    assert list(predict.ask()) == ["a.jpg", "b.jpg"]
+
+
+def test_saved_pictures_carry_a_label_and_overwrite_nothing(trained, tmp_path):
+    before = {path: path.read_bytes() for path in Path("datasets").rglob("*.png")}
+    for _ in range(2):
+        predict.main(("datasets/test/dark/00.png", "datasets/test/light/00.png"), save=str(tmp_path / "out"))
+    saved = sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in saved] == ["00.png", "00_2.png", "00_3.png", "00_4.png"]
+    assert before == {path: path.read_bytes() for path in Path("datasets").rglob("*.png")}
+    labelled = np.asarray(Image.open(saved[0]))
+    original = np.asarray(open_image("datasets/test/dark/00.png"))
+    scale = labelled.shape[1] // original.shape[1]
+    assert np.array_equal(labelled[: original.shape[0] * scale : scale, ::scale], original)
+    bar = labelled[original.shape[0] * scale :]
+    assert bar.min() == 0
+    assert bar.max() == 255
+
+
+def test_top_k_is_checked(trained):
+    with pytest.raises(ValueError, match="top_k=0"):
+        predict.main(("datasets/test/dark/00.png",), top_k=0)
+    assert predict.main(("datasets/test/dark/00.png",), top_k=50) == 0
+
+
+def test_many_pictures_come_back_in_order(trained, capsys):
+    paths = tuple(f"datasets/train/{name}/{i:02d}.png" for i in range(16) for name in ("light", "dark")) * 2 + (
+        "no.png",
+    )
+    assert predict.main(paths, json_lines=True) == 1
+    assert [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()] == list(paths)
+
+
+def test_nothing_trained_yet(here):
+    result = run("predict.py", "a.jpg", cwd=here)
+    assert result.returncode != 0
+    assert "train first, python train.py" in result.stderr.splitlines()[-1]
