@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import tyro
-
+from utils import cli
 from utils.annotation import scan_folders
 from utils.checkpoint import find_checkpoint
 from utils.classifier import load_classifier
@@ -85,4 +84,4 @@ def check_classes(names: list[str], class_names: list[str], source: str, may_lac
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    cli.run(main)

@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 from PIL import Image, ImageDraw, ImageFont
 
+from utils import cli
 from utils.annotation import IMAGE_SUFFIXES
 from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier
@@ -138,4 +139,4 @@ def save_labelled(image: Image.Image, prediction: dict, name: str, folder: Path)
 
 
 if __name__ == "__main__":
-    sys.exit(tyro.cli(main))
+    sys.exit(cli.run(main))

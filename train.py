@@ -17,6 +17,7 @@ from torch import nn
 
 from nets import TRANSFORMERS, build_model
 from nets.weights import load_weights
+from utils import cli
 from utils.annotation import ensure_lists
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
@@ -155,4 +156,4 @@ def train_stages(config: TrainConfig, stages: list[Stage], model: nn.Module, dev
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    cli.run(main)

@@ -4,9 +4,8 @@ Pictures lie in `datasets/train/<class>/`, with optional `datasets/val/` and `da
 `datasets/<class>/`.
 """
 
-import tyro
-
+from utils import cli
 from utils.annotation import annotate
 
 if __name__ == "__main__":
-    tyro.cli(annotate)
+    cli.run(annotate)

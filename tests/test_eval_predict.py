@@ -17,6 +17,7 @@ from PIL import Image
 import eval as evaluation
 import predict
 from tests.conftest import write_picture
+from utils import cli
 from utils.checkpoint import BEST, find_checkpoint, load_checkpoint
 from utils.classifier import load_classifier
 from utils.data import eval_loader
@@ -182,5 +183,19 @@ def test_many_pictures_come_back_in_order(trained, capsys):
 
 def test_nothing_trained_yet(here):
     result = run("predict.py", "a.jpg", cwd=here)
-    assert result.returncode != 0
-    assert "train first, python train.py" in result.stderr.splitlines()[-1]
+    assert result.returncode == 1
+    (message,) = result.stderr.splitlines()
+    assert message.startswith("error: there is no run")
+    assert message.endswith("train first, python train.py")
+
+
+def test_a_value_that_cannot_work_on_the_command_line(here):
+    result = run("train.py", "--init-lr", "0", cwd=here)
+    assert result.returncode == 1
+    assert result.stderr == "error: init_lr=0.0: give a number above 0\n"
+
+
+def test_a_fault_inside_a_library_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(ValueError, match="Expecting value"):
+        cli.run(lambda: json.loads("no json"))

@@ -167,6 +167,15 @@ def annotate(
     The validation list comes from the val folder, else out of the training pictures; the test list is written where
     there are test pictures. The same folders give the same bytes.
 
+    Args:
+        datasets_path: holds train/, val/, test/ with a folder per class in each, or the class folders themselves.
+        classes_path: the class file.
+        train_annotation_path: where the training list goes.
+        val_annotation_path: where the validation list goes.
+        test_annotation_path: where the test list goes.
+        val_fraction: the part of each class that is taken for validation, above 0 and below 1.
+        seed: another seed takes other pictures for validation.
+
     Raises:
         FileNotFoundError: there is no folder `datasets_path`.
         ValueError: the folders or the class file can't make a training set; the message says why.

@@ -9,10 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
+
+# matplotlib's own font has no Chinese, Japanese or Korean; whichever of these is installed steps in for what it lacks.
+CJK_FONTS = [
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "Microsoft YaHei",
+    "SimHei",
+]
+CJK_FONTS += ["PingFang SC", "Hiragino Sans GB", "Yu Gothic", "Malgun Gothic"]
+installed = set(font_manager.get_font_names())
+matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
 
 Row = dict[str, float]
 """One epoch: epoch (from 1), loss, top1, val_loss, val_top1, learning_rate, seconds."""

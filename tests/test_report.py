@@ -1,0 +1,77 @@
+"""utils/report.py and utils/summary.py: what a person gets to read."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from nets import build_model
+from tests.conftest import SMALL
+from utils.config import TrainConfig
+from utils.freeze import plan_stages
+from utils.metrics import evaluation_metrics
+from utils.report import format_metrics, plot_bars, plot_confusion, plot_losses, write_evaluation
+from utils.summary import count_flops, format_config, format_model
+
+AWKWARD = ["$x^2$", "a,b", "猫", "<script>", "\udcff", "x" * 80]
+
+
+def test_awkward_class_names_reach_every_file(here):
+    logits = torch.eye(6)[[0, 1, 2, 3, 4, 4]] * 3
+    targets = torch.tensor([0, 1, 2, 3, 4, 0])
+    metrics = evaluation_metrics(logits, targets, AWKWARD)
+    confusion = np.eye(6, dtype=int)
+    write_evaluation("out", metrics, confusion, AWKWARD)
+    read = json.loads((here / "out" / "metrics.json").read_text())
+    assert [row["class"] for row in read["per_class"]] == AWKWARD
+    rows = list(csv.reader((here / "out" / "confusion_matrix.csv").open(encoding="utf-8")))
+    assert rows[0][1:4] == AWKWARD[:3]
+    assert np.array_equal(np.array([row[1:] for row in rows[1:]], dtype=int), confusion)
+    assert "no pictures, so not in the means" in format_metrics(metrics)
+    format_metrics(metrics).encode("utf-8")
+
+
+@pytest.mark.parametrize("classes", [2, 30, 200])
+def test_plots_at_many_sizes(here, classes):
+    names = [f"class {i}" for i in range(classes)]
+    plot_confusion(np.eye(classes, dtype=int), names).savefig("confusion.png")
+    axes = plot_bars(names, [0.5, None] * (classes // 2), "recall").axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0] * (classes // 2)
+
+
+def test_confusion_plot_shows_counts_with_the_truth_down():
+    axes = plot_confusion(np.array([[7, 2], [0, 5]]), ["a", "b"]).axes[0]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "7", (1, 0): "2", (1, 1): "5"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+
+
+def test_loss_curves_hold_the_history():
+    history = [{"epoch": i, "loss": 3 - i, "val_loss": 4 - i, "top1": 0.1 * i, "val_top1": 0.2 * i} for i in (1, 2)]
+    loss, top1 = plot_losses(history).axes
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[2, 1], [3, 2]]
+    assert [line.get_xdata().tolist() for line in top1.lines] == [[1, 2], [1, 2]]
+
+
+def test_flops_of_the_base_network():
+    """By hand: patches 2·196·768·768; a block 2·197·12·768² for its linears and 4·197²·768 for attention; the head."""
+    with torch.device("meta"):
+        model = build_model("vit_b_16", 1000, (224, 224))
+    by_hand = 2 * 196 * 768 * 768 + 12 * (2 * 197 * 12 * 768**2 + 4 * 197**2 * 768) + 2 * 768 * 1000
+    assert count_flops(model) == by_hand
+
+
+def test_the_model_table_counts_what_each_stage_trains():
+    model = build_model("vit_xs_4", 2, (8, 8))
+    table = format_model(model, plan_stages(TrainConfig(**SMALL | {"freeze_blocks": "all"}), 100, transformer=True))
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:-1]}
+    assert rows["head"] == ["386", "386", "386"]
+    assert rows["pos_embed"] == ["960", "0", "960"]
+    total = f"{sum(p.numel() for p in model.parameters()):,}"
+    assert rows["all"] == [total, "386", total]
+
+
+def test_the_config_table_has_every_field():
+    table = format_config(TrainConfig())
+    assert [line.split()[0] for line in table.splitlines()] == list(TrainConfig().as_dict())
