@@ -25,8 +25,8 @@ def confusion_matrix(logits: Tensor, targets: Tensor) -> np.ndarray:
     """Counts (classes, classes): row the true class, column the predicted one."""
     import sklearn.metrics
 
-    predicted = logits.argmax(dim=1)
-    return sklearn.metrics.confusion_matrix(targets, predicted, labels=range(logits.shape[1]))
+    predicted = logits.argmax(dim=1).numpy()
+    return sklearn.metrics.confusion_matrix(targets.numpy(), predicted, labels=range(logits.shape[1]))
 
 
 def evaluation_metrics(logits: Tensor, targets: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
@@ -42,9 +42,9 @@ def evaluation_metrics(logits: Tensor, targets: Tensor, class_names: Sequence[st
     """
     import sklearn.metrics
 
-    predicted = logits.argmax(dim=1)
+    predicted = logits.argmax(dim=1).numpy()
     precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
-        targets, predicted, labels=range(len(class_names)), zero_division=0
+        targets.numpy(), predicted, labels=range(len(class_names)), zero_division=0
     )
     present = support > 0
     per_class = [
