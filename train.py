@@ -6,7 +6,6 @@ The backbone is frozen first and thawed at `freeze_epoch`. What each field means
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -83,7 +82,7 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
         return
     folder = train_stages(config, stages, model, device, data)
     print(f"done, the run is in {folder}. Next:\n  python eval.py")
-    print(f"  python predict.py {os.path.dirname(data.val_images.path(0))}")
+    print(f"  python predict.py {data.val_images.path(0)}")
 
 
 class Data(NamedTuple):

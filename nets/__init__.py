@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from nets.vit import SIZES, vit
+from nets.vit import SIZES
+from nets.vit import vit as build_vit  # under its own name it would hide the module nets.vit
 
 BACKBONES: tuple[str, ...] = tuple(SIZES)
 TRANSFORMERS: frozenset[str] = frozenset(SIZES)
@@ -35,4 +36,4 @@ def build_model(
     """
     if name not in BACKBONES:
         raise ValueError(f"backbone={name!r} is not known: choose one of {', '.join(BACKBONES)}")
-    return vit(input_shape, pretrained, num_classes, name=name, **options)
+    return build_vit(input_shape, pretrained, num_classes, name=name, **options)

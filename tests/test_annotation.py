@@ -81,7 +81,7 @@ def test_names_and_suffixes(here, capsys):
     found = {line.partition(";")[2] for line in entries("cls_train.txt") + entries("cls_val.txt")}
     assert found == {f"datasets/ä b/{name}" for name in kept} | {"datasets/z/1.jpg"}
     told = capsys.readouterr().out
-    assert "1 hidden, 1 not a picture (.txt), 1 not a picture (no suffix)" in told
+    assert "2 hidden, 1 not a picture (.txt), 1 not a picture (no suffix)" in told
     assert "1 no pictures" in told
     assert "1 outside the class folders" in told
 

@@ -37,7 +37,7 @@ def test_evaluation_is_short_side_then_centre(size):
 def test_evaluation_at_a_shape_that_is_not_square():
     pixels = eval_transform(preprocessing(input_shape=[100, 200], eval_crop=1.0))(gradient(200, 200))
     assert pixels.shape == (3, 100, 200)
-    assert (pixels[0, 0].int() - np.linspace(0, 255, 200).astype(int)).abs().max() <= 1  # the whole width
+    assert np.abs(pixels[0, 0].numpy().astype(int) - np.linspace(0, 255, 200)).max() <= 1.5  # the whole width
 
 
 @pytest.mark.parametrize(("size", "bars"), [((200, 100), "rows"), ((100, 200), "columns")])

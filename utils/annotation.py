@@ -85,12 +85,13 @@ def scan_folders(datasets_path: str | Path) -> Scan:
 
 def _pictures_below(folder: Path, skipped: Counter[str]) -> Iterator[str]:
     for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
+        for name in (*folders, *files):
             if name.startswith("."):
                 skipped["hidden"] += 1
-            elif suffix not in IMAGE_SUFFIXES:
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in (name for name in files if not name.startswith(".")):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix not in IMAGE_SUFFIXES:
                 skipped[f"not a picture ({suffix or 'no suffix'})"] += 1
             else:
                 yield Path(where, name).as_posix()
