@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from utils import cli
-from utils.annotation import scan_folders
 from utils.checkpoint import find_checkpoint
 from utils.classifier import load_classifier
+from utils.config import Device
 from utils.data import eval_loader
 from utils.engine import compute_logits
-from utils.lists import ImageList, read_classes, read_list
+from utils.lists import ImageList, list_in_memory, read_classes, read_list
 from utils.metrics import confusion_matrix, evaluation_metrics
 from utils.report import format_metrics, write_evaluation
+from utils.scan import SPLIT_NAMES, Scan, scan_classes
 
 
 def main(
@@ -22,7 +23,7 @@ def main(
     out: str = "metrics_out",
     batch_size: int = 32,
     num_workers: int = 2,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Evaluate a checkpoint on a list or a folder.
 
@@ -35,6 +36,8 @@ def main(
         num_workers: processes that load pictures; 0: none besides the main one.
         device: auto, cuda, cpu or mps.
     """
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(f"batch_size={batch_size}, num_workers={num_workers}: give 1 or more, and 0 or more")
     checkpoint = find_checkpoint(model_path)
     classifier = load_classifier(checkpoint, device)
     data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
@@ -54,20 +57,23 @@ def main(
 
 
 def list_folder(folder: str, class_names: list[str]) -> ImageList:
-    """The pictures in `folder`, whose folders are named after classes.
+    """The pictures in `folder`, whose folders are named after classes; what is passed over is printed.
 
     Raises:
-        ValueError: it has a folder that is no class of the checkpoint, no pictures, or several sets in it.
+        ValueError: it has a folder that is no class of the checkpoint, or no pictures.
     """
-    splits = scan_folders(folder).pictures
-    if splits["val"] or splits["test"]:
-        raise ValueError(f"{folder} has folders for training and testing: give the one to evaluate, {folder}/test")
-    pictures = splits["train"]
+    scan = Scan()
+    scan_classes(Path(folder), scan, "test")
+    pictures = scan.pictures["test"]
+    if pictures.keys() <= SPLIT_NAMES.keys() - set(class_names):
+        raise ValueError(f"{folder} has no folders named after classes; give the one that has, such as {folder}/test")
     check_classes(list(pictures), class_names, folder, may_lack=True)
-    entries = [(class_id, path) for class_id, name in enumerate(class_names) for path in pictures.get(name, ())]
-    if not entries:
-        raise ValueError(f"{folder} has no folder of pictures named after a class ({', '.join(class_names[:5])}, ...)")
-    return ImageList.pack("", entries)
+    for name, reasons in scan.skipped.items():
+        for reason, count in reasons.items():
+            print(f"passed over: {count} {reason}{f' ({name})' if name else ''}")
+    return list_in_memory(
+        (class_id, path) for class_id, name in enumerate(class_names) for path in pictures.get(name, ())
+    )
 
 
 def check_classes(names: list[str], class_names: list[str], source: str, may_lack: bool = False) -> None:

@@ -6,19 +6,21 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from utils import cli
-from utils.annotation import IMAGE_SUFFIXES
 from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier
+from utils.config import Device
 from utils.images import ImageError, open_image
+from utils.scan import pictures_below
 
 BATCH = 32
 
@@ -29,7 +31,7 @@ def main(
     top_k: int = 3,
     json_lines: Annotated[bool, tyro.conf.arg(name="json")] = False,
     save: str = "",
-    device: str = "auto",
+    device: Device = "auto",
 ) -> int:
     """Name what is in pictures.
 
@@ -50,7 +52,7 @@ def main(
     classifier = load_classifier(checkpoint, device)
     print(f"checkpoint {checkpoint}", file=sys.stderr)
     failures = 0
-    source = expand(paths) if paths else ask()
+    source = expand(paths or ask())
     # Asked for one by one, pictures are answered one by one.
     while batch := list(islice(source, BATCH if paths else 1)):
         for path, image, answer in predict_batch(classifier, batch, top_k):
@@ -61,29 +63,28 @@ def main(
     return 1 if failures else 0
 
 
-def expand(paths: tuple[str, ...]) -> Iterator[str]:
-    """Files as they are, the pictures in folders, and what globs match; sorted within each.
+def expand(paths: Iterable[str]) -> Iterator[str]:
+    """Files as they are, the pictures in folders and below, and what globs match, sorted.
 
-    A path that is none of these comes out as it is, so that reading it gives the error.
+    A path that is none of these, and a folder without pictures, come out as they are: reading them gives the error.
     """
     for path in paths:
-        if os.path.isdir(path):
-            found = (os.path.join(where, name) for where, _, names in os.walk(path) for name in names)
-            yield from sorted(name for name in found if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES)
-        elif os.path.exists(path):
-            yield path
-        else:
-            yield from sorted(glob.glob(path, recursive=True)) or [path]
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]
+        for match in matches:
+            if os.path.isdir(match):
+                yield from pictures_below(match, Counter()) or [match]
+            else:
+                yield match
 
 
 def ask() -> Iterator[str]:
-    """Paths typed in, until the input ends or a line is empty."""
+    """Paths typed in, until the input ends or a line is empty; quotes around one are taken off."""
     while True:
         print("picture (empty line to leave): ", end="", file=sys.stderr, flush=True)
         path = sys.stdin.readline().strip()
         if not path:
             return
-        yield path
+        yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
 
 
 def predict_batch(
@@ -109,14 +110,9 @@ def predict_batch(
 def format_answer(path: str, answer: dict) -> str:
     """A line for people: path, label and probability, then the next classes."""
     if "error" in answer:
-        return f"{printable(path)}: error: {printable(answer['error'])}"
-    best, *others = (f"{printable(row['class'])} {row['probability']:.1%}" for row in answer["predictions"])
-    return f"{printable(path)}: {best}" + (f"  ({', '.join(others)})" if others else "")
-
-
-def printable(text: str) -> str:
-    """Names may hold bytes that aren't UTF-8; they are shown as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+        return f"{path}: error: {answer['error']}"
+    best, *others = (f"{row['class']} {row['probability']:.1%}" for row in answer["predictions"])
+    return f"{path}: {best}" + (f"  ({', '.join(others)})" if others else "")
 
 
 def save_labelled(image: Image.Image, prediction: dict, name: str, folder: Path) -> None:
@@ -124,14 +120,17 @@ def save_labelled(image: Image.Image, prediction: dict, name: str, folder: Path)
 
     A name that is taken gets a number, so that nothing is overwritten.
     """
+    from utils.fonts import label_font  # brings matplotlib, which nothing else here needs
+
     folder.mkdir(parents=True, exist_ok=True)
     scale = max(1, -(-224 // min(image.size)))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     size = max(14, image.width // 24)
     bar = Image.new("RGB", (image.width, image.height + 2 * size))
     bar.paste(image)
-    label = f"{printable(prediction['class'])}  {prediction['probability']:.1%}"
-    ImageDraw.Draw(bar).text((size // 2, image.height + size // 3), label, "white", ImageFont.load_default(size))
+    label = cli.printable(f"{prediction['class']}  {prediction['probability']:.1%}")
+    font = label_font(label, size, image.width - size)
+    ImageDraw.Draw(bar).text((size // 2, image.height + size), label, "white", font, anchor="lm")
     stem, number = Path(name).stem, 1
     while (target := folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")).exists():
         number += 1

@@ -6,26 +6,26 @@ The backbone is frozen first and thawed at `freeze_epoch`. What each field means
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing
-from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
 from torch import nn
 
 from nets import TRANSFORMERS, build_model
-from nets.weights import load_weights
+from nets.weights import load_weights, read_weights
 from utils import cli
 from utils.annotation import ensure_lists
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import eval_loader, train_loader
-from utils.engine import Trainer, pick_device
+from utils.engine import Trainer, pick_device, usable_precision
 from utils.freeze import Stage, plan_stages
 from utils.lists import ImageList, read_classes, read_list
 from utils.optim import build_optimizer
-from utils.run import Run
+from utils.run import Run, load_resumable
 from utils.seeds import derive_seed
 from utils.summary import format_config, format_model, format_stages, warn_of_small_input
 from utils.transforms import Preprocessing, eval_transform, train_transform
@@ -58,7 +58,7 @@ CONFIG = TrainConfig(
     horizontal_flip=0.0,  # no mirroring
     auto_augment=False,  # and no rotation
     # the machine
-    precision="bf16",  # fp32 on processors and GPUs from before about 2020
+    precision="bf16",  # processors without it get fp32; fp16 on GPUs older than Ampere
     num_workers=0,  # tiny pictures need none; photos: the number of cores
 )
 
@@ -71,18 +71,34 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
         summary: print what would be trained, and leave.
     """
     print(f"config\n{format_config(config)}")
-    ensure_lists(config)
-    data = load_data(config)
     device = pick_device(config.device)
-    model = make_model(config, len(data.class_names))
+    check_network(config)
+    data = load_data(config)
+    resumed = load_resumable(config, data.class_names)
+    model = make_model(config, len(data.class_names), resumed)
     stages = plan_stages(config, len(data.train_images), config.backbone in TRANSFORMERS)
-    print(f"{config.backbone} on {device} in {config.precision}\n{format_model(model, stages)}")
+    precision = usable_precision(config.precision, device)
+    if precision != config.precision:
+        print(f"precision: {config.precision} -> {precision}, this processor has no {config.precision}")
+    print(f"{config.backbone} on {device} in {precision}\n{format_model(model, stages)}")
     print(format_stages(stages, len(data.train_images)))
     if summary:
         return
-    folder = train_stages(config, stages, model, device, data)
-    print(f"done, the run is in {folder}. Next:\n  python eval.py")
-    print(f"  python predict.py {data.val_images.path(0)}")
+    network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
+    trainer = Trainer(network, device, precision, config.seed)
+    run = Run(config, model, trainer, data.class_names, resumed)
+    train_stages(run, stages, data)
+    elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
+    print(f"done, the run is in {run.folder}. Next:\n  python eval.py{elsewhere}")
+    print(f"  python predict.py{elsewhere} {shlex.quote(data.val_images.path(0))}")
+
+
+def check_network(config: TrainConfig) -> None:
+    """Raise a ValueError if there is no such network, or it can't be built or frozen like that; costs nothing."""
+    with torch.device("meta"):
+        model = build_model(config.backbone, 2, config.input_shape)
+    if config.freeze_train:
+        model.freeze_backbone(config.freeze_blocks)
 
 
 class Data(NamedTuple):
@@ -104,38 +120,43 @@ def load_data(config: TrainConfig) -> Data:
     return Data(class_names, train_images, val_images)
 
 
-def make_model(config: TrainConfig, num_classes: int) -> nn.Module:
-    """The network with the weights that a new run starts from."""
+def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | None = None) -> nn.Module:
+    """The network with the weights that the run starts from: new, pretrained, from a file, or those of a run that was
+    cut off."""
+    weights = read_weights(config.model_path) if config.model_path and not resumed else None
+    source = resumed["model"] if resumed else (weights.arguments if weights else None)
+    activation = source["activation"] if source else config.activation
+    if activation != config.activation:
+        print(f"activation: {config.activation} -> {activation}, as the weights have it")
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_model(
         config.backbone,
         num_classes,
         config.input_shape,
-        pretrained=config.pretrained,
-        activation=config.activation,
+        pretrained=config.pretrained and not resumed,
+        activation=activation,
         drop_rate=config.drop_rate,
         attn_drop_rate=config.attn_drop_rate,
         drop_path_rate=config.drop_path_rate,
     )
-    if config.model_path:
-        load_weights(model, config.model_path)
-    if config.freeze_train and not (config.pretrained or config.model_path or config.resume):
+    if resumed:
+        model.load_state_dict(resumed["weights"])
+    elif weights:
+        load_weights(model, weights)
+    elif config.freeze_train and not config.pretrained:
         print("attention: freeze_train without pretrained weights freezes a backbone that has learned nothing yet")
     return model
 
 
-def train_stages(config: TrainConfig, stages: list[Stage], model: nn.Module, device: torch.device, data: Data) -> Path:
-    """Train through `stages`, saving after every epoch; returns the run's folder.
+def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
+    """Train through what is left of `stages`, saving after every epoch.
 
     Raises:
         NonFiniteLoss: a training or validation loss isn't finite; the checkpoints of earlier epochs stay.
     """
-    preprocessing = Preprocessing.from_dict(config.as_dict())
-    trainer = Trainer(pixel_network(model, preprocessing, device), device, config.precision, config.seed)
-    run = Run(config, model, trainer, data.class_names, preprocessing)
-    val_loader = eval_loader(
-        data.val_images, eval_transform(preprocessing), config.unfreeze_batch_size, config.num_workers
-    )
+    config, model, trainer = run.config, run.model, run.trainer
+    val_transform = eval_transform(Preprocessing.from_dict(config.as_dict()))
+    val_loader = eval_loader(data.val_images, val_transform, config.unfreeze_batch_size, config.num_workers)
     with closing(run.log):
         for stage in stages:
             if run.epoch >= stage.end:
@@ -151,7 +172,6 @@ def train_stages(config: TrainConfig, stages: list[Stage], model: nn.Module, dev
             for epoch in range(run.epoch, stage.end):
                 numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate)
                 run.finish_epoch(numbers | trainer.validate(val_loader), optimizer)
-    return run.folder
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nets.weights import find_pretrained, load_weights
+from nets.weights import find_pretrained, load_weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def vit(
         **vars(SIZES[name]),
     )
     if source:
-        load_weights(model, source.path)
+        load_weights(model, read_weights(source.path))
     # What `nets.build_model` needs to build this network again; a checkpoint carries it.
     model.arguments = {
         "name": name,

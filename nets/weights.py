@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,93 +62,119 @@ def find_pretrained(name: str, folder: str | Path = "model_data") -> PretrainedS
 
 def _download(repo: str, fallback: Path) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(huggingface_hub.hf_hub_download(repo_id=repo, filename=HUB_FILE))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's client lets through whatever its HTTP library raises
         raise FileNotFoundError(
             f"pretrained=True: {HUB_FILE} of {repo} could not be fetched from the Hugging Face hub ({error}). "
             f"Fetch it where there is a network and put it at {fallback}, or set pretrained=False"
         ) from error
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file, of a state dict saved by torch, or of a checkpoint of Thaw, on the CPU.
+def open_safely(path: str | Path) -> Any:
+    """What a `.safetensors` file or a file of `torch.save` holds, on the CPU. Nothing in the file is executed.
 
-    Nothing in the file is executed.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it can't be opened, or it would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file makes the readers raise nearly every type there is
+        raise ValueError(f"{path} can't be opened as weights: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by name, and, where the file is a checkpoint of Thaw, the arguments that built their network."""
+
+    path: Path
+    state: dict[str, Tensor]
+    arguments: dict[str, Any] | None
+
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across that the position embedding is for: a square, unless the arguments tell.
+
+        Raises:
+            ValueError: nothing tells, and they are no square.
+        """
+        if self.arguments:
+            patch = self.state["patch_embed.proj.weight"].shape[-1]
+            return (self.arguments["input_shape"][0] // patch, self.arguments["input_shape"][1] // patch)
+        patches = self.state["pos_embed"].shape[1] - 1
+        side = math.isqrt(patches)
+        if side * side != patches:
+            raise ValueError(
+                f"{self.path}: a position embedding of {patches} patches is no square, and a state dict doesn't tell "
+                f"what it is: use a checkpoint of Thaw, or weights of a square input_shape"
+            )
+        return (side, side)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The weights in a `.safetensors` file, a state dict saved by torch, or a checkpoint of Thaw.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it can't be opened, would run code, or holds no tensors by name.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}: check the path")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} can't be opened as weights: {error}") from error
+    content = open_safely(path)
+    arguments = None
     if isinstance(content, dict) and isinstance(content.get("weights"), dict):
-        content = content["weights"]
+        content, arguments = content["weights"], content.get("model")
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict (tensors by name)")
-    return content
+    return Weights(Path(path), content, arguments)
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the weights in `path` into a ViT, strictly but for two things, each of which is printed.
+def load_weights(model: nn.Module, weights: Weights) -> None:
+    """Load `weights` into a ViT, strictly but for two things, each of which is printed.
 
     A position embedding made for another grid of patches is resampled; a head for another number of classes is left
     out, and the model keeps its own.
 
     Raises:
-        FileNotFoundError: there is no such file.
         ValueError: names or shapes differ in anything else; the message lists the first of them.
     """
-    state = read_state_dict(path)
-    own = model.state_dict()
-    if "pos_embed" in state and state["pos_embed"].shape != own["pos_embed"].shape:
-        state["pos_embed"] = resample_pos_embed(state["pos_embed"], model.grid)
-        print(f"{path}: position embedding resampled to {model.grid[0]} x {model.grid[1]} patches")
+    own, state = model.state_dict(), dict(weights.state)
+    if {"pos_embed", "patch_embed.proj.weight"} <= state.keys() and weights.grid() != model.grid:
+        state["pos_embed"] = resample_pos_embed(state["pos_embed"], weights.grid(), model.grid)
+        print(f"{weights.path}: position embedding resampled to {model.grid[0]} x {model.grid[1]} patches")
     head = {name for name in own if name.startswith("head.")}
     if any(name not in state or state[name].shape != own[name].shape for name in head):
         outputs = state["head.bias"].shape[0] if "head.bias" in state else "no"
-        print(f"{path}: its head of {outputs} classes is left out, ours starts anew with {own['head.bias'].shape[0]}")
+        ours = own["head.bias"].shape[0]
+        print(f"{weights.path}: its head of {outputs} classes is left out, ours starts anew with {ours}")
         state = {name: value for name, value in state.items() if name not in head} | {name: own[name] for name in head}
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    misshapen = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if missing or unexpected or misshapen:
-        faults = {"missing": missing, "not ours": unexpected, "of another shape": misshapen}
+    faults = {
+        "missing": [name for name in own if name not in state],
+        "not ours": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {tuple(state[name].shape)} for {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in state and state[name].shape != value.shape
+        ],
+    }
+    if any(faults.values()):
         told = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in faults.items() if names)
-        raise ValueError(f"{path} doesn't fit this network ({told}): check backbone and input_shape")
+        raise ValueError(f"{weights.path} doesn't fit this network ({told}): check backbone and input_shape")
     model.load_state_dict(state)
 
 
-def resample_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Resample the position embedding of a square grid of patches (1, 1 + n * n, C) to another grid, bicubically.
+def resample_pos_embed(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Resample a position embedding (1, 1 + h * w, C) from the grid of patches `source` = (h, w) to `target`.
 
-    The class token's entry stays as it is. See section 3.2 of the ViT paper.
-
-    Raises:
-        ValueError: the patches of `pos_embed` are no square.
+    Bicubic, the class token's entry stays as it is; see section 3.2 of the ViT paper.
     """
     class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
-        raise ValueError(
-            f"a position embedding of {patches.shape[1]} patches is no square and can't be resampled to "
-            f"{grid[0]} x {grid[1]}: use weights of a square input_shape, or the input_shape that they were made for"
-        )
-    patches = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, n * n, C) -> (1, C, n, n)
-    patches = F.interpolate(patches.float(), size=grid, mode="bicubic", align_corners=False).to(pos_embed.dtype)
+    patches = patches.unflatten(1, source).permute(0, 3, 1, 2)  # (1, h * w, C) -> (1, C, h, w)
+    patches = F.interpolate(patches.float(), size=target, mode="bicubic", align_corners=False).to(pos_embed.dtype)
     return torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)

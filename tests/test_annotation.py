@@ -7,9 +7,10 @@ import pytest
 
 from tests.conftest import write_picture
 from utils import demo
-from utils.annotation import annotate, ensure_lists, scan_folders, split_validation
+from utils.annotation import annotate, ensure_lists, split_validation
 from utils.config import TrainConfig
 from utils.lists import read_classes, read_list
+from utils.scan import scan_datasets
 
 LISTS = ("cls_train.txt", "cls_val.txt", "cls_test.txt", "model_data/cls_classes.txt")
 
@@ -66,7 +67,7 @@ def test_a_val_folder_is_used_as_it_is(here):
 
 
 def test_an_old_test_list_goes_with_its_folder(here):
-    touch("datasets/a/1.jpg", "datasets/b/1.jpg", "cls_test.txt")
+    touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)), "cls_test.txt")
     annotate()
     assert not Path("cls_test.txt").exists()
 
@@ -82,7 +83,7 @@ def test_names_and_suffixes(here, capsys):
     assert found == {f"datasets/ä b/{name}" for name in kept} | {"datasets/z/1.jpg"}
     told = capsys.readouterr().out
     assert "2 hidden, 1 not a picture (.txt), 1 not a picture (no suffix)" in told
-    assert "1 no pictures" in told
+    assert "1 no pictures in datasets" in told
     assert "1 outside the class folders" in told
 
 
@@ -118,7 +119,7 @@ def test_a_class_file_is_obeyed(two_classes, capsys):
     assert not any("other" in line for line in entries("cls_train.txt") + entries("cls_val.txt"))
     told = capsys.readouterr().out
     assert "other" in told
-    assert "1 not in the class file" in told
+    assert "1 pictures: not in the class file" in told
     assert "no train pictures of missing" in told
 
 
@@ -135,14 +136,19 @@ def test_classes_only_in_test_are_left_out_and_said(two_classes, capsys):
     write_picture(two_classes / "test" / "new" / "1.png")
     annotate()
     assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
-    assert "1 not in train" in capsys.readouterr().out
+    assert "1 pictures: a class without training pictures" in capsys.readouterr().out
 
 
 def test_folders_that_cannot_work(here):
     with pytest.raises(FileNotFoundError, match="no folder datasets"):
         annotate()
     touch("datasets/a/1.jpg")
-    with pytest.raises(ValueError, match="1 class folders"):
+    with pytest.raises(ValueError, match=r"folders with training pictures: a$"):
+        annotate()
+    touch("datasets/b/notes.heic")
+    with pytest.raises(
+        ValueError, match=r"training pictures: a; passed over: 1 not a picture \(.heic\), 1 no pictures"
+    ):
         annotate()
     touch("datasets/test/a/1.jpg")
     with pytest.raises(ValueError, match="none named train"):
@@ -198,6 +204,66 @@ def test_the_users_lists_are_left_alone(two_classes):
 def test_links_to_class_folders_are_followed_and_loops_end(two_classes):
     os.symlink(two_classes / "train" / "dark", two_classes / "train" / "linked")
     os.symlink(two_classes, two_classes / "train" / "light" / "loop")
-    scan = scan_folders("datasets")
+    scan = scan_datasets("datasets")
     assert scan.count("train", "linked") == 24
     assert scan.count("train", "light") == 16
+
+
+def test_split_folders_by_other_names(here):
+    touch(*(f"datasets/{split}/{k}/{i}.jpg" for split in ("Train", "valid", "TEST") for k in "ab" for i in range(2)))
+    annotate()
+    assert [len(entries(name)) for name in LISTS[:3]] == [4, 4, 4]
+    assert entries("cls_val.txt")[0] == "0;datasets/valid/a/0.jpg"
+
+
+def test_classes_named_like_splits(here):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in ("bus", "car", "train") for i in range(3)))
+    annotate()
+    assert read_classes("model_data/cls_classes.txt") == ["bus", "car", "train"]
+
+
+def test_what_lies_beside_the_splits_is_said(two_classes, capsys):
+    touch("datasets/more/1.jpg", "datasets/loose.jpg")
+    annotate()
+    told = capsys.readouterr().out
+    assert "1 beside the folders of train, val and test" in told
+    assert "1 outside the class folders" in told
+
+
+def test_own_folders_beside_the_demos_splits(here):
+    ensure_lists(TrainConfig())
+    touch(*(f"datasets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(3)))
+    ensure_lists(TrainConfig())
+    assert read_classes("model_data/cls_classes.txt") == ["cat", "dog"]
+    assert len(entries("cls_train.txt")) == 4
+
+
+@pytest.mark.parametrize("name", ["datasets/loose.jpg", "datasets/train/cat/1.heic", "datasets/train/cat/notes.txt"])
+def test_the_demo_is_not_written_among_other_files(here, name):
+    touch(name)
+    with pytest.raises(ValueError, match="two classes at least"):
+        ensure_lists(TrainConfig())
+    assert not list(here.rglob("builtin-digit-*"))
+
+
+def test_a_readme_and_hidden_files_do_not_stop_the_demo(here):
+    touch("datasets/README.md", "datasets/.DS_Store")
+    ensure_lists(TrainConfig())
+    assert len(list(here.rglob("builtin-digit-*"))) == 1797
+
+
+def test_no_empty_validation_list(here):
+    touch("datasets/a/1.jpg", "datasets/b/1.jpg")
+    with pytest.raises(ValueError, match="no pictures to validate on"):
+        annotate()
+    touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/val/c/1.jpg")
+    with pytest.raises(ValueError, match="no pictures to validate on"):
+        annotate()
+    assert not Path("cls_val.txt").exists()
+
+
+def test_a_line_break_in_a_class_name_is_refused(here):
+    touch("datasets/a\nb/1.jpg", "datasets/a\nb/2.jpg", "datasets/c/1.jpg", "datasets/c/2.jpg")
+    with pytest.raises(ValueError, match="line break"):
+        annotate()
+    assert not Path("model_data/cls_classes.txt").exists()

@@ -38,6 +38,7 @@ def test_a_failed_save_leaves_the_old_file(here, monkeypatch):
     monkeypatch.setattr(checkpoint.torch, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint("a.pth", content(step=2))
+    assert os.listdir(here) == ["a.pth"]
     monkeypatch.undo()
     assert load_checkpoint(here / "a.pth")["step"] == 1
 
@@ -78,7 +79,7 @@ def test_what_is_no_checkpoint(here, write, told):
 
 
 def test_no_checkpoint(here):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint a\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"no file a\.pth"):
         load_checkpoint("a.pth")
     with pytest.raises(FileNotFoundError, match=r"train first, python train\.py"):
         find_checkpoint("")

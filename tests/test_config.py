@@ -44,6 +44,17 @@ from utils.freeze import plan_stages
         ("seed", -1),
         ("image_std", (0.2, 0.0, 0.2)),
         ("image_mean", (0.5,)),
+        ("image_mean", (0.5, float("nan"), 0.5)),
+        ("freeze_blocks", "8"),
+        ("input_shape", 224),
+        ("input_shape", (0, 224)),
+        ("init_lr", "1e-3"),
+        ("num_workers", None),
+        ("unfreeze_batch_size", 32.0),
+        ("freeze_epoch", 1.5),
+        ("freeze_train", "False"),
+        ("weight_decay", float("inf")),
+        ("classes_path", None),
     ],
 )
 def test_a_value_that_cannot_work_is_named(field, value):
@@ -53,10 +64,13 @@ def test_a_value_that_cannot_work_is_named(field, value):
     assert len(str(error.value).partition(": ")[2]) > 10, "no remedy"
 
 
-@pytest.mark.parametrize("pair", [("resume", "model_path"), ("pretrained", "model_path")])
-def test_two_places_to_start_from(pair):
-    with pytest.raises(ValueError, match=f"{pair[0]}.*{pair[1]}"):
-        TrainConfig(**dict.fromkeys(pair, "x"))
+def test_two_places_to_start_from():
+    with pytest.raises(ValueError, match=r"pretrained.*model_path"):
+        TrainConfig(pretrained=True, model_path="x")
+
+
+def test_lists_pass_for_tuples_and_whole_numbers_for_floats():
+    assert TrainConfig(input_shape=[32, 64], weight_decay=0).as_dict()["input_shape"] == [32, 64]
 
 
 def test_every_field_has_a_docstring():

@@ -7,7 +7,7 @@ from tests.conftest import write_picture
 from utils.config import TrainConfig
 from utils.data import EpochSampler, ImageDataset, eval_loader, train_loader
 from utils.images import ImageError
-from utils.lists import ImageList
+from utils.lists import ImageList, list_in_memory
 from utils.seeds import derive_seed
 from utils.transforms import Preprocessing, eval_transform, train_transform
 
@@ -18,7 +18,7 @@ CONFIG = TrainConfig(input_shape=(16, 16))
 def images(here) -> ImageList:
     for i in range(23):
         write_picture(here / f"{i}.png", level=60 + 6 * i, seed=i)
-    return ImageList.pack("", ((i, f"{i}.png") for i in range(23)))
+    return list_in_memory((i, f"{i}.png") for i in range(23))
 
 
 def epoch_of(images, workers, seed=1, epoch=0, batch_size=5):

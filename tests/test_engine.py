@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets import build_model
-from utils.classifier import pixel_network
+from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
-from utils.engine import NonFiniteLoss, Trainer, compute_logits, pick_device
+from utils.engine import NonFiniteLoss, Trainer, compute_logits, pick_device, usable_precision
 from utils.optim import build_optimizer
 from utils.transforms import Preprocessing
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(input_shape=(8, 8))
+CONFIG = TrainConfig(input_shape=(8, 8), image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.1))
 
 
 def network(device=CPU, drop_rate=0.0, **freeze) -> nn.Sequential:
@@ -93,6 +93,7 @@ def test_a_step_on_cuda_never_waits(precision):
         trainer.train_step(pixels, targets, optimizer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert trainer.step == 2
 
 
 def test_no_device_is_named_in_the_code():
@@ -204,6 +205,58 @@ def test_evaluation_keeps_order_and_every_picture_and_no_dropout():
     assert whole[0].shape == (11, 3)
     torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(parts[1], targets)
+
+
+@pytest.mark.parametrize("way", ["loader", "pictures"])
+def test_evaluation_is_in_the_precision_asked_for(way):
+    own = network().eval()
+    pixels, targets = batch()
+
+    def logits(precision):
+        if way == "loader":
+            return compute_logits(own, [(pixels, targets)], CPU, precision)[0].log_softmax(1)
+        classifier = Classifier(own, lambda index: pixels[index], ["a", "b", "c"], CPU, precision)
+        return classifier.probabilities(range(6)).log()
+
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = own(pixels).float().log_softmax(1)
+    torch.testing.assert_close(logits("bf16"), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits("fp32"), expected, atol=1e-5)
+
+
+def test_bf16_gives_way_where_the_processor_has_none(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert usable_precision("bf16", CPU) == "fp32"
+    assert usable_precision("fp16", CPU) == "fp16"
+    assert usable_precision("bf16", torch.device("cuda")) == "bf16"
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert usable_precision("bf16", CPU) == "bf16"
+
+
+def test_the_loss_scaler_is_restored():
+    trainer = Trainer(network(), CPU, "fp16", 1)
+    optimizer = build_optimizer(trainer.network[1], CONFIG, 1e-3)
+    for _ in range(3):
+        trainer.train_step(*batch(), optimizer)
+    state = trainer.state_dict()
+    assert state["scaler"]["_growth_tracker"] == 3
+    other = Trainer(network(), CPU, "fp16", 1)
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+
+
+def test_auto_takes_cuda_then_apple_then_the_processor(monkeypatch):
+    there = {"cuda": True, "mps": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
+    assert pick_device("auto").type == "cuda"
+    there["cuda"] = False
+    assert pick_device("auto").type == "mps"
+    there["mps"] = False
+    assert pick_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="device='gpu'"):
+        pick_device("gpu")
 
 
 def test_devices():

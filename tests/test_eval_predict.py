@@ -28,8 +28,8 @@ from utils.lists import read_list
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(script: str, *args: str, **options) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def run(script: str, *args: str, env: dict | None = None, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | (env or {})
     return subprocess.run(
         [sys.executable, ROOT / script, *args], capture_output=True, text=True, env=environment, timeout=120, **options
     )
@@ -101,7 +101,7 @@ def test_other_classes_are_refused(trained, tmp_path):
     write_picture(tmp_path / "data" / "red" / "1.png")
     with pytest.raises(ValueError, match=r"only in .*data: red"):
         evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
-    with pytest.raises(ValueError, match="give the one to evaluate, datasets/test"):
+    with pytest.raises(ValueError, match="give the one that has, such as datasets/test"):
         evaluation.main(data="datasets", out=str(tmp_path))
 
 
@@ -146,6 +146,33 @@ def test_predict_asks_for_pictures(trained):
     assert result.returncode == 1
 
 
+def test_asked_for_pictures_are_answered_one_by_one(trained, monkeypatch, capsys):
+    printed = []
+
+    def ask():
+        for path in ("datasets/test/dark/00.png", "datasets/test/light/00.png"):
+            yield path
+            printed.append(capsys.readouterr().out)
+
+    monkeypatch.setattr(predict, "ask", ask)
+    predict.main()
+    assert ["dark/00" in printed[0], "light/00" in printed[1]] == [True, True]
+
+
+def test_typed_paths_may_be_quoted_folders_and_globs(monkeypatch, trained):
+    monkeypatch.setattr("sys.stdin", io.StringIO("'datasets/test/dark'\n\"datasets/test/*/00.png\"\n"))
+    assert len(list(predict.expand(predict.ask()))) == 6 + 2
+
+
+def test_folders_globs_and_hidden_files(here):
+    for name in ("a/1.png", "a/b/2.JPG", "a/.hidden.png", "a/notes.txt", "c/x.txt"):
+        write_picture(here / f"{name}.png").rename(here / name)
+    assert list(predict.expand(["a"])) == ["a/1.png", "a/b/2.JPG"]
+    assert list(predict.expand(["*"])) == ["a/1.png", "a/b/2.JPG", "c"]
+    assert list(predict.expand(["**/1.png"])) == ["a/1.png"]
+    assert list(predict.expand(["c", "none*.png", "a/notes.txt"])) == ["c", "none*.png", "a/notes.txt"]
+
+
 def test_asking_ends_with_the_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a.jpg\nb.jpg"))
     assert list(predict.ask()) == ["a.jpg", "b.jpg"]
@@ -165,6 +192,44 @@ def test_saved_pictures_carry_a_label_and_overwrite_nothing(trained, tmp_path):
     bar = labelled[original.shape[0] * scale :]
     assert bar.min() == 0
     assert bar.max() == 255
+    assert labelled.shape[1] >= 224
+
+
+@pytest.mark.parametrize("name", ["猫", "Tomato leaf with yellow curl virus, early", "\udcff"])
+def test_labels_fit_and_tell_classes_apart(here, name):
+    image = Image.new("RGB", (224, 224), "white")
+    for label in (name, "other"):
+        predict.save_labelled(image, {"class": label, "probability": 0.5}, f"{label}.png", here)
+    bars = [np.asarray(Image.open(path))[224:] for path in sorted(here.iterdir())]
+    assert not np.array_equal(*bars)
+    assert all(bar[:, -4:].max() == 0 for bar in bars)
+
+
+def test_eval_falls_back_to_the_validation_list(trained, tmp_path, monkeypatch, capsys):
+    model = str(find_checkpoint("").resolve())
+    for name in ("datasets", "model_data"):
+        shutil.copytree(name, tmp_path / name)
+    shutil.copy("cls_val.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(model_path=model)
+    assert "on cls_val.txt" in capsys.readouterr().out
+
+
+def test_eval_names_what_it_passes_over(trained, tmp_path, capsys):
+    shutil.copytree("datasets/test", tmp_path / "data")
+    (tmp_path / "data" / "dark" / "1.heic").touch()
+    (tmp_path / "data" / "loose.jpg").touch()
+    evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
+    told = capsys.readouterr().out
+    assert "passed over: 1 not a picture (.heic) (dark)" in told
+    assert "passed over: 1 outside the class folders" in told
+
+
+def test_names_that_the_terminal_cannot_show(trained, tmp_path):
+    shutil.copy("datasets/test/dark/00.png", tmp_path / "猫.png")
+    result = run("predict.py", str(tmp_path / "猫.png"), env={"PYTHONIOENCODING": "cp1252"})
+    assert result.returncode == 0, result.stderr
+    assert r"\u732b.png: dark" in result.stdout
 
 
 def test_top_k_is_checked(trained):

@@ -7,11 +7,40 @@ from PIL import Image
 from utils.images import ImageError, open_image, read_size
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 def test_every_mode_becomes_rgb(here, mode):
-    Image.new("L", (5, 4)).convert("L").convert(mode).save("a.tif")
+    Image.fromarray(np.repeat(np.uint8([[0, 255]]), 4, axis=0)).convert(mode).save("a.tif")
     image = open_image("a.tif")
-    assert (image.mode, image.size) == ("RGB", (5, 4))
+    assert (image.mode, image.size) == ("RGB", (2, 4))
+    assert np.asarray(image)[0].tolist() == [[0, 0, 0], [255, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.uint16([[0, 128 * 257, 65535]]), [0, 128, 255]),
+        (np.int32([[-5, 128 * 257, 70000]]), [0, 128, 255]),
+        (np.float32([[0, 0.5, 1.0]]), [0, 128, 255]),
+        (np.float32([[0, 128.0, 255.0]]), [0, 128, 255]),
+        (np.float32([[np.nan, 0.5, -1.0]]), [0, 128, 0]),
+    ],
+)
+def test_deep_pictures_are_scaled(here, values, expected):
+    Image.fromarray(values).save("a.tif")
+    assert np.asarray(open_image("a.tif"))[0, :, 0].tolist() == expected
+
+
+def test_a_deep_png_is_scaled(here):
+    Image.fromarray(np.uint16([[0, 128 * 257, 65535]])).save("a.png")
+    assert np.asarray(open_image("a.png"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_lie_on_white(here, mode):
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    image.convert(mode).save("a.png")
+    assert np.asarray(open_image("a.png"))[0].tolist() == [[255, 255, 255], [0, 0, 0]]
 
 
 def test_all_exif_orientations_give_one_picture(shared):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.lists import ImageList, read_classes, read_list, write_classes, write_list
+from utils.lists import list_in_memory, read_classes, read_first_path, read_list, write_classes, write_list
 
 AWKWARD = [
     "a b.jpg",
@@ -55,13 +55,13 @@ def test_relative_paths_start_at_the_lists_folder(here):
 
 
 def test_lists_from_windows(here):
-    (here / "list.txt").write_bytes(b"0;a.jpg\r\n1;b.jpg\r\n\r\n")
+    (here / "list.txt").write_bytes(b"\xef\xbb\xbf0;a.jpg\r\n1;b.jpg\r\n\r\n")
     images = read_list("list.txt", 2)
     assert [images.path(0), images.path(1)] == ["a.jpg", "b.jpg"]
 
 
 def test_a_list_in_memory_holds_no_strings():
-    images = ImageList.pack("", ((0, f"{i}.jpg") for i in range(1000)))
+    images = list_in_memory((0, f"{i}.jpg") for i in range(1000))
     assert isinstance(images.buffer, bytes)
     assert (images.path(0), images.path(1), images.path(999)) == ("0.jpg", "1.jpg", "999.jpg")
 
@@ -103,3 +103,10 @@ def test_class_files_that_cannot_work(here, text, told):
 def test_no_class_file(here):
     with pytest.raises(FileNotFoundError, match=r"no class file c\.txt"):
         read_classes("c.txt")
+
+
+def test_the_first_path(here):
+    write_list("list.txt", [(0, "a;b.jpg"), (1, "c.jpg")])
+    assert read_first_path("list.txt") == "a;b.jpg"
+    (here / "empty.txt").touch()
+    assert read_first_path("empty.txt") is read_first_path("none.txt") is None

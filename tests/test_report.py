@@ -30,7 +30,7 @@ def test_awkward_class_names_reach_every_file(here):
     assert rows[0][1:4] == AWKWARD[:3]
     assert np.array_equal(np.array([row[1:] for row in rows[1:]], dtype=int), confusion)
     assert "no pictures, so not in the means" in format_metrics(metrics)
-    format_metrics(metrics).encode("utf-8")
+    assert all(name in format_metrics(metrics) for name in AWKWARD)
 
 
 @pytest.mark.parametrize("classes", [2, 30, 200])

@@ -13,11 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from nets import build_model
-from tests.conftest import SMALL, write_two_classes
+from tests.conftest import SMALL, write_picture, write_two_classes
 from utils.annotation import annotate
-from utils.checkpoint import BEST, LAST, load_checkpoint
+from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config import TrainConfig
 from utils.engine import NonFiniteLoss
+from utils.run import load_resumable, new_run_folder
 
 
 def only_run(folder: Path = Path()) -> Path:
@@ -127,27 +128,26 @@ def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(two_classes
 
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch, capsys, stop_after):
-    """Cut off inside stage 2, and between the stages."""
+    """Cut off between the stages and inside the second, after the next epoch was logged and before it is saved."""
     whole = load_checkpoint(only_run() / LAST)
     shutil.copytree(trained / "datasets", tmp_path / "datasets")
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(**SMALL)
-    finish_epoch = train.Run.finish_epoch
 
-    def cut_off(run, *args):
-        finish_epoch(run, *args)
-        if run.epoch == stop_after:
+    def cut_off(path, content):
+        if content["epoch"] > stop_after:
             raise KeyboardInterrupt
+        save_checkpoint(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "finish_epoch", cut_off)
+        patch.setattr("utils.run.save_checkpoint", cut_off)
         with pytest.raises(KeyboardInterrupt):
             train.main(config)
     run = only_run()
     assert load_checkpoint(run / LAST)["epoch"] == stop_after
     train.main(dataclasses.replace(config, resume=str(run)))
     resumed = load_checkpoint(only_run() / LAST)
-    assert f"going on with {run / LAST} after epoch {stop_after}" in capsys.readouterr().out
+    assert f"going on with {run} after epoch {stop_after}" in capsys.readouterr().out
     assert state_of(resumed) == state_of(whole)
     assert numbers_of(resumed["history"]) == numbers_of(whole["history"])
     assert len((run / "epoch_loss.txt").read_text().split()) == 4
@@ -156,10 +156,42 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
     assert [point.step for point in events.Scalars("loss")] == [4, 10, 16, 22]
 
 
-def test_resuming_another_network_is_refused(trained, tmp_path):
-    changed = SMALL | {"input_shape": (12, 12), "save_dir": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"resume=.*has model .*\[8, 8\].*\[12, 12\]"):
-        train.main(TrainConfig(**changed, resume=str(only_run())))
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"input_shape": (12, 12)}, r"input_shape was \[8, 8\] and is \[12, 12\]"),
+        ({"weight_decay": 0.5}, "weight_decay was 0.05 and is 0.5"),
+        ({"optimizer_type": "sgd"}, "optimizer_type was 'adamw' and is 'sgd'"),
+        ({"precision": "fp16", "seed": 3}, "precision was 'fp32' and is 'fp16', seed was 11 and is 3"),
+        ({"freeze_epoch": 2}, "freeze_epoch was 1 and is 2"),
+        ({"letterbox_image": True}, "letterbox_image was False"),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(trained, changed, told):
+    with pytest.raises(ValueError, match=rf"^resume=.*{told}"):
+        train.main(TrainConfig(**SMALL | changed, resume=str(only_run())))
+
+
+def test_resuming_with_other_classes_is_refused(trained):
+    config = TrainConfig(**SMALL, resume=str(only_run()))
+    with pytest.raises(ValueError, match=r"has the classes dark, light, and .* names light, dark"):
+        load_resumable(config, ["light", "dark"])
+
+
+def test_resuming_from_an_older_checkpoint_is_refused(trained):
+    older = next(only_run().glob("ep002-*"))
+    with pytest.raises(ValueError, match=r"from its last checkpoint.*set model_path"):
+        train.main(TrainConfig(**SMALL, resume=str(older)))
+
+
+def test_resuming_needs_no_pretrained_weights_and_keeps_their_gelu(trained, monkeypatch, capsys):
+    resumed = load_checkpoint(only_run() / LAST)
+    resumed["model"]["activation"] = "gelu"
+    config = TrainConfig(**SMALL, pretrained=True, resume=str(only_run()))
+    model = train.make_model(config, 2, resumed)
+    assert model.blocks[0].mlp.act.approximate == "none"
+    assert "activation: gelu_tanh -> gelu, as the weights have it" in capsys.readouterr().out
+    assert all(torch.equal(value, resumed["weights"][name]) for name, value in model.state_dict().items())
 
 
 def test_resuming_a_finished_run_does_nothing(trained, capsys):
@@ -178,6 +210,51 @@ def test_starting_from_weights(trained, tmp_path, capsys):
     assert "head of 2 classes is left out, ours starts anew with 3" in capsys.readouterr().out
 
 
+def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
+    checkpoint = load_checkpoint(only_run() / BEST)
+    checkpoint["model"]["activation"] = "gelu"
+    torch.save(checkpoint, tmp_path / "w.pth")
+    model = train.make_model(TrainConfig(**SMALL, model_path=str(tmp_path / "w.pth")), 2)
+    assert model.blocks[0].mlp.act.approximate == "none"
+
+
+def test_the_config_reaches_the_network():
+    config = TrainConfig(
+        **SMALL, drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4, activation="gelu", freeze_train=False
+    )
+    block = train.make_model(config, 2).blocks[-1]
+    assert (block.mlp.drop1.p, block.attn.attn_drop_rate, block.drop_path.drop_rate) == pytest.approx((0.2, 0.3, 0.4))
+    assert block.mlp.act.approximate == "none"
+    with pytest.raises(ValueError, match="pretrained=True: no weights are published"):
+        train.make_model(TrainConfig(**SMALL, pretrained=True), 2)
+
+
+def test_another_seed_gives_other_weights():
+    one, same, other = (train.make_model(TrainConfig(**SMALL, seed=seed), 2).head.weight for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"backbone": "resnet50"}, "backbone='resnet50'"),
+        ({"input_shape": (9, 8)}, "input_shape"),
+        ({"freeze_blocks": 8}, "freeze_blocks=8: this network has 6 blocks"),
+    ],
+)
+def test_what_cannot_be_built_fails_before_anything_is_written(here, changed, told):
+    with pytest.raises(ValueError, match=told):
+        train.main(TrainConfig(**SMALL | changed))
+    assert list(here.iterdir()) == []
+
+
+def test_two_runs_in_one_second(here):
+    folders = [new_run_folder("logs") for _ in range(5)]
+    assert len(set(folders)) == 5
+    assert all(folder.is_dir() for folder in folders)
+
+
 def test_summary_prints_and_leaves(two_classes, capsys):
     train.main(TrainConfig(**SMALL), summary=True)
     told = capsys.readouterr().out
@@ -185,7 +262,8 @@ def test_summary_prints_and_leaves(two_classes, capsys):
     model = build_model("vit_xs_4", 2, (8, 8))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in told
     assert "stage 1: epochs 1 to 1, frozen: embeddings and 4 blocks; 4 steps of 8 pictures" in told
-    assert "stage 2: epochs 2 to 4, frozen: nothing; 6 steps of 6 pictures" in told
+    assert "stage 2: epochs 2 to 4, frozen: nothing; 6 steps of 6 pictures an epoch; learning" in told
+    assert "attention: the pictures have" not in told
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, monkeypatch):
@@ -214,8 +292,6 @@ def test_freezing_what_has_learned_nothing_is_warned_about(capsys):
 
 
 def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
-    from tests.conftest import write_picture
-
     for name in "ab":
         for i in range(3):
             write_picture(here / "datasets" / name / f"{i}.png", size=(400, 300))

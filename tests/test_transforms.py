@@ -34,6 +34,13 @@ def test_evaluation_is_short_side_then_centre(size):
     assert (own.int() - peer(image).int()).abs().max() <= 2  # the long side may be rounded otherwise, by one pixel
 
 
+def test_a_picture_of_extreme_shape_costs_no_more_than_another():
+    """10 pixels by 20,000 would be 512 million pixels if its short side were brought to 256 first."""
+    pixels = eval_transform(preprocessing())(gradient(20_000, 10))
+    assert pixels.shape == (3, 224, 224)
+    assert abs(pixels[0].float().mean().item() - 127) < 2
+
+
 def test_evaluation_at_a_shape_that_is_not_square():
     pixels = eval_transform(preprocessing(input_shape=[100, 200], eval_crop=1.0))(gradient(200, 200))
     assert pixels.shape == (3, 100, 200)

@@ -168,12 +168,32 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model.eval()(x), model(x))
 
 
-@pytest.mark.parametrize(
-    "rates", [{"drop_rate": 0.5, "attn_drop_rate": 0.0}, {"drop_rate": 0.0, "attn_drop_rate": 0.5}]
-)
-def test_each_dropout_rate_reaches_its_place(rates):
-    model = small_vit(drop_path_rate=0.0, **rates).train()
-    assert not torch.equal(model(pictures(16, 16)), model(pictures(16, 16)))
+def test_dropout_and_stochastic_depth_are_in_every_place():
+    model = small_vit(drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4).train()
+    called = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout | DropPath):
+            module.register_forward_hook(lambda module, args, output, name=name: called.append(name))
+    model(pictures(16, 16))
+    in_a_block = ["attn.proj_drop", "drop_path", "mlp.drop1", "mlp.drop2", "drop_path"]
+    assert called == ["pos_drop", *(f"blocks.{i}.{name}" for i in range(3) for name in in_a_block)]
+    assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.2}
+    assert [block.attn.attn_drop_rate for block in model.blocks] == [0.3] * 3
+
+
+def test_attention_drops_weights_in_training_only():
+    q = torch.ones(1, 1, 50, 4)
+    v = torch.eye(50).view(1, 1, 50, 50)
+    weights = attention(q, q, v, scale=1.0, drop_rate=0.5)  # v being the identity, these are the weights themselves
+    assert (weights == 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
+    model = small_vit(drop_rate=0.0, attn_drop_rate=0.5, drop_path_rate=0.0)
+    x = pictures(16, 16)
+    assert not torch.equal(model.train()(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_queries_keys_and_values_without_bias():
+    assert small_vit(qkv_bias=False).blocks[0].attn.qkv.bias is None
 
 
 def trainable(model: nn.Module) -> set[str]:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from nets.vit import vit
-from nets.weights import HUB_REPOS, find_pretrained, load_weights, read_state_dict, resample_pos_embed
+from nets.weights import HUB_REPOS, find_pretrained, load_weights, read_weights, resample_pos_embed
 
 
 def tiny(num_classes=4, input_shape=(16, 16), **options):
@@ -80,9 +80,14 @@ def test_the_layouts_file_goes_with_its_gelu(here):
     assert (source.path.name, source.activation) == ("vit-patch_16.pth", "gelu_tanh")
 
 
-def test_no_network_says_what_to_put_where(here, monkeypatch):
+class ReadError(Exception):
+    """As an HTTP library raises when a connection breaks off."""
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError, ReadError])
+def test_no_network_says_what_to_put_where(here, monkeypatch, error):
     def offline(repo_id, filename):
-        raise LocalEntryNotFoundError("no connection")
+        raise error("no connection")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(FileNotFoundError, match=r"augreg2_in21k_ft_in1k.*put it at model_data/vit_b_16\.safetensors"):
@@ -98,18 +103,36 @@ def test_network_without_published_weights(here):
 def test_resampling_equals_timms(grid):
     pos_embed = torch.randn(1, 1 + 14 * 14, 8, generator=torch.Generator().manual_seed(0))
     peer = timm.layers.resample_abs_pos_embed(pos_embed, list(grid), antialias=False)
-    torch.testing.assert_close(resample_pos_embed(pos_embed, grid), peer, atol=1e-6, rtol=0)
+    torch.testing.assert_close(resample_pos_embed(pos_embed, (14, 14), grid), peer, atol=1e-6, rtol=0)
 
 
-def test_resampling_from_no_square():
-    with pytest.raises(ValueError, match="15 patches is no square"):
-        resample_pos_embed(torch.zeros(1, 16, 8), (4, 4))
+def test_resampling_from_a_grid_that_is_not_square():
+    pos_embed = torch.randn(1, 1 + 4 * 6, 8, generator=torch.Generator().manual_seed(0))
+    peer = timm.layers.resample_abs_pos_embed(pos_embed, [6, 4], [4, 6], antialias=False)
+    torch.testing.assert_close(resample_pos_embed(pos_embed, (4, 6), (6, 4)), peer, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("target", [(16, 32), (16, 16), (32, 64)])
+def test_a_checkpoint_tells_its_grid(here, target):
+    """With as many tokens, a quarter of them, or four times: never taken for a square, nor as they are."""
+    source = tiny(input_shape=(32, 16) if target == (16, 32) else (16, 64))
+    torch.save({"weights": source.state_dict(), "model": source.arguments}, "w.pth")
+    model = tiny(input_shape=target)
+    load_weights(model, read_weights("w.pth"))
+    expected = resample_pos_embed(source.pos_embed.detach(), source.grid, model.grid)
+    assert torch.equal(model.pos_embed, expected)
+
+
+def test_a_state_dict_of_no_square_is_refused(here):
+    torch.save(tiny(input_shape=(32, 16)).state_dict(), "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth: a position embedding of 32 patches is no square"):
+        load_weights(tiny(), read_weights("w.pth"))
 
 
 def test_resampled_when_loaded_not_at_every_forward(here):
     torch.save(tiny().state_dict(), "small.pth")
     model = tiny(input_shape=(32, 16))
-    load_weights(model, "small.pth")
+    load_weights(model, read_weights("small.pth"))
     assert model.pos_embed.shape == (1, 1 + 8 * 4, 192)
     assert model(torch.zeros(1, 3, 32, 16)).shape == (1, 4)
 
@@ -121,7 +144,7 @@ def test_state_dict_round_trip(here, suffix):
     save_file(state, "w.safetensors")
     model = tiny()
     torch.nn.init.zeros_(model.head.weight)
-    load_weights(model, f"w.{suffix}")
+    load_weights(model, read_weights(f"w.{suffix}"))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -140,14 +163,14 @@ def test_what_does_not_fit_is_named(here, fault, told):
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=told):
-        load_weights(model, "w.pth")
+        load_weights(model, read_weights("w.pth"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_weights_without_a_head(here, capsys):
     state = {name: value for name, value in tiny().state_dict().items() if not name.startswith("head.")}
     torch.save(state, "w.pth")
-    load_weights(tiny(), "w.pth")
+    load_weights(tiny(), read_weights("w.pth"))
     assert "head of no classes" in capsys.readouterr().out
 
 
@@ -159,13 +182,23 @@ class Trap:
 def test_nothing_in_a_file_is_executed(here):
     torch.save({"weights": Trap()}, "trap.pth")
     with pytest.raises(ValueError, match=r"trap\.pth"):
-        read_state_dict("trap.pth")
+        read_weights("trap.pth")
     assert not Path("canary").exists()
 
 
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"version https://git-lfs.github.com/spec/v1\n", bytes(range(256)) * 9]
+)
+def test_files_that_hold_no_weights(here, name, content):
+    (here / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} can't be opened as weights"):
+        read_weights(name)
+
+
 def test_no_such_file_and_no_state_dict(here):
-    with pytest.raises(FileNotFoundError, match="no weights at none"):
-        read_state_dict("none.pth")
+    with pytest.raises(FileNotFoundError, match="no file none"):
+        read_weights("none.pth")
     torch.save([1, 2], "list.pth")
     with pytest.raises(ValueError, match="no state dict"):
-        read_state_dict("list.pth")
+        read_weights("list.pth")

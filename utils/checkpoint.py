@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nets.weights import open_safely
+
 FORMAT_VERSION = 1
 LAST = "last_epoch_weights.pth"
 BEST = "best_epoch_weights.pth"
-# What the classifier is, and how far the run has come.
-CLASSIFIER_KEYS = frozenset(["format_version", "model", "weights", "class_names", "preprocessing", "config"])
-RUN_KEYS = frozenset(["optimizer", "scaler", "epoch", "step", "best_val_loss", "history"])
-KEYS = CLASSIFIER_KEYS | RUN_KEYS
+WHAT_IT_IS = ("format_version", "model", "weights", "class_names", "preprocessing", "config")
+HOW_FAR_IT_IS = ("optimizer", "scaler", "epoch", "step", "best_val_loss", "history")
+KEYS = frozenset((*WHAT_IT_IS, *HOW_FAR_IT_IS))
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
@@ -27,11 +27,14 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     assert content.keys() | {"format_version"} == KEYS, content.keys() ^ KEYS
     path = Path(path)
     unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("wb") as file:
-        torch.save({"format_version": FORMAT_VERSION} | content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("wb") as file:
+            torch.save({"format_version": FORMAT_VERSION} | content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -39,15 +42,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it isn't one of Thaw's checkpoints, or one of a later version.
+        ValueError: it can't be opened, or isn't one of Thaw's checkpoints of this version.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} can't be opened as a checkpoint: {error}") from error
+    content = open_safely(path)
     if not isinstance(content, dict) or "format_version" not in content:
         raise ValueError(f"{path} is none of Thaw's checkpoints; plain weights go into model_path of train.py")
     if content["format_version"] != FORMAT_VERSION:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nets import build_model
 from utils.checkpoint import load_checkpoint
-from utils.engine import autocast, pick_device
+from utils.engine import autocast, pick_device, usable_precision
 from utils.transforms import Normalise, Preprocessing, eval_transform
 
 
@@ -25,7 +25,7 @@ class Classifier:
         transform: an RGB picture to uint8 (3, height, width).
         class_names: name of each class id.
         device: where the network is.
-        precision: the arithmetic that it was trained and validated in.
+        precision: the arithmetic that it was trained and validated in, if the device has it.
     """
 
     network: nn.Module
@@ -66,5 +66,5 @@ def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
         transform=eval_transform(preprocessing),
         class_names=checkpoint["class_names"],
         device=place,
-        precision=checkpoint["config"]["precision"],
+        precision=usable_precision(checkpoint["config"]["precision"], place),
     )

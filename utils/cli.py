@@ -1,4 +1,4 @@
-"""The command line: flags, and errors as a person wants to read them."""
+"""The command line: flags, and text as a person wants to read it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ from typing import Any
 import tyro
 
 PROJECT = Path(__file__).resolve().parents[1]
+OWN_FOLDERS = (PROJECT, PROJECT / "nets", PROJECT / "utils")
 
 
 def run(main: Callable[..., Any]) -> Any:
     """Call `main` with its arguments from the command line, and return what it returns.
 
     An error that Thaw itself raised about the user's input is printed without a traceback, and the exit status is 1. An
-    error from inside a library keeps its traceback: it may be a fault of ours.
+    error from inside a library keeps its traceback: it may be a fault of ours. What the terminal's encoding can't show,
+    such as a file name's bytes that aren't UTF-8, is printed as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         return tyro.cli(main)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if PROJECT not in raised_in.parents:
+        if raised_in.parent not in OWN_FOLDERS:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what no font and no UTF-8 file can hold: bytes of a file name that aren't UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

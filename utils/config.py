@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+Device = Literal["auto", "cuda", "cpu", "mps"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class TrainConfig:
     """Start from the weights in this file (a checkpoint of Thaw or a state dict) instead. Empty: don't."""
 
     resume: str = ""
-    """Go on with the run in this folder or checkpoint: weights, optimizer, epoch and best value. Empty: a new run."""
+    """Go on with the run in this folder from its last whole epoch: give the same settings again. Empty: a new run."""
 
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     """GELU by its tanh approximation, this layout's, or exact, as in timm's and torchvision's weights. `pretrained`
@@ -97,9 +101,9 @@ class TrainConfig:
 
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Arithmetic of the matrix products. `bf16` on GPUs since Ampere and on processors that have it (AVX512-BF16, AMX):
-    two to three times as fast; on others it is slower. `fp16` on older GPUs, with a loss scaler."""
+    two to three times as fast; x86 processors without it get fp32 instead. `fp16` on older GPUs, with a loss scaler."""
 
-    device: Literal["auto", "cuda", "cpu", "mps"] = "auto"
+    device: Device = "auto"
     """Where to train. `auto`: CUDA if there is one, else Apple's GPU (mps), else the processor."""
 
     letterbox_image: bool = False
@@ -145,8 +149,9 @@ class TrainConfig:
 
         for field, hint in get_type_hints(TrainConfig).items():
             if get_origin(hint) is Literal:
-                check(field, getattr(self, field) in get_args(hint), f"choose one of {', '.join(get_args(hint))}")
-        check("input_shape", len(self.input_shape) == 2, "give height and width in pixels")
+                check(field, _fits(getattr(self, field), hint), f"choose one of {', '.join(get_args(hint))}")
+            else:
+                check(field, _fits(getattr(self, field), hint), f"give a value of the type {hint}")
         for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum"):
             check(field, 0 <= getattr(self, field) < 1, "give a number from 0 to below 1")
         for field in ("eval_crop", "train_crop"):
@@ -164,9 +169,8 @@ class TrainConfig:
             not self.freeze_train or self.freeze_epoch <= self.unfreeze_epoch,
             f"the backbone is thawed by unfreeze_epoch ({self.unfreeze_epoch}) at the latest; lower it or raise that",
         )
-        check("image_std", len(self.image_std) == 3 and min(self.image_std) > 0, "give three numbers above 0")
-        check("image_mean", len(self.image_mean) == 3, "give three numbers")
-        check("resume", not (self.resume and self.model_path), "set either resume or model_path, not both")
+        check("input_shape", min(self.input_shape) > 0, "give height and width in pixels")
+        check("image_std", min(self.image_std) > 0, "give three numbers above 0")
         check("pretrained", not (self.pretrained and self.model_path), "set either pretrained or model_path, not both")
 
     def as_dict(self) -> dict[str, Any]:
@@ -174,3 +178,17 @@ class TrainConfig:
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`; whole numbers pass for floats, lists for tuples, nan and inf don't."""
+    args = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in args
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple | list) and len(value) == len(args) and all(map(_fits, value, args))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is hint

@@ -6,8 +6,10 @@ of the list. Bytes of a file name that are no UTF-8 go through as they are (surr
 
 from __future__ import annotations
 
+import codecs
 import os
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,22 +38,27 @@ class ImageList:
     def path(self, index: int) -> str:
         """The path of one picture, as it can be opened."""
         start = self.ends[index - 1] if index else 0
-        name = self.buffer[start : self.ends[index]].decode("utf-8", "surrogateescape")
-        return os.path.join(self.folder, name)
+        return os.path.join(self.folder, _decode(self.buffer[start : self.ends[index]]))
 
     @staticmethod
-    def pack(folder: str | Path, entries: Iterable[tuple[int, str]]) -> ImageList:
-        """Make a list of `(class_id, path)` pairs."""
-        class_ids, lengths, buffer = [], [], bytearray()
+    def pack(folder: str | Path, entries: Iterable[tuple[int, bytes]]) -> ImageList:
+        """Make a list of `(class_id, path)` pairs, the paths encoded."""
+        class_ids, lengths, buffer = array("q"), array("q"), bytearray()
         for class_id, path in entries:
-            encoded = path.encode("utf-8", "surrogateescape")
             class_ids.append(class_id)
-            lengths.append(len(encoded))
-            buffer += encoded
+            lengths.append(len(path))
+            buffer += path
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64), dtype=np.int64)
-        return ImageList(
-            "" if Path(folder) == Path() else str(folder), bytes(buffer), ends, np.asarray(class_ids, dtype=np.int64)
-        )
+        folder = "" if Path(folder) == Path() else str(folder)
+        return ImageList(folder, bytes(buffer), ends, np.asarray(class_ids, dtype=np.int64))
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _decode(encoded: bytes) -> str:
+    return encoded.decode("utf-8", "surrogateescape")
 
 
 def write_list(path: str | Path, entries: Iterable[tuple[int, str]]) -> None:
@@ -60,12 +67,13 @@ def write_list(path: str | Path, entries: Iterable[tuple[int, str]]) -> None:
     Raises:
         ValueError: a path has a line break in it, which the format can't hold.
     """
-    lines = []
-    for class_id, name in entries:
-        if "\n" in name or "\r" in name:
-            raise ValueError(f"{name!r} has a line break in its name, which no list can hold: rename it")
-        lines.append(f"{class_id};{name}\n")
-    Path(path).write_bytes("".join(lines).encode("utf-8", "surrogateescape"))
+    lines = [f"{class_id};{_one_line(name)}\n" for class_id, name in entries]
+    Path(path).write_bytes(_encode("".join(lines)))
+
+
+def list_in_memory(entries: Iterable[tuple[int, str]]) -> ImageList:
+    """A list of `(class_id, path)` pairs that was never a file."""
+    return ImageList.pack("", ((class_id, _encode(path)) for class_id, path in entries))
 
 
 def read_list(path: str | Path, num_classes: int) -> ImageList:
@@ -79,17 +87,14 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}: run python txt_annotation.py")
 
-    def entries() -> Iterable[tuple[int, str]]:
-        for number, line in enumerate(path.read_bytes().decode("utf-8", "surrogateescape").split("\n"), start=1):
-            line = line.removesuffix("\r")
-            if not line:
-                continue
-            class_id, separator, name = line.partition(";")
-            if not (separator and name and class_id.isascii() and class_id.isdigit()):
-                raise ValueError(f"{path}, line {number}: expected class_id;path, found {line[:80]!r}")
+    def entries() -> Iterator[tuple[int, bytes]]:
+        for number, line in _lines(path):
+            class_id, separator, name = line.partition(b";")
+            if not (separator and name and class_id.isdigit()):
+                raise ValueError(f"{path}, line {number}: expected class_id;path, found {_decode(line[:80])!r}")
             if int(class_id) >= num_classes:
                 raise ValueError(
-                    f"{path}, line {number}: class id {class_id}, but there are {num_classes} classes (0 to "
+                    f"{path}, line {number}: class id {int(class_id)}, but there are {num_classes} classes (0 to "
                     f"{num_classes - 1}); list and class file differ: run python txt_annotation.py"
                 )
             yield int(class_id), name
@@ -100,10 +105,39 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
     return images
 
 
+def read_first_path(path: str | Path) -> str | None:
+    """The path in the first line of a list, as it stands there; None if there is no list or nothing in it."""
+    if not Path(path).is_file():
+        return None
+    return next((_decode(line.partition(b";")[2]) for _, line in _lines(path)), None)
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Number and content of each line that isn't empty; a byte-order mark and Windows' line ends are taken off."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            if line:
+                yield number, line
+
+
+def _one_line(name: str) -> str:
+    if "\n" in name or "\r" in name:
+        raise ValueError(f"{name!r} has a line break in its name, which no list can hold: rename it")
+    return name
+
+
 def write_classes(path: str | Path, names: Sequence[str]) -> None:
-    """Write class names, one a line."""
+    """Write class names, one a line.
+
+    Raises:
+        ValueError: a name has a line break in it.
+    """
+    lines = [f"{_one_line(name)}\n" for name in names]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes("".join(f"{name}\n" for name in names).encode("utf-8", "surrogateescape"))
+    Path(path).write_bytes(_encode("".join(lines)))
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -116,8 +150,7 @@ def read_classes(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no class file {path}: run python txt_annotation.py")
-    lines = path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
-    names = [name for name in (line.removesuffix("\r") for line in lines) if name]
+    names = [_decode(line) for _, line in _lines(path)]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ValueError(f"{path} names {', '.join(doubled)} twice: every class has one line")

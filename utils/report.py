@@ -11,23 +11,14 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-# matplotlib's own font has no Chinese, Japanese or Korean; whichever of these is installed steps in for what it lacks.
-CJK_FONTS = [
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Zen Hei",
-    "Microsoft YaHei",
-    "SimHei",
-]
-CJK_FONTS += ["PingFang SC", "Hiragino Sans GB", "Yu Gothic", "Malgun Gothic"]
-installed = set(font_manager.get_font_names())
-matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in CJK_FONTS if name in installed)]
+from utils.cli import printable
+from utils.fonts import font_families
+
+matplotlib.rcParams["font.family"] = font_families()
 
 Row = dict[str, float]
 """One epoch: epoch (from 1), loss, top1, val_loss, val_top1, learning_rate, seconds."""
@@ -148,7 +139,7 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
 def _labels(class_names: Sequence[str]) -> list[str]:
     """Class names as a plot takes them: short, and with no sign that matplotlib reads as a formula."""
     short = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
-    return [name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$") for name in short]
+    return [printable(name).replace("$", r"\$") for name in short]
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -156,8 +147,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     lines = [f"{'class':<24}{'precision':>10}{'recall':>10}{'F1':>10}{'support':>10}"]
     for row in metrics["per_class"]:
         shares = ["-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall", "f1")]
-        name = row["class"].encode("utf-8", "backslashreplace").decode()
-        lines.append(f"{name:<24}" + "".join(f"{share:>10}" for share in shares) + f"{row['support']:>10}")
+        lines.append(f"{row['class']:<24}" + "".join(f"{share:>10}" for share in shares) + f"{row['support']:>10}")
     lines.append(f"{metrics['pictures']} pictures, loss {metrics['loss']:.4f}")
     for key, title in (("top1", "top-1"), ("top5", "top-5"), ("mean_recall", "mean recall")):
         if key in metrics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,17 +17,49 @@ from utils.freeze import Stage
 from utils.report import RunLog
 from utils.transforms import Preprocessing
 
+# A resumed run may have other values of these; all others decide what comes out of it.
+FREE_FIELDS = frozenset(
+    ["resume", "model_path", "pretrained", "activation", "save_period", "save_dir", "num_workers", "device"]
+)
+
+
+def load_resumable(config: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
+    """The last checkpoint of the run that `config.resume` names; None if it names none.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: it isn't a run's folder or last checkpoint, or the run has other settings or classes.
+    """
+    if not config.resume:
+        return None
+    file = find_checkpoint(config.resume, LAST)
+    if file.name != LAST:
+        raise ValueError(
+            f"resume={config.resume!r}: a run goes on from its last checkpoint, so give its folder; to begin a new run "
+            f"with the weights of another checkpoint, set model_path"
+        )
+    checkpoint = load_checkpoint(file)
+    now = config.as_dict()
+    changed = {
+        name: then for name, then in checkpoint["config"].items() if name not in FREE_FIELDS and then != now.get(name)
+    }
+    if changed:
+        told = ", ".join(f"{name} was {then!r} and is {now.get(name)!r}" for name, then in changed.items())
+        raise ValueError(f"resume={config.resume!r}: {told}; set it back, or begin a new run with model_path")
+    if checkpoint["class_names"] != class_names:
+        raise ValueError(
+            f"resume={config.resume!r}: that run has the classes {', '.join(checkpoint['class_names'])}, and "
+            f"{config.classes_path} names {', '.join(class_names)}"
+        )
+    return checkpoint
+
 
 class Run:
-    """A new run, or with `config.resume` one that goes on: then model and trainer are brought to where it was.
+    """A new run, or with `resumed`, its last checkpoint, one that goes on: the trainer is brought to where it was.
 
     Attributes:
         folder: the run's folder.
         history: a row of numbers for each finished epoch.
-
-    Raises:
-        FileNotFoundError: there is no run to go on with.
-        ValueError: the run to go on with is of another network or other classes.
     """
 
     def __init__(
@@ -35,7 +68,7 @@ class Run:
         model: nn.Module,
         trainer: Trainer,
         class_names: list[str],
-        preprocessing: Preprocessing,
+        resumed: dict[str, Any] | None,
     ) -> None:
         self.config = config
         self.model = model
@@ -43,29 +76,20 @@ class Run:
         self.identity = {
             "model": model.arguments,
             "class_names": class_names,
-            "preprocessing": preprocessing.as_dict(),
+            "preprocessing": Preprocessing.from_dict(config.as_dict()).as_dict(),
             "config": config.as_dict(),
         }
         self.history: list[dict[str, float]] = []
-        self._resumed = None
-        if config.resume:
-            self._resume(find_checkpoint(config.resume, LAST))
+        self._resumed = resumed
+        if resumed:
+            self.folder = find_checkpoint(config.resume, LAST).parent
+            self.trainer.load_state_dict(resumed)
+            self.history = resumed["history"]
+            print(f"going on with {self.folder} after epoch {self.epoch}")
         else:
             self.folder = new_run_folder(config.save_dir)
         self.log = RunLog(self.folder, config.as_dict(), trainer.step)
         self._epoch_started = time.perf_counter()
-
-    def _resume(self, file: Path) -> None:
-        self._resumed = load_checkpoint(file)
-        for key in ("model", "class_names"):
-            then, now = self._resumed[key], self.identity[key]
-            if then != now:
-                raise ValueError(f"resume={self.config.resume!r}: that run has {key} {then}, and this one {now}")
-        self.model.load_state_dict(self._resumed["weights"])
-        self.trainer.load_state_dict(self._resumed)
-        self.history = self._resumed["history"]
-        self.folder = file.parent
-        print(f"going on with {file} after epoch {len(self.history)}")
 
     @property
     def epoch(self) -> int:
@@ -75,7 +99,9 @@ class Run:
     def restore_optimizer(self, optimizer: Optimizer, stage: Stage) -> None:
         """If the run that goes on was cut off inside `stage`, give its new optimizer the state of the old."""
         if self._resumed and self.epoch > stage.start:
-            optimizer.load_state_dict(self._resumed["optimizer"])
+            # The groups' options stay as they were just made: `fused` depends on the device.
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": self._resumed["optimizer"]["state"], "param_groups": groups})
 
     def finish_epoch(self, numbers: dict[str, float], optimizer: Optimizer) -> None:
         """Print, log and save an epoch: as the last, as the best if none had a lower validation loss, and by itself
@@ -101,13 +127,14 @@ class Run:
                 "history": self.history,
             }
         )
+        # Logged before it is saved: a run cut off in between logs this epoch again, and what it logged first is hidden.
+        self.log.log_epoch(self.history, self.trainer.step)
         if self.epoch % self.config.save_period == 0:
             name = f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}.pth"
             save_checkpoint(self.folder / name, content)
         if is_best:
             save_checkpoint(self.folder / BEST, content)
         save_checkpoint(self.folder / LAST, content)
-        self.log.log_epoch(self.history, self.trainer.step)
 
 
 def new_run_folder(save_dir: str | Path) -> Path:

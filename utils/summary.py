@@ -34,12 +34,14 @@ def count_flops(model: nn.Module) -> int:
 
 def format_model(model: nn.Module, stages: list[Stage]) -> str:
     """Parameters of each part, how many of them each stage trains, and the FLOPs of a forward."""
+    with torch.device("meta"):
+        twin = build_model(**model.arguments)
     parts: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in twin.named_parameters():
         parts.setdefault(name.split(".")[0], []).append(parameter)
     table = {"parameters": [sum(p.numel() for p in part) for part in parts.values()]}
     for number, stage in enumerate(stages, start=1):
-        stage.freeze(model)
+        stage.freeze(twin)
         table[f"trained in stage {number}"] = [
             sum(p.numel() for p in part if p.requires_grad) for part in parts.values()
         ]
@@ -57,10 +59,11 @@ def format_stages(stages: list[Stage], num_pictures: int) -> str:
             stage.frozen, f"embeddings and {stage.frozen} blocks"
         )
         steps, left = divmod(num_pictures, stage.batch_size)
+        sitting_out = f" ({left} sit out, others each time)" if left else ""
         lines.append(
             f"  stage {number}: epochs {stage.start + 1} to {stage.end}, frozen: {part}; {steps} steps of "
-            f"{stage.batch_size} pictures an epoch ({left} sit out, others each time); learning rate up to "
-            f"{stage.init_lr:.3g}, down to {stage.min_lr:.3g}"
+            f"{stage.batch_size} pictures an epoch{sitting_out}; learning rate "
+            f"up to {stage.init_lr:.3g}, down to {stage.min_lr:.3g}"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from utils.config import TrainConfig
 
@@ -60,9 +60,10 @@ def eval_transform(preprocessing: Preprocessing) -> v2.Transform:
 
 
 class ResizeAndCrop(nn.Module):
-    """Resize, keeping the aspect ratio, until the crop just fits inside `crop` of each side; cut it out of the centre.
+    """Cut out of the centre the largest part with the aspect ratio of `size`, times `crop`; resize it to `size`.
 
-    With a square `size` this is: the short side to size / crop, then the centre.
+    With a square `size` this is the usual "resize the short side to size / crop, then crop the centre", in one step and
+    without the pixels that are cut off.
     """
 
     def __init__(self, size: Sequence[int], crop: float) -> None:
@@ -72,10 +73,17 @@ class ResizeAndCrop(nn.Module):
 
     def forward(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        scale = max(height / self.crop / image.height, width / self.crop / image.width)
-        resized = [max(height, round(image.height * scale)), max(width, round(image.width * scale))]
-        image = v2.functional.resize(image, resized, InterpolationMode.BILINEAR, antialias=True)
-        return v2.functional.center_crop(image, [height, width])
+        scale = self.crop * min(
+            image.height / height, image.width / width
+        )  # pixels of the picture to one of the result
+        left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+        box = (
+            max(0, left),
+            max(0, top),
+            min(image.width, left + width * scale),
+            min(image.height, top + height * scale),
+        )
+        return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
 class Letterbox(nn.Module):

@@ -1,0 +1,138 @@
+"""What lies in folders of pictures: which of them are splits, which classes, and what is passed over."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils import demo
+from utils.images import IMAGE_SUFFIXES
+
+SPLITS = ("train", "val", "test")
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+@dataclass
+class Scan:
+    """What lies in the folders.
+
+    Attributes:
+        pictures: split -> class -> paths, sorted; only classes with pictures.
+        skipped: class -> why -> how many were passed over; the class "" stands for what lies outside class folders.
+        demo_set_aside: whether built-in digits were passed over because there are other pictures.
+    """
+
+    pictures: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {split: {} for split in SPLITS})
+    skipped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    demo_set_aside: bool = False
+
+    def count(self, split: str, name: str) -> int:
+        """How many pictures a class has in a split."""
+        return len(self.pictures[split].get(name, ()))
+
+    def paths(self) -> list[str]:
+        """All pictures."""
+        return [path for classes in self.pictures.values() for paths in classes.values() for path in paths]
+
+
+def scan_datasets(root: str | Path) -> Scan:
+    """Find the pictures under `<split>/<class>/`, or directly under `<class>/`, at any depth below.
+
+    A folder named like a split (train, val, valid, validation or test, in upper or lower case) counts as one if there
+    are folders in it. The built-in digits are passed over where there are other pictures.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there are folders for other splits and none for training.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}: make it and put a folder of pictures per class into it")
+    splits = {entry: SPLIT_NAMES[entry.name.lower()] for entry in _folders(root) if _is_split(entry)}
+    scan = Scan()
+    if splits and "train" not in splits.values():
+        raise ValueError(
+            f"{root} has a folder {next(iter(splits)).name} and none named train: put the classes to train on into one"
+        )
+    others = [entry for entry in _folders(root) if entry not in splits]
+    if splits and not (all(map(_holds_only_demo, splits)) and any(not _holds_only_demo(entry) for entry in others)):
+        for entry, split in splits.items():
+            scan_classes(entry, scan, split)
+        for entry in others:
+            scan.skipped[entry.name]["beside the folders of train, val and test"] += 1
+        _count_loose(root, scan)
+    else:  # class folders; split folders with nothing but the built-in digits in them have made way
+        scan_classes(root, scan, "train", besides=set(splits))
+        scan.demo_set_aside = bool(splits)
+    _set_demo_aside(scan)
+    return scan
+
+
+def scan_classes(folder: Path, scan: Scan, split: str, besides: frozenset[Path] | set[Path] = frozenset()) -> None:
+    """Add to `scan` what lies in `folder`, whose folders, but for those in `besides`, are named after classes."""
+    for entry in _folders(folder):
+        if entry in besides:
+            continue
+        found = scan.pictures[split].setdefault(entry.name, [])
+        found += pictures_below(entry, scan.skipped[entry.name])
+        if not found:
+            del scan.pictures[split][entry.name]
+            scan.skipped[entry.name][f"no pictures in {folder.name}"] += 1
+    _count_loose(folder, scan)
+
+
+def pictures_below(folder: str | Path, skipped: Counter[str]) -> list[str]:
+    """The paths of all pictures in `folder` and below, sorted; what is hidden or no picture is counted in `skipped`."""
+    found = []
+    for where, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if name.startswith("."):
+                skipped["hidden"] += 1
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in (name for name in files if not name.startswith(".")):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in IMAGE_SUFFIXES:
+                found.append(Path(where, name).as_posix())
+            else:
+                skipped[f"not a picture ({suffix or 'no suffix'})"] += 1
+    return sorted(found)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _is_split(folder: Path) -> bool:
+    return folder.name.lower() in SPLIT_NAMES and bool(_folders(folder))
+
+
+def _count_loose(folder: Path, scan: Scan) -> None:
+    for entry in folder.iterdir():
+        if not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES:
+            scan.skipped[""]["outside the class folders"] += 1
+
+
+def is_demo(path: str) -> bool:
+    """Whether a picture is one of the built-in digits."""
+    return os.path.basename(path).startswith(demo.PREFIX)
+
+
+def _holds_only_demo(folder: Path) -> bool:
+    return all(map(is_demo, pictures_below(folder, Counter())))
+
+
+def _set_demo_aside(scan: Scan) -> None:
+    if all(map(is_demo, scan.paths())):
+        return
+    for classes in scan.pictures.values():
+        for name, paths in list(classes.items()):
+            own = [path for path in paths if not is_demo(path)]
+            if len(own) < len(paths):
+                scan.demo_set_aside = True
+                scan.skipped[name]["built-in digits"] += len(paths) - len(own)
+            if own:
+                classes[name] = own
+            else:
+                del classes[name]
