@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,14 +63,36 @@ def test_lists_from_windows(here):
 
 def test_a_list_in_memory_holds_no_strings():
     images = list_in_memory((0, f"{i}.jpg") for i in range(1000))
-    assert isinstance(images.buffer, bytes)
+    assert all(isinstance(getattr(images, name), np.ndarray) for name in ("buffer", "starts", "class_ids"))
     assert (images.path(0), images.path(1), images.path(999)) == ("0.jpg", "1.jpg", "999.jpg")
 
 
-@pytest.mark.parametrize("line", ["a.jpg", "x;a.jpg", "-1;a.jpg", "1", "1;", "²;a.jpg", " 1;a.jpg"])
+def test_a_list_is_read_across_blocks(monkeypatch):
+    monkeypatch.setattr("utils.lists.BLOCK", 7)
+    images = list_in_memory((i, "x" * (i % 5 + 1)) for i in range(50))
+    assert [images.path(i) for i in range(50)] == ["x" * (i % 5 + 1) for i in range(50)]
+    assert images.class_ids.tolist() == list(range(50))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a.jpg",
+        "x;a.jpg",
+        "-1;a.jpg",
+        "1",
+        "1;",
+        "²;a.jpg",
+        " 1;a.jpg",
+        ";a.jpg",
+        "1234567890;a.jpg",
+        "/;a.jpg",
+        ":;a.jpg",
+    ],
+)
 def test_a_broken_line_is_named(here, line):
     (here / "list.txt").write_text(f"0;a.jpg\n{line}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"list\.txt, line 2: expected class_id;path"):
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: expected class_id;path, found"):
         read_list("list.txt", 2)
 
 
@@ -110,3 +133,9 @@ def test_the_first_path(here):
     assert read_first_path("list.txt") == "a;b.jpg"
     (here / "empty.txt").touch()
     assert read_first_path("empty.txt") is read_first_path("none.txt") is None
+
+
+def test_no_line_end_after_the_last_line(here):
+    (here / "list.txt").write_bytes(b"0;a.jpg\n\n1;b.jpg")
+    images = read_list("list.txt", 2)
+    assert [images.path(i) for i in range(len(images))] == ["a.jpg", "b.jpg"]

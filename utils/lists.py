@@ -8,28 +8,33 @@ from __future__ import annotations
 
 import codecs
 import os
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+NEWLINE, RETURN, SEMICOLON = b"\n\r;"
+MAX_DIGITS = 9
+BLOCK = 1 << 22
+"""Bytes that are searched for line ends, and lines whose ids are read, at a time."""
+
 
 @dataclass(frozen=True)
 class ImageList:
-    """A list in memory: one buffer and two arrays, so that millions of lines cost no Python objects.
+    """A list in memory: the file's bytes and two arrays, so that millions of lines cost no Python objects, and worker
+    processes that read it share it.
 
     Attributes:
         folder: what relative paths start from.
-        buffer: all paths in a row.
-        ends: (n,) int64, where each path ends in `buffer`.
-        class_ids: (n,) int64.
+        buffer: the bytes of the file, uint8.
+        starts: (n + 1,) int64, where each line begins in `buffer`, and where the last one ends.
+        class_ids: (n,) int32.
     """
 
     folder: str
-    buffer: bytes
-    ends: np.ndarray
+    buffer: np.ndarray
+    starts: np.ndarray
     class_ids: np.ndarray
 
     def __len__(self) -> int:
@@ -37,20 +42,12 @@ class ImageList:
 
     def path(self, index: int) -> str:
         """The path of one picture, as it can be opened."""
-        start = self.ends[index - 1] if index else 0
-        return os.path.join(self.folder, _decode(self.buffer[start : self.ends[index]]))
+        line = self.buffer[self.starts[index] : self.starts[index + 1]].tobytes().rstrip(b"\r\n")
+        return os.path.join(self.folder, _decode(line.partition(b";")[2]))
 
-    @staticmethod
-    def pack(folder: str | Path, entries: Iterable[tuple[int, bytes]]) -> ImageList:
-        """Make a list of `(class_id, path)` pairs, the paths encoded."""
-        class_ids, lengths, buffer = array("q"), array("q"), bytearray()
-        for class_id, path in entries:
-            class_ids.append(class_id)
-            lengths.append(len(path))
-            buffer += path
-        ends = np.cumsum(np.asarray(lengths, dtype=np.int64), dtype=np.int64)
-        folder = "" if Path(folder) == Path() else str(folder)
-        return ImageList(folder, bytes(buffer), ends, np.asarray(class_ids, dtype=np.int64))
+
+def _format(entries: Iterable[tuple[int, str]]) -> bytes:
+    return _encode("".join(f"{class_id};{_one_line(name)}\n" for class_id, name in entries))
 
 
 def _encode(text: str) -> bytes:
@@ -67,13 +64,12 @@ def write_list(path: str | Path, entries: Iterable[tuple[int, str]]) -> None:
     Raises:
         ValueError: a path has a line break in it, which the format can't hold.
     """
-    lines = [f"{class_id};{_one_line(name)}\n" for class_id, name in entries]
-    Path(path).write_bytes(_encode("".join(lines)))
+    Path(path).write_bytes(_format(entries))
 
 
 def list_in_memory(entries: Iterable[tuple[int, str]]) -> ImageList:
     """A list of `(class_id, path)` pairs that was never a file."""
-    return ImageList.pack("", ((class_id, _encode(path)) for class_id, path in entries))
+    return _parse(np.frombuffer(_format(entries), np.uint8), "", "the list")
 
 
 def read_list(path: str | Path, num_classes: int) -> ImageList:
@@ -86,23 +82,60 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}: run python txt_annotation.py")
-
-    def entries() -> Iterator[tuple[int, bytes]]:
-        for number, line in _lines(path):
-            class_id, separator, name = line.partition(b";")
-            if not (separator and name and class_id.isdigit()):
-                raise ValueError(f"{path}, line {number}: expected class_id;path, found {_decode(line[:80])!r}")
-            if int(class_id) >= num_classes:
-                raise ValueError(
-                    f"{path}, line {number}: class id {int(class_id)}, but there are {num_classes} classes (0 to "
-                    f"{num_classes - 1}); list and class file differ: run python txt_annotation.py"
-                )
-            yield int(class_id), name
-
-    images = ImageList.pack(path.parent, entries())
+    folder = "" if path.parent == Path() else str(path.parent)
+    images = _parse(np.fromfile(path, np.uint8), folder, str(path))
     if not len(images):
         raise ValueError(f"{path} is empty: put pictures into datasets/ and run python txt_annotation.py")
+    if images.class_ids.max() >= num_classes:
+        worst = int(images.class_ids.argmax())
+        number = _line_number(images.buffer, images.starts[worst])
+        raise ValueError(
+            f"{path}, line {number}: class id {images.class_ids[worst]}, but there are {num_classes} classes (0 to "
+            f"{num_classes - 1}); list and class file differ: run python txt_annotation.py"
+        )
     return images
+
+
+def _parse(buffer: np.ndarray, folder: str, source: str) -> ImageList:
+    """Find lines and ids in the bytes of a list, a block at a time, so that it takes little memory besides."""
+    begin = len(codecs.BOM_UTF8) if buffer[:3].tobytes() == codecs.BOM_UTF8 else 0
+    newlines = [np.flatnonzero(buffer[i : i + BLOCK] == NEWLINE) + (i + 1) for i in range(0, len(buffer), BLOCK)]
+    starts = np.concatenate([[begin], *newlines])
+    starts = starts[starts < len(buffer)]
+    starts = starts[(buffer[starts] != NEWLINE) & (buffer[starts] != RETURN)]  # but for empty lines
+    class_ids = np.empty(len(starts), np.int32)
+    for i in range(0, len(starts), BLOCK):
+        class_ids[i : i + BLOCK] = _parse_ids(buffer, starts[i : i + BLOCK], source)
+    return ImageList(folder, buffer, np.append(starts, len(buffer)), class_ids)
+
+
+def _parse_ids(buffer: np.ndarray, starts: np.ndarray, source: str) -> np.ndarray:
+    """The class ids of the lines that begin at `starts`."""
+
+    def at(position: np.ndarray) -> np.ndarray:
+        return buffer[np.minimum(position, len(buffer) - 1)]
+
+    class_ids = np.zeros(len(starts), np.int32)
+    cursor = starts.copy()
+    in_id = np.ones(len(starts), bool)  # the lines whose id has not come to its end
+    for _ in range(MAX_DIGITS):
+        digit = at(cursor) - np.uint8(ord("0"))  # what is below "0" wraps around to above 9
+        in_id &= (digit <= 9) & (cursor < len(buffer))
+        class_ids[in_id] = class_ids[in_id] * 10 + digit[in_id]
+        cursor += in_id
+    no_path = (cursor + 1 >= len(buffer)) | np.isin(at(cursor + 1), (NEWLINE, RETURN))
+    broken = (cursor == starts) | (at(cursor) != SEMICOLON) | no_path
+    if broken.any():
+        start = int(starts[broken.argmax()])
+        line = buffer[start : start + 80].tobytes().partition(b"\n")[0]
+        raise ValueError(
+            f"{source}, line {_line_number(buffer, start)}: expected class_id;path, found {_decode(line)!r}"
+        )
+    return class_ids
+
+
+def _line_number(buffer: np.ndarray, start: int) -> int:
+    return 1 + np.count_nonzero(buffer[:start] == NEWLINE)
 
 
 def read_first_path(path: str | Path) -> str | None:
