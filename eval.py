@@ -49,7 +49,7 @@ def main(
             check_classes(read_classes(classes_path), classifier.class_names, classes_path)
         images = read_list(data, len(classifier.class_names))
 
-    loader = eval_loader(images, classifier.transform, batch_size, num_workers)
+    loader = eval_loader(images, classifier.read, classifier.transform, batch_size, num_workers)
     logits, targets = compute_logits(classifier.network, loader, classifier.device, classifier.precision)
     metrics = evaluation_metrics(logits, targets, classifier.class_names)
     write_evaluation(out, metrics, confusion_matrix(logits, targets), classifier.class_names)

@@ -19,7 +19,7 @@ from utils import cli
 from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier
 from utils.config import Device
-from utils.images import ImageError, open_image
+from utils.images import ImageError
 from utils.scan import pictures_below
 
 BATCH = 32
@@ -95,7 +95,7 @@ def predict_batch(
     answers: dict[int, dict] = {}
     for i, path in enumerate(paths):
         try:
-            images[i] = open_image(path)
+            images[i] = classifier.read(path)
         except ImageError as error:
             answers[i] = {"error": str(error)}
     if images:

@@ -155,8 +155,10 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
         NonFiniteLoss: a training or validation loss isn't finite; the checkpoints of earlier epochs stay.
     """
     config, model, trainer = run.config, run.model, run.trainer
-    val_transform = eval_transform(Preprocessing.from_dict(config.as_dict()))
-    val_loader = eval_loader(data.val_images, val_transform, config.unfreeze_batch_size, config.num_workers)
+    preprocessing = Preprocessing.from_dict(config.as_dict())
+    read, workers = preprocessing.read, config.num_workers
+    val_transform = eval_transform(preprocessing)
+    val_loader = eval_loader(data.val_images, read, val_transform, config.unfreeze_batch_size, workers)
     with closing(run.log):
         for stage in stages:
             if run.epoch >= stage.end:
@@ -164,9 +166,8 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
             stage.freeze(model)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.restore_optimizer(optimizer, stage)
-            loader = train_loader(
-                data.train_images, train_transform(config), stage.batch_size, config.num_workers, config.seed
-            )
+            transform = train_transform(config)
+            loader = train_loader(data.train_images, read, transform, stage.batch_size, workers, config.seed)
             if run.epoch == 0:
                 run.log.log_pictures(trainer.network, next(iter(loader))[0])
             for epoch in range(run.epoch, stage.end):

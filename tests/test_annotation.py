@@ -145,9 +145,9 @@ def test_folders_that_cannot_work(here):
     touch("datasets/a/1.jpg")
     with pytest.raises(ValueError, match=r"folders with training pictures: a$"):
         annotate()
-    touch("datasets/b/notes.heic")
+    touch("datasets/b/notes.doc")
     with pytest.raises(
-        ValueError, match=r"training pictures: a; passed over: 1 not a picture \(.heic\), 1 no pictures"
+        ValueError, match=r"training pictures: a; passed over: 1 not a picture \(\.doc\), 1 no pictures"
     ):
         annotate()
     touch("datasets/test/a/1.jpg")
@@ -238,7 +238,7 @@ def test_own_folders_beside_the_demos_splits(here):
     assert len(entries("cls_train.txt")) == 4
 
 
-@pytest.mark.parametrize("name", ["datasets/loose.jpg", "datasets/train/cat/1.heic", "datasets/train/cat/notes.txt"])
+@pytest.mark.parametrize("name", ["datasets/loose.jpg", "datasets/train/cat/1.raw", "datasets/train/cat/notes.txt"])
 def test_the_demo_is_not_written_among_other_files(here, name):
     touch(name)
     with pytest.raises(ValueError, match="two classes at least"):

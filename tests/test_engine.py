@@ -215,7 +215,7 @@ def test_evaluation_is_in_the_precision_asked_for(way):
     def logits(precision):
         if way == "loader":
             return compute_logits(own, [(pixels, targets)], CPU, precision)[0].log_softmax(1)
-        classifier = Classifier(own, lambda index: pixels[index], ["a", "b", "c"], CPU, precision)
+        classifier = Classifier(own, open, lambda index: pixels[index], ["a", "b", "c"], CPU, precision)
         return classifier.probabilities(range(6)).log()
 
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):

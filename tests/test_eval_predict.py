@@ -46,7 +46,7 @@ def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
 
     classifier = load_classifier(checkpoint, "cpu")
     images = read_list("cls_val.txt", 2)
-    loader = eval_loader(images, classifier.transform, 3, num_workers=0)
+    loader = eval_loader(images, classifier.read, classifier.transform, 3, num_workers=0)
     logits, _ = compute_logits(classifier.network, loader, classifier.device, classifier.precision)
     one_by_one = torch.cat([classifier.probabilities([open_image(images.path(i))]) for i in range(len(images))])
     torch.testing.assert_close(logits.softmax(1), one_by_one, atol=1e-6, rtol=1e-5)
@@ -217,11 +217,11 @@ def test_eval_falls_back_to_the_validation_list(trained, tmp_path, monkeypatch, 
 
 def test_eval_names_what_it_passes_over(trained, tmp_path, capsys):
     shutil.copytree("datasets/test", tmp_path / "data")
-    (tmp_path / "data" / "dark" / "1.heic").touch()
+    (tmp_path / "data" / "dark" / "1.txt").touch()
     (tmp_path / "data" / "loose.jpg").touch()
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
     told = capsys.readouterr().out
-    assert "passed over: 1 not a picture (.heic) (dark)" in told
+    assert "passed over: 1 not a picture (.txt) (dark)" in told
     assert "passed over: 1 outside the class folders" in told
 
 

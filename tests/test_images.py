@@ -1,10 +1,22 @@
-"""utils/images.py and the picture's way through the transforms."""
+"""utils/images.py: any file becomes a picture or an ImageError, on files made here and on those in shared/."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
 
-from utils.images import ImageError, open_image, read_size
+from utils.images import HAS_HEIF, ImageError, open_image, read_size
+from utils.scan import pictures_below
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -43,6 +55,37 @@ def test_transparent_pictures_lie_on_white(here, mode):
     assert np.asarray(open_image("a.png"))[0].tolist() == [[255, 255, 255], [0, 0, 0]]
 
 
+def test_content_decides_not_the_suffix(here):
+    Image.new("P", (3, 2)).save("gif.jpg", "GIF")
+    Image.new("RGB", (3, 2), "red").save("png.bin", "PNG")
+    assert open_image("gif.jpg").size == (3, 2)
+    assert open_image("png.bin").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_of_an_animation_the_first_frame(here, kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(f"a.{kind}", save_all=True, append_images=frames[1:])
+    red, _, blue = open_image(f"a.{kind}").getpixel((0, 0))
+    assert (red > 240, blue < 15) == (True, True)
+
+
+def test_lab(here):
+    rgb = Image.new("RGB", (4, 4), (200, 30, 60))
+    lab = ImageCms.profileToProfile(
+        rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    lab.save("a.tif")
+    assert Image.open("a.tif").mode == "LAB"
+    np.testing.assert_allclose(open_image("a.tif").getpixel((0, 0)), (200, 30, 60), atol=6)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_jpegs_of_other_colours(here, mode):
+    Image.new("RGB", (16, 16), (200, 200, 200)).convert(mode).save("a.jpg")
+    np.testing.assert_allclose(open_image("a.jpg").getpixel((5, 5)), (200, 200, 200), atol=3)
+
+
 def test_all_exif_orientations_give_one_picture(shared):
     for kind, upright in (("Landscape", (1800, 1200)), ("Portrait", (1200, 1800))):
         pictures = [open_image(shared / "data" / "exif_orientation" / f"{kind}_{i}.jpg") for i in range(9)]
@@ -74,10 +117,110 @@ def test_unreadable_files_are_named(here, reader):
             reader(name)
 
 
+def test_an_error_carries_path_and_cause(here):
+    (here / "a.jpg").write_bytes(b"")
+    with pytest.raises(ImageError) as error:
+        open_image("a.jpg")
+    assert (error.value.path, error.value.cause) == ("a.jpg", "it is empty")
+
+
+@pytest.mark.skipif(HAS_HEIF, reason="pillow-heif is installed")
+def test_heic_names_its_plug_in(here):
+    (here / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(ImageError, match="it is HEIC; pip install pillow-heif"):
+        open_image("a.jpg")
+
+
+def test_too_many_pixels_are_refused_unless_allowed(here):
+    Image.new("L", (100, 50)).save("a.png")
+    with pytest.raises(ImageError, match="100 x 50 pixels are more than max_pixels=4999"):
+        open_image("a.png", max_pixels=4999)
+    assert open_image("a.png", max_pixels=5000).size == (100, 50)
+
+
+def test_what_is_no_file_never_hangs(here):
+    os.mkfifo("pipe.jpg")
+    os.mkdir("folder.jpg")
+    os.symlink("loop.jpg", "loop.jpg")
+    os.symlink("none", "broken.jpg")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind("socket.jpg")
+    for name in os.listdir():
+        with pytest.raises(ImageError, match=name):
+            open_image(name)
+    skipped = Counter()
+    assert pictures_below(here, skipped) == []
+    assert skipped == {"no file (a broken link, a link to a folder, a pipe)": 4}
+    server.close()
+
+
+READ_ALL = """
+    import json, os, sys, time
+    from utils.images import ImageError, open_image
+    counts, slowest = {"read": 0, "refused": 0}, 0
+    for where, _, names in os.walk(sys.argv[1]):
+        for name in sorted(names):
+            started = time.perf_counter()
+            try:
+                assert open_image(os.path.join(where, name)).mode == "RGB"
+                counts["read"] += 1
+            except ImageError:
+                counts["refused"] += 1
+            slowest = max(slowest, time.perf_counter() - started)
+    peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(json.dumps(counts | {"slowest_s": slowest, "peak_mb": peak}))
+"""
+
+
+def read_all(folder: Path) -> dict:
+    """Read every file below `folder` in a process of its own: what it raised, how long, how much memory it took."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", textwrap.dedent(READ_ALL), folder]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(result.stdout)
+
+
+def test_difficult_files(shared):
+    """Files that made decoders crash, hang or bomb: nothing but an ImageError, and no process death."""
+    found = read_all(shared / "data" / "difficult_images")
+    assert found["read"] > 500
+    assert found["refused"] > 100
+    assert found["slowest_s"] < 10
+    assert found["peak_mb"] < 300
+
+
+def test_a_picture_that_claims_to_be_huge_takes_no_memory(here):
+    Image.new("1", (13_300, 13_300)).save("a.png")
+    Image.new("L", (13_300, 13_300)).save("a.jpg")
+    found = read_all(here)
+    assert found["refused"] == 2
+    assert found["peak_mb"] < 300
+
+
+@given(data=st.data(), kind=st.sampled_from(["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"]))
+def test_damaged_files_raise_nothing_but_an_image_error(tmp_path_factory, data, kind):
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, kind)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        assert open_image(path, max_pixels=10**6).mode == "RGB"
+    except ImageError as error:
+        assert error.path == str(path)
+
+
 def test_half_a_file_is_an_error(here):
     Image.effect_noise((64, 64), 50).save("whole.jpg")
     (here / "half.jpg").write_bytes((here / "whole.jpg").read_bytes()[:1500])
     assert read_size("half.jpg") == (64, 64)
+    with pytest.raises(ImageError, match=r"half\.jpg.*truncated"):
+        open_image("half.jpg")
+    assert open_image("half.jpg", allow_truncated=True).size == (64, 64)
     with pytest.raises(ImageError, match=r"half\.jpg.*truncated"):
         open_image("half.jpg")
 

@@ -110,4 +110,4 @@ def test_preprocessing_round_trip():
     before = preprocessing(input_shape=[32, 48], letterbox_image=True)
     assert before.input_shape == (32, 48)
     assert Preprocessing.from_dict(before.as_dict()) == before
-    assert all(type(v) in (list, bool, float) for v in before.as_dict().values())
+    assert all(type(v) in (list, bool, float, int) for v in before.as_dict().values())

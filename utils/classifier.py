@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nets import build_model
 from utils.checkpoint import load_checkpoint
+from utils.data import Reader, Transform
 from utils.engine import autocast, pick_device, usable_precision
 from utils.transforms import Normalise, Preprocessing, eval_transform
 
@@ -22,6 +23,7 @@ class Classifier:
 
     Attributes:
         network: uint8 pixels (B, 3, height, width) to logits (B, classes), on `device`, in eval mode.
+        read: a path to an upright RGB picture, or an ImageError.
         transform: an RGB picture to uint8 (3, height, width).
         class_names: name of each class id.
         device: where the network is.
@@ -29,7 +31,8 @@ class Classifier:
     """
 
     network: nn.Module
-    transform: Callable[[Image.Image], Tensor]
+    read: Reader
+    transform: Transform
     class_names: list[str]
     device: torch.device
     precision: str
@@ -63,6 +66,7 @@ def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
     place = pick_device(device)
     return Classifier(
         network=pixel_network(model, preprocessing, place).eval(),
+        read=preprocessing.read,
         transform=eval_transform(preprocessing),
         class_names=checkpoint["class_names"],
         device=place,

@@ -123,6 +123,12 @@ class TrainConfig:
     """AutoAugment (its ImageNet policy: colours, contrast, shear, rotation) on training pictures. False where colour or
     orientation tells the class."""
 
+    max_pixels: int = 100_000_000
+    """Pictures that say they have more pixels are refused unread; raise it for larger ones, at four bytes a pixel."""
+
+    allow_truncated: bool = False
+    """Take what there is of files that end too early, the rest grey, instead of refusing them."""
+
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of red, green and blue (0 to 1) that is subtracted: ImageNet's. timm's ViT weights expect 0.5 0.5 0.5."""
 
@@ -157,7 +163,7 @@ class TrainConfig:
         for field in ("eval_crop", "train_crop"):
             check(field, 0 < getattr(self, field) <= 1, "give a number above 0, at most 1")
         check("horizontal_flip", 0 <= self.horizontal_flip <= 1, "give a probability from 0 to 1")
-        for field in ("freeze_batch_size", "unfreeze_batch_size", "unfreeze_epoch", "save_period"):
+        for field in ("freeze_batch_size", "unfreeze_batch_size", "unfreeze_epoch", "save_period", "max_pixels"):
             check(field, getattr(self, field) >= 1, "give a whole number from 1 up")
         for field in ("freeze_epoch", "num_workers", "seed", "weight_decay"):
             check(field, getattr(self, field) >= 0, "give 0 or more")

@@ -9,9 +9,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.images import open_image
 from utils.lists import ImageList
 from utils.seeds import derive_seed
+
+Reader = Callable[[str], Image.Image]
+"""A path to an upright RGB picture, or an ImageError."""
+Transform = Callable[[Image.Image], Tensor]
+"""A picture to uint8 pixels (3, height, width)."""
 
 
 class ImageDataset(Dataset):
@@ -20,8 +24,9 @@ class ImageDataset(Dataset):
     What the transform draws is a function of (seed, epoch, index), whichever worker draws it.
     """
 
-    def __init__(self, images: ImageList, transform: Callable[[Image.Image], Tensor], seed: int) -> None:
+    def __init__(self, images: ImageList, read: Reader, transform: Transform, seed: int) -> None:
         self.images = images
+        self.read = read
         self.transform = transform
         self.seed = seed
 
@@ -36,7 +41,7 @@ class ImageDataset(Dataset):
         """
         epoch, index = key
         torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
-        return self.transform(open_image(self.images.path(index))), int(self.images.class_ids[index])
+        return self.transform(self.read(self.images.path(index))), int(self.images.class_ids[index])
 
 
 class EpochSampler(Sampler):
@@ -62,28 +67,26 @@ class EpochSampler(Sampler):
 
 
 def train_loader(
-    images: ImageList, transform: Callable[[Image.Image], Tensor], batch_size: int, num_workers: int, seed: int
+    images: ImageList, read: Reader, transform: Transform, batch_size: int, num_workers: int, seed: int
 ) -> DataLoader:
     """Batches of uint8 pixels (B, 3, height, width) and class ids (B,), shuffled anew in each epoch.
 
     All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
     `loader.sampler.epoch` before each epoch.
     """
-    return _loader(images, transform, batch_size, num_workers, seed, training=True)
+    return _loader(ImageDataset(images, read, transform, seed), batch_size, num_workers, training=True)
 
 
-def eval_loader(
-    images: ImageList, transform: Callable[[Image.Image], Tensor], batch_size: int, num_workers: int
-) -> DataLoader:
+def eval_loader(images: ImageList, read: Reader, transform: Transform, batch_size: int, num_workers: int) -> DataLoader:
     """Batches in the list's order, every picture once; the last batch may be smaller."""
-    return _loader(images, transform, batch_size, num_workers, seed=0, training=False)
+    return _loader(ImageDataset(images, read, transform, seed=0), batch_size, num_workers, training=False)
 
 
-def _loader(images: ImageList, transform: Callable, batch_size: int, num_workers: int, seed: int, training: bool):
+def _loader(dataset: ImageDataset, batch_size: int, num_workers: int, training: bool) -> DataLoader:
     return DataLoader(
-        ImageDataset(images, transform, seed),
+        dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(len(images), training, seed),
+        sampler=EpochSampler(len(dataset), training, dataset.seed),
         num_workers=num_workers,
         drop_last=training,
         pin_memory=torch.cuda.is_available(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils import demo
-from utils.images import IMAGE_SUFFIXES
+from utils.images import HEIF_SUFFIXES, IMAGE_SUFFIXES
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -84,20 +84,36 @@ def scan_classes(folder: Path, scan: Scan, split: str, besides: frozenset[Path] 
 
 
 def pictures_below(folder: str | Path, skipped: Counter[str]) -> list[str]:
-    """The paths of all pictures in `folder` and below, sorted; what is hidden or no picture is counted in `skipped`."""
+    """The paths of all pictures in `folder` and below, sorted; what is hidden or no picture is counted in `skipped`.
+
+    Links to files are followed, links to folders are not, so that no loop is run through. Nothing is opened.
+    """
     found = []
-    for where, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            if name.startswith("."):
-                skipped["hidden"] += 1
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in (name for name in files if not name.startswith(".")):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in IMAGE_SUFFIXES:
-                found.append(Path(where, name).as_posix())
-            else:
-                skipped[f"not a picture ({suffix or 'no suffix'})"] += 1
+    folders = [str(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    skipped["hidden"] += 1
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif reason := _no_picture(entry):
+                    skipped[reason] += 1
+                else:
+                    found.append(Path(entry.path).as_posix())
     return sorted(found)
+
+
+def _no_picture(entry: os.DirEntry) -> str | None:
+    """Why `entry` isn't taken for a picture, None if it is."""
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if "\n" in entry.name or "\r" in entry.name:
+        return "with a line break in the name, rename it"
+    if suffix in HEIF_SUFFIXES - IMAGE_SUFFIXES:
+        return f"needs pip install pillow-heif ({suffix})"
+    if suffix not in IMAGE_SUFFIXES:
+        return f"not a picture ({suffix or 'no suffix'})"
+    return None if os.path.isfile(entry.path) else "no file (a broken link, a link to a folder, a pipe)"
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from utils.config import TrainConfig
+from utils.images import open_image
 
 GREY = (128, 128, 128)
 
@@ -21,6 +22,8 @@ GREY = (128, 128, 128)
 class Preprocessing:
     """How evaluation prepares a picture. A checkpoint carries it; the fields are those of `TrainConfig`."""
 
+    max_pixels: int
+    allow_truncated: bool
     input_shape: tuple[int, int]
     letterbox_image: bool
     eval_crop: float
@@ -33,6 +36,10 @@ class Preprocessing:
         names = [field.name for field in dataclasses.fields(Preprocessing)]
         plain = {name: values[name] for name in names}
         return Preprocessing(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
+
+    def read(self, path: str) -> Image.Image:
+        """An upright RGB picture; see `utils.images.open_image` for what it raises."""
+        return open_image(path, self.max_pixels, self.allow_truncated)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain types."""
