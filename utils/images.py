@@ -92,7 +92,9 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: 
         ImageError: the file is missing or is no readable picture; whatever else goes wrong in reading it becomes this.
     """
     with _opened(path, max_pixels, allow_truncated) as image:
-        return to_rgb(ImageOps.exif_transpose(image))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -122,7 +124,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         image = Image.alpha_composite(background, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextmanager
