@@ -13,7 +13,7 @@ from utils.engine import compute_logits
 from utils.lists import ImageList, list_in_memory, read_classes, read_list
 from utils.metrics import confusion_matrix, evaluation_metrics
 from utils.report import format_metrics, write_evaluation
-from utils.scan import SPLIT_NAMES, Scan, scan_classes
+from utils.scan import SPLIT_NAMES, Scan, scan_classes, set_demo_aside
 
 
 def main(
@@ -42,6 +42,8 @@ def main(
     classifier = load_classifier(checkpoint, device)
     data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
     print(f"checkpoint {checkpoint} on {data}")
+    if not Path(data).exists():
+        raise FileNotFoundError(f"there is no list or folder {data}; a list is written by python txt_annotation.py")
     if Path(data).is_dir():
         images = list_folder(data, classifier.class_names)
     else:
@@ -64,9 +66,11 @@ def list_folder(folder: str, class_names: list[str]) -> ImageList:
     """
     scan = Scan()
     scan_classes(Path(folder), scan, "test")
+    set_demo_aside(scan)
     pictures = scan.pictures["test"]
     if pictures.keys() <= SPLIT_NAMES.keys() - set(class_names):
-        raise ValueError(f"{folder} has no folders named after classes; give the one that has, such as {folder}/test")
+        such_as = f", such as {folder}/test" if Path(folder, "test").is_dir() else ""
+        raise ValueError(f"{folder} has no folders of pictures named after classes; give the one that has{such_as}")
     check_classes(list(pictures), class_names, folder, may_lack=True)
     for name, reasons in scan.skipped.items():
         for reason, count in reasons.items():
@@ -82,10 +86,12 @@ def check_classes(names: list[str], class_names: list[str], source: str, may_lac
     lacking = [] if may_lack else sorted(set(class_names) - set(names))
     moved = not may_lack and not extra and not lacking and names != class_names
     if extra or lacking or moved:
-        told = f"only in {source}: {', '.join(extra) or 'none'}; only in the checkpoint: {', '.join(lacking) or 'none'}"
+        told = [f"only in {source}: {', '.join(extra)}"] if extra else []
+        told += [f"only in the checkpoint: {', '.join(lacking)}"] if lacking else []
         raise ValueError(
-            f"{source} has other classes than the checkpoint was trained on "
-            f"({'the same in another order' if moved else told}); give the data or the checkpoint that goes with it"
+            f"{source} has other classes than the checkpoint was trained on ("
+            f"{'the same in another order' if moved else '; '.join(told)}); rename them, or give the data or the "
+            f"checkpoint that goes with it"
         )
 
 

@@ -20,7 +20,7 @@ from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier
 from utils.config import Device
 from utils.images import ImageError
-from utils.scan import pictures_below
+from utils.scan import is_demo, pictures_below
 
 BATCH = 32
 
@@ -48,6 +48,8 @@ def main(
     """
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: give a whole number from 1 up")
+    if save and Path(save).exists() and not Path(save).is_dir():
+        raise ValueError(f"save={save!r}: it is a file; give a folder")
     checkpoint = find_checkpoint(model_path)
     classifier = load_classifier(checkpoint, device)
     print(f"checkpoint {checkpoint}", file=sys.stderr)
@@ -66,13 +68,15 @@ def main(
 def expand(paths: Iterable[str]) -> Iterator[str]:
     """Files as they are, the pictures in folders and below, and what globs match, sorted.
 
-    A path that is none of these, and a folder without pictures, come out as they are: reading them gives the error.
+    The built-in digits are passed over in a folder that has other pictures. A path that is none of these, and a folder
+    without pictures, come out as they are: reading them gives the error.
     """
     for path in paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]
         for match in matches:
             if os.path.isdir(match):
-                yield from pictures_below(match, Counter()) or [match]
+                found = pictures_below(match, Counter())
+                yield from [path for path in found if not is_demo(path)] or found or [match]
             else:
                 yield match
 

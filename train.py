@@ -7,7 +7,8 @@ The backbone is frozen first and thawed at `freeze_epoch`. What each field means
 from __future__ import annotations
 
 import shlex
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -23,14 +24,14 @@ from utils.config import TrainConfig
 from utils.data import eval_loader, train_loader
 from utils.engine import Trainer, pick_device, usable_precision
 from utils.freeze import Stage, plan_stages
-from utils.lists import ImageList, read_classes, read_list
+from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.optim import build_optimizer
 from utils.run import Run, load_resumable
 from utils.seeds import derive_seed
 from utils.summary import format_config, format_model, format_stages, warn_of_small_input
 from utils.transforms import Preprocessing, eval_transform, train_transform
 
-# As it stands, for the built-in handwritten digits: a small network from scratch in two minutes of two cores.
+# As it stands, for the built-in handwritten digits: a small network from scratch in a minute or two of two cores.
 CONFIG = TrainConfig(
     # the network
     backbone="vit_xs_4",  # 6 blocks, patches of 4 pixels; photos: vit_b_16
@@ -70,35 +71,39 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
         config: the settings.
         summary: print what would be trained, and leave.
     """
-    print(f"config\n{format_config(config)}")
     device = pick_device(config.device)
-    check_network(config)
+    draw_network(config, num_classes=2)
+    print(f"config\n{format_config(config)}")
     data = load_data(config)
     resumed = load_resumable(config, data.class_names)
-    model = make_model(config, len(data.class_names), resumed)
     stages = plan_stages(config, len(data.train_images), config.backbone in TRANSFORMERS)
     precision = usable_precision(config.precision, device)
     if precision != config.precision:
         print(f"precision: {config.precision} -> {precision}, this processor has no {config.precision}")
-    print(f"{config.backbone} on {device} in {precision}\n{format_model(model, stages)}")
+    drawn = draw_network(config, len(data.class_names))
+    print(f"{config.backbone} on {device} in {precision}\n{format_model(drawn, stages)}")
     print(format_stages(stages, len(data.train_images)))
     if summary:
         return
+    model = make_model(config, len(data.class_names), resumed)
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
     trainer = Trainer(network, device, precision, config.seed)
     run = Run(config, model, trainer, data.class_names, resumed)
     train_stages(run, stages, data)
     elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
+    example = read_first_path("cls_test.txt") or data.val_images.path(0)
     print(f"done, the run is in {run.folder}. Next:\n  python eval.py{elsewhere}")
-    print(f"  python predict.py{elsewhere} {shlex.quote(data.val_images.path(0))}")
+    print(f"  python predict.py{elsewhere} {shlex.quote(example)}")
 
 
-def check_network(config: TrainConfig) -> None:
-    """Raise a ValueError if there is no such network, or it can't be built or frozen like that; costs nothing."""
+def draw_network(config: TrainConfig, num_classes: int) -> nn.Module:
+    """The network without its weights, on the meta device: nothing is computed, but what can't be built or frozen
+    like that is a ValueError."""
     with torch.device("meta"):
-        model = build_model(config.backbone, 2, config.input_shape)
+        model = build_model(config.backbone, num_classes, config.input_shape)
     if config.freeze_train:
         model.freeze_backbone(config.freeze_blocks)
+    return model
 
 
 class Data(NamedTuple):
@@ -159,7 +164,7 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
     read, workers = preprocessing.read, config.num_workers
     val_transform = eval_transform(preprocessing)
     val_loader = eval_loader(data.val_images, read, val_transform, config.unfreeze_batch_size, workers)
-    with closing(run.log):
+    with closing(run.log), say_how_to_go_on(run):
         for stage in stages:
             if run.epoch >= stage.end:
                 continue
@@ -173,6 +178,17 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
             for epoch in range(run.epoch, stage.end):
                 numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate)
                 run.finish_epoch(numbers | trainer.validate(val_loader), optimizer)
+
+
+@contextmanager
+def say_how_to_go_on(run: Run) -> Iterator[None]:
+    """When a run is stopped from the keyboard, print the command that goes on with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if run.epoch:
+            print(f"\nstopped after epoch {run.epoch}; to go on, the same command with --resume {run.folder}")
+        raise
 
 
 if __name__ == "__main__":

@@ -246,9 +246,8 @@ class VisionTransformer(nn.Module):
             ValueError: there are fewer blocks than that.
         """
         if blocks != "all" and not (isinstance(blocks, int) and 0 <= blocks <= len(self.blocks)):
-            raise ValueError(
-                f'freeze_blocks={blocks!r}: this network has {len(self.blocks)} blocks; give 0 to that, or "all"'
-            )
+            depth = len(self.blocks)
+            raise ValueError(f'freeze_blocks={blocks!r}: this network has {depth} blocks; give 0 to {depth}, or "all"')
         self.unfreeze_backbone()
         if blocks == "all":
             self._frozen = [self.patch_embed, self.pos_drop, *self.blocks, self.norm]

@@ -89,7 +89,10 @@ def open_safely(path: str | Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file makes the readers raise nearly every type there is
-        raise ValueError(f"{path} can't be opened as weights: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} can't be opened as weights: it is damaged, or something else, or holds code, which is never run "
+            f"({type(error).__name__})"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_classes_only_in_test_are_left_out_and_said(two_classes, capsys):
     write_picture(two_classes / "test" / "new" / "1.png")
     annotate()
     assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
-    assert "1 pictures: a class without training pictures" in capsys.readouterr().out
+    assert "1 pictures: no training pictures" in capsys.readouterr().out
 
 
 def test_folders_that_cannot_work(here):
@@ -226,7 +226,7 @@ def test_what_lies_beside_the_splits_is_said(two_classes, capsys):
     touch("datasets/more/1.jpg", "datasets/loose.jpg")
     annotate()
     told = capsys.readouterr().out
-    assert "1 beside the folders of train, val and test" in told
+    assert "1 folder beside train, val and test" in told
     assert "1 outside the class folders" in told
 
 

@@ -205,6 +205,47 @@ def test_labels_fit_and_tell_classes_apart(here, name):
     assert all(bar[:, -4:].max() == 0 for bar in bars)
 
 
+def test_the_built_in_digits_make_way(trained, tmp_path, capsys):
+    shutil.copytree("datasets/test", tmp_path / "data")
+    write_picture(tmp_path / "data" / "7" / "builtin-digit-0001.png")
+    evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
+    assert "passed over: 1 built-in digits" in capsys.readouterr().out
+    assert len(list(predict.expand([str(tmp_path / "data")]))) == 11
+    assert len(list(predict.expand([str(tmp_path / "data" / "7")]))) == 1
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_unreadable_picture_in_a_list_is_one_line(trained, tmp_path, workers):
+    (tmp_path / "list.txt").write_text(f"0;{trained}/datasets/test/dark/00.png\n1;broken.jpg\n")
+    (tmp_path / "broken.jpg").write_text("no picture")
+    result = run("eval.py", "--data", str(tmp_path / "list.txt"), "--num-workers", workers)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith(f"error: {tmp_path}/broken.jpg can't be read as a picture: it is of no known")
+    assert message.endswith("run python txt_annotation.py to make the lists anew")
+
+
+def test_no_such_data_and_a_file_to_save_in(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no list or folder none"):
+        evaluation.main(data="none")
+    with pytest.raises(ValueError, match=r"save='cls_val\.txt': it is a file"):
+        predict.main(("datasets/test/dark/00.png",), save="cls_val.txt")
+
+
+def test_a_reader_that_has_seen_enough(trained):
+    command = f"{sys.executable} {ROOT / 'predict.py'} datasets/train datasets/train datasets/train | head -1"
+    result = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert len(result.stdout.splitlines()) == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_a_classifier_from_a_runs_folder(trained):
+    assert load_classifier(next(Path("logs").iterdir()), "cpu").class_names == ["dark", "light"]
+
+
 def test_eval_falls_back_to_the_validation_list(trained, tmp_path, monkeypatch, capsys):
     model = str(find_checkpoint("").resolve())
     for name in ("datasets", "model_data"):

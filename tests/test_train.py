@@ -145,6 +145,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
             train.main(config)
     run = only_run()
     assert load_checkpoint(run / LAST)["epoch"] == stop_after
+    assert f"the same command with --resume {run}" in capsys.readouterr().out
     train.main(dataclasses.replace(config, resume=str(run)))
     resumed = load_checkpoint(only_run() / LAST)
     assert f"going on with {run} after epoch {stop_after}" in capsys.readouterr().out

@@ -28,7 +28,7 @@ def split_validation(pictures: dict[str, list[str]], val_fraction: float, seed: 
 
 
 def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
-    """The class names: those in the class file if there is one, else the folders, sorted; the file is then written.
+    """The class names: those in the class file if there is one, else the folders, sorted.
 
     A class file of the built-in digits doesn't count once these have given way to other pictures.
 
@@ -51,12 +51,9 @@ def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
         skipped = sum((Counter(reasons) for reasons in scan.skipped.values()), Counter())
         told = "; passed over: " + ", ".join(f"{n} {why}" for why, n in skipped.items()) if skipped else ""
         raise ValueError(
-            f"two classes at least are needed, each a folder of pictures; folders with training pictures: "
-            f"{_some(found)}{told}"
+            f"two classes at least are needed, each a folder of pictures in datasets/train/ or datasets/; folders with "
+            f"training pictures: {_some(found)}{told}"
         )
-    if path.is_file():
-        print(f"{path} named the built-in digits and is written anew")
-    write_classes(path, found)
     return found
 
 
@@ -91,10 +88,9 @@ def annotate(
         raise ValueError(f"val_fraction={val_fraction}: give a number above 0 and below 1")
     scan = scan_datasets(datasets_path)
     names = choose_classes(scan, classes_path)
-    if not scan.pictures["val"]:
+    taken = not scan.pictures["val"]
+    if taken:
         scan.pictures["val"] = split_validation(scan.pictures["train"], val_fraction, seed)
-        print(f"no val folder with pictures: {val_fraction:.0%} of each class is taken out of train for validation")
-    print(format_table(scan, names))
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
     entries = {
         split: [
@@ -108,12 +104,16 @@ def annotate(
         raise ValueError(
             f"no pictures to validate on: give each class two at least, or put some of {_some(names)} in val"
         )
+    write_classes(classes_path, names)
     for split, target in targets.items():
         if entries[split]:
             write_list(target, entries[split])
-            print(f"written: {target}, {len(entries[split])} pictures")
         else:
             Path(target).unlink(missing_ok=True)  # an old test list, of pictures that are gone
+    print(format_table(scan, names))
+    if taken:
+        print(f"no val folder with pictures: {val_fraction:.0%} of each class was taken out of train for validation")
+    print(f"written: {classes_path}, {', '.join(str(targets[split]) for split in SPLITS if entries[split])}")
 
 
 def format_table(scan: Scan, names: list[str]) -> str:
@@ -126,9 +126,8 @@ def format_table(scan: Scan, names: list[str]) -> str:
         left_out = sum(scan.count(split, name) for split in SPLITS)
         if name not in names and left_out:
             in_train = scan.count("train", name)
-            reasons.append(
-                f"{left_out} pictures: {'not in the class file' if in_train else 'a class without training pictures'}"
-            )
+            why = "not in the class file, delete that to have it made anew" if in_train else "no training pictures"
+            reasons.append(f"{left_out} pictures: {why}")
         if name in names or reasons:
             rows.append((name, *counts, ", ".join(reasons)))
     totals = [str(sum(scan.count(split, name) for name in names)) for split in SPLITS]
@@ -142,7 +141,10 @@ def format_table(scan: Scan, names: list[str]) -> str:
     for split in ("train", "val"):
         absent = [name for name in names if not scan.count(split, name)]
         if absent:
-            lines.append(f"attention: no {split} pictures of {_some(absent)}")
+            lines.append(
+                f"attention: no {split} pictures of {_some(absent)}; if a class is gone, delete the class file and run "
+                f"this again"
+            )
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nets import build_model
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.data import Reader, Transform
 from utils.engine import autocast, pick_device, usable_precision
 from utils.transforms import Normalise, Preprocessing, eval_transform
@@ -53,13 +53,13 @@ def pixel_network(model: nn.Module, preprocessing: Preprocessing, device: torch.
 
 
 def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
-    """Open a checkpoint; nothing else is needed.
+    """Open a checkpoint, or the best one in a run's folder; nothing else is needed.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it isn't one of Thaw's checkpoints, or there is no such device.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(find_checkpoint(str(path)))
     model = build_model(**checkpoint["model"])
     model.load_state_dict(checkpoint["weights"])
     preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])

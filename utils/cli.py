@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+
+from utils.images import ImageError
 
 PROJECT = Path(__file__).resolve().parents[1]
 OWN_FOLDERS = (PROJECT, PROJECT / "nets", PROJECT / "utils")
@@ -27,9 +30,14 @@ def run(main: Callable[..., Any]) -> Any:
         return tyro.cli(main)
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if raised_in.parent not in OWN_FOLDERS:
+        if raised_in.parent not in OWN_FOLDERS and not isinstance(error, ImageError):  # which a worker passes on
             raise
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 

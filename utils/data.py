@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from utils.images import ImageError
 from utils.lists import ImageList
 from utils.seeds import derive_seed
 
@@ -41,7 +42,12 @@ class ImageDataset(Dataset):
         """
         epoch, index = key
         torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
-        return self.transform(self.read(self.images.path(index))), int(self.images.class_ids[index])
+        try:
+            image = self.read(self.images.path(index))
+        except ImageError as error:
+            remedy = "mend or remove it, and run python txt_annotation.py to make the lists anew"
+            raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
+        return self.transform(image), int(self.images.class_ids[index])
 
 
 class EpochSampler(Sampler):

@@ -68,7 +68,8 @@ class ImageError(ValueError):
     """
 
     def __init__(self, message: str, path: str = "", cause: str = "") -> None:
-        super().__init__(message)
+        # A worker process passes an error on as one message, with its traceback before the error's own words.
+        super().__init__(message.rpartition("ImageError: ")[2].strip())
         self.path = path
         self.cause = cause
 
@@ -131,7 +132,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Iterator[Image.Image]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or socket would wait for ever
-            raise OSError("it is no file")
+            raise OSError("no file, but a folder or a pipe")
         Image.MAX_IMAGE_PIXELS = max_pixels
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures and odd metadata; the limits here decide

@@ -71,6 +71,7 @@ def plot_losses(history: Sequence[Row]) -> Figure:
         for key, label in zip(keys, ("training", "validation"), strict=True):
             axes.plot(epochs, [row[key] for row in history], label=label, marker="." if len(epochs) < 30 else None)
         axes.set(xlabel="epoch", title=title)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

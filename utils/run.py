@@ -45,7 +45,10 @@ def load_resumable(config: TrainConfig, class_names: list[str]) -> dict[str, Any
     }
     if changed:
         told = ", ".join(f"{name} was {then!r} and is {now.get(name)!r}" for name, then in changed.items())
-        raise ValueError(f"resume={config.resume!r}: {told}; set it back, or begin a new run with model_path")
+        raise ValueError(
+            f"resume={config.resume!r}: {told}; give the settings, flags too, that the run was started with (they are "
+            f"in {file.parent / 'config.json'}), or begin a new run with model_path"
+        )
     if checkpoint["class_names"] != class_names:
         raise ValueError(
             f"resume={config.resume!r}: that run has the classes {', '.join(checkpoint['class_names'])}, and "

@@ -61,12 +61,12 @@ def scan_datasets(root: str | Path) -> Scan:
         for entry, split in splits.items():
             scan_classes(entry, scan, split)
         for entry in others:
-            scan.skipped[entry.name]["beside the folders of train, val and test"] += 1
+            scan.skipped[entry.name]["folder beside train, val and test"] += 1
         _count_loose(root, scan)
     else:  # class folders; split folders with nothing but the built-in digits in them have made way
         scan_classes(root, scan, "train", besides=set(splits))
         scan.demo_set_aside = bool(splits)
-    _set_demo_aside(scan)
+    set_demo_aside(scan)
     return scan
 
 
@@ -139,7 +139,8 @@ def _holds_only_demo(folder: Path) -> bool:
     return all(map(is_demo, pictures_below(folder, Counter())))
 
 
-def _set_demo_aside(scan: Scan) -> None:
+def set_demo_aside(scan: Scan) -> None:
+    """Take the built-in digits out of `scan` if there are other pictures."""
     if all(map(is_demo, scan.paths())):
         return
     for classes in scan.pictures.values():
@@ -147,7 +148,7 @@ def _set_demo_aside(scan: Scan) -> None:
             own = [path for path in paths if not is_demo(path)]
             if len(own) < len(paths):
                 scan.demo_set_aside = True
-                scan.skipped[name]["built-in digits"] += len(paths) - len(own)
+                scan.skipped[""]["built-in digits"] += len(paths) - len(own)
             if own:
                 classes[name] = own
             else:

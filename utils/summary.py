@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nets import build_model
 from utils.config import TrainConfig
 from utils.freeze import Stage
 from utils.images import ImageError, read_size
@@ -23,25 +22,27 @@ def format_config(config: TrainConfig) -> str:
 
 
 def count_flops(model: nn.Module) -> int:
-    """Floating-point operations of a forward of one picture; a multiplication and an addition count as two."""
-    with torch.device("meta"):
-        twin = build_model(**model.arguments).eval()
-        picture = torch.empty(1, 3, *model.arguments["input_shape"])
+    """Floating-point operations of a forward of one picture; a multiplication and an addition count as two.
+
+    `model` is on the meta device, so that nothing is computed.
+    """
+    picture = torch.empty(1, 3, *model.arguments["input_shape"], device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(picture)
+        model.eval()(picture)
     return counter.get_total_flops()
 
 
 def format_model(model: nn.Module, stages: list[Stage]) -> str:
-    """Parameters of each part, how many of them each stage trains, and the FLOPs of a forward."""
-    with torch.device("meta"):
-        twin = build_model(**model.arguments)
+    """Parameters of each part, how many of them each stage trains, and the FLOPs of a forward.
+
+    `model` is a network of its own on the meta device, for it goes through the stages here.
+    """
     parts: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in twin.named_parameters():
+    for name, parameter in model.named_parameters():
         parts.setdefault(name.split(".")[0], []).append(parameter)
     table = {"parameters": [sum(p.numel() for p in part) for part in parts.values()]}
     for number, stage in enumerate(stages, start=1):
-        stage.freeze(twin)
+        stage.freeze(model)
         table[f"trained in stage {number}"] = [
             sum(p.numel() for p in part if p.requires_grad) for part in parts.values()
         ]
