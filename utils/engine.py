@@ -128,7 +128,7 @@ class Trainer:
         correct = torch.zeros((), device=self.device)
         pictures = 0
         first_step = self.step
-        with tqdm(loader, desc=f"epoch {epoch + 1}", unit="step", leave=False) as bar:
+        with tqdm(loader, desc=f"epoch {epoch + 1}", unit="step", leave=False, disable=None) as bar:
             for i, (pixels, targets) in enumerate(bar):
                 rate = learning_rate(epoch + i / len(loader))
                 set_learning_rate(optimizer, rate)
@@ -179,7 +179,7 @@ def compute_logits(
     """Logits (N, classes) in fp32 and class ids (N,) of every picture of `loader`, in its order, on the CPU."""
     network.eval()
     logits, targets = [], []
-    for pixels, batch_targets in tqdm(loader, desc=title, unit="batch", leave=False):
+    for pixels, batch_targets in tqdm(loader, desc=title, unit="batch", leave=False, disable=None):
         with autocast(device, precision):
             logits.append(network(pixels.to(device, non_blocking=True)).float())
         targets.append(batch_targets)
