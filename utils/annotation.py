@@ -92,19 +92,13 @@ def annotate(
     if taken:
         scan.pictures["val"] = split_validation(scan.pictures["train"], val_fraction, seed)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
-    entries = {
-        split: [
-            (class_id, _relative(path, target))
-            for class_id, name in enumerate(names)
-            for path in scan.pictures[split].get(name, ())
-        ]
-        for split, target in targets.items()
-    }
+    entries = {split: _entries(scan.pictures[split], names, target) for split, target in targets.items()}
     if not entries["val"]:
         raise ValueError(
             f"no pictures to validate on: give each class two at least, or put some of {_some(names)} in val"
         )
-    write_classes(classes_path, names)
+    if not Path(classes_path).is_file() or read_classes(classes_path) != names:
+        write_classes(classes_path, names)
     for split, target in targets.items():
         if entries[split]:
             write_list(target, entries[split])
@@ -172,6 +166,13 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
     else:
         print(f"the lists are made from the pictures in {root}/")
     annotate(root, config.classes_path)
+
+
+def _entries(pictures: dict[str, list[str]], names: list[str], list_path: str | Path) -> list[tuple[int, str]]:
+    """The lines of the list at `list_path`, by class id and then by path."""
+    return [
+        (class_id, _relative(path, list_path)) for class_id, name in enumerate(names) for path in pictures.get(name, ())
+    ]
 
 
 def _relative(path: str, list_path: str | Path) -> str:
