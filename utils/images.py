@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
+from utils.config import TrainConfig
+
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 if HAS_HEIF:
     import pillow_heif
@@ -52,7 +54,7 @@ FORMATS = [
     if name in Image.OPEN
 ]
 
-MAX_PIXELS = 100_000_000
+MAX_PIXELS = TrainConfig.max_pixels
 """A picture of more is refused before it is decoded: a small file can claim to be a huge picture."""
 
 BACKGROUND = (255, 255, 255)

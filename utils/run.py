@@ -113,7 +113,8 @@ class Run:
         row = {"epoch": self.epoch + 1} | numbers | {"seconds": now - self._epoch_started}
         self._epoch_started = now
         self.history.append(row)
-        is_best = row["val_loss"] == min(earlier["val_loss"] for earlier in self.history)
+        best_val_loss = min(earlier["val_loss"] for earlier in self.history)
+        is_best = row["val_loss"] == best_val_loss
         print(
             f"epoch {row['epoch']}/{self.config.unfreeze_epoch}: loss {row['loss']:.3f}, top-1 {row['top1']:.1%}; "
             f"validation loss {row['val_loss']:.3f}, top-1 {row['val_top1']:.1%}; {row['seconds']:.1f} s"
@@ -126,7 +127,7 @@ class Run:
                 "weights": self.model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "epoch": self.epoch,
-                "best_val_loss": min(earlier["val_loss"] for earlier in self.history),
+                "best_val_loss": best_val_loss,
                 "history": self.history,
             }
         )

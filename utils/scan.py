@@ -57,7 +57,10 @@ def scan_datasets(root: str | Path) -> Scan:
             f"{root} has a folder {next(iter(splits)).name} and none named train: put the classes to train on into one"
         )
     others = [entry for entry in _folders(root) if entry not in splits]
-    if splits and not (all(map(_holds_only_demo, splits)) and any(not _holds_only_demo(entry) for entry in others)):
+    # Folders beside the splits, mostly none, are asked first: that spares walking all of train twice.
+    beside = bool(splits) and any(not _holds_only_demo(entry) for entry in others)
+    made_way = beside and all(map(_holds_only_demo, splits))
+    if splits and not made_way:
         for entry, split in splits.items():
             scan_classes(entry, scan, split)
         for entry in others:
