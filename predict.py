@@ -12,14 +12,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from utils import cli
 from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier
 from utils.config import Device
-from utils.images import ImageError
+from utils.images import ImageError, open_image
 from utils.scan import is_demo, pictures_below
 
 BATCH = 32
@@ -57,10 +59,11 @@ def main(
     source = expand(paths or ask())
     # Asked for one by one, pictures are answered one by one.
     while batch := list(islice(source, BATCH if paths else 1)):
-        for path, image, answer in predict_batch(classifier, batch, top_k):
+        for path, answer in predict_batch(classifier, batch, top_k):
             print(json.dumps({"path": path} | answer) if json_lines else format_answer(path, answer), flush=True)
-            failures += image is None
-            if save and image:
+            failures += "error" in answer
+            if save and "predictions" in answer:
+                image = open_image(path, classifier.preprocessing.max_pixels, classifier.preprocessing.allow_truncated)
                 save_labelled(image, answer["predictions"][0], Path(path).name, Path(save))
     return 1 if failures else 0
 
@@ -91,24 +94,23 @@ def ask() -> Iterator[str]:
         yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
 
 
-def predict_batch(
-    classifier: Classifier, paths: list[str], top_k: int
-) -> Iterator[tuple[str, Image.Image | None, dict]]:
-    """For each path, in order: the path, its picture, and `predictions` or `error` as `--json` prints them."""
-    images: dict[int, Image.Image] = {}
+def predict_batch(classifier: Classifier, paths: list[str], top_k: int) -> Iterator[tuple[str, dict]]:
+    """For each path, in order: the path, and `predictions` or `error` as `--json` prints them."""
+    pixels: dict[int, Tensor] = {}
     answers: dict[int, dict] = {}
     for i, path in enumerate(paths):
         try:
-            images[i] = classifier.read(path)
+            pixels[i] = classifier.load(path)
         except ImageError as error:
             answers[i] = {"error": str(error)}
-    if images:
-        ranked = classifier.probabilities(list(images.values())).topk(min(top_k, len(classifier.class_names)))
-        for i, values, ids in zip(images, ranked.values.tolist(), ranked.indices.tolist(), strict=True):
+    if pixels:
+        probabilities = classifier.probabilities(torch.stack(list(pixels.values())))
+        ranked = probabilities.topk(min(top_k, len(classifier.class_names)))
+        for i, values, ids in zip(pixels, ranked.values.tolist(), ranked.indices.tolist(), strict=True):
             best = zip(ids, values, strict=True)
             answers[i] = {"predictions": [{"class": classifier.class_names[k], "probability": p} for k, p in best]}
     for i, path in enumerate(paths):
-        yield path, images.get(i), answers[i]
+        yield path, answers[i]
 
 
 def format_answer(path: str, answer: dict) -> str:

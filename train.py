@@ -21,7 +21,7 @@ from utils import cli
 from utils.annotation import ensure_lists
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
-from utils.data import eval_loader, train_loader
+from utils.data import FileSource, eval_loader, train_loader
 from utils.engine import Trainer, pick_device, usable_precision
 from utils.freeze import Stage, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
@@ -29,7 +29,7 @@ from utils.optim import build_optimizer
 from utils.run import Run, load_resumable
 from utils.seeds import derive_seed
 from utils.summary import format_config, format_model, format_stages, warn_of_small_input
-from utils.transforms import Preprocessing, eval_transform, train_transform
+from utils.transforms import EvalTransform, Preprocessing, TrainTransform
 
 # As it stands, for the built-in handwritten digits: a small network from scratch in a minute or two of two cores.
 CONFIG = TrainConfig(
@@ -161,9 +161,10 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
     """
     config, model, trainer = run.config, run.model, run.trainer
     preprocessing = Preprocessing.from_dict(config.as_dict())
-    read, workers = preprocessing.read, config.num_workers
-    val_transform = eval_transform(preprocessing)
-    val_loader = eval_loader(data.val_images, read, val_transform, config.unfreeze_batch_size, workers)
+    train_source = FileSource(data.train_images, preprocessing)
+    val_source = FileSource(data.val_images, preprocessing)
+    workers = config.num_workers
+    val_loader = eval_loader(val_source, EvalTransform(preprocessing), config.unfreeze_batch_size, workers)
     with closing(run.log), say_how_to_go_on(run):
         for stage in stages:
             if run.epoch >= stage.end:
@@ -171,8 +172,7 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
             stage.freeze(model)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.restore_optimizer(optimizer, stage)
-            transform = train_transform(config)
-            loader = train_loader(data.train_images, read, transform, stage.batch_size, workers, config.seed)
+            loader = train_loader(train_source, TrainTransform(config), stage.batch_size, workers, config.seed)
             if run.epoch == 0:
                 run.log.log_pictures(trainer.network, next(iter(loader))[0])
             for epoch in range(run.epoch, stage.end):

@@ -5,13 +5,14 @@ import torch
 
 from tests.conftest import write_picture
 from utils.config import TrainConfig
-from utils.data import EpochSampler, ImageDataset, eval_loader, train_loader
-from utils.images import ImageError, open_image
+from utils.data import EpochSampler, FileSource, ImageDataset, eval_loader, train_loader
+from utils.images import ImageError
 from utils.lists import ImageList, list_in_memory
 from utils.seeds import derive_seed
-from utils.transforms import Preprocessing, eval_transform, train_transform
+from utils.transforms import EvalTransform, Preprocessing, TrainTransform
 
 CONFIG = TrainConfig(input_shape=(16, 16))
+PREPROCESSING = Preprocessing.from_dict(CONFIG.as_dict())
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def images(here) -> ImageList:
 
 
 def epoch_of(images, workers, seed=1, epoch=0, batch_size=5):
-    loader = train_loader(images, open_image, train_transform(CONFIG), batch_size, workers, seed)
+    loader = train_loader(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), batch_size, workers, seed)
     loader.sampler.epoch = epoch
     return list(loader)
 
@@ -47,7 +48,7 @@ def test_seed_and_epoch_change_everything(images):
 
 
 def test_the_same_picture_looks_otherwise_in_another_epoch(images):
-    dataset = ImageDataset(images, open_image, train_transform(CONFIG), seed=1)
+    dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
     assert torch.equal(dataset[(0, 3)][0], dataset[(0, 3)][0])
     assert not torch.equal(dataset[(0, 3)][0], dataset[(1, 3)][0])
 
@@ -66,8 +67,7 @@ def test_training_batches_are_whole_and_no_picture_comes_twice(images):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_every_picture_once_and_in_order(images, workers):
-    transform = eval_transform(Preprocessing.from_dict(CONFIG.as_dict()))
-    batches = list(eval_loader(images, open_image, transform, 5, workers))
+    batches = list(eval_loader(FileSource(images, PREPROCESSING), EvalTransform(PREPROCESSING), 5, workers))
     assert torch.cat([targets for _, targets in batches]).tolist() == list(range(23))
     assert all(pixels.dtype == torch.uint8 for pixels, _ in batches)
     brightness = torch.cat([pixels.float().mean((1, 2, 3)) for pixels, _ in batches])
@@ -75,7 +75,7 @@ def test_evaluation_sees_every_picture_once_and_in_order(images, workers):
 
 
 def test_a_second_pass_of_evaluation_is_the_same(images):
-    loader = eval_loader(images, open_image, eval_transform(Preprocessing.from_dict(CONFIG.as_dict())), 5, 1)
+    loader = eval_loader(FileSource(images, PREPROCESSING), EvalTransform(PREPROCESSING), 5, 1)
     assert equal(list(loader), list(loader))
 
 

@@ -13,7 +13,7 @@ from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
 from utils.engine import NonFiniteLoss, Trainer, compute_logits, pick_device, usable_precision
 from utils.optim import build_optimizer
-from utils.transforms import Preprocessing
+from utils.transforms import EvalTransform, Preprocessing
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(input_shape=(8, 8), image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.1))
@@ -216,8 +216,9 @@ def test_evaluation_is_in_the_precision_asked_for(way):
     def logits(precision):
         if way == "loader":
             return compute_logits(own, [(pixels, targets)], CPU, precision)[0].log_softmax(1)
-        classifier = Classifier(own, open, lambda index: pixels[index], ["a", "b", "c"], CPU, precision)
-        return classifier.probabilities(range(6)).log()
+        preprocessing = Preprocessing.from_dict(TrainConfig().as_dict())
+        transform = EvalTransform(preprocessing)
+        return Classifier(own, preprocessing, transform, ["a", "b", "c"], CPU, precision).probabilities(pixels).log()
 
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected = own(pixels).float().log_softmax(1)

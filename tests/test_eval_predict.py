@@ -20,7 +20,7 @@ from tests.conftest import write_picture
 from utils import cli
 from utils.checkpoint import BEST, find_checkpoint, load_checkpoint
 from utils.classifier import load_classifier
-from utils.data import eval_loader
+from utils.data import FileSource, eval_loader
 from utils.engine import compute_logits
 from utils.images import open_image
 from utils.lists import read_list
@@ -46,13 +46,16 @@ def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
 
     classifier = load_classifier(checkpoint, "cpu")
     images = read_list("cls_val.txt", 2)
-    loader = eval_loader(images, classifier.read, classifier.transform, 3, num_workers=0)
+    loader = eval_loader(FileSource(images, classifier.preprocessing), classifier.transform, 3, num_workers=0)
     logits, _ = compute_logits(classifier.network, loader, classifier.device, classifier.precision)
-    one_by_one = torch.cat([classifier.probabilities([open_image(images.path(i))]) for i in range(len(images))])
+    paths = [images.path(i) for i in range(len(images))]
+    one_by_one = torch.cat([classifier.probabilities(classifier.load(path)[None]) for path in paths])
+    in_memory = classifier.probabilities(classifier.transform(open_image(paths[0]))[None])
+    torch.testing.assert_close(in_memory, one_by_one[:1], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(logits.softmax(1), one_by_one, atol=1e-6, rtol=1e-5)
 
     capsys.readouterr()
-    predict.main(tuple(images.path(i) for i in range(len(images))), json_lines=True)
+    predict.main(tuple(paths), json_lines=True)
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for answer, expected in zip(printed, one_by_one.tolist(), strict=True):
         assert {p["class"]: p["probability"] for p in answer["predictions"]} == pytest.approx(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from utils.images import HAS_HEIF, ImageError, open_image, read_size
+from utils.checkpoint import find_checkpoint
+from utils.classifier import load_classifier
+from utils.images import HAS_HEIF, ImageError, open_image, read_region, read_size
 from utils.scan import pictures_below
 
 
@@ -94,6 +98,71 @@ def test_all_exif_orientations_give_one_picture(shared):
         # The files were compressed one by one, so they are alike, not equal; a picture on its side is off by far more.
         assert max(np.abs(p - pixels[1]).mean() for p in pixels) < 5
         assert np.abs(pixels[1][::-1] - pixels[1]).mean() > 15
+
+
+def test_all_exif_orientations_are_classified_alike(shared, trained):
+    classifier = load_classifier(find_checkpoint(""))
+    for kind in ("Landscape", "Portrait"):
+        paths = [str(shared / "data" / "exif_orientation" / f"{kind}_{i}.jpg") for i in range(9)]
+        probabilities = classifier.probabilities(torch.stack([classifier.load(path) for path in paths]))
+        assert len(probabilities.argmax(1).unique()) == 1
+        assert (probabilities - probabilities[1]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_part_lies_where_the_upright_picture_has_it(here, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    levels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    smooth = Image.fromarray(levels).resize((1000, 600), Image.Resampling.BICUBIC)
+    smooth.save(f"a.{suffix}", exif=exif, quality=95)
+    upright = open_image(f"a.{suffix}")
+    seen = []
+
+    def choose(width, height):
+        seen.append((width, height))
+        return 0.1 * width, 0.4 * height, 0.6 * width, 0.8 * height
+
+    for size in ((200, 200), (100, 50), (20, 30)):
+        region = read_region(f"a.{suffix}", choose, size)
+        assert seen.pop() == upright.size
+        own = Image.fromarray(region.pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=region.box)
+        plain = upright.resize(size[::-1], Image.Resampling.BILINEAR, box=choose(*upright.size))
+        assert np.abs(np.asarray(own).astype(int) - np.asarray(plain)).mean() < 2
+
+
+def test_a_jpeg_is_decoded_no_finer_than_needed(here):
+    Image.new("RGB", (1600, 800)).save("a.jpg")
+
+    def pixels(fraction, size):
+        region = read_region("a.jpg", lambda w, h: (0, 0, w * fraction, h * fraction), (size, size))
+        assert min(region.box[2] - region.box[0], region.box[3] - region.box[1]) >= 1.5 * size
+        return region.pixels.shape[:2]
+
+    assert pixels(1, 267) == (800, 1600)
+    assert pixels(1, 266) == (400, 800)
+    assert pixels(1, 60) == (100, 200)
+    assert pixels(0.5, 60) == (200, 400)
+
+
+def test_every_picture_is_the_same_by_either_reader(shared):
+    """Over files that try decoders, the reader of parts gives what the reader of whole pictures gives, errors too."""
+    agreed = 0
+    for path in sorted((shared / "data" / "difficult_images").rglob("*")):
+        if not path.is_file():
+            continue
+        try:
+            whole = np.asarray(open_image(path, max_pixels=2**22))
+        except ImageError as error:
+            with pytest.raises(ImageError, match=re.escape(error.cause[:20])):
+                read_region(path, lambda w, h: (0, 0, w, h), (4096, 4096), max_pixels=2**22)
+            continue
+        region = read_region(path, lambda w, h: (0, 0, w, h), (4096, 4096), max_pixels=2**22)
+        assert np.abs(whole.astype(int) - region.pixels).max() <= 3, path  # two builds of libjpeg may round differently
+        assert region.box == (0, 0, whole.shape[1], whole.shape[0])
+        agreed += 1
+    assert agreed > 400
 
 
 def test_orientation_made_here(here):

@@ -1,15 +1,17 @@
 """utils/transforms.py against Pillow, torchvision and hand-made pictures."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 
 from utils.config import TrainConfig
-from utils.transforms import Normalise, Preprocessing, eval_transform, train_transform
+from utils.transforms import EvalTransform, Normalise, Preprocessing, TrainTransform
 
 
 def preprocessing(**changes) -> Preprocessing:
@@ -29,20 +31,20 @@ def gradient(width: int, height: int) -> Image.Image:
 def test_evaluation_is_short_side_then_centre(size):
     peer = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), v2.PILToTensor()])
     image = gradient(*size)
-    own = eval_transform(preprocessing())(image)
+    own = EvalTransform(preprocessing())(image)
     assert (own.dtype, own.shape) == (torch.uint8, (3, 224, 224))
     assert (own.int() - peer(image).int()).abs().max() <= 2  # the long side may be rounded otherwise, by one pixel
 
 
 def test_a_picture_of_extreme_shape_costs_no_more_than_another():
     """10 pixels by 20,000 would be 512 million pixels if its short side were brought to 256 first."""
-    pixels = eval_transform(preprocessing())(gradient(20_000, 10))
+    pixels = EvalTransform(preprocessing())(gradient(20_000, 10))
     assert pixels.shape == (3, 224, 224)
     assert abs(pixels[0].float().mean().item() - 127) < 2
 
 
 def test_evaluation_at_a_shape_that_is_not_square():
-    pixels = eval_transform(preprocessing(input_shape=[100, 200], eval_crop=1.0))(gradient(200, 200))
+    pixels = EvalTransform(preprocessing(input_shape=[100, 200], eval_crop=1.0))(gradient(200, 200))
     assert pixels.shape == (3, 100, 200)
     assert np.abs(pixels[0, 0].numpy().astype(int) - np.linspace(0, 255, 200)).max() <= 1.5  # the whole width
 
@@ -50,7 +52,7 @@ def test_evaluation_at_a_shape_that_is_not_square():
 @pytest.mark.parametrize(("size", "bars"), [((200, 100), "rows"), ((100, 200), "columns")])
 def test_letterbox_keeps_all_and_pads_grey(size, bars):
     white = Image.new("RGB", size, "white")
-    pixels = eval_transform(preprocessing(input_shape=[64, 64], letterbox_image=True))(white)[0]
+    pixels = EvalTransform(preprocessing(input_shape=[64, 64], letterbox_image=True))(white)[0]
     pixels = pixels if bars == "rows" else pixels.T
     assert pixels.shape == (64, 64)
     assert (pixels[:16] == 128).all()
@@ -68,13 +70,31 @@ def test_normalisation_equals_torchvisions():
 
 
 def test_training_makes_uint8_of_the_input_shape():
-    pixels = train_transform(TrainConfig(input_shape=(32, 48)))(noise(100, 80))
+    pixels = TrainTransform(TrainConfig(input_shape=(32, 48)))(noise(100, 80))
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 32, 48))
+
+
+@pytest.mark.parametrize("side", [300, 660, 672, 1000, 1344, 2688])  # of the crop: decoded at 1, 1, 1/2, 1/2, 1/4, 1/8
+def test_the_fast_path_shows_what_the_plain_path_shows(shared, here, side):
+    """Decoded at scale and resized by torch, against decoded whole and resized by Pillow: the same for the eye."""
+    config = TrainConfig(horizontal_flip=0.0, auto_augment=False)
+    for path in sorted((shared / "data" / "trashnet" / "test").rglob("*.jpg"))[::60]:
+        width = side * 5 // 4
+        Image.open(path).resize((width, width), Image.Resampling.BICUBIC).save("a.jpg", quality=90)
+        left, top = side // 80 * 8, side // 160 * 8  # whole pixels at every scale
+        box = (left, top, left + side, top + side)
+        transform = TrainTransform(config)
+        transform.choose_box = lambda w, h, box=box: box
+        own = transform.finish(preprocessing().read("a.jpg", transform)).float()
+        with Image.open("a.jpg") as image:
+            plain = pil_to_tensor(image.crop(box).resize((224, 224), Image.Resampling.BILINEAR)).float()
+        assert (own - plain).abs().mean() < 1.5  # of 255 levels
+        assert 10 * math.log10(255**2 / (own - plain).square().mean()) > 36  # dB
 
 
 def drawn(config: TrainConfig, image: Image.Image, count: int = 200) -> torch.Tensor:
     torch.manual_seed(0)
-    transform = train_transform(config)
+    transform = TrainTransform(config)
     return torch.stack([transform(image) for _ in range(count)]).float()
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from nets import build_model
 from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.data import Reader, Transform
 from utils.engine import autocast, pick_device, usable_precision
-from utils.transforms import Normalise, Preprocessing, eval_transform
+from utils.transforms import EvalTransform, Normalise, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -23,24 +20,31 @@ class Classifier:
 
     Attributes:
         network: uint8 pixels (B, 3, height, width) to logits (B, classes), on `device`, in eval mode.
-        read: a path to an upright RGB picture, or an ImageError.
-        transform: an RGB picture to uint8 (3, height, width).
+        preprocessing: how it wants its pictures.
+        transform: a picture to uint8 (3, height, width).
         class_names: name of each class id.
         device: where the network is.
         precision: the arithmetic that it was trained and validated in, if the device has it.
     """
 
     network: nn.Module
-    read: Reader
-    transform: Transform
+    preprocessing: Preprocessing
+    transform: EvalTransform
     class_names: list[str]
     device: torch.device
     precision: str
 
+    def load(self, path: str) -> Tensor:
+        """A picture as the network wants it, uint8 (3, height, width). For one in memory there is `transform`.
+
+        Raises:
+            ImageError: the file can't be read.
+        """
+        return self.transform.finish(self.preprocessing.read(path, self.transform))
+
     @torch.inference_mode()
-    def probabilities(self, images: Sequence[Image.Image]) -> Tensor:
-        """Probabilities (B, classes), fp32 on the CPU, of upright RGB pictures."""
-        pixels = torch.stack([self.transform(image) for image in images])  # (B, 3, height, width)
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """Probabilities (B, classes), fp32 on the CPU, of pictures (B, 3, height, width) uint8."""
         with autocast(self.device, self.precision):
             logits = self.network(pixels.to(self.device))
         return logits.float().softmax(dim=1).cpu()
@@ -66,8 +70,8 @@ def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
     place = pick_device(device)
     return Classifier(
         network=pixel_network(model, preprocessing, place).eval(),
-        read=preprocessing.read,
-        transform=eval_transform(preprocessing),
+        preprocessing=preprocessing,
+        transform=EvalTransform(preprocessing),
         class_names=checkpoint["class_names"],
         device=place,
         precision=usable_precision(checkpoint["config"]["precision"], place),

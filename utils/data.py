@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from utils.images import ImageError
+from utils.images import ImageError, Region
 from utils.lists import ImageList
 from utils.seeds import derive_seed
+from utils.transforms import Preprocessing, Transform
 
-Reader = Callable[[str], Image.Image]
-"""A path to an upright RGB picture, or an ImageError."""
-Transform = Callable[[Image.Image], Tensor]
-"""A picture to uint8 pixels (3, height, width)."""
+
+@dataclass(frozen=True)
+class FileSource:
+    """The pictures of a list, read from their files."""
+
+    images: ImageList
+    preprocessing: Preprocessing
+
+    def region(self, index: int, transform: Transform) -> Region:
+        """The part of a picture that `transform` wants.
+
+        Raises:
+            ImageError: the file can't be read.
+        """
+        return self.preprocessing.read(self.images.path(index), transform)
 
 
 class ImageDataset(Dataset):
@@ -25,14 +37,14 @@ class ImageDataset(Dataset):
     What the transform draws is a function of (seed, epoch, index), whichever worker draws it.
     """
 
-    def __init__(self, images: ImageList, read: Reader, transform: Transform, seed: int) -> None:
-        self.images = images
-        self.read = read
+    def __init__(self, source: FileSource, transform: Transform, seed: int) -> None:
+        self.source = source
+        self.class_ids = source.images.class_ids
         self.transform = transform
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.class_ids)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         """One picture, uint8 (3, height, width), and its class id.
@@ -43,11 +55,11 @@ class ImageDataset(Dataset):
         epoch, index = key
         torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
         try:
-            image = self.read(self.images.path(index))
+            region = self.source.region(index, self.transform)
         except ImageError as error:
             remedy = "mend or remove it, and run python txt_annotation.py to make the lists anew"
             raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
-        return self.transform(image), int(self.images.class_ids[index])
+        return self.transform.finish(region), int(self.class_ids[index])
 
 
 class EpochSampler(Sampler):
@@ -72,20 +84,18 @@ class EpochSampler(Sampler):
             yield self.epoch, int(index)
 
 
-def train_loader(
-    images: ImageList, read: Reader, transform: Transform, batch_size: int, num_workers: int, seed: int
-) -> DataLoader:
+def train_loader(source: FileSource, transform: Transform, batch_size: int, num_workers: int, seed: int) -> DataLoader:
     """Batches of uint8 pixels (B, 3, height, width) and class ids (B,), shuffled anew in each epoch.
 
     All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
     `loader.sampler.epoch` before each epoch.
     """
-    return _loader(ImageDataset(images, read, transform, seed), batch_size, num_workers, training=True)
+    return _loader(ImageDataset(source, transform, seed), batch_size, num_workers, training=True)
 
 
-def eval_loader(images: ImageList, read: Reader, transform: Transform, batch_size: int, num_workers: int) -> DataLoader:
+def eval_loader(source: FileSource, transform: Transform, batch_size: int, num_workers: int) -> DataLoader:
     """Batches in the list's order, every picture once; the last batch may be smaller."""
-    return _loader(ImageDataset(images, read, transform, seed=0), batch_size, num_workers, training=False)
+    return _loader(ImageDataset(source, transform, seed=0), batch_size, num_workers, training=False)
 
 
 def _loader(dataset: ImageDataset, batch_size: int, num_workers: int, training: bool) -> DataLoader:

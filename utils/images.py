@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from utils.config import TrainConfig
 
@@ -48,8 +50,8 @@ Image.init()
 FORMATS = [
     name
     for name in (
-        *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TGA"),
-        *("TIFF", "WEBP"),
+        *("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG2000", "MPO", "PCX", "PPM", "SGI"),
+        *("TGA", "TIFF"),
     )
     if name in Image.OPEN
 ]
@@ -59,6 +61,28 @@ MAX_PIXELS = TrainConfig.max_pixels
 
 BACKGROUND = (255, 255, 255)
 """What transparent pictures are laid on."""
+
+
+DETAIL = 1.5
+"""A JPEG is decoded at a lower scale as long as the part that is wanted keeps this many times the pixels, on each side,
+of what it is resized to. At 1.5 photos differ from those decoded whole by one level of 255 in the mean (PSNR above
+36 dB, which is about what JPEG itself takes); at 1 by two levels; at 2 by no less, and 12
+megapixels take a third longer."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a part of a picture, in its pixels."""
+
+
+class Region(NamedTuple):
+    """A picture and the part of it that is wanted.
+
+    Attributes:
+        pixels: uint8 (height, width, 3), upright RGB; perhaps smaller than the file says.
+        box: the part, in the pixels that are there.
+    """
+
+    pixels: np.ndarray
+    box: Box
 
 
 class ImageError(ValueError):
@@ -95,9 +119,69 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: 
         ImageError: the file is missing or is no readable picture; whatever else goes wrong in reading it becomes this.
     """
     with _opened(path, max_pixels, allow_truncated) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+        return _upright_rgb(image)
+
+
+def read_region(
+    path: str | Path,
+    choose_box: Callable[[int, int], Box],
+    size: tuple[int, int],
+    max_pixels: int = MAX_PIXELS,
+    allow_truncated: bool = False,
+) -> Region:
+    """Read the part of a picture that `choose_box` picks, decoded no finer than it is needed.
+
+    A JPEG can be decoded at a half, a quarter or an eighth of its size, in a fraction of the time; see `DETAIL` for
+    when it is.
+
+    Args:
+        path: the file.
+        choose_box: from the width and height of the upright picture to the part that is wanted.
+        size: height and width that the part will be resized to.
+        max_pixels: as for `open_image`.
+        allow_truncated: as for `open_image`.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path, max_pixels, allow_truncated) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        lying = orientation in (5, 6, 7, 8)
+        width, height = image.size[::-1] if lying else image.size
+        box = choose_box(width, height)
+        left, top, right, bottom = box
+        across, down = DETAIL * size[1] / (right - left), DETAIL * size[0] / (bottom - top)
+        least = (math.ceil(width * across), math.ceil(height * down))
+        full = image.size
+        image.draft(None, least[::-1] if lying else least)
+        plain = image.format == "JPEG" and image.mode == "RGB" and orientation == 1 and image.size == full
+        pixels = _decode_jpeg(path) if plain else None
+        if pixels is None:
+            pixels = np.array(_upright_rgb(image))
+    across, down = pixels.shape[1] / width, pixels.shape[0] / height
+    return Region(pixels, (left * across, top * down, right * across, bottom * down))
+
+
+def _decode_jpeg(path: str | Path) -> np.ndarray | None:
+    """A plain RGB JPEG by torchvision's decoder, the same pixels as Pillow's without its copies; None if it has
+    anything to object to, which Pillow is then left to judge."""
+    import torch  # not needed to look through folders, and slow to import
+    from torchvision.io import decode_jpeg
+
+    try:
+        return (
+            decode_jpeg(torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8))
+            .permute(1, 2, 0)
+            .numpy()
+        )
+    except RuntimeError:
+        return None
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 
+from utils.augment import GREY, AutoAugment, random_box
 from utils.config import TrainConfig
-from utils.images import open_image
-
-GREY = (128, 128, 128)
+from utils.images import Box, Region, read_region
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Preprocessing:
         plain = {name: values[name] for name in names}
         return Preprocessing(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
 
-    def read(self, path: str) -> Image.Image:
-        """An upright RGB picture; see `utils.images.open_image` for what it raises."""
-        return open_image(path, self.max_pixels, self.allow_truncated)
+    def read(self, path: str, transform: Transform) -> Region:
+        """The part of a picture that `transform` wants; see `utils.images.read_region` for what it raises."""
+        return read_region(path, transform.choose_box, transform.size, self.max_pixels, self.allow_truncated)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain types."""
@@ -47,62 +49,86 @@ class Preprocessing:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def train_transform(config: TrainConfig) -> v2.Transform:
-    """An RGB picture to uint8 (3, height, width), with augmentation drawn from torch's global generator."""
-    steps: list[nn.Module] = [v2.RandomResizedCrop(config.input_shape, scale=(config.train_crop, 1.0), antialias=True)]
-    if config.horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
-    if config.auto_augment:
-        steps.append(v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET, fill=list(GREY)))
-    return v2.Compose([*steps, v2.PILToTensor()])
+class Transform(ABC):
+    """A picture to uint8 pixels (3, height, width), in two steps, so that a file need not be decoded finer than the
+    part that is wanted takes.
 
-
-def eval_transform(preprocessing: Preprocessing) -> v2.Transform:
-    """An RGB picture to uint8 (3, height, width): the same for validation, evaluation and prediction."""
-    if preprocessing.letterbox_image:
-        fit = Letterbox(preprocessing.input_shape)
-    else:
-        fit = ResizeAndCrop(preprocessing.input_shape, preprocessing.eval_crop)
-    return v2.Compose([fit, v2.PILToTensor()])
-
-
-class ResizeAndCrop(nn.Module):
-    """Cut out of the centre the largest part with the aspect ratio of `size`, times `crop`; resize it to `size`.
-
-    With a square `size` this is the usual "resize the short side to size / crop, then crop the centre", in one step and
-    without the pixels that are cut off.
+    Attributes:
+        size: height and width of the result.
     """
 
-    def __init__(self, size: Sequence[int], crop: float) -> None:
-        super().__init__()
-        self.size = tuple(size)
-        self.crop = crop
+    size: tuple[int, int]
 
-    def forward(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        scale = self.crop * min(
-            image.height / height, image.width / width
-        )  # pixels of the picture to one of the result
-        left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-        box = (
-            max(0, left),
-            max(0, top),
-            min(image.width, left + width * scale),
-            min(image.height, top + height * scale),
-        )
-        return image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    @abstractmethod
+    def choose_box(self, width: int, height: int) -> Box:
+        """The part that is wanted of an upright picture of this size."""
+
+    @abstractmethod
+    def finish(self, region: Region) -> Tensor:
+        """That part to pixels (3, height, width)."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Both steps, for an upright RGB picture that is in memory."""
+        return self.finish(Region(np.array(image), self.choose_box(*image.size)))
 
 
-class Letterbox(nn.Module):
-    """Resize, keeping the aspect ratio, until the whole picture fits; pad with grey around it."""
+class TrainTransform(Transform):
+    """A random part of a picture to uint8 (3, height, width), with augmentation.
 
-    def __init__(self, size: Sequence[int]) -> None:
-        super().__init__()
-        self.size = tuple(size)
+    All is drawn from torch's global generator.
+    """
 
-    def forward(self, image: Image.Image) -> Image.Image:
-        height, width = self.size
-        return ImageOps.pad(image, (width, height), Image.Resampling.BILINEAR, color=GREY)
+    def __init__(self, config: TrainConfig) -> None:
+        self.size = config.input_shape
+        self.least_area = config.train_crop
+        self.horizontal_flip = config.horizontal_flip
+        self.augment = AutoAugment(fill=list(GREY)) if config.auto_augment else nn.Identity()
+
+    def choose_box(self, width: int, height: int) -> Box:
+        """A part of random place, area and aspect ratio."""
+        return random_box(width, height, self.least_area)
+
+    def finish(self, region: Region) -> Tensor:
+        """The part resized and augmented. Its box is taken to whole pixels."""
+        left, top, right, bottom = map(round, region.box)
+        part = torch.from_numpy(region.pixels)[None, top : max(bottom, top + 1), left : max(right, left + 1)]
+        # In this order of memory torch resizes uint8 as it is, several times as fast as Pillow.
+        pixels = F.interpolate(part.permute(0, 3, 1, 2), self.size, mode="bilinear", antialias=True)[0]
+        if torch.rand(()) < self.horizontal_flip:
+            pixels = pixels.flip(-1)
+        return self.augment(pixels)  # (3, height, width)
+
+
+class EvalTransform(Transform):
+    """A picture to uint8 (3, height, width): the same for validation, evaluation and prediction.
+
+    Either the centre: the largest part with the aspect ratio of `input_shape`, times `eval_crop`. With a square shape
+    this is the usual "resize the short side to size / crop, then crop the centre", in one step and without the pixels
+    that are cut off. Or, with `letterbox_image`, all of it, with grey around.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.size = preprocessing.input_shape
+        self.crop = preprocessing.eval_crop
+        self.letterbox = preprocessing.letterbox_image
+
+    def choose_box(self, width: int, height: int) -> Box:
+        """The centre, in fractions of pixels, or all of it."""
+        if self.letterbox:
+            return 0, 0, width, height
+        # pixels of the picture to one of the result
+        scale = self.crop * min(height / self.size[0], width / self.size[1])
+        left, top = (width - self.size[1] * scale) / 2, (height - self.size[0] * scale) / 2
+        return max(0, left), max(0, top), min(width, width - left), min(height, height - top)
+
+    def finish(self, region: Region) -> Tensor:
+        """The part resized."""
+        image, size = Image.fromarray(region.pixels), self.size[::-1]
+        if self.letterbox:
+            image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=GREY)
+        else:
+            image = image.resize(size, Image.Resampling.BILINEAR, box=region.box)
+        return pil_to_tensor(image)
 
 
 class Normalise(nn.Module):

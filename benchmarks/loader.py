@@ -1,0 +1,143 @@
+"""Pictures a second on one core: Thaw's training pipeline against torchvision's and timm's, on the same files in turn.
+
+    python benchmarks/loader.py [--pictures FOLDER]
+
+Each pipeline is a data loader without workers that gives whole batches at 224 pixels, with random crop, mirroring and
+AutoAugment. The peers give normalised floats; Thaw gives uint8 and normalises on the device, inside the training step,
+and what that costs on the same core is measured apart. Real photos are re-encoded as JPEG of 500 x 375 and of
+4032 x 3024 pixels, quality 90. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+from PIL import Image
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from utils.config import TrainConfig
+from utils.data import FileSource, train_loader
+from utils.images import open_image
+from utils.lists import list_in_memory
+from utils.scan import pictures_below
+from utils.transforms import Preprocessing, TrainTransform
+
+CONFIG = TrainConfig()
+BATCH = 20
+
+
+class PeerDataset(Dataset):
+    """Files as the peers' own references read them: Pillow, RGB, then the transform."""
+
+    def __init__(self, paths: list[str], transform: Callable) -> None:
+        self.paths = paths
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.paths[index]) as image:
+            return self.transform(image.convert("RGB")), 0
+
+
+def thaw_loader(paths: list[str]) -> DataLoader:
+    """Thaw's training loader, with its defaults."""
+    source = FileSource(list_in_memory((0, path) for path in paths), Preprocessing.from_dict(CONFIG.as_dict()))
+    return train_loader(source, TrainTransform(CONFIG), BATCH, num_workers=0, seed=0)
+
+
+def torchvision_loader(paths: list[str]) -> DataLoader:
+    """torchvision's transforms, as its classification reference puts them together."""
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(CONFIG.input_shape, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.AutoAugment(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float, scale=True),
+            v2.Normalize(CONFIG.image_mean, CONFIG.image_std),
+        ]
+    )
+    return DataLoader(PeerDataset(paths, transform), BATCH)
+
+
+def timm_loader(paths: list[str]) -> DataLoader:
+    """timm's training transform with its usual AutoAugment policy."""
+    transform = create_transform(CONFIG.input_shape, is_training=True, auto_augment="original")
+    return DataLoader(PeerDataset(paths, transform), BATCH)
+
+
+def make_pictures(source: str, folder: Path, size: tuple[int, int], count: int) -> list[str]:
+    """Re-encode `count` pictures of `source` at `size`, as JPEG of quality 90."""
+    found = pictures_below(source, Counter())
+    paths = []
+    for i in range(count):
+        paths.append(str(folder / f"{size[0]}_{i:03d}.jpg"))
+        open_image(found[i * len(found) // count]).resize(size, Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+    return paths
+
+
+def milliseconds(loader: DataLoader) -> float:
+    """Of one pass over `loader`, a picture."""
+    started = time.perf_counter()
+    count = sum(len(targets) for _, targets in loader)
+    return (time.perf_counter() - started) / count * 1000
+
+
+def compare(title: str, loaders: dict[str, DataLoader], repeats: int) -> dict[str, float]:
+    """Run the loaders in turn; print and return the median of each, in ms a picture."""
+    times: dict[str, list[float]] = {name: [] for name in loaders}
+    for loader in loaders.values():
+        milliseconds(loader)
+    for _ in range(repeats):
+        for name, loader in loaders.items():
+            times[name].append(milliseconds(loader))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        print(
+            f"{title:<12}{name:<16}{1000 / medians[name]:8.0f} pictures/s, {medians[name]:6.2f} ms "
+            f"({min(values):.2f} to {max(values):.2f}), {medians['torchvision'] / medians[name]:5.2f} x torchvision",
+            flush=True,
+        )
+    return medians
+
+
+def main(pictures: str = "../shared/data/trashnet", repeats: int = 9) -> None:
+    """Compare loaders.
+
+    Args:
+        pictures: a folder of photos to make the pictures of.
+        repeats: passes over the pictures; the median counts.
+    """
+    if not Path(pictures).is_dir():
+        sys.exit(f"there is no folder {pictures}: give one with photos, --pictures FOLDER")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        ordinary = make_pictures(pictures, folder, (500, 375), 5 * BATCH)
+        large = make_pictures(pictures, folder, (4032, 3024), BATCH)
+        loaders = {"torchvision": torchvision_loader, "timm": timm_loader, "thaw": thaw_loader}
+        medians = {
+            "ordinary": compare("500x375", {name: make(ordinary) for name, make in loaders.items()}, repeats),
+            "large": compare("4032x3024", {name: make(large) for name, make in loaders.items()}, max(3, repeats // 3)),
+        }
+    ratios = {f"{kind}_vs_torchvision": round(ms["torchvision"] / ms["thaw"], 2) for kind, ms in medians.items()}
+    print(json.dumps({"benchmark": "loader", "ratios": ratios, "ms": medians}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,138 @@
+"""What is drawn for a training picture: its crop, and torchvision's AutoAugment with faster operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from utils.images import Box
+
+cv2.setNumThreads(1)  # the pictures are small, and the workers are the threads
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+"""Least and greatest width to height of a random crop."""
+GREY = (128, 128, 128)
+"""What fills the corners of a turned picture, and the bars of a letterbox."""
+
+LEVELS = np.arange(256)
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+
+
+def random_box(width: int, height: int, least_area: float) -> Box:
+    """A part of a picture, of `least_area` (0 to 1) of its area or more, as torchvision's RandomResizedCrop draws it.
+
+    Szegedy et al., "Going Deeper with Convolutions", 2015. The area is uniform, the logarithm of the aspect ratio too;
+    if ten draws don't fit into the picture, it is the largest centred part with an aspect ratio that is allowed.
+    Drawn from torch's global generator.
+    """
+    narrow, wide = ASPECT_RATIOS
+    for _ in range(10):
+        area, ratio, across, down = torch.rand(4, dtype=torch.float64).tolist()
+        pixels = width * height * (least_area + area * (1 - least_area))
+        aspect = math.exp(math.log(narrow) + ratio * math.log(wide / narrow))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * wide)), min(height, round(width / narrow))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+class AutoAugment(v2.AutoAugment):
+    """torchvision's AutoAugment of uint8 pixels (3, height, width), with OpenCV doing the work, at a third of the time.
+
+    Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", 2019. Policy and draws are torchvision's, and
+    the operations give what torchvision's give on Pillow's pictures, which `tests/test_augment.py` holds. Should
+    torchvision rename the method below, its own operations are used.
+    """
+
+    def _apply_image_or_video_transform(
+        self, image: Tensor, transform_id: str, magnitude: float, *rest: Any, **named: Any
+    ) -> Tensor:
+        operation = OPERATIONS.get(transform_id)
+        if operation is None:
+            return super()._apply_image_or_video_transform(image, transform_id, magnitude, *rest, **named)
+        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (height, width, 3)
+        return torch.from_numpy(operation(pixels, magnitude)).permute(2, 0, 1)
+
+
+# The operations below take uint8 (height, width, 3) and a magnitude, and give a new array.
+
+
+def _rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
+    height, width = pixels.shape[:2]
+    return _warp(pixels, cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0))
+
+
+def _shear_x(pixels: np.ndarray, slope: float) -> np.ndarray:
+    # Half a row more: the axis is the upper edge of the picture, not the middle of its first row.
+    return _warp(pixels, np.array([[1, -slope, -slope / 2], [0, 1, 0]]))
+
+
+def _warp(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    size = pixels.shape[1::-1]
+    return cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_NEAREST, borderValue=GREY)
+
+
+def _saturate(pixels: np.ndarray, more: float) -> np.ndarray:
+    grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(pixels, 1 + more, grey, -more, 0)
+
+
+def _sharpen(pixels: np.ndarray, more: float) -> np.ndarray:
+    smooth = cv2.filter2D(pixels, -1, SMOOTH)
+    changed = pixels.copy()  # the outermost pixels stay
+    changed[1:-1, 1:-1] = cv2.addWeighted(pixels, 1 + more, smooth, -more, 0)[1:-1, 1:-1]
+    return changed
+
+
+def _by_table(make: Callable[[np.ndarray, float], np.ndarray]) -> Callable[[np.ndarray, float], np.ndarray]:
+    """An operation that replaces each level by another: `make` gives the table (256,), or (256, 3) for each channel."""
+
+    def operation(pixels: np.ndarray, magnitude: float) -> np.ndarray:
+        table = make(pixels, magnitude).clip(0, 255).astype(np.uint8)
+        return cv2.LUT(pixels, table if table.ndim == 1 else table[:, None])
+
+    return operation
+
+
+def _contrast(pixels: np.ndarray, more: float) -> np.ndarray:
+    mean = round(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0])
+    return mean + (LEVELS - mean) * (1 + more)
+
+
+def _stretch(pixels: np.ndarray, _: float) -> np.ndarray:
+    low, high = pixels.min(axis=(0, 1)).astype(float), pixels.max(axis=(0, 1)).astype(float)
+    return np.where(high > low, (LEVELS[:, None] - low) * 255 / np.maximum(high - low, 1), LEVELS[:, None])
+
+
+def _equalize(pixels: np.ndarray, _: float) -> np.ndarray:
+    counts = np.stack([cv2.calcHist([pixels], [i], None, [256], [0, 256]).ravel() for i in range(3)], axis=1)
+    counts = counts.astype(np.int64)  # (256, 3)
+    highest = 255 - (counts[::-1] > 0).argmax(axis=0, keepdims=True)
+    step = (counts.sum(axis=0) - np.take_along_axis(counts, highest, axis=0)) // 255
+    below = counts.cumsum(axis=0) - counts
+    return np.where(step, (below + step // 2) // np.maximum(step, 1), LEVELS[:, None])
+
+
+OPERATIONS = {
+    "ShearX": _shear_x,
+    "Rotate": _rotate,
+    "Color": _saturate,
+    "Sharpness": _sharpen,
+    "Brightness": _by_table(lambda _, more: LEVELS * (1 + more)),
+    "Contrast": _by_table(_contrast),
+    "Posterize": _by_table(lambda _, bits: LEVELS & ~((1 << (8 - int(bits))) - 1)),
+    "Solarize": _by_table(lambda _, part: np.where(255 * part > LEVELS, LEVELS, 255 - LEVELS)),
+    "AutoContrast": _by_table(_stretch),
+    "Equalize": _by_table(_equalize),
+    "Invert": _by_table(lambda *_: 255 - LEVELS),
+}
