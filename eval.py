@@ -8,7 +8,7 @@ from utils import cli
 from utils.checkpoint import find_checkpoint
 from utils.classifier import load_classifier
 from utils.config import Device
-from utils.data import FileSource, eval_loader
+from utils.data import FileSource, ImageDataset, eval_loader
 from utils.engine import compute_logits
 from utils.lists import ImageList, list_in_memory, read_classes, read_list
 from utils.metrics import confusion_matrix, evaluation_metrics
@@ -51,8 +51,8 @@ def main(
             check_classes(read_classes(classes_path), classifier.class_names, classes_path)
         images = read_list(data, len(classifier.class_names))
 
-    source = FileSource(images, classifier.preprocessing)
-    loader = eval_loader(source, classifier.transform, batch_size, num_workers)
+    dataset = ImageDataset(FileSource(images, classifier.preprocessing), classifier.transform, seed=0)
+    loader = eval_loader(dataset, batch_size, num_workers)
     logits, targets = compute_logits(classifier.network, loader, classifier.device, classifier.precision)
     metrics = evaluation_metrics(logits, targets, classifier.class_names)
     write_evaluation(out, metrics, confusion_matrix(logits, targets), classifier.class_names)

@@ -19,9 +19,10 @@ from nets import TRANSFORMERS, build_model
 from nets.weights import load_weights, read_weights
 from utils import cli
 from utils.annotation import ensure_lists
+from utils.cache import open_cache
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
-from utils.data import FileSource, eval_loader, train_loader
+from utils.data import FileSource, ImageDataset, balanced_class_weights, eval_loader, train_loader
 from utils.engine import Trainer, pick_device, usable_precision
 from utils.freeze import Stage, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
@@ -87,7 +88,10 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
         return
     model = make_model(config, len(data.class_names), resumed)
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
-    trainer = Trainer(network, device, precision, config.seed)
+    balanced = config.class_weights == "balanced"
+    class_ids = data.train_images.class_ids
+    weights = balanced_class_weights(class_ids, len(data.class_names)) if balanced else None
+    trainer = Trainer(network, device, precision, config.seed, weights)
     run = Run(config, model, trainer, data.class_names, resumed)
     train_stages(run, stages, data)
     elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
@@ -161,10 +165,12 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
     """
     config, model, trainer = run.config, run.model, run.trainer
     preprocessing = Preprocessing.from_dict(config.as_dict())
-    train_source = FileSource(data.train_images, preprocessing)
+    files = FileSource(data.train_images, preprocessing)
+    source = open_cache(data.train_images, config) if config.cache_images else files
+    train_set = ImageDataset(source, TrainTransform(config), config.seed, config.max_bad_fraction)
     val_source = FileSource(data.val_images, preprocessing)
-    workers = config.num_workers
-    val_loader = eval_loader(val_source, EvalTransform(preprocessing), config.unfreeze_batch_size, workers)
+    val_set = ImageDataset(val_source, EvalTransform(preprocessing), config.seed, config.max_bad_fraction)
+    val_loader = eval_loader(val_set, config.unfreeze_batch_size, config.num_workers)
     with closing(run.log), say_how_to_go_on(run):
         for stage in stages:
             if run.epoch >= stage.end:
@@ -172,12 +178,21 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
             stage.freeze(model)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.restore_optimizer(optimizer, stage)
-            loader = train_loader(train_source, TrainTransform(config), stage.batch_size, workers, config.seed)
+            loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
             if run.epoch == 0:
                 run.log.log_pictures(trainer.network, next(iter(loader))[0])
             for epoch in range(run.epoch, stage.end):
                 numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate)
                 run.finish_epoch(numbers | trainer.validate(val_loader), optimizer)
+                report_unreadable(train_set, val_set)
+
+
+def report_unreadable(*datasets: ImageDataset) -> None:
+    """Name the pictures that couldn't be read and weren't named after an earlier epoch."""
+    for dataset in datasets:
+        if new := dataset.newly_unreadable():
+            shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")
+            print(f"attention: {len(new)} unreadable, others of their class stood in: {shown}")
 
 
 @contextmanager

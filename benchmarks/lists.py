@@ -55,7 +55,7 @@ def measure(millions: float) -> dict[str, float]:
         images = read_list(path, 1000)
         reading = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    sampler = EpochSampler(len(images), shuffle=True, seed=0)
+    sampler = EpochSampler(images.class_ids, "shuffle", seed=0)
     started = time.perf_counter()
     next(iter(sampler))
     shuffling = time.perf_counter() - started

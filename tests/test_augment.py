@@ -1,13 +1,14 @@
 """utils/augment.py against torchvision's crops and its operations on Pillow's pictures."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
-from torchvision.transforms.functional import pil_to_tensor
 
-from utils.augment import GREY, OPERATIONS, AutoAugment, random_box
+from utils.augment import GREY, OPERATIONS, POLICY, AutoAugment, magnitude, random_box
 
 GIVEN = {"interpolation": InterpolationMode.NEAREST, "fill": v2.AutoAugment(fill=list(GREY))._fill}
 MAGNITUDES = {
@@ -39,13 +40,13 @@ def flat() -> Image.Image:
     return Image.new("RGB", (97, 64), (10, 128, 255))
 
 
-@pytest.mark.parametrize(("name", "magnitude"), [(name, m) for name, all_m in MAGNITUDES.items() for m in all_m])
+@pytest.mark.parametrize(("name", "size"), [(name, m) for name, all_m in MAGNITUDES.items() for m in all_m])
 @pytest.mark.parametrize("kind", ["photo", "noise", "flat"])
-def test_operations_are_torchvisions(kind, name, magnitude, request):
+def test_operations_are_torchvisions(kind, name, size, request):
     image = photo(request.getfixturevalue("shared")) if kind == "photo" else {"noise": noise, "flat": flat}[kind]()
-    peer = v2.AutoAugment()._apply_image_or_video_transform(image, name, magnitude, **GIVEN)
-    own = AutoAugment()._apply_image_or_video_transform(pil_to_tensor(image), name, magnitude, **GIVEN)
-    difference = (own.int() - pil_to_tensor(peer).int()).abs().amax(0).float()
+    peer = v2.AutoAugment()._apply_image_or_video_transform(image, name, size, **GIVEN)
+    own = OPERATIONS[name](np.array(image), size)
+    difference = torch.from_numpy(np.abs(own.astype(int) - np.asarray(peer))).amax(2).float()
     if name in ("ShearX", "Rotate"):  # of a pixel between two others either may be the nearest
         assert (difference > 1).float().mean() < 0.01
     else:
@@ -53,29 +54,36 @@ def test_operations_are_torchvisions(kind, name, magnitude, request):
         assert (difference > 1).float().mean() < 0.002
 
 
-def test_the_table_is_complete():
-    policy = {name for row in AutoAugment()._policies for name, *_ in row}
-    assert policy <= set(OPERATIONS) == set(MAGNITUDES)
+def test_the_policy_is_torchvisions():
+    peer = v2.AutoAugment()
+    theirs = [[(name, p, level or 0) for name, p, level in row] for row in peer._policies]
+    assert theirs == [list(row) for row in POLICY]
+    assert {name for row in POLICY for name, *_ in row} <= set(OPERATIONS) == set(MAGNITUDES)
+    for name in {name for row in POLICY for name, *_ in row} - {"AutoContrast", "Equalize", "Invert"}:
+        levels, signed = peer._AUGMENTATION_SPACE[name]
+        own = [magnitude(name, level, negative=False) for level in range(10)]
+        assert own == pytest.approx(levels(10, 224, 224).tolist(), abs=1e-5)
+        assert (magnitude(name, 5, negative=True) == -own[5]) == signed
 
 
-def test_draws_are_torchvisions():
-    """The same random numbers choose the same operations and magnitudes."""
-    image = noise()
+def test_operations_come_as_often_as_the_policy_says(monkeypatch):
+    counts = Counter()
 
-    def run(transform, picture):
-        names = []
-        own = transform._apply_image_or_video_transform
-        transform._apply_image_or_video_transform = lambda *args, **kwargs: (
-            names.append(args[1:3]) or own(*args, **kwargs)
-        )
-        torch.manual_seed(0)
-        for _ in range(50):
-            transform(picture)
-        return names
+    def counter(name):
+        return lambda pixels, size: counts.update([(name, size < 0)]) or pixels
 
-    called = run(AutoAugment(), pil_to_tensor(image))
-    assert called == run(v2.AutoAugment(), image)
-    assert len({name for name, _ in called}) > 6
+    for name in OPERATIONS:
+        monkeypatch.setitem(OPERATIONS, name, counter(name))
+    torch.manual_seed(0)
+    transform, pixels = AutoAugment(), torch.zeros(3, 2, 2, dtype=torch.uint8)
+    for _ in range(5000):
+        transform(pixels)
+    for name in OPERATIONS:
+        expected = 200 * sum(p for row in POLICY for n, p, _ in row if n == name)
+        drawn = counts[name, False] + counts[name, True]
+        assert drawn == pytest.approx(expected, abs=4 * expected**0.5)
+        if name == "Rotate":
+            assert counts[name, True] / drawn == pytest.approx(0.5, abs=0.1)
 
 
 def boxes(draw, count=4000) -> np.ndarray:

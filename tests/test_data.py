@@ -1,11 +1,23 @@
 """utils/data.py: what is seen depends on the seed alone, and nothing is dropped in evaluation."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 
 from tests.conftest import write_picture
 from utils.config import TrainConfig
-from utils.data import EpochSampler, FileSource, ImageDataset, eval_loader, train_loader
+from utils.data import (
+    EpochSampler,
+    FileSource,
+    ImageDataset,
+    TooManyUnreadable,
+    balanced_class_weights,
+    eval_loader,
+    train_loader,
+)
 from utils.images import ImageError
 from utils.lists import ImageList, list_in_memory
 from utils.seeds import derive_seed
@@ -23,9 +35,15 @@ def images(here) -> ImageList:
 
 
 def epoch_of(images, workers, seed=1, epoch=0, batch_size=5):
-    loader = train_loader(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), batch_size, workers, seed)
+    loader = train_loader(
+        ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed), batch_size, workers
+    )
     loader.sampler.epoch = epoch
     return list(loader)
+
+
+def eval_set(images):
+    return ImageDataset(FileSource(images, PREPROCESSING), EvalTransform(PREPROCESSING), seed=0)
 
 
 def equal(one, other) -> bool:
@@ -67,7 +85,7 @@ def test_training_batches_are_whole_and_no_picture_comes_twice(images):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_every_picture_once_and_in_order(images, workers):
-    batches = list(eval_loader(FileSource(images, PREPROCESSING), EvalTransform(PREPROCESSING), 5, workers))
+    batches = list(eval_loader(eval_set(images), 5, workers))
     assert torch.cat([targets for _, targets in batches]).tolist() == list(range(23))
     assert all(pixels.dtype == torch.uint8 for pixels, _ in batches)
     brightness = torch.cat([pixels.float().mean((1, 2, 3)) for pixels, _ in batches])
@@ -75,12 +93,12 @@ def test_evaluation_sees_every_picture_once_and_in_order(images, workers):
 
 
 def test_a_second_pass_of_evaluation_is_the_same(images):
-    loader = eval_loader(FileSource(images, PREPROCESSING), EvalTransform(PREPROCESSING), 5, 1)
+    loader = eval_loader(eval_set(images), 5, 1)
     assert equal(list(loader), list(loader))
 
 
 def test_order_is_a_permutation_that_depends_on_the_epoch():
-    sampler = EpochSampler(100, shuffle=True, seed=3)
+    sampler = EpochSampler(np.zeros(100, np.int32), "shuffle", seed=3)
     first = list(sampler)
     sampler.epoch = 1
     second = list(sampler)
@@ -117,3 +135,79 @@ def test_seeds_differ_by_purpose_and_position():
     assert len(set(seeds)) == len(parts)
     assert all(0 <= seed < 2**64 for seed in seeds)
     assert derive_seed(1, "sample", 2, 3) == derive_seed(1, "sample", 2, 3)
+
+
+@pytest.fixture
+def two_of_three(here) -> ImageList:
+    """Class 0 is pictures 0 to 19, class 1 is 20 to 29, class 2 is 30 and 31; 3 and 25 can't be read."""
+    for i in range(32):
+        write_picture(here / f"{i}.png", level=40 + 70 * (0 if i < 20 else 1 if i < 30 else 2), seed=i)
+    for i in (3, 25):
+        (here / f"{i}.png").write_text("no picture")
+    return list_in_memory((0 if i < 20 else 1 if i < 30 else 2, f"{i}.png") for i in range(32))
+
+
+def train_set(images, max_bad_fraction=0.1) -> ImageDataset:
+    transform = TrainTransform(dataclasses.replace(CONFIG, auto_augment=False))
+    return ImageDataset(FileSource(images, PREPROCESSING), transform, 1, max_bad_fraction)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_of_its_class_stands_in(two_of_three, workers):
+    dataset = train_set(two_of_three)
+    (pixels, class_ids), *_ = list(train_loader(dataset, 32, workers))
+    levels = pixels.float().mean((1, 2, 3))
+    for class_id, level in enumerate((40, 110, 180)):  # no label has moved
+        assert (levels[class_ids == class_id] - level).abs().max() < 25
+    assert class_ids.bincount().tolist() == [20, 10, 2]
+    assert sorted(dataset.newly_unreadable()) == ["25.png", "3.png"]
+    assert dataset.newly_unreadable() == []
+
+
+def test_what_stands_in_is_the_same_each_time(two_of_three):
+    first, second = train_set(two_of_three), train_set(two_of_three)
+    second[(0, 25)]
+    assert torch.equal(first[(0, 3)][0], second[(0, 3)][0])
+    stands_in = [i for i in range(20) if i != 3 and torch.equal(first._read(0, 3), crop_of(first, i))]
+    assert len(stands_in) == 1
+
+
+def crop_of(dataset, index):
+    """Picture `index` with the crop of picture 3."""
+    dataset._seed("crop", 0, 3)
+    return dataset.transform.resize(dataset.source.region(index, dataset.transform))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_stop_the_run(two_of_three, workers):
+    with pytest.raises(TooManyUnreadable, match=r"^2 of 32 pictures can't be read.*0\.05: 3.png, 25.png; mend"):
+        list(train_loader(train_set(two_of_three, 0.05), 32, workers))
+
+
+def test_a_class_without_a_readable_picture_is_an_error(two_of_three, here):
+    for i in (30, 31):
+        (here / f"{i}.png").unlink()
+    with pytest.raises(ImageError, match=r"3[01]\.png can't be read.*no such file; nor can any other.*id 2"):
+        list(train_loader(train_set(two_of_three, 0.5), 32, 0))
+
+
+def test_balanced_sampling_draws_classes_alike():
+    class_ids = np.repeat([0, 1, 3], [900, 90, 10]).astype(np.int32)
+    sampler = EpochSampler(class_ids, "balanced", seed=3)
+    keys = list(sampler)
+    drawn = np.array([index for _, index in keys])
+    assert len(keys) == len(sampler) == 1000
+    assert np.bincount(class_ids[drawn]) == pytest.approx([333, 333, 0, 333], abs=60)
+    assert len(np.unique(drawn[class_ids[drawn] == 0])) > 220  # not the same few
+    assert set(drawn[class_ids[drawn] == 3]) == set(range(990, 1000))
+    assert list(sampler) == keys
+    sampler.epoch = 1
+    assert [index for _, index in sampler] != drawn.tolist()
+
+
+def test_balanced_weights_are_scikit_learns():
+    class_ids = np.repeat([0, 1, 3], [900, 90, 10])
+    peer = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=class_ids)
+    weights = balanced_class_weights(class_ids, 5)
+    torch.testing.assert_close(weights[[0, 1, 3]], torch.from_numpy(peer).float())
+    assert weights[[2, 4]].tolist() == [0, 0]

@@ -20,7 +20,7 @@ from tests.conftest import write_picture
 from utils import cli
 from utils.checkpoint import BEST, find_checkpoint, load_checkpoint
 from utils.classifier import load_classifier
-from utils.data import FileSource, eval_loader
+from utils.data import FileSource, ImageDataset, eval_loader
 from utils.engine import compute_logits
 from utils.images import open_image
 from utils.lists import read_list
@@ -46,7 +46,8 @@ def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
 
     classifier = load_classifier(checkpoint, "cpu")
     images = read_list("cls_val.txt", 2)
-    loader = eval_loader(FileSource(images, classifier.preprocessing), classifier.transform, 3, num_workers=0)
+    dataset = ImageDataset(FileSource(images, classifier.preprocessing), classifier.transform, seed=0)
+    loader = eval_loader(dataset, 3, num_workers=0)
     logits, _ = compute_logits(classifier.network, loader, classifier.device, classifier.precision)
     paths = [images.path(i) for i in range(len(images))]
     one_by_one = torch.cat([classifier.probabilities(classifier.load(path)[None]) for path in paths])

@@ -88,7 +88,7 @@ def test_the_best_is_that_of_the_lowest_validation_loss(trained):
 def test_it_learns(trained):
     last = load_checkpoint(only_run() / LAST)
     assert last["history"][-1]["val_top1"] == 1.0
-    assert last["history"][-1]["loss"] < last["history"][0]["loss"]
+    assert last["history"][-1]["val_loss"] < last["history"][0]["val_loss"]
 
 
 def test_tensorboard_has_scalars_pictures_and_the_graph(trained):

@@ -1,16 +1,14 @@
-"""What is drawn for a training picture: its crop, and torchvision's AutoAugment with faster operations."""
+"""What is drawn for a training picture: its crop and its AutoAugment."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.transforms import v2
+from torch import Tensor, nn
 
 from utils.images import Box
 
@@ -46,22 +44,36 @@ def random_box(width: int, height: int, least_area: float) -> Box:
     return left, top, left + w, top + h
 
 
-class AutoAugment(v2.AutoAugment):
-    """torchvision's AutoAugment of uint8 pixels (3, height, width), with OpenCV doing the work, at a third of the time.
+class AutoAugment(nn.Module):
+    """AutoAugment with the policy found on ImageNet, on uint8 pixels (3, height, width).
 
-    Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", 2019. Policy and draws are torchvision's, and
-    the operations give what torchvision's give on Pillow's pictures, which `tests/test_augment.py` holds. Should
-    torchvision rename the method below, its own operations are used.
+    Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", 2019. What it gives is what torchvision's
+    gives on Pillow's pictures (held by `tests/test_augment.py`), in a quarter of the time, OpenCV doing the work. Drawn
+    from torch's global generator.
     """
 
-    def _apply_image_or_video_transform(
-        self, image: Tensor, transform_id: str, magnitude: float, *rest: Any, **named: Any
-    ) -> Tensor:
-        operation = OPERATIONS.get(transform_id)
-        if operation is None:
-            return super()._apply_image_or_video_transform(image, transform_id, magnitude, *rest, **named)
-        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())  # (height, width, 3)
-        return torch.from_numpy(operation(pixels, magnitude)).permute(2, 0, 1)
+    def forward(self, pixels: Tensor) -> Tensor:
+        which, *draws = torch.rand(5).tolist()
+        picture = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # (height, width, 3)
+        steps = POLICY[int(which * len(POLICY))]
+        for (name, probability, level), draw, sign in zip(steps, draws[:2], draws[2:], strict=True):
+            if draw < probability:
+                picture = OPERATIONS[name](picture, magnitude(name, level, negative=sign < 0.5))
+        return torch.from_numpy(picture).permute(2, 0, 1)
+
+
+def magnitude(name: str, level: int, negative: bool) -> float:
+    """What a level of 0 to 9 means for an operation; `negative` counts for those that go both ways.
+
+    Shear is a slope, Rotate is in degrees, Posterize in bits, Solarize the part of white from which levels are turned;
+    of Color, Contrast, Sharpness and Brightness it is what is added to 1, which changes nothing.
+    """
+    if name == "Posterize":
+        return 8 - round(level * 4 / 9)
+    if name == "Solarize":
+        return 1 - level / 9
+    value = {"ShearX": 0.3, "Rotate": 30.0}.get(name, 0.9) * level / 9
+    return -value if negative else value
 
 
 # The operations below take uint8 (height, width, 3) and a magnitude, and give a new array.
@@ -110,7 +122,7 @@ def _contrast(pixels: np.ndarray, more: float) -> np.ndarray:
 
 
 def _stretch(pixels: np.ndarray, _: float) -> np.ndarray:
-    low, high = pixels.min(axis=(0, 1)).astype(float), pixels.max(axis=(0, 1)).astype(float)
+    low, high = np.array([cv2.minMaxLoc(plane)[:2] for plane in cv2.split(pixels)]).T
     return np.where(high > low, (LEVELS[:, None] - low) * 255 / np.maximum(high - low, 1), LEVELS[:, None])
 
 
@@ -136,3 +148,33 @@ OPERATIONS = {
     "Equalize": _by_table(_equalize),
     "Invert": _by_table(lambda *_: 255 - LEVELS),
 }
+
+# Of the 25 one is drawn for each picture: two operations, each with its probability and its level (without meaning for
+# AutoContrast, Equalize and Invert).
+POLICY = (
+    (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.6, 7), ("Posterize", 0.6, 6)),
+    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
+    (("Equalize", 0.4, 0), ("Rotate", 0.8, 8)),
+    (("Solarize", 0.6, 3), ("Equalize", 0.6, 0)),
+    (("Posterize", 0.8, 5), ("Equalize", 1.0, 0)),
+    (("Rotate", 0.2, 3), ("Solarize", 0.6, 8)),
+    (("Equalize", 0.6, 0), ("Posterize", 0.4, 6)),
+    (("Rotate", 0.8, 8), ("Color", 0.4, 0)),
+    (("Rotate", 0.4, 9), ("Equalize", 0.6, 0)),
+    (("Equalize", 0.0, 0), ("Equalize", 0.8, 0)),
+    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Rotate", 0.8, 8), ("Color", 1.0, 2)),
+    (("Color", 0.8, 8), ("Solarize", 0.8, 7)),
+    (("Sharpness", 0.4, 7), ("Invert", 0.6, 0)),
+    (("ShearX", 0.6, 5), ("Equalize", 1.0, 0)),
+    (("Color", 0.4, 0), ("Equalize", 0.6, 0)),
+    (("Equalize", 0.4, 0), ("Solarize", 0.2, 4)),
+    (("Solarize", 0.6, 5), ("AutoContrast", 0.6, 0)),
+    (("Invert", 0.6, 0), ("Equalize", 1.0, 0)),
+    (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
+    (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
+)

@@ -40,7 +40,7 @@ class Classifier:
         Raises:
             ImageError: the file can't be read.
         """
-        return self.transform.finish(self.preprocessing.read(path, self.transform))
+        return self.transform.resize(self.preprocessing.read(path, self.transform))
 
     @torch.inference_mode()
     def probabilities(self, pixels: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -13,6 +15,21 @@ from utils.images import ImageError, Region
 from utils.lists import ImageList
 from utils.seeds import derive_seed
 from utils.transforms import Preprocessing, Transform
+
+Sampling = Literal["shuffle", "balanced"]
+
+
+class Source(Protocol):
+    """Where the pictures of a list come from: their files, or `utils.cache.ImageCache`."""
+
+    images: ImageList
+
+    def region(self, index: int, transform: Transform) -> Region:
+        """The part of a picture that `transform` wants.
+
+        Raises:
+            ImageError: it can't be read.
+        """
 
 
 @dataclass(frozen=True)
@@ -23,25 +40,36 @@ class FileSource:
     preprocessing: Preprocessing
 
     def region(self, index: int, transform: Transform) -> Region:
-        """The part of a picture that `transform` wants.
-
-        Raises:
-            ImageError: the file can't be read.
-        """
+        """See `Source`."""
         return self.preprocessing.read(self.images.path(index), transform)
+
+
+class TooManyUnreadable(ImageError):
+    """More pictures than `max_bad_fraction` allows couldn't be read."""
 
 
 class ImageDataset(Dataset):
     """The pictures of a list, transformed. An item's key is (epoch, index in the list).
 
     What the transform draws is a function of (seed, epoch, index), whichever worker draws it.
+
+    Args:
+        source: where the pictures come from.
+        transform: what is made of them.
+        seed: of all that is drawn.
+        max_bad_fraction: the part of the pictures, 0 to 1, that may be unreadable: another picture of the class, always
+            the same, stands in for each. None: the first one is an error.
     """
 
-    def __init__(self, source: FileSource, transform: Transform, seed: int) -> None:
+    def __init__(self, source: Source, transform: Transform, seed: int, max_bad_fraction: float | None = None) -> None:
         self.source = source
-        self.class_ids = source.images.class_ids
         self.transform = transform
         self.seed = seed
+        self.max_bad_fraction = max_bad_fraction
+        self.class_ids = source.images.class_ids
+        # In memory that workers share, so that the main process knows what they met.
+        self._unreadable = torch.zeros(len(self.class_ids), dtype=torch.bool).share_memory_()
+        self._told: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -50,61 +78,145 @@ class ImageDataset(Dataset):
         """One picture, uint8 (3, height, width), and its class id.
 
         Raises:
-            ImageError: the file can't be read.
+            ImageError: the file can't be read, and none may stand in for it, or none can.
+            TooManyUnreadable: there are more such files than `max_bad_fraction` allows.
         """
-        epoch, index = key
-        torch.default_generator.manual_seed(derive_seed(self.seed, "sample", epoch, index))
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        """The items of a batch. First all are read, then all augmented: a processor's cache doesn't hold the code of
+        both, so that going to and fro takes a tenth longer."""
+        pixels = [self._read(epoch, index) for epoch, index in keys]
+        items = []
+        for (epoch, index), picture in zip(keys, pixels, strict=True):
+            self._seed("augment", epoch, index)
+            items.append((self.transform.augment(picture), int(self.class_ids[index])))
+        return items
+
+    def _seed(self, purpose: str, epoch: int, index: int) -> None:
+        torch.default_generator.manual_seed(derive_seed(self.seed, purpose, epoch, index))
+
+    def _read(self, epoch: int, index: int) -> Tensor:
         try:
-            region = self.source.region(index, self.transform)
+            self._seed("crop", epoch, index)
+            return self.transform.resize(self.source.region(index, self.transform))
         except ImageError as error:
-            remedy = "mend or remove it, and run python txt_annotation.py to make the lists anew"
-            raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
-        return self.transform.finish(region), int(self.class_ids[index])
+            if self.max_bad_fraction is None:
+                remedy = "mend or remove it, and run python txt_annotation.py to make the lists anew"
+                raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
+            self._unreadable[index] = True
+            self._check_unreadable()
+            return self._read_another(epoch, index, error)
+
+    def _read_another(self, epoch: int, index: int, error: ImageError) -> Tensor:
+        """The first picture that can be read of its class, in an order that depends on (seed, index)."""
+        others = np.flatnonzero(self.class_ids == self.class_ids[index])
+        for other in np.random.default_rng(derive_seed(self.seed, "stand-in", index)).permutation(others):
+            try:
+                self._seed("crop", epoch, index)
+                return self.transform.resize(self.source.region(int(other), self.transform))
+            except ImageError:
+                continue
+        told = f"{error}; nor can any other picture of its class (id {self.class_ids[index]})"
+        raise ImageError(told, error.path, error.cause) from error
+
+    def _check_unreadable(self) -> None:
+        bad = self._unreadable.nonzero().flatten().tolist()
+        if len(bad) > self.max_bad_fraction * len(self):
+            named = ", ".join(self.source.images.path(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            raise TooManyUnreadable(
+                f"{len(bad)} of {len(self)} pictures can't be read, more than max_bad_fraction="
+                f"{self.max_bad_fraction}: {named}; mend or remove them, or run python "
+                f"txt_annotation.py --fix to have lists without them"
+            )
+
+    def newly_unreadable(self) -> list[str]:
+        """The pictures that couldn't be read and weren't told by an earlier call."""
+        new = [i for i in self._unreadable.nonzero().flatten().tolist() if i not in self._told]
+        self._told.update(new)
+        return [self.source.images.path(i) for i in new]
 
 
 class EpochSampler(Sampler):
-    """The keys of one epoch: every index once, shuffled by a function of (seed, epoch), or in the list's order."""
+    """The keys of one epoch, in an order that is a function of (seed, epoch).
 
-    def __init__(self, length: int, shuffle: bool, seed: int) -> None:
-        self.length = length
-        self.shuffle = shuffle
+    Args:
+        class_ids: (n,), of the pictures.
+        sampling: "shuffle": every picture once; "balanced": n draws, every class equally often in the mean, so that
+            pictures of small classes come several times and those of large ones not in every epoch; None: in the list's
+            order.
+        seed: another seed gives other orders.
+    """
+
+    def __init__(self, class_ids: np.ndarray, sampling: Sampling | None, seed: int) -> None:
+        self.class_ids = class_ids
+        self.sampling = sampling
         self.seed = seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.class_ids)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
-            order = torch.randperm(self.length, generator=generator).numpy()
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        if self.sampling == "shuffle":
+            order = torch.randperm(len(self), generator=generator).numpy()
+        elif self.sampling == "balanced":
+            order = self._balanced(generator)
         else:
-            order = range(self.length)
+            order = range(len(self))
         for index in order:
             yield self.epoch, int(index)
 
+    def _balanced(self, generator: torch.Generator) -> np.ndarray:
+        by_class = np.argsort(self.class_ids, kind="stable")
+        _, starts, counts = np.unique(self.class_ids[by_class], return_index=True, return_counts=True)
+        drawn = torch.randint(len(counts), (len(self),), generator=generator).numpy()
+        within = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy() * counts[drawn]
+        return by_class[starts[drawn] + within.astype(np.int64)]
 
-def train_loader(source: FileSource, transform: Transform, batch_size: int, num_workers: int, seed: int) -> DataLoader:
-    """Batches of uint8 pixels (B, 3, height, width) and class ids (B,), shuffled anew in each epoch.
+
+def balanced_class_weights(class_ids: np.ndarray, num_classes: int) -> Tensor:
+    """Weights (num_classes,) for the loss that make every class count alike: n / (classes x pictures of the class).
+
+    The mean over the pictures is 1; a class without pictures has weight 0. The same as scikit-learn's "balanced".
+    """
+    counts = np.bincount(class_ids, minlength=num_classes)
+    weights = len(class_ids) / (np.count_nonzero(counts) * np.maximum(counts, 1)) * (counts > 0)
+    return torch.from_numpy(weights).float()
+
+
+def train_loader(
+    dataset: ImageDataset, batch_size: int, num_workers: int, sampling: Sampling = "shuffle"
+) -> DataLoader:
+    """Batches of uint8 pixels (B, 3, height, width) and class ids (B,), drawn anew in each epoch.
 
     All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
     `loader.sampler.epoch` before each epoch.
     """
-    return _loader(ImageDataset(source, transform, seed), batch_size, num_workers, training=True)
+    return _loader(dataset, batch_size, num_workers, sampling)
 
 
-def eval_loader(source: FileSource, transform: Transform, batch_size: int, num_workers: int) -> DataLoader:
+def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> DataLoader:
     """Batches in the list's order, every picture once; the last batch may be smaller."""
-    return _loader(ImageDataset(source, transform, seed=0), batch_size, num_workers, training=False)
+    return _loader(dataset, batch_size, num_workers, None)
 
 
-def _loader(dataset: ImageDataset, batch_size: int, num_workers: int, training: bool) -> DataLoader:
+def _loader(dataset: ImageDataset, batch_size: int, num_workers: int, sampling: Sampling | None) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=EpochSampler(len(dataset), training, dataset.seed),
+        sampler=EpochSampler(dataset.class_ids, sampling, dataset.seed),
         num_workers=num_workers,
-        drop_last=training,
+        collate_fn=_collate,
+        drop_last=sampling is not None,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
+
+
+def _collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Items to a batch, whose colours lie next to each other in memory as they do in the pictures: a plain copy."""
+    pixels, class_ids = zip(*items, strict=True)
+    stacked = torch.stack([picture.permute(1, 2, 0) for picture in pixels])  # (B, height, width, 3)
+    return stacked.permute(0, 3, 1, 2), torch.tensor(class_ids)

@@ -74,15 +74,24 @@ class Trainer:
         device: where it is and where batches go.
         precision: "fp32", "fp16" (with a loss scaler) or "bf16".
         seed: with the step it decides what dropout and stochastic depth draw.
+        class_weights: (classes,) of the training loss, or None.
         scaler: the loss scaler; does nothing but in fp16.
         step: optimizer updates so far.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device, precision: str, seed: int) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        precision: str,
+        seed: int,
+        class_weights: Tensor | None = None,
+    ) -> None:
         self.network = network
         self.device = device
         self.precision = precision
         self.seed = seed
+        self.class_weights = None if class_weights is None else class_weights.to(device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = 0
 
@@ -97,7 +106,7 @@ class Trainer:
         targets = targets.to(self.device, non_blocking=True)
         with autocast(self.device, self.precision):
             logits = self.network(pixels)
-        loss = F.cross_entropy(logits.float(), targets)
+        loss = F.cross_entropy(logits.float(), targets, self.class_weights)
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()

@@ -41,7 +41,11 @@ class Preprocessing:
 
     def read(self, path: str, transform: Transform) -> Region:
         """The part of a picture that `transform` wants; see `utils.images.read_region` for what it raises."""
-        return read_region(path, transform.choose_box, transform.size, self.max_pixels, self.allow_truncated)
+
+        def choose(width: int, height: int) -> tuple[Box, tuple[int, int]]:
+            return transform.choose_box(width, height), transform.size
+
+        return read_region(path, choose, self.max_pixels, self.allow_truncated)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain types."""
@@ -50,8 +54,8 @@ class Preprocessing:
 
 
 class Transform(ABC):
-    """A picture to uint8 pixels (3, height, width), in two steps, so that a file need not be decoded finer than the
-    part that is wanted takes.
+    """A picture to uint8 pixels (3, height, width), in three steps: choose a part, which is known before the file is
+    decoded and so decides how finely that is done; resize it; augment it.
 
     Attributes:
         size: height and width of the result.
@@ -64,12 +68,16 @@ class Transform(ABC):
         """The part that is wanted of an upright picture of this size."""
 
     @abstractmethod
-    def finish(self, region: Region) -> Tensor:
-        """That part to pixels (3, height, width)."""
+    def resize(self, region: Region) -> Tensor:
+        """That part as pixels (3, height, width)."""
+
+    def augment(self, pixels: Tensor) -> Tensor:
+        """The same pixels (3, height, width) changed, for training."""
+        return pixels
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Both steps, for an upright RGB picture that is in memory."""
-        return self.finish(Region(np.array(image), self.choose_box(*image.size)))
+        """All steps, for an upright RGB picture that is in memory."""
+        return self.augment(self.resize(Region(np.array(image), self.choose_box(*image.size))))
 
 
 class TrainTransform(Transform):
@@ -82,21 +90,24 @@ class TrainTransform(Transform):
         self.size = config.input_shape
         self.least_area = config.train_crop
         self.horizontal_flip = config.horizontal_flip
-        self.augment = AutoAugment(fill=list(GREY)) if config.auto_augment else nn.Identity()
+        self.auto_augment = AutoAugment() if config.auto_augment else nn.Identity()
 
     def choose_box(self, width: int, height: int) -> Box:
         """A part of random place, area and aspect ratio."""
         return random_box(width, height, self.least_area)
 
-    def finish(self, region: Region) -> Tensor:
-        """The part resized and augmented. Its box is taken to whole pixels."""
+    def resize(self, region: Region) -> Tensor:
+        """The part resized. Its box is taken to whole pixels."""
         left, top, right, bottom = map(round, region.box)
         part = torch.from_numpy(region.pixels)[None, top : max(bottom, top + 1), left : max(right, left + 1)]
         # In this order of memory torch resizes uint8 as it is, several times as fast as Pillow.
-        pixels = F.interpolate(part.permute(0, 3, 1, 2), self.size, mode="bilinear", antialias=True)[0]
+        return F.interpolate(part.permute(0, 3, 1, 2), self.size, mode="bilinear", antialias=True)[0]
+
+    def augment(self, pixels: Tensor) -> Tensor:
+        """Mirrored or not, then AutoAugment."""
         if torch.rand(()) < self.horizontal_flip:
             pixels = pixels.flip(-1)
-        return self.augment(pixels)  # (3, height, width)
+        return self.auto_augment(pixels)
 
 
 class EvalTransform(Transform):
@@ -121,8 +132,8 @@ class EvalTransform(Transform):
         left, top = (width - self.size[1] * scale) / 2, (height - self.size[0] * scale) / 2
         return max(0, left), max(0, top), min(width, width - left), min(height, height - top)
 
-    def finish(self, region: Region) -> Tensor:
-        """The part resized."""
+    def resize(self, region: Region) -> Tensor:
+        """The part, or all of it and grey, resized."""
         image, size = Image.fromarray(region.pixels), self.size[::-1]
         if self.letterbox:
             image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=GREY)

@@ -1,0 +1,152 @@
+"""utils/cache.py: the same pictures as from their files, made once, and made anew when anything changed."""
+
+import dataclasses
+import math
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import write_picture
+from utils import cache
+from utils.cache import cached_size, open_cache
+from utils.config import TrainConfig
+from utils.data import FileSource, ImageDataset, train_loader
+from utils.lists import ImageList, list_in_memory
+from utils.transforms import Preprocessing, TrainTransform
+
+CONFIG = TrainConfig(input_shape=(32, 32), cache_images=True, auto_augment=False)
+
+
+@pytest.fixture
+def images(here) -> ImageList:
+    for i in range(12):
+        write_picture(here / f"{i}.png", 60 + 10 * i, (90 + i, 60), seed=i)
+    return list_in_memory((i, f"{i}.png") for i in range(12))
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[str]:
+    """The pictures that are shrunk, as it happens."""
+    paths = []
+    shrink = cache._shrink
+    monkeypatch.setattr(cache, "_shrink", lambda path, config: paths.append(path) or shrink(path, config))
+    return paths
+
+
+def batch(source, config=CONFIG, epoch=0):
+    dataset = ImageDataset(source, TrainTransform(config), seed=1, max_bad_fraction=0.5)
+    return torch.stack([dataset[(epoch, i)][0] for i in range(len(dataset))]).float(), dataset
+
+
+@pytest.mark.parametrize("shape", [(224, 224), (96, 160)])
+def test_photos_look_as_they_do_from_their_files(shared, here, shape):
+    """The same crops of the same pictures, softer where a crop is small."""
+    paths = sorted(map(str, (shared / "data" / "trashnet" / "test").rglob("*.jpg")))[::20]
+    photos = list_in_memory((0, path) for path in paths)
+    config = dataclasses.replace(CONFIG, input_shape=shape)
+    plain, _ = batch(FileSource(photos, Preprocessing.from_dict(config.as_dict())), config)
+    cached, _ = batch(open_cache(photos, config), config)
+    assert (cached - plain).abs().mean() < 2  # of 255 levels
+    decibels = 10 * torch.log10(255**2 / (cached - plain).square().mean((1, 2, 3)))
+    assert decibels.mean() > 35
+    assert decibels.min() > 27
+
+
+def test_a_small_picture_is_kept_as_it_is(here):
+    write_picture(here / "a.png", size=(30, 20))
+    source = open_cache(list_in_memory([(0, "a.png")]), CONFIG)
+    assert cached_size(20, 30, CONFIG) == (20, 30)
+    plain, _ = batch(FileSource(source.images, Preprocessing.from_dict(CONFIG.as_dict())))
+    assert torch.equal(batch(source)[0], plain)
+
+
+def test_crops_of_middling_area_are_not_enlarged():
+    height, width = cached_size(3000, 4000, TrainConfig())
+    assert (height, width) == (305, 406)
+    assert math.sqrt((1 + 0.08) / 2) * height == pytest.approx(224, abs=1)
+
+
+def test_it_is_made_once(images, made, capsys):
+    first = open_cache(images, CONFIG)
+    assert sorted(made) == sorted(f"{i}.png" for i in range(12))
+    assert "12 pictures" in capsys.readouterr().out
+    second = open_cache(images, CONFIG)
+    assert len(made) == 12
+    assert torch.equal(batch(second)[0], batch(first)[0])
+
+
+@pytest.mark.parametrize("change", ["content", "time", "list", "shape", "index gone", "index broken", "pixels cut off"])
+def test_it_is_made_anew_when_something_changed(images, made, change):
+    source = open_cache(images, CONFIG)
+    index, config = source.path.with_suffix(".npz"), CONFIG
+    if change == "content":
+        write_picture(Path("3.png"), 250, (90, 60))
+    elif change == "time":
+        os.utime("3.png", (1, 1))
+    elif change == "list":
+        images = list_in_memory((i, f"{i}.png") for i in reversed(range(12)))
+    elif change == "shape":
+        config = dataclasses.replace(CONFIG, input_shape=(16, 16))
+    elif change == "index gone":
+        index.unlink()
+    elif change == "index broken":
+        index.write_bytes(index.read_bytes()[:100])
+    else:
+        os.truncate(source.path, 1000)
+    fresh, _ = batch(open_cache(images, config), config)
+    assert len(made) == 24
+    plain, _ = batch(FileSource(images, Preprocessing.from_dict(config.as_dict())), config)
+    assert (fresh - plain).abs().mean() < 12
+
+
+def test_what_was_cut_off_leaves_nothing_behind(images, monkeypatch):
+    def fail(path, config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "_shrink", fail)
+    with pytest.raises(KeyboardInterrupt):
+        open_cache(images, CONFIG)
+    assert list(Path(CONFIG.cache_dir).iterdir()) == []
+
+
+def test_an_unreadable_picture_is_stood_in_for(images, here, capsys):
+    (here / "3.png").write_text("no picture")
+    images = list_in_memory((i // 6, f"{i}.png") for i in range(12))
+    pixels, dataset = batch(open_cache(images, CONFIG))
+    assert "but for 1 unreadable" in capsys.readouterr().out
+    assert pixels[3].mean() > 40
+    assert dataset.newly_unreadable() == ["3.png"]
+
+
+def test_no_room_is_an_error_beforehand(images, made, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"cache_dir='cache': the cache takes about .* GB are free; set cache_dir"):
+        open_cache(images, CONFIG)
+    assert made == []
+
+
+def test_a_worker_maps_the_file_instead_of_being_sent_it(images):
+    source = open_cache(images, CONFIG)
+    expected, _ = batch(source)
+    sent = pickle.dumps(source)
+    assert len(sent) < source.path.stat().st_size / 10
+    assert torch.equal(batch(pickle.loads(sent))[0], expected)
+    dataset = ImageDataset(source, TrainTransform(CONFIG), seed=1)
+    ((pixels, class_ids),) = train_loader(dataset, 12, num_workers=2)
+    assert torch.equal(pixels[np.argsort(class_ids)].float(), expected)
+
+
+def test_training_with_the_cache_and_balance(two_classes, capsys):
+    import train
+    from tests.conftest import SMALL
+
+    settings = SMALL | {"unfreeze_epoch": 2, "cache_images": True}
+    train.main(TrainConfig(**settings, sampler="balanced"))
+    train.main(TrainConfig(**settings, class_weights="balanced"))
+    assert capsys.readouterr().out.count("pictures from cache") == 2
