@@ -4,27 +4,94 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils import demo
+from utils.audit import Finding, Picture, find_faults
+from utils.audit_report import format_findings, write_audit
 from utils.config import TrainConfig
-from utils.lists import read_classes, read_first_path, write_classes, write_list
+from utils.fingerprints import Fingerprints
+from utils.lists import read_classes, read_first_path, write_classes, write_left_out, write_list
 from utils.scan import SPLITS, Scan, is_demo, scan_datasets
 
 
-def split_validation(pictures: dict[str, list[str]], val_fraction: float, seed: int) -> dict[str, list[str]]:
+def split_validation(
+    pictures: dict[str, list[str]], val_fraction: float, seed: int, groups: Iterable[Sequence[str]] = ()
+) -> dict[str, list[str]]:
     """Take `val_fraction` of each class out of `pictures`, at least one of each class that has two, and return them.
 
-    Which ones depends on seed and path only: a picture that is added moves hardly any other to the other side.
+    Which ones depends on seed and path only: a picture that is added moves hardly any other to the other side. Of each
+    of `groups`, paths of one or several classes, all are taken or none; so a class may give fewer, or more if its
+    groups are large, or none if all of it is one group.
     """
-    taken = {}
+    class_of = {path: name for name, paths in pictures.items() for path in paths}
+    wanted = {
+        name: max(1, round(len(paths) * val_fraction)) if len(paths) > 1 else 0 for name, paths in pictures.items()
+    }
+    taken: dict[str, list[str]] = {name: [] for name in pictures}
+    units = join_groups(class_of, groups)
+    units.sort(key=lambda unit: hashlib.sha256(os.fsencode(f"{seed}:{min(unit)}")).digest())
+
+    def take(unit: list[str], most: dict[str, int]) -> None:
+        counts = Counter(class_of[path] for path in unit)
+        if all(len(taken[name]) + count <= most[name] for name, count in counts.items()):
+            for path in unit:
+                taken[class_of[path]].append(path)
+
+    for unit in units:
+        take(unit, wanted)
+    but_one = {name: len(paths) - 1 for name, paths in pictures.items()}
+    for unit in sorted(units, key=len):  # for classes whose groups are all larger than what is wanted
+        if any(wanted[class_of[path]] and not taken[class_of[path]] for path in unit):
+            take(unit, but_one)
     for name, paths in pictures.items():
-        count = max(1, round(len(paths) * val_fraction)) if len(paths) > 1 else 0
-        drawn = sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(f"{seed}:{path}")).digest())[:count]
-        taken[name] = sorted(drawn)
-        pictures[name] = sorted(set(paths) - set(drawn))
-    return {name: paths for name, paths in taken.items() if paths}
+        pictures[name] = sorted(set(paths) - set(taken[name]))
+    return {name: sorted(paths) for name, paths in taken.items() if paths}
+
+
+def join_groups(paths: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Every path once: those that any of `groups` link, directly or over others, together, the rest by themselves."""
+    parent = {path: path for path in paths}
+
+    def root(path: str) -> str:
+        while parent[path] != path:
+            parent[path] = parent[parent[path]]
+            path = parent[path]
+        return path
+
+    for group in groups:
+        linked = [path for path in group if path in parent]
+        for path in linked[1:]:
+            parent[root(path)] = root(linked[0])
+    units: dict[str, list[str]] = {}
+    for path in parent:
+        units.setdefault(root(path), []).append(path)
+    return list(units.values())
+
+
+def group_by_name(paths: Iterable[str], group_regex: str) -> list[list[str]]:
+    """Paths whose file names have the same part matched by `group_regex`: its first group, or all of it if it has none.
+
+    Raises:
+        ValueError: it is no regular expression, or matches no name.
+    """
+    if not group_regex:
+        return []
+    try:
+        pattern = re.compile(group_regex)
+    except re.error as error:
+        raise ValueError(f"group_regex={group_regex!r}: it is no regular expression ({error})") from error
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        match = pattern.search(os.path.basename(path))
+        if match and (key := match[1 if pattern.groups else 0]) is not None:
+            groups.setdefault(key, []).append(path)
+    if not groups:
+        raise ValueError(f"group_regex={group_regex!r}: it matches no file name")
+    return list(groups.values())
 
 
 def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
@@ -65,8 +132,16 @@ def annotate(
     test_annotation_path: str | Path = "cls_test.txt",
     val_fraction: float = 0.1,
     seed: int = 11,
+    group_regex: str = "",
+    audit: bool = True,
+    fix: bool = False,
+    audit_path: str | Path = "audit",
+    cache_dir: str | Path = TrainConfig.cache_dir,
+    max_pixels: int = TrainConfig.max_pixels,
+    allow_truncated: bool = TrainConfig.allow_truncated,
 ) -> None:
-    """Write the lists and, where there is none, the class file; print a table of what went where and what was skipped.
+    """Write the lists and, where there is none, the class file; print a table of what went where and what was skipped,
+    and what is wrong with the pictures.
 
     The validation list comes from the val folder, else out of the training pictures; the test list is written where
     there are test pictures. The same folders give the same bytes.
@@ -79,6 +154,15 @@ def annotate(
         test_annotation_path: where the test list goes.
         val_fraction: the part of each class that is taken for validation, above 0 and below 1.
         seed: another seed takes other pictures for validation.
+        group_regex: pictures whose file names have the same part matched by this stay on one side when a validation set
+            is taken, such as '^(patient\\d+)_'; its first group counts, if it has one.
+        audit: read every picture and look for what is wrong; what was read is remembered, so that only new ones are
+            read the next time. Pictures that look alike then stay on one side, too.
+        fix: leave the pictures that the audit names as left out out of the lists; the files stay as they are.
+        audit_path: folder that gets audit.json, audit.html and, with fix, left_out.txt.
+        cache_dir: where what was read is remembered.
+        max_pixels: as in train.py: larger pictures count as unreadable.
+        allow_truncated: as in train.py: files that end too early don't count as unreadable.
 
     Raises:
         FileNotFoundError: there is no folder `datasets_path`.
@@ -86,11 +170,21 @@ def annotate(
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: give a number above 0 and below 1")
+    if fix and not audit:
+        raise ValueError("fix=True, audit=False: what is faulty is found by the audit; leave it on")
     scan = scan_datasets(datasets_path)
     names = choose_classes(scan, classes_path)
+    groups = group_by_name(scan.paths(), group_regex)
+    found = None
+    if audit and not all(map(is_demo, scan.paths())):
+        fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
+        found = audit_scan(scan, names, fingerprints, audit_path)
+        groups += [[picture.path for picture in group] for finding in found for group in finding.groups]
+    if fix:
+        leave_out(scan, found or [], audit_path)
     taken = not scan.pictures["val"]
     if taken:
-        scan.pictures["val"] = split_validation(scan.pictures["train"], val_fraction, seed)
+        scan.pictures["val"] = split_validation(scan.pictures["train"], val_fraction, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
     entries = {split: _entries(scan.pictures[split], names, target) for split, target in targets.items()}
     if not entries["val"]:
@@ -105,9 +199,42 @@ def annotate(
         else:
             Path(target).unlink(missing_ok=True)  # an old test list, of pictures that are gone
     print(format_table(scan, names))
+    if found is not None:
+        print(format_findings(found))
+    if found:
+        print(f"  all of it: {audit_path}/audit.html, {audit_path}/audit.json")
+        if not fix and any(finding.left_out for finding in found):
+            print("  python txt_annotation.py --fix makes lists without the faulty ones; no file is touched")
     if taken:
         print(f"no val folder with pictures: {val_fraction:.0%} of each class was taken out of train for validation")
     print(f"written: {classes_path}, {', '.join(str(targets[split]) for split in SPLITS if entries[split])}")
+
+
+def audit_scan(scan: Scan, names: list[str], fingerprints: Fingerprints, audit_path: str | Path) -> list[Finding]:
+    """Look at every picture of the classes `names`, and write what is wrong with them."""
+    placed = [(path, split, name) for split in SPLITS for name in names for path in scan.pictures[split].get(name, ())]
+    read = fingerprints.read([path for path, *_ in placed])
+    pictures = [Picture(*place, fingerprint) for place, fingerprint in zip(placed, read, strict=True)]
+    findings = find_faults(pictures, names)
+    write_audit(audit_path, findings, pictures, fingerprints)
+    return findings
+
+
+def leave_out(scan: Scan, findings: list[Finding], audit_path: str | Path) -> None:
+    """Take out of `scan` what `findings` would leave out, and write `left_out.txt`: a line `kind;path` for each."""
+    reasons: dict[str, str] = {}
+    for finding in findings:
+        for picture in finding.left_out:
+            reasons.setdefault(picture.path, finding.kind)
+    for classes in scan.pictures.values():
+        for name, paths in list(classes.items()):
+            classes[name] = [path for path in paths if path not in reasons]
+            if len(classes[name]) < len(paths):
+                scan.skipped[name]["left out, see left_out.txt"] += len(paths) - len(classes[name])
+            if not classes[name]:
+                del classes[name]
+    Path(audit_path).mkdir(parents=True, exist_ok=True)
+    write_left_out(Path(audit_path, "left_out.txt"), reasons)
 
 
 def format_table(scan: Scan, names: list[str]) -> str:

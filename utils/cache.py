@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from utils.config import TrainConfig
-from utils.images import Box, ImageError, Region, read_region, read_size
+from utils.images import Box, ImageError, Region, read_header, read_region
 from utils.lists import ImageList
 from utils.parallel import map_parallel
 from utils.transforms import Transform
@@ -158,8 +158,8 @@ def _check_room(images: ImageList, config: TrainConfig, path: Path) -> None:
     pixels = []
     for i in chosen:
         with suppress(ImageError):
-            width, height = read_size(images.path(i))
-            pixels.append(math.prod(cached_size(height, width, config)))
+            header = read_header(images.path(i), config.max_pixels)
+            pixels.append(math.prod(cached_size(header.height, header.width, config)))
     expected = int(3 * len(images) * sum(pixels) / max(len(pixels), 1))
     free = shutil.disk_usage(path.parent).free
     print(f"cache_images: shrinking {len(images)} pictures into {path}, about {_gigabytes(expected)}")

@@ -205,14 +205,22 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return to_rgb(image)
 
 
-def read_size(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels as the file's header says, before it is turned upright.
+class Header(NamedTuple):
+    """What a file says of itself: its format, and its size in pixels before it is turned upright."""
+
+    format: str
+    width: int
+    height: int
+
+
+def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> Header:
+    """Read no more of a picture than its header.
 
     Raises:
-        ImageError: the file is missing or is no picture.
+        ImageError: the file is missing, is no picture, or says it has more than `max_pixels`.
     """
-    with _opened(path) as image:
-        return image.size
+    with _opened(path, max_pixels) as image:
+        return Header(image.format, *image.size)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,11 @@ def write_list(path: str | Path, entries: Iterable[tuple[int, str]]) -> None:
         ValueError: a path has a line break in it, which the format can't hold.
     """
     Path(path).write_bytes(_format(entries))
+
+
+def write_left_out(path: str | Path, reasons: Mapping[str, str]) -> None:
+    """Write a line `reason;path` for each path that `reasons` has a reason for."""
+    Path(path).write_bytes(_encode("".join(f"{reason};{_one_line(name)}\n" for name, reason in reasons.items())))
 
 
 def list_in_memory(entries: Iterable[tuple[int, str]]) -> ImageList:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.config import TrainConfig
 from utils.freeze import Stage
-from utils.images import ImageError, read_size
+from utils.images import ImageError, read_header
 from utils.lists import ImageList
 
 
@@ -74,11 +74,11 @@ def warn_of_small_input(images: ImageList, input_shape: tuple[int, int]) -> None
     areas = []
     for index in range(0, len(images), max(1, len(images) // 20)):
         try:
-            width, height = read_size(images.path(index))
+            header = read_header(images.path(index))
         except ImageError as error:
             print(f"attention: {error}")
             continue
-        areas.append(width * height)
+        areas.append(header.width * header.height)
     if max(input_shape) < 100 and areas and statistics.median(areas) > 16 * input_shape[0] * input_shape[1]:
         print(
             f"attention: the pictures have some {statistics.median(areas) / 1e3:.0f} thousand pixels, and input_shape "

@@ -1,0 +1,237 @@
+"""What is wrong with a folder of pictures, found before a long run is spent on it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from utils.alike import alike_groups
+from utils.fingerprints import Fingerprint
+from utils.scan import SPLITS
+
+FEW = 10
+"""Training pictures below which a class is called tiny."""
+MANY_COPIES = 5
+"""Equal pictures from which on they are taken for a placeholder, such as "image not available"."""
+UNEVEN = 10
+"""How many times the smallest class the largest may be."""
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "DIB": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "PPM": (".ppm", ".pgm"),
+    "JPEG2000": (".jp2",),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, where it belongs, and what is known of it."""
+
+    path: str
+    split: str
+    class_name: str
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong.
+
+    Attributes:
+        kind: what, in a word or two that never change.
+        message: what, in a sentence.
+        groups: the pictures, those that belong together side by side.
+        left_out: those that `--fix` leaves out of the lists.
+    """
+
+    kind: str
+    message: str
+    groups: list[list[Picture]] = field(default_factory=list)
+    left_out: list[Picture] = field(default_factory=list)
+
+
+def find_faults(pictures: Sequence[Picture], class_names: Sequence[str]) -> list[Finding]:
+    """All that is wrong with the pictures, the worst first.
+
+    Unreadable files; blank pictures and placeholders; pictures that are equal or look alike across classes (one of the
+    labels is wrong), across splits (the test is no test) and within a class; wrong suffixes; classes that are missing,
+    tiny, or far larger than others; and shortcuts: what tells the class without looking at the picture.
+    """
+    readable = [picture for picture in pictures if not picture.fingerprint.error]
+    return [
+        *_unreadable(pictures),
+        *_blank(readable),
+        *_duplicates([picture for picture in readable if not picture.fingerprint.flat]),
+        *_wrong_suffix(readable),
+        *_class_sizes(pictures, class_names),
+        *_shortcuts(readable),
+    ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _unreadable(pictures: Sequence[Picture]) -> Iterator[Finding]:
+    bad = [picture for picture in pictures if picture.fingerprint.error]
+    if bad:
+        causes = Counter(picture.fingerprint.error for picture in bad).most_common(3)
+        told = "; ".join(f"{count} x {cause}" for cause, count in causes)
+        yield Finding(
+            "unreadable", f"{_count(len(bad), 'file')} can't be read: {told}", [[picture] for picture in bad], bad
+        )
+
+
+def _blank(pictures: Sequence[Picture]) -> Iterator[Finding]:
+    blank = [picture for picture in pictures if picture.fingerprint.flat]
+    if blank:
+        yield Finding("blank", f"blank: {_count(len(blank), 'picture')} of one colour", [[p] for p in blank], blank)
+
+
+def _duplicates(pictures: Sequence[Picture]) -> Iterator[Finding]:
+    by_digest = defaultdict(list)
+    for picture in pictures:
+        by_digest[picture.fingerprint.digest].append(picture)
+    many = [group for group in by_digest.values() if len(group) >= MANY_COPIES]
+    if many:
+        copies = [picture for group in many for picture in group]
+        told = f"{_count(len(copies), 'file')} show {_count(len(many), 'picture')} over and over, perhaps placeholders"
+        yield Finding("placeholder", told, many, copies)
+    equal = [group for group in by_digest.values() if 1 < len(group) < MANY_COPIES]
+    first = [group[0] for group in by_digest.values() if len(group) < MANY_COPIES]
+    alike = []
+    for indices in alike_groups([picture.fingerprint for picture in first]):
+        alike.append([picture for i in indices for picture in by_digest[first[i].fingerprint.digest]])
+    for what, groups in (("equal", equal), ("alike", alike)):
+        yield from _by_place(what, groups)
+
+
+def _by_place(what: str, groups: Sequence[list[Picture]]) -> Iterator[Finding]:
+    """Findings on groups of pictures that are equal or look alike, by where they lie."""
+    adjective = {"equal": "the same pixels", "alike": "nearly the same picture"}[what]
+    places = defaultdict(list)
+    for group in groups:
+        if len({picture.class_name for picture in group}) > 1:
+            places["classes"].append(group)
+        elif len({picture.split for picture in group}) > 1:
+            places["splits"].append(group)
+        else:
+            places["class"].append(group)
+    for place, consequence in (
+        ("classes", "under different classes: one of the labels is wrong"),
+        ("splits", "in different splits: what is tested was seen in training"),
+        ("class", "more than once in a class"),
+    ):
+        if found := places[place]:
+            where = {"classes": "across classes", "splits": "across splits", "class": "within a class"}[place]
+            files = _count(sum(map(len, found)), "file")
+            message = f"{files} in {_count(len(found), 'group')} show {adjective} {consequence}"
+            left_out = [picture for group in found for picture in _superfluous(group, what, place)]
+            yield Finding(f"{what} {where}", message, found, left_out)
+
+
+def _superfluous(group: list[Picture], what: str, place: str) -> list[Picture]:
+    """Those of a group that lists without its fault would lack: all, where the label is in doubt; else all but one of
+    equals, and of those that look alike all but the ones in the split that is most precious."""
+    if place == "classes":
+        return group
+    if place == "class" and what == "alike":
+        return []
+    precious = max(group, key=lambda picture: SPLITS.index(picture.split)).split
+    if what == "alike":
+        return [picture for picture in group if picture.split != precious]
+    kept = next(picture for picture in group if picture.split == precious)
+    return [picture for picture in group if picture is not kept]
+
+
+def _wrong_suffix(pictures: Sequence[Picture]) -> Iterator[Finding]:
+    wrong = [
+        picture
+        for picture in pictures
+        if os.path.splitext(picture.path)[1].lower() not in SUFFIXES.get(picture.fingerprint.format, ())
+    ]
+    if wrong:
+        kinds = Counter((os.path.splitext(p.path)[1].lower(), p.fingerprint.format) for p in wrong).most_common(3)
+        told = ", ".join(f"{count} x {suffix} that is {kind}" for (suffix, kind), count in kinds)
+        message = f"of {_count(len(wrong), 'file')} the name is wrong: {told}; Thaw reads them all the same"
+        yield Finding("wrong suffix", message, [[picture] for picture in wrong])
+
+
+def _class_sizes(pictures: Sequence[Picture], class_names: Sequence[str]) -> Iterator[Finding]:
+    counts = {split: Counter(p.class_name for p in pictures if p.split == split) for split in SPLITS}
+    for split, count in counts.items():
+        missing = [name for name in class_names if not count[name]]
+        if count and missing:
+            yield Finding("missing class", f"no {split} pictures of {', '.join(missing)}")
+    train = {name: counts["train"][name] for name in class_names if counts["train"][name]}
+    tiny = [f"{name} ({count})" for name, count in train.items() if count < FEW]
+    if tiny:
+        yield Finding("tiny class", f"fewer than {FEW} training pictures of {', '.join(tiny)}")
+    if train and max(train.values()) >= UNEVEN * min(train.values()):
+        largest, smallest = max(train, key=train.get), min(train, key=train.get)
+        told = f"{largest} has {train[largest]} training pictures and {smallest} {train[smallest]}"
+        yield Finding("imbalance", f"{told}: see class_weights and sampler in utils/config.py")
+
+
+def _shortcuts(pictures: Sequence[Picture]) -> Iterator[Finding]:
+    train = [picture for picture in pictures if picture.split == "train"]
+    for what, value_of in (
+        ("format", lambda picture: picture.fingerprint.format),
+        ("colour", lambda picture: "grey" if picture.fingerprint.grey else "colour"),
+    ):
+        yield from _telling_values(train, what, value_of)
+    yield from _telling_size(train)
+
+
+def _telling_values(pictures: Sequence[Picture], what: str, value_of) -> Iterator[Finding]:
+    """Whether nearly all pictures of some class and hardly any of another have the same value."""
+    by_class = defaultdict(Counter)
+    for picture in pictures:
+        by_class[picture.class_name][value_of(picture)] += 1
+    classes = {name: count for name, count in by_class.items() if count.total() >= 5}
+    for value in sorted({value for count in classes.values() for value in count}):
+        parts = {name: count[value] / count.total() for name, count in classes.items()}
+        nearly_all = [name for name, part in parts.items() if part >= 0.9]
+        hardly_any = [name for name, part in parts.items() if part <= 0.1]
+        if nearly_all and hardly_any and len(nearly_all) <= len(hardly_any):
+            message = (
+                f"{what} tells the class: {value} are nearly all of {', '.join(nearly_all[:5])} and hardly any of "
+                f"{', '.join(hardly_any[:5])}; a network learns that instead of what the pictures show"
+            )
+            yield Finding("shortcut", message)
+            return
+
+
+def _telling_size(pictures: Sequence[Picture]) -> Iterator[Finding]:
+    """Whether width and height alone tell the class: a small decision tree, judged on what it wasn't shown."""
+    counts = Counter(picture.class_name for picture in pictures)
+    usable = [picture for picture in pictures if counts[picture.class_name] >= 5]
+    names = sorted({picture.class_name for picture in usable})
+    sizes = np.log([[p.fingerprint.width, p.fingerprint.height] for p in usable]) if usable else np.zeros((0, 2))
+    if len(names) < 2 or len(np.unique(sizes, axis=0)) < 2:
+        return
+    from sklearn.model_selection import cross_val_score  # slow to import
+    from sklearn.tree import DecisionTreeClassifier
+
+    tree = DecisionTreeClassifier(max_depth=6, min_samples_leaf=2, class_weight="balanced", random_state=0)
+    labels = [picture.class_name for picture in usable]
+    recall = cross_val_score(tree, sizes, labels, cv=5, scoring="balanced_accuracy").mean()
+    chance = 1 / len(names)
+    if recall >= chance + (1 - chance) / 2:
+        message = (
+            f"size tells the class: from width and height alone {recall:.0%} are told right ({chance:.0%} by chance), "
+            f"and resizing may leave enough of it for a network to learn that"
+        )
+        yield Finding("shortcut", message)

@@ -1,0 +1,87 @@
+"""What the audit found, for the terminal, for programs, and as a page of thumbnails."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from utils.audit import Finding, Picture
+from utils.cli import printable
+from utils.fingerprints import Fingerprints
+
+NAMED = 3
+"""Pictures of a finding that the terminal names."""
+GROUPS_SHOWN, PICTURES_SHOWN = 12, 6
+"""Groups of a finding, and pictures of a group, that the page shows."""
+
+
+def format_findings(findings: Sequence[Finding]) -> str:
+    """A line a finding, with some names; one line that nothing is wrong where that is so."""
+    if not findings:
+        return "audit: nothing wrong was found"
+    width = max(len(finding.kind) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"  {finding.kind:<{width}}  {finding.message}")
+        for group in finding.groups[:NAMED]:
+            lines.append(f"  {'':<{width}}    {', '.join(picture.path for picture in group[:NAMED])}")
+    return "\n".join(["audit:", *lines])
+
+
+def write_audit(
+    folder: str | Path, findings: Sequence[Finding], pictures: Sequence[Picture], fingerprints: Fingerprints
+) -> None:
+    """Write `audit.json`, with every file name, and `audit.html`, with thumbnails of the first of each kind."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"pictures": len(pictures), "findings": [_as_dict(finding) for finding in findings]}
+    (folder / "audit.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    template = Path(__file__).with_name("audit_page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    shown = [_for_page(finding, fingerprints) for finding in findings]
+    page = environment.from_string(template).render(pictures=len(pictures), findings=shown)
+    (folder / "audit.html").write_text(page, encoding="utf-8")
+
+
+def _as_dict(finding: Finding) -> dict[str, Any]:
+    return {
+        "kind": finding.kind,
+        "message": finding.message,
+        "groups": [
+            [{"path": p.path, "split": p.split, "class": p.class_name} for p in group] for group in finding.groups
+        ],
+        "left_out": [picture.path for picture in finding.left_out],
+    }
+
+
+def _for_page(finding: Finding, fingerprints: Fingerprints) -> dict[str, Any]:
+    groups = [
+        {
+            "pictures": [_figure(picture, fingerprints) for picture in group[:PICTURES_SHOWN]],
+            "more": max(0, len(group) - PICTURES_SHOWN),
+        }
+        for group in finding.groups[:GROUPS_SHOWN]
+    ]
+    return {
+        "kind": finding.kind,
+        "message": printable(finding.message),
+        "left_out": len(finding.left_out),
+        "groups": groups,
+        "more": max(0, len(finding.groups) - GROUPS_SHOWN),
+    }
+
+
+def _figure(picture: Picture, fingerprints: Fingerprints) -> dict[str, str]:
+    preview = None if picture.fingerprint.error else fingerprints.preview(picture.path)
+    return {
+        "path": printable(picture.path),
+        "split": picture.split,
+        "class_name": printable(picture.class_name),
+        "error": printable(picture.fingerprint.error),
+        "preview": base64.b64encode(preview).decode() if preview else "",
+    }

@@ -1,0 +1,161 @@
+"""What is worth knowing of each picture of a folder, read once and remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sqlite3
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import imagehash
+import numpy as np
+from PIL import Image
+
+from utils.images import MAX_PIXELS, ImageError, open_image, read_header
+from utils.parallel import map_parallel
+
+THUMBNAIL = 16
+"""Side of the grey thumbnail in which two pictures are compared."""
+SAVE_EVERY = 1000
+"""Pictures between two writings of what was found, so that a run that is stopped goes on from there."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """One picture.
+
+    Attributes:
+        error: why it can't be read; then all that follows is empty.
+        format: what it is, such as "JPEG", whatever its name says.
+        width: of the upright picture, in pixels.
+        height: likewise.
+        grey: whether it has no colour.
+        flat: whether all of it is one colour, or nearly.
+        digest: equal for two pictures of the same size with the same pixels, whatever their files are.
+        phash: 64 bits; few of them differ where pictures look alike (Zauner, "Implementation and Benchmarking of
+            Perceptual Image Hash Functions", 2010).
+        thumbnail: grey levels (16, 16), as bytes.
+    """
+
+    error: str = ""
+    format: str = ""
+    width: int = 0
+    height: int = 0
+    grey: bool = False
+    flat: bool = False
+    digest: bytes = b""
+    phash: bytes = b""
+    thumbnail: bytes = b""
+
+
+COLUMNS = ", ".join(field.name for field in fields(Fingerprint))
+TABLE = f"CREATE TABLE IF NOT EXISTS fingerprints (path BLOB PRIMARY KEY, state TEXT, {COLUMNS})"
+PREVIEWS = "CREATE TABLE IF NOT EXISTS previews (path BLOB PRIMARY KEY, state TEXT, jpeg BLOB)"
+
+
+def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Fingerprint:
+    """Read a picture; that it can't be read is told in the fingerprint."""
+    try:
+        image = open_image(path, max_pixels, allow_truncated)
+        header = read_header(path, max_pixels)
+    except ImageError as error:
+        return Fingerprint(error=error.cause)
+    pixels = np.asarray(image)
+    digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
+    digest.update(pixels.tobytes())
+    small = image.resize((64, 64), Image.Resampling.BOX).convert("L")
+    return Fingerprint(
+        format=header.format,
+        width=image.width,
+        height=image.height,
+        grey=bool((pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()),
+        flat=bool(np.ptp(np.asarray(image.resize((64, 64), Image.Resampling.BOX)), axis=(0, 1)).max() <= 4),
+        digest=digest.digest(),
+        phash=np.packbits(imagehash.phash(small).hash).tobytes(),
+        thumbnail=np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).tobytes(),
+    )
+
+
+class Fingerprints:
+    """Fingerprints and small previews of pictures, kept in a file: only what is new or changed is read.
+
+    Args:
+        path: the file, an SQLite data base; one that can't be used is made anew.
+        max_pixels: as for `utils.images.open_image`.
+        allow_truncated: likewise.
+    """
+
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> None:
+        self.path = Path(path)
+        self.limits = (max_pixels, allow_truncated)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError:
+            self.path.unlink()
+            self._prepare()
+
+    def _prepare(self) -> None:
+        with closing(self._connect()) as db, db:
+            db.execute(TABLE)
+            db.execute(PREVIEWS)
+            db.execute(f"SELECT state, {COLUMNS} FROM fingerprints LIMIT 1")
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self.path)
+
+    def read(self, paths: Sequence[str]) -> list[Fingerprint]:
+        """The fingerprints of these pictures, in this order, with a progress bar while some must be read."""
+        states = [self._state(path) for path in paths]
+        with closing(self._connect()) as db:
+            known = {
+                path: (state, Fingerprint(*values))
+                for path, state, *values in db.execute(f"SELECT path, state, {COLUMNS} FROM fingerprints")
+            }
+            found = [
+                entry[1] if (entry := known.get(os.fsencode(path))) and entry[0] == state else None
+                for path, state in zip(paths, states, strict=True)
+            ]
+            missing = [i for i, fingerprint in enumerate(found) if fingerprint is None]
+            take = partial(take_fingerprint, max_pixels=self.limits[0], allow_truncated=self.limits[1])
+            taken = map_parallel(take, [paths[i] for i in missing], "looking at pictures")
+            for count, (i, fingerprint) in enumerate(zip(missing, taken, strict=True), start=1):
+                found[i] = fingerprint
+                marks = ", ".join("?" * (2 + len(fields(Fingerprint))))
+                row = (os.fsencode(paths[i]), states[i], *astuple(fingerprint))
+                db.execute(f"INSERT OR REPLACE INTO fingerprints VALUES ({marks})", row)
+                if count % SAVE_EVERY == 0:
+                    db.commit()
+            db.commit()
+        return found
+
+    def preview(self, path: str, side: int = 128) -> bytes | None:
+        """A small JPEG of a picture; None if it can't be read."""
+        state = f"{side} {self._state(path)}"
+        with closing(self._connect()) as db, db:
+            row = db.execute("SELECT state, jpeg FROM previews WHERE path = ?", (os.fsencode(path),)).fetchone()
+            if row and row[0] == state:
+                return row[1]
+            try:
+                image = open_image(path, *self.limits)
+            except ImageError:
+                return None
+            image.thumbnail((side, side))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=80)
+            row = (os.fsencode(path), state, buffer.getvalue())
+            db.execute("INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", row)
+            return buffer.getvalue()
+
+    def _state(self, path: str) -> str:
+        """Changes when the file does, or what is asked of it."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return "missing"
+        return f"{status.st_size} {status.st_mtime_ns} {self.limits}"
