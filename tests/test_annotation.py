@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import write_picture
 from utils import demo
-from utils.annotation import annotate, ensure_lists, split_validation
+from utils.annotation import annotate, ensure_lists
 from utils.config import TrainConfig
 from utils.lists import read_classes, read_list
 from utils.scan import scan_datasets
@@ -85,23 +85,6 @@ def test_names_and_suffixes(here, capsys):
     assert "2 hidden, 1 not a picture (.txt), 1 not a picture (no suffix)" in told
     assert "1 no pictures in datasets" in told
     assert "1 outside the class folders" in told
-
-
-def test_validation_takes_one_of_each_class_that_has_two():
-    pictures = {"many": [f"{i}" for i in range(50)], "two": ["a", "b"], "one": ["c"]}
-    taken = split_validation(pictures, 0.1, seed=0)
-    assert {name: len(paths) for name, paths in taken.items()} == {"many": 5, "two": 1}
-    assert {name: len(paths) for name, paths in pictures.items()} == {"many": 45, "two": 1, "one": 1}
-    assert sorted(pictures["many"] + taken["many"]) == sorted(f"{i}" for i in range(50))
-
-
-def test_validation_depends_on_the_seed_and_hardly_on_other_pictures():
-    def draw(count, seed=0):
-        return set(split_validation({"a": [f"{i}" for i in range(count)]}, 0.1, seed)["a"])
-
-    assert draw(500) == draw(500)
-    assert draw(500) != draw(500, seed=1)
-    assert len(draw(500) - draw(501)) <= 1
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1])

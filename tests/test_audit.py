@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance
 from tests.conftest import write_picture
 from utils import fingerprints, images
 from utils.alike import MOST_BITS, _candidates, alike_groups
-from utils.annotation import annotate, group_by_name, join_groups, split_validation
+from utils.annotation import annotate
 from utils.audit import Picture, find_faults
 from utils.audit_report import format_findings, write_audit
 from utils.fingerprints import Fingerprint, Fingerprints, take_fingerprint
@@ -283,36 +283,7 @@ def test_names_are_escaped_on_the_page(here):
     assert "&lt;script&gt;" in page
     assert "<b>" not in page
     assert json.loads(Path("audit/audit.json").read_text())["findings"][0]["groups"][0][0]["path"] == path
-    assert "1 file can't be read: 1 x <b>broken</b>" in format_findings(found)
-
-
-def test_groups_stay_on_one_side():
-    pictures = {name: [f"{name}/p{i // 4:02d}_{i % 4}.png" for i in range(80)] for name in ("a", "b")}
-    groups = group_by_name([p for paths in pictures.values() for p in paths], r"^(p\d+)_")
-    assert sorted(map(len, groups)) == [8] * 20  # a patient has pictures in both classes
-    taken = split_validation(pictures, 0.1, seed=3, groups=groups)
-    patients = [{path[2:5] for paths in side.values() for path in paths} for side in (pictures, taken)]
-    assert not patients[0] & patients[1]
-    assert [len(taken[name]) for name in ("a", "b")] == [8, 8]
-
-
-def test_large_groups_still_give_a_validation_set():
-    pictures = {name: [f"{name}/{name}{i // 10}_{i}.png" for i in range(30)] for name in ("a", "b")}
-    groups = group_by_name([p for paths in pictures.values() for p in paths], r"^[ab]\d+")
-    taken = split_validation(pictures, 0.1, seed=3, groups=groups)
-    assert [len(taken[name]) for name in ("a", "b")] == [10, 10]
-    assert [len(pictures[name]) for name in ("a", "b")] == [20, 20]
-
-
-def test_groups_are_joined_over_others():
-    units = join_groups("abcdef", [("a", "b"), ("c", "d"), ("b", "c"), ("e", "missing")])
-    assert sorted(map(sorted, units)) == [["a", "b", "c", "d"], ["e"], ["f"]]
-
-
-@pytest.mark.parametrize(("regex", "message"), [("(", "no regular expression"), ("xyz", "matches no file name")])
-def test_a_wrong_group_regex_is_an_error(regex, message):
-    with pytest.raises(ValueError, match=f"group_regex.*{message}"):
-        group_by_name(["a/1.png"], regex)
+    assert "1 file can't be read: 1 x <b>broken</b>" in format_findings(found, "audit", fix=False)
 
 
 def test_without_the_audit_no_picture_is_read(rubbish, monkeypatch):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from utils import demo
@@ -16,82 +13,9 @@ from utils.config import TrainConfig
 from utils.fingerprints import Fingerprints
 from utils.lists import read_classes, read_first_path, write_classes, write_left_out, write_list
 from utils.scan import SPLITS, Scan, is_demo, scan_datasets
+from utils.split import group_by_name, split_validation
 
-
-def split_validation(
-    pictures: dict[str, list[str]], val_fraction: float, seed: int, groups: Iterable[Sequence[str]] = ()
-) -> dict[str, list[str]]:
-    """Take `val_fraction` of each class out of `pictures`, at least one of each class that has two, and return them.
-
-    Which ones depends on seed and path only: a picture that is added moves hardly any other to the other side. Of each
-    of `groups`, paths of one or several classes, all are taken or none; so a class may give fewer, or more if its
-    groups are large, or none if all of it is one group.
-    """
-    class_of = {path: name for name, paths in pictures.items() for path in paths}
-    wanted = {
-        name: max(1, round(len(paths) * val_fraction)) if len(paths) > 1 else 0 for name, paths in pictures.items()
-    }
-    taken: dict[str, list[str]] = {name: [] for name in pictures}
-    units = join_groups(class_of, groups)
-    units.sort(key=lambda unit: hashlib.sha256(os.fsencode(f"{seed}:{min(unit)}")).digest())
-
-    def take(unit: list[str], most: dict[str, int]) -> None:
-        counts = Counter(class_of[path] for path in unit)
-        if all(len(taken[name]) + count <= most[name] for name, count in counts.items()):
-            for path in unit:
-                taken[class_of[path]].append(path)
-
-    for unit in units:
-        take(unit, wanted)
-    but_one = {name: len(paths) - 1 for name, paths in pictures.items()}
-    for unit in sorted(units, key=len):  # for classes whose groups are all larger than what is wanted
-        if any(wanted[class_of[path]] and not taken[class_of[path]] for path in unit):
-            take(unit, but_one)
-    for name, paths in pictures.items():
-        pictures[name] = sorted(set(paths) - set(taken[name]))
-    return {name: sorted(paths) for name, paths in taken.items() if paths}
-
-
-def join_groups(paths: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
-    """Every path once: those that any of `groups` link, directly or over others, together, the rest by themselves."""
-    parent = {path: path for path in paths}
-
-    def root(path: str) -> str:
-        while parent[path] != path:
-            parent[path] = parent[parent[path]]
-            path = parent[path]
-        return path
-
-    for group in groups:
-        linked = [path for path in group if path in parent]
-        for path in linked[1:]:
-            parent[root(path)] = root(linked[0])
-    units: dict[str, list[str]] = {}
-    for path in parent:
-        units.setdefault(root(path), []).append(path)
-    return list(units.values())
-
-
-def group_by_name(paths: Iterable[str], group_regex: str) -> list[list[str]]:
-    """Paths whose file names have the same part matched by `group_regex`: its first group, or all of it if it has none.
-
-    Raises:
-        ValueError: it is no regular expression, or matches no name.
-    """
-    if not group_regex:
-        return []
-    try:
-        pattern = re.compile(group_regex)
-    except re.error as error:
-        raise ValueError(f"group_regex={group_regex!r}: it is no regular expression ({error})") from error
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        match = pattern.search(os.path.basename(path))
-        if match and (key := match[1 if pattern.groups else 0]) is not None:
-            groups.setdefault(key, []).append(path)
-    if not groups:
-        raise ValueError(f"group_regex={group_regex!r}: it matches no file name")
-    return list(groups.values())
+LEFT_OUT = "left_out.txt"
 
 
 def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
@@ -175,39 +99,48 @@ def annotate(
     scan = scan_datasets(datasets_path)
     names = choose_classes(scan, classes_path)
     groups = group_by_name(scan.paths(), group_regex)
-    found = None
+    findings = None
     if audit and not all(map(is_demo, scan.paths())):
         fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
-        found = audit_scan(scan, names, fingerprints, audit_path)
-        groups += [[picture.path for picture in group] for finding in found for group in finding.groups]
+        findings = audit_scan(scan, names, fingerprints, audit_path)
+        groups += [[picture.path for picture in group] for finding in findings for group in finding.groups]
     if fix:
-        leave_out(scan, found or [], audit_path)
+        leave_out(scan, findings or [], audit_path)
     taken = not scan.pictures["val"]
     if taken:
         scan.pictures["val"] = split_validation(scan.pictures["train"], val_fraction, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
+    written = write_lists(scan, names, classes_path, targets)
+    print(format_table(scan, names))
+    if findings is not None:
+        print(format_findings(findings, audit_path, fix))
+    if taken:
+        print(f"no val folder with pictures: {val_fraction:.0%} of each class was taken out of train for validation")
+    print(f"written: {', '.join(written)}")
+
+
+def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets: dict[str, str | Path]) -> list[str]:
+    """Write the class file, unless it is right already, and a list for each split that has pictures; return the paths.
+
+    A list of a split that has none any more is removed.
+
+    Raises:
+        ValueError: there are no pictures to train or to validate on; nothing is written then.
+    """
     entries = {split: _entries(scan.pictures[split], names, target) for split, target in targets.items()}
-    if not entries["val"]:
-        raise ValueError(
-            f"no pictures to validate on: give each class two at least, or put some of {_some(names)} in val"
-        )
+    for split, purpose in (("train", "train"), ("val", "validate")):
+        if not entries[split]:
+            raise ValueError(
+                f"no pictures to {purpose} on: give each class two at least, or put some of {_some(names)} in {split}"
+            )
     if not Path(classes_path).is_file() or read_classes(classes_path) != names:
         write_classes(classes_path, names)
     for split, target in targets.items():
         if entries[split]:
             write_list(target, entries[split])
         else:
-            Path(target).unlink(missing_ok=True)  # an old test list, of pictures that are gone
-    print(format_table(scan, names))
-    if found is not None:
-        print(format_findings(found))
-    if found:
-        print(f"  all of it: {audit_path}/audit.html, {audit_path}/audit.json")
-        if not fix and any(finding.left_out for finding in found):
-            print("  python txt_annotation.py --fix makes lists without the faulty ones; no file is touched")
-    if taken:
-        print(f"no val folder with pictures: {val_fraction:.0%} of each class was taken out of train for validation")
-    print(f"written: {classes_path}, {', '.join(str(targets[split]) for split in SPLITS if entries[split])}")
+            Path(target).unlink(missing_ok=True)
+    return [str(classes_path), *(str(target) for split, target in targets.items() if entries[split])]
 
 
 def audit_scan(scan: Scan, names: list[str], fingerprints: Fingerprints, audit_path: str | Path) -> list[Finding]:
@@ -217,6 +150,7 @@ def audit_scan(scan: Scan, names: list[str], fingerprints: Fingerprints, audit_p
     pictures = [Picture(*place, fingerprint) for place, fingerprint in zip(placed, read, strict=True)]
     findings = find_faults(pictures, names)
     write_audit(audit_path, findings, pictures, fingerprints)
+    Path(audit_path, LEFT_OUT).unlink(missing_ok=True)  # of an earlier run
     return findings
 
 
@@ -230,11 +164,11 @@ def leave_out(scan: Scan, findings: list[Finding], audit_path: str | Path) -> No
         for name, paths in list(classes.items()):
             classes[name] = [path for path in paths if path not in reasons]
             if len(classes[name]) < len(paths):
-                scan.skipped[name]["left out, see left_out.txt"] += len(paths) - len(classes[name])
+                scan.skipped[name][f"left out, see {LEFT_OUT}"] += len(paths) - len(classes[name])
             if not classes[name]:
                 del classes[name]
     Path(audit_path).mkdir(parents=True, exist_ok=True)
-    write_left_out(Path(audit_path, "left_out.txt"), reasons)
+    write_left_out(Path(audit_path, LEFT_OUT), reasons)
 
 
 def format_table(scan: Scan, names: list[str]) -> str:

@@ -20,8 +20,14 @@ GROUPS_SHOWN, PICTURES_SHOWN = 12, 6
 """Groups of a finding, and pictures of a group, that the page shows."""
 
 
-def format_findings(findings: Sequence[Finding]) -> str:
-    """A line a finding, with some names; one line that nothing is wrong where that is so."""
+def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) -> str:
+    """A line a finding, with some names, and where all is written; one line that nothing is wrong where that is so.
+
+    Args:
+        findings: from `utils.audit.find_faults`.
+        folder: where `write_audit` wrote.
+        fix: whether what can be left out of the lists was left out.
+    """
     if not findings:
         return "audit: nothing wrong was found"
     width = max(len(finding.kind) for finding in findings)
@@ -30,6 +36,9 @@ def format_findings(findings: Sequence[Finding]) -> str:
         lines.append(f"  {finding.kind:<{width}}  {finding.message}")
         for group in finding.groups[:NAMED]:
             lines.append(f"  {'':<{width}}    {', '.join(picture.path for picture in group[:NAMED])}")
+    lines.append(f"  all of it: {folder}/audit.html, {folder}/audit.json")
+    if not fix and any(finding.left_out for finding in findings):
+        lines.append("  python txt_annotation.py --fix makes lists without the faulty ones; no file is touched")
     return "\n".join(["audit:", *lines])
 
 

@@ -19,7 +19,10 @@ from utils.transforms import Preprocessing
 
 # A resumed run may have other values of these; all others decide what comes out of it.
 FREE_FIELDS = frozenset(
-    ["resume", "model_path", "pretrained", "activation", "save_period", "save_dir", "num_workers", "device"]
+    [
+        *("resume", "model_path", "pretrained", "activation", "save_period", "save_dir", "num_workers", "device"),
+        *("cache_dir", "max_bad_fraction"),
+    ]
 )
 
 

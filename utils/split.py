@@ -1,0 +1,85 @@
+"""Taking a validation set out of the training pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+
+def split_validation(
+    pictures: dict[str, list[str]], val_fraction: float, seed: int, groups: Iterable[Sequence[str]] = ()
+) -> dict[str, list[str]]:
+    """Take `val_fraction` of each class out of `pictures`, at least one of each class that has two, and return them.
+
+    Which ones depends on seed and path only: a picture that is added moves hardly any other to the other side. Of each
+    of `groups`, paths of one or several classes, all are taken or none; so a class may give fewer, or more if its
+    groups are large, or none if all of it is one group.
+    """
+    class_of = {path: name for name, paths in pictures.items() for path in paths}
+    wanted = {
+        name: max(1, round(len(paths) * val_fraction)) if len(paths) > 1 else 0 for name, paths in pictures.items()
+    }
+    taken: dict[str, list[str]] = {name: [] for name in pictures}
+    units = join_groups(class_of, groups)
+    units.sort(key=lambda unit: hashlib.sha256(os.fsencode(f"{seed}:{min(unit)}")).digest())
+
+    def take(unit: list[str], most: dict[str, int]) -> None:
+        counts = Counter(class_of[path] for path in unit)
+        if all(len(taken[name]) + count <= most[name] for name, count in counts.items()):
+            for path in unit:
+                taken[class_of[path]].append(path)
+
+    for unit in units:
+        take(unit, wanted)
+    but_one = {name: len(paths) - 1 for name, paths in pictures.items()}
+    for unit in sorted(units, key=len):  # for classes whose groups are all larger than what is wanted
+        if any(wanted[class_of[path]] and not taken[class_of[path]] for path in unit):
+            take(unit, but_one)
+    for name, paths in pictures.items():
+        pictures[name] = sorted(set(paths) - set(taken[name]))
+    return {name: sorted(paths) for name, paths in taken.items() if paths}
+
+
+def join_groups(paths: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
+    """Every path once: those that any of `groups` link, directly or over others, together, the rest by themselves."""
+    parent = {path: path for path in paths}
+
+    def root(path: str) -> str:
+        while parent[path] != path:
+            parent[path] = parent[parent[path]]
+            path = parent[path]
+        return path
+
+    for group in groups:
+        linked = [path for path in group if path in parent]
+        for path in linked[1:]:
+            parent[root(path)] = root(linked[0])
+    units: dict[str, list[str]] = {}
+    for path in parent:
+        units.setdefault(root(path), []).append(path)
+    return list(units.values())
+
+
+def group_by_name(paths: Iterable[str], group_regex: str) -> list[list[str]]:
+    """Paths whose file names have the same part matched by `group_regex`: its first group, or all of it if it has none.
+
+    Raises:
+        ValueError: it is no regular expression, or matches no name.
+    """
+    if not group_regex:
+        return []
+    try:
+        pattern = re.compile(group_regex)
+    except re.error as error:
+        raise ValueError(f"group_regex={group_regex!r}: it is no regular expression ({error})") from error
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        match = pattern.search(os.path.basename(path))
+        if match and (key := match[1 if pattern.groups else 0]) is not None:
+            groups.setdefault(key, []).append(path)
+    if not groups:
+        raise ValueError(f"group_regex={group_regex!r}: it matches no file name")
+    return list(groups.values())
