@@ -131,7 +131,8 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
     for split, purpose in (("train", "train"), ("val", "validate")):
         if not entries[split]:
             raise ValueError(
-                f"no pictures to {purpose} on: give each class two at least, or put some of {_some(names)} in {split}"
+                f"no pictures to {purpose} on: give each class two at least that neither look alike nor belong to one "
+                f"group, or put some of {_some(names)} in {split}"
             )
     if not Path(classes_path).is_file() or read_classes(classes_path) != names:
         write_classes(classes_path, names)
@@ -226,7 +227,13 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
         return
     else:
         print(f"the lists are made from the pictures in {root}/")
-    annotate(root, config.classes_path)
+    annotate(
+        root,
+        config.classes_path,
+        cache_dir=config.cache_dir,
+        max_pixels=config.max_pixels,
+        allow_truncated=config.allow_truncated,
+    )
 
 
 def _entries(pictures: dict[str, list[str]], names: list[str], list_path: str | Path) -> list[tuple[int, str]]:
