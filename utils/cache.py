@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from utils.lists import ImageList
 from utils.parallel import map_parallel
 from utils.transforms import Transform
 
+STRAY_AFTER = 3600
+"""Seconds without a write after which a half-made cache was left by a process that is gone."""
 SAMPLE = 200
 """Pictures whose headers are read to say how large the file will be."""
 
@@ -107,7 +110,10 @@ def _shrink(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int] | Non
 def _write(images: ImageList, config: TrainConfig, path: Path, digest: str) -> np.ndarray:
     """Make the cache, aside and then renamed, so that what has its name is whole; return its index."""
     index = np.zeros((len(images), 5), np.int64)
-    partial = path.with_suffix(".partial")
+    for stray in path.parent.glob("*.partial"):
+        if time.time() - stray.stat().st_mtime > STRAY_AFTER:
+            stray.unlink(missing_ok=True)
+    partial = path.with_name(f"{path.stem}-{os.getpid()}.partial")
 
     def shrink(i: int) -> tuple[np.ndarray, int, int] | None:
         return _shrink(images.path(i), config)

@@ -54,6 +54,7 @@ class Fingerprint:
 
 
 COLUMNS = ", ".join(field.name for field in fields(Fingerprint))
+MARKS = ", ".join("?" * (2 + len(fields(Fingerprint))))
 TABLE = f"CREATE TABLE IF NOT EXISTS fingerprints (path BLOB PRIMARY KEY, state TEXT, {COLUMNS})"
 PREVIEWS = "CREATE TABLE IF NOT EXISTS previews (path BLOB PRIMARY KEY, state TEXT, jpeg BLOB)"
 
@@ -96,7 +97,9 @@ class Fingerprints:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._prepare()
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if "locked" in str(error):  # by another process that is writing
+                raise
             self.path.unlink()
             self._prepare()
 
@@ -107,7 +110,7 @@ class Fingerprints:
             db.execute(f"SELECT state, {COLUMNS} FROM fingerprints LIMIT 1")
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path)
+        return sqlite3.connect(self.path, timeout=60)
 
     def read(self, paths: Sequence[str]) -> list[Fingerprint]:
         """The fingerprints of these pictures, in this order, with a progress bar while some must be read."""
@@ -124,14 +127,14 @@ class Fingerprints:
             missing = [i for i, fingerprint in enumerate(found) if fingerprint is None]
             take = partial(take_fingerprint, max_pixels=self.limits[0], allow_truncated=self.limits[1])
             taken = map_parallel(take, [paths[i] for i in missing], "looking at pictures")
-            for count, (i, fingerprint) in enumerate(zip(missing, taken, strict=True), start=1):
+            rows = []
+            for i, fingerprint in zip(missing, taken, strict=True):
                 found[i] = fingerprint
-                marks = ", ".join("?" * (2 + len(fields(Fingerprint))))
-                row = (os.fsencode(paths[i]), states[i], *astuple(fingerprint))
-                db.execute(f"INSERT OR REPLACE INTO fingerprints VALUES ({marks})", row)
-                if count % SAVE_EVERY == 0:
-                    db.commit()
-            db.commit()
+                rows.append((os.fsencode(paths[i]), states[i], *astuple(fingerprint)))
+                if len(rows) == SAVE_EVERY or i == missing[-1]:
+                    with db:
+                        db.executemany(f"INSERT OR REPLACE INTO fingerprints VALUES ({MARKS})", rows)
+                    rows.clear()
         return found
 
     def preview(self, path: str, side: int = 128) -> bytes | None:
