@@ -266,10 +266,13 @@ def test_candidates_are_all_pairs_that_differ_in_few_bits():
     np.testing.assert_array_equal(_candidates(prints), expected)
 
 
-def test_handwritten_digits_are_not_taken_for_each_other(shared):
-    paths = sorted(map(str, (shared / "data" / "mnist_png").rglob("*.png")))[::3]
-    groups = alike_groups([take_fingerprint(path) for path in paths])
-    assert sum(map(len, groups)) <= 0.02 * len(paths)
+@pytest.mark.parametrize(("name", "most"), [("mnist_png", 4), ("sign_digits", 2)])
+def test_things_of_a_kind_are_not_taken_for_each_other(shared, name, most):
+    """Digits that are written alike, and hands before one wall: hundreds of these have hashes that differ little."""
+    paths = sorted(str(path) for path in (shared / "data" / name).rglob("*") if path.is_file())[::2]
+    prints = [take_fingerprint(path) for path in paths]
+    assert sum(map(len, alike_groups(prints))) <= most
+    assert len(_candidates(prints)) > 20
 
 
 def test_names_are_escaped_on_the_page(here):

@@ -47,7 +47,8 @@ def eval_set(images):
 
 
 def equal(one, other) -> bool:
-    return all(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+    pairs = [pair for x, y in zip(one, other, strict=True) for pair in zip(x, y, strict=True)]
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -69,6 +70,14 @@ def test_the_same_picture_looks_otherwise_in_another_epoch(images):
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
     assert torch.equal(dataset[(0, 3)][0], dataset[(0, 3)][0])
     assert not torch.equal(dataset[(0, 3)][0], dataset[(1, 3)][0])
+
+
+def test_a_picture_does_not_depend_on_the_others_of_its_batch(images):
+    transform = TrainTransform(dataclasses.replace(CONFIG, auto_augment=True))
+    dataset = ImageDataset(FileSource(images, PREPROCESSING), transform, seed=1)
+    together = dataset.__getitems__([(0, i) for i in range(23)])
+    alone = [dataset[(0, i)] for i in range(23)]
+    assert equal(together, [(pixels, class_id) for pixels, class_id in alone])
 
 
 def test_training_batches_are_whole_and_no_picture_comes_twice(images):

@@ -44,11 +44,12 @@ class Batches(list):
         self.sampler = self.Sampler()
 
 
-def test_a_step_is_the_one_written_by_hand():
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 4.0])])
+def test_a_step_is_the_one_written_by_hand(weights):
     pixels, targets = batch()
     own = network()
     other = copy.deepcopy(own)
-    trainer = Trainer(own, CPU, "fp32", seed=1)
+    trainer = Trainer(own, CPU, "fp32", 1, weights)
     sgd = TrainConfig(
         optimizer_type="sgd"
     )  # its step is linear in the gradient; Adam's first is its sign, noise and all
@@ -56,7 +57,8 @@ def test_a_step_is_the_one_written_by_hand():
 
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.image_mean, CONFIG.image_std))
     logits = other[1]((pixels / 255 - mean) / std)
-    by_hand = -logits.log_softmax(1)[range(6), targets].mean()
+    each = torch.ones(6) if weights is None else weights[targets]
+    by_hand = -(each * logits.log_softmax(1)[range(6), targets]).sum() / each.sum()
     by_hand.backward()
     build_optimizer(other[1], sgd, 0.1).step()
     torch.testing.assert_close(loss, by_hand.detach())

@@ -284,11 +284,13 @@ def test_damaged_files_raise_nothing_but_an_image_error(tmp_path_factory, data, 
 
 
 def test_half_a_file_is_an_error(here):
-    Image.effect_noise((64, 64), 50).save("whole.jpg")
+    Image.effect_noise((64, 64), 50).convert("RGB").save("whole.jpg")
     (here / "half.jpg").write_bytes((here / "whole.jpg").read_bytes()[:1500])
     assert read_header("half.jpg") == ("JPEG", 64, 64)
     with pytest.raises(ImageError, match=r"half\.jpg.*truncated"):
         open_image("half.jpg")
+    with pytest.raises(ImageError, match=r"half\.jpg.*truncated"):
+        read_region("half.jpg", lambda w, h: ((0, 0, w, h), (8, 8)))
     assert open_image("half.jpg", allow_truncated=True).size == (64, 64)
     with pytest.raises(ImageError, match=r"half\.jpg.*truncated"):
         open_image("half.jpg")

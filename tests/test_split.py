@@ -41,6 +41,7 @@ def test_large_groups_still_give_a_validation_set():
 
 
 def test_groups_are_joined_over_others():
+    assert join_groups("abc", [("a", "b"), ("c", "b")]) == [["a", "b", "c"]]
     units = join_groups("abcdef", [("a", "b"), ("c", "d"), ("b", "c"), ("e", "missing")])
     assert sorted(map(sorted, units)) == [["a", "b", "c", "d"], ["e"], ["f"]]
 

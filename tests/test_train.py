@@ -18,6 +18,7 @@ from utils.annotation import annotate
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config import TrainConfig
 from utils.engine import NonFiniteLoss
+from utils.lists import read_list
 from utils.run import load_resumable, new_run_folder
 
 
@@ -305,3 +306,25 @@ def test_a_missing_list_of_the_users_own(here):
     annotate()
     with pytest.raises(FileNotFoundError, match=r"mine\.txt"):
         train.main(TrainConfig(**SMALL, train_annotation_path="mine.txt"))
+
+
+def test_classes_can_be_balanced_in_either_way(two_classes):
+    losses = set()
+    for balance in ({}, {"sampler": "balanced"}, {"class_weights": "balanced"}):
+        settings = SMALL | {"unfreeze_epoch": 1, "save_dir": "-".join(["run", *balance])}
+        train.main(TrainConfig(**settings, **balance))
+        (folder,) = Path(settings["save_dir"]).iterdir()
+        losses.add(load_checkpoint(folder / LAST)["history"][0]["loss"])
+    assert len(losses) == 3
+
+
+def test_an_unreadable_picture_is_named_at_the_end_of_its_epoch(two_classes, capsys):
+    annotate()
+    images = read_list("cls_train.txt", 2)
+    Path(images.path(5)).write_text("no picture")
+    train.main(TrainConfig(**SMALL, max_bad_fraction=0.05))
+    lines = capsys.readouterr().out.splitlines()
+    told = [i for i, line in enumerate(lines) if "1 unreadable" in line]
+    assert len(told) == 1
+    assert lines[told[0] - 1].startswith("epoch ")
+    assert images.path(5) in lines[told[0]]

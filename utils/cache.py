@@ -145,16 +145,17 @@ def _read_index(path: Path, digest: str) -> np.ndarray | None:
 
 
 def _digest(images: ImageList, config: TrainConfig) -> str:
-    """Changes with the list, with size or time of any of its files, and with the settings that shape the pictures."""
+    """Changes with the paths, with size or time of any of the files, and with the settings that shape the pictures."""
     fields = ("input_shape", "train_crop", "max_pixels", "allow_truncated")
     digest = hashlib.sha256(repr([getattr(config, field) for field in fields]).encode())
-    digest.update(images.buffer)
     for i in range(len(images)):
+        path = images.path(i)
+        digest.update(os.fsencode(path))
         try:
-            status = os.stat(images.path(i))
-            digest.update(b"%d %d;" % (status.st_size, status.st_mtime_ns))
+            status = os.stat(path)
+            digest.update(b";%d;%d\n" % (status.st_size, status.st_mtime_ns))
         except OSError:
-            digest.update(b"missing;")
+            digest.update(b";missing\n")
     return digest.hexdigest()
 
 
