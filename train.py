@@ -125,7 +125,7 @@ def load_data(config: TrainConfig) -> Data:
     train_images = read_list(config.train_annotation_path, len(class_names))
     val_images = read_list(config.val_annotation_path, len(class_names))
     print(f"{len(train_images)} training and {len(val_images)} validation pictures, {len(class_names)} classes")
-    warn_of_small_input(train_images, config.input_shape)
+    warn_of_small_input(train_images, config.input_shape, config.max_pixels)
     return Data(class_names, train_images, val_images)
 
 

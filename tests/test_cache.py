@@ -42,7 +42,7 @@ def made(monkeypatch) -> list[str]:
 
 def batch(source, config=CONFIG, epoch=0):
     dataset = ImageDataset(source, TrainTransform(config), seed=1, max_bad_fraction=0.5)
-    return torch.stack([dataset[(epoch, i)][0] for i in range(len(dataset))]).float(), dataset
+    return torch.stack([dataset[(epoch, i, 0)][0] for i in range(len(dataset))]).float(), dataset
 
 
 @pytest.mark.parametrize("shape", [(224, 224), (96, 160)])

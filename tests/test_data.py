@@ -68,15 +68,15 @@ def test_seed_and_epoch_change_everything(images):
 
 def test_the_same_picture_looks_otherwise_in_another_epoch(images):
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
-    assert torch.equal(dataset[(0, 3)][0], dataset[(0, 3)][0])
-    assert not torch.equal(dataset[(0, 3)][0], dataset[(1, 3)][0])
+    assert torch.equal(dataset[(0, 3, 0)][0], dataset[(0, 3, 0)][0])
+    assert not torch.equal(dataset[(0, 3, 0)][0], dataset[(1, 3, 0)][0])
 
 
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(images):
     transform = TrainTransform(dataclasses.replace(CONFIG, auto_augment=True))
     dataset = ImageDataset(FileSource(images, PREPROCESSING), transform, seed=1)
-    together = dataset.__getitems__([(0, i) for i in range(23)])
-    alone = [dataset[(0, i)] for i in range(23)]
+    together = dataset.__getitems__([(0, i, 0) for i in range(23)])
+    alone = [dataset[(0, i, 0)] for i in range(23)]
     assert equal(together, [(pixels, class_id) for pixels, class_id in alone])
 
 
@@ -111,9 +111,9 @@ def test_order_is_a_permutation_that_depends_on_the_epoch():
     first = list(sampler)
     sampler.epoch = 1
     second = list(sampler)
-    assert sorted(first) == [(0, i) for i in range(100)]
-    assert sorted(second) == [(1, i) for i in range(100)]
-    assert [i for _, i in first] != [i for _, i in second]
+    assert sorted(first) == [(0, i, 0) for i in range(100)]
+    assert sorted(second) == [(1, i, 0) for i in range(100)]
+    assert [i for _, i, _ in first] != [i for _, i, _ in second]
 
 
 def test_an_unreadable_picture_is_named(images, here):
@@ -175,15 +175,15 @@ def test_another_of_its_class_stands_in(two_of_three, workers):
 
 def test_what_stands_in_is_the_same_each_time(two_of_three):
     first, second = train_set(two_of_three), train_set(two_of_three)
-    second[(0, 25)]
-    assert torch.equal(first[(0, 3)][0], second[(0, 3)][0])
-    stands_in = [i for i in range(20) if i != 3 and torch.equal(first._read(0, 3), crop_of(first, i))]
+    second[(0, 25, 0)]
+    assert torch.equal(first[(0, 3, 0)][0], second[(0, 3, 0)][0])
+    stands_in = [i for i in range(20) if i != 3 and torch.equal(first._read((0, 3, 0)), crop_of(first, i))]
     assert len(stands_in) == 1
 
 
 def crop_of(dataset, index):
     """Picture `index` with the crop of picture 3."""
-    dataset._seed("crop", 0, 3)
+    dataset._seed("crop", (0, 3, 0))
     return dataset.transform.resize(dataset.source.region(index, dataset.transform))
 
 
@@ -204,14 +204,16 @@ def test_balanced_sampling_draws_classes_alike():
     class_ids = np.repeat([0, 1, 3], [900, 90, 10]).astype(np.int32)
     sampler = EpochSampler(class_ids, "balanced", seed=3)
     keys = list(sampler)
-    drawn = np.array([index for _, index in keys])
+    drawn = np.array([index for _, index, _ in keys])
     assert len(keys) == len(sampler) == 1000
     assert np.bincount(class_ids[drawn]) == pytest.approx([333, 333, 0, 333], abs=60)
     assert len(np.unique(drawn[class_ids[drawn] == 0])) > 220  # not the same few
     assert set(drawn[class_ids[drawn] == 3]) == set(range(990, 1000))
     assert list(sampler) == keys
+    assert len(set(keys)) == 1000  # a picture that comes again is drawn anew
+    assert max(repeat for _, index, repeat in keys if index >= 990) > 10
     sampler.epoch = 1
-    assert [index for _, index in sampler] != drawn.tolist()
+    assert [index for _, index, _ in sampler] != drawn.tolist()
 
 
 def test_balanced_weights_are_scikit_learns():

@@ -110,7 +110,7 @@ def test_all_exif_orientations_are_classified_alike(shared, trained):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
 def test_a_part_lies_where_the_upright_picture_has_it(here, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation

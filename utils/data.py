@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,6 +17,7 @@ from utils.lists import ImageList
 from utils.seeds import derive_seed
 from utils.transforms import Preprocessing, Transform
 
+Key = tuple[int, int, int]
 Sampling = Literal["shuffle", "balanced"]
 
 
@@ -49,9 +51,10 @@ class TooManyUnreadable(ImageError):
 
 
 class ImageDataset(Dataset):
-    """The pictures of a list, transformed. An item's key is (epoch, index in the list).
+    """The pictures of a list, transformed.
 
-    What the transform draws is a function of (seed, epoch, index), whichever worker draws it.
+    An item's key is (epoch, index in the list, how often that index came before in the epoch). What the transform draws
+    is a function of the seed and the key, whichever worker draws it.
 
     Args:
         source: where the pictures come from.
@@ -74,7 +77,7 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.class_ids)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
         """One picture, uint8 (3, height, width), and its class id.
 
         Raises:
@@ -83,22 +86,23 @@ class ImageDataset(Dataset):
         """
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
         """The items of a batch. First all are read, then all augmented: a processor's cache doesn't hold the code of
         both, so that going to and fro takes a tenth longer."""
-        pixels = [self._read(epoch, index) for epoch, index in keys]
+        pixels = [self._read(key) for key in keys]
         items = []
-        for (epoch, index), picture in zip(keys, pixels, strict=True):
-            self._seed("augment", epoch, index)
-            items.append((self.transform.augment(picture), int(self.class_ids[index])))
+        for key, picture in zip(keys, pixels, strict=True):
+            self._seed("augment", key)
+            items.append((self.transform.augment(picture), int(self.class_ids[key[1]])))
         return items
 
-    def _seed(self, purpose: str, epoch: int, index: int) -> None:
-        torch.default_generator.manual_seed(derive_seed(self.seed, purpose, epoch, index))
+    def _seed(self, purpose: str, key: Key) -> None:
+        torch.default_generator.manual_seed(derive_seed(self.seed, purpose, *key))
 
-    def _read(self, epoch: int, index: int) -> Tensor:
+    def _read(self, key: Key) -> Tensor:
+        index = key[1]
         try:
-            self._seed("crop", epoch, index)
+            self._seed("crop", key)
             return self.transform.resize(self.source.region(index, self.transform))
         except ImageError as error:
             if self.max_bad_fraction is None:
@@ -106,14 +110,15 @@ class ImageDataset(Dataset):
                 raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
             self._unreadable[index] = True
             self._check_unreadable()
-            return self._read_another(epoch, index, error)
+            return self._read_another(key, error)
 
-    def _read_another(self, epoch: int, index: int, error: ImageError) -> Tensor:
+    def _read_another(self, key: Key, error: ImageError) -> Tensor:
         """The first picture that can be read of its class, in an order that depends on (seed, index)."""
+        index = key[1]
         others = np.flatnonzero(self.class_ids == self.class_ids[index])
         for other in np.random.default_rng(derive_seed(self.seed, "stand-in", index)).permutation(others):
             try:
-                self._seed("crop", epoch, index)
+                self._seed("crop", key)
                 return self.transform.resize(self.source.region(int(other), self.transform))
             except ImageError:
                 continue
@@ -157,16 +162,17 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return len(self.class_ids)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Key]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
         if self.sampling == "shuffle":
             order = torch.randperm(len(self), generator=generator).numpy()
         elif self.sampling == "balanced":
             order = self._balanced(generator)
         else:
-            order = range(len(self))
-        for index in order:
-            yield self.epoch, int(index)
+            order = np.arange(len(self))
+        repeats = _occurrences(order) if self.sampling == "balanced" else np.zeros(len(self), np.uint8)
+        for index, repeat in zip(order, repeats, strict=True):
+            yield self.epoch, int(index), int(repeat)
 
     def _balanced(self, generator: torch.Generator) -> np.ndarray:
         by_class = np.argsort(self.class_ids, kind="stable")
@@ -174,6 +180,15 @@ class EpochSampler(Sampler):
         drawn = torch.randint(len(counts), (len(self),), generator=generator).numpy()
         within = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy() * counts[drawn]
         return by_class[starts[drawn] + within.astype(np.int64)]
+
+
+def _occurrences(order: np.ndarray) -> np.ndarray:
+    """For each of `order` how often it came before."""
+    by_value = np.argsort(order, kind="stable")
+    _, starts, counts = np.unique(order[by_value], return_index=True, return_counts=True)
+    before = np.empty(len(order), np.int64)
+    before[by_value] = np.arange(len(order)) - np.repeat(starts, counts)
+    return before
 
 
 def balanced_class_weights(class_ids: np.ndarray, num_classes: int) -> Tensor:
@@ -212,6 +227,8 @@ def _loader(dataset: ImageDataset, batch_size: int, num_workers: int, sampling: 
         drop_last=sampling is not None,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
+        # Forked workers share the list; those that are spawned each get a copy of it.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )
 
 

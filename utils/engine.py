@@ -106,7 +106,10 @@ class Trainer:
         targets = targets.to(self.device, non_blocking=True)
         with autocast(self.device, self.precision):
             logits = self.network(pixels)
-        loss = F.cross_entropy(logits.float(), targets, self.class_weights)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        if self.class_weights is not None:
+            losses = losses * self.class_weights[targets]  # their mean over the list is 1, so the mean is a plain one
+        loss = losses.mean()
         self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()

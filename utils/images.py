@@ -8,7 +8,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,7 +134,7 @@ class ImageError(ValueError):
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Image.Image:
     """Read a picture, turn it upright by its EXIF orientation, and make it RGB, see `to_rgb`.
 
-    Of an animation it is the first frame.
+    Of an animation it is the first frame. The picture's `format` says what the file is.
 
     Args:
         path: the file, of one of `FORMATS`, whatever its suffix.
@@ -170,19 +170,22 @@ def read_region(
         ImageError: as `open_image`.
     """
     with _opened(path, max_pixels, allow_truncated) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        width, height = image.size[::-1] if orientation in LYING else image.size
-        box, size = choose(width, height)
-        left, top, right, bottom = box
-        spare = min((right - left) / size[1], (bottom - top) / size[0]) / DETAIL
-        reduction = max(n for n in JPEG_REDUCTIONS if n <= max(spare, 1))
-        pixels = None
-        if image.format in ("JPEG", "MPO") and image.mode == "RGB":
-            pixels = _decode_jpeg(path, reduction, orientation)
-        if pixels is None:
-            image.draft(None, tuple(math.ceil(side / reduction) for side in image.size))
+        if image.format in ("JPEG", "MPO"):
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            width, height = image.size[::-1] if orientation in LYING else image.size
+            box, size = choose(width, height)
+            spare = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / DETAIL
+            reduction = max(n for n in JPEG_REDUCTIONS if n <= max(spare, 1))
+            pixels = _decode_jpeg(path, reduction, orientation) if image.mode == "RGB" else None
+            if pixels is None:
+                image.draft(None, tuple(math.ceil(side / reduction) for side in image.size))
+                pixels = np.array(_upright_rgb(image))
+        else:
             pixels = np.array(_upright_rgb(image))
+            height, width = pixels.shape[:2]
+            box, _ = choose(width, height)
     across, down = pixels.shape[1] / width, pixels.shape[0] / height
+    left, top, right, bottom = box
     return Region(pixels, (left * across, top * down, right * across, bottom * down))
 
 
@@ -202,11 +205,13 @@ def _decode_jpeg(path: str | Path, reduction: int, orientation: int) -> np.ndarr
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
-    return to_rgb(image)
+    rgb = to_rgb(image)
+    rgb.format = image.format
+    return rgb
 
 
 class Header(NamedTuple):
-    """What a file says of itself: its format, and its size in pixels before it is turned upright."""
+    """What a file says of itself: its format, and its size in pixels, before it is turned upright in most formats."""
 
     format: str
     width: int
@@ -261,8 +266,9 @@ def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: boo
 def _cause(path: str | Path, error: Exception) -> str:
     """Why it failed, in words for the user; names the plug-in that would have read it, if there is one."""
     missing = isinstance(error, FileNotFoundError)
+    kind = b""
     if isinstance(error, Image.UnidentifiedImageError):
-        with Path(path).open("rb") as file:
+        with suppress(OSError), Path(path).open("rb") as file:
             kind = file.read(32)
         if kind[4:8] == b"ftyp" and kind[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
             return "it is HEIC; pip install pillow-heif to read it"

@@ -69,12 +69,12 @@ def format_stages(stages: list[Stage], num_pictures: int) -> str:
     return "\n".join(lines)
 
 
-def warn_of_small_input(images: ImageList, input_shape: tuple[int, int]) -> None:
+def warn_of_small_input(images: ImageList, input_shape: tuple[int, int], max_pixels: int) -> None:
     """Say so when `input_shape` is meant for tiny pictures and those of `images` are photos."""
     areas = []
     for index in range(0, len(images), max(1, len(images) // 20)):
         try:
-            header = read_header(images.path(index))
+            header = read_header(images.path(index), max_pixels)
         except ImageError as error:
             print(f"attention: {error}")
             continue
