@@ -5,6 +5,8 @@ import math
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +53,13 @@ def test_photos_look_as_they_do_from_their_files(shared, here, shape):
     paths = sorted(map(str, (shared / "data" / "trashnet" / "test").rglob("*.jpg")))[::20]
     photos = list_in_memory((0, path) for path in paths)
     config = dataclasses.replace(CONFIG, input_shape=shape)
-    plain, _ = batch(FileSource(photos, Preprocessing.from_dict(config.as_dict())), config)
-    cached, _ = batch(open_cache(photos, config), config)
-    assert (cached - plain).abs().mean() < 2  # of 255 levels
+    files, source = FileSource(photos, Preprocessing.from_dict(config.as_dict())), open_cache(photos, config)
+    plain = torch.cat([batch(files, config, epoch)[0] for epoch in range(8)])
+    cached = torch.cat([batch(source, config, epoch)[0] for epoch in range(8)])
+    assert (cached - plain).abs().mean() < 3  # of 255 levels
     decibels = 10 * torch.log10(255**2 / (cached - plain).square().mean((1, 2, 3)))
-    assert decibels.mean() > 35
-    assert decibels.min() > 27
+    assert decibels.mean() > 34
+    assert decibels.quantile(0.05) > 25
 
 
 def test_a_small_picture_is_kept_as_it_is(here):
@@ -82,26 +85,40 @@ def test_it_is_made_once(images, made, capsys):
     assert torch.equal(batch(second)[0], batch(first)[0])
 
 
-@pytest.mark.parametrize("change", ["content", "time", "shape", "index gone", "index broken", "pixels cut off"])
+@pytest.mark.parametrize("change", ["content", "time", "shape", "crop"])
 def test_it_is_made_anew_when_something_changed(images, made, change):
-    source = open_cache(images, CONFIG)
-    index, config = source.path.with_suffix(".npz"), CONFIG
+    first, config = open_cache(images, CONFIG), CONFIG
+    before, _ = batch(first)
     if change == "content":
         write_picture(Path("3.png"), 250, (90, 60))
     elif change == "time":
         os.utime("3.png", (1, 1))
     elif change == "shape":
         config = dataclasses.replace(CONFIG, input_shape=(16, 16))
-    elif change == "index gone":
-        index.unlink()
-    elif change == "index broken":
-        index.write_bytes(index.read_bytes()[:100])
     else:
-        os.truncate(source.path, 1000)
+        config = dataclasses.replace(CONFIG, train_crop=0.9)
     fresh, _ = batch(open_cache(images, config), config)
     assert len(made) == 24
     plain, _ = batch(FileSource(images, Preprocessing.from_dict(config.as_dict())), config)
     assert (fresh - plain).abs().mean() < 12
+    assert torch.equal(batch(first)[0], before)  # a run that goes on meanwhile sees what it saw
+    assert len(list(Path(CONFIG.cache_dir).glob("*.bin"))) == (2 if change == "shape" else 1)
+
+
+def test_two_processes_make_one_cache(here):
+    for i in range(40):
+        write_picture(here / f"{i}.png", 100, (200, 150), seed=i)
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from tests.test_cache import CONFIG, batch, list_in_memory, open_cache\n"
+        "cache = open_cache(list_in_memory((0, f'{i}.png') for i in range(40)), CONFIG)\n"
+        "print(batch(cache)[0].sum().item())"
+    )
+    command = [sys.executable, "-c", script, str(Path(train.__file__).parent)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    sums = {process.communicate()[0].splitlines()[-1] for process in processes}
+    assert len(sums) == 1
+    assert [path.suffix for path in Path(CONFIG.cache_dir).iterdir()] == [".bin"]
 
 
 def test_other_labels_leave_it_and_another_order_does_not(images, made):
@@ -131,7 +148,9 @@ def test_an_unreadable_picture_is_stood_in_for(images, here, capsys):
     images = list_in_memory((i // 6, f"{i}.png") for i in range(12))
     pixels, dataset = batch(open_cache(images, CONFIG))
     assert "but for 1 unreadable" in capsys.readouterr().out
-    assert pixels[3].mean() > 40
+    with Image.open("0.png") as dark, Image.open("11.png") as light:
+        between = (np.asarray(dark).mean() + np.asarray(light).mean()) / 2
+    assert pixels[3].mean() < between  # another of its class, which is the darker
     assert dataset.newly_unreadable() == ["3.png"]
 
 

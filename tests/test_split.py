@@ -40,6 +40,15 @@ def test_large_groups_still_give_a_validation_set():
     assert [len(pictures[name]) for name in ("a", "b")] == [20, 20]
 
 
+def test_what_is_taken_is_near_what_is_wanted():
+    pictures = {
+        name: [f"{name}/p{i // 120}_{name}{i}.png" for i in range(960)] + [f"{name}/single.png"] for name in "ab"
+    }
+    groups = group_by_name([p for paths in pictures.values() for p in paths], r"^(p\d+)_")
+    taken = split_validation(pictures, 0.1, seed=3, groups=groups)
+    assert all(120 <= len(taken[name]) <= 121 for name in "ab")
+
+
 def test_groups_are_joined_over_others():
     assert join_groups("abc", [("a", "b"), ("c", "b")]) == [["a", "b", "c"]]
     units = join_groups("abcdef", [("a", "b"), ("c", "d"), ("b", "c"), ("e", "missing")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -17,50 +17,55 @@ of 20 cases; of 340,000 pairs of photos of rubbish on the same board two are, bo
 hands before one wall one."""
 TINY, LEAST_CORRELATION_OF_TINY = 64, 0.99
 """Pictures with a side of fewer pixels, such as handwritten digits, have too little in them to differ by."""
-ROWS = 1024
+ROWS, PAIRS = 256, 50_000
+"""Hashes that are held against the others of a group, and thumbnails against each other, at a time."""
 
 
 def alike_groups(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
-    """Groups of two and more, of indices, that are linked by looking alike."""
+    """Groups of two and more, of indices, that are linked by looking alike, directly or over others."""
+    labels = np.arange(len(fingerprints))
     if len(fingerprints) < 2:
         return []
+    thumbnails = np.frombuffer(b"".join(f.thumbnail for f in fingerprints), np.uint8).reshape(len(fingerprints), -1)
+    tiny = np.array([min(f.width, f.height) < TINY for f in fingerprints])
+    least = np.where(tiny, LEAST_CORRELATION_OF_TINY, LEAST_CORRELATION)
+    for pairs in _candidates(fingerprints):
+        for start in range(0, len(pairs), PAIRS):
+            chunk = pairs[start : start + PAIRS]
+            chunk = chunk[labels[chunk[:, 0]] != labels[chunk[:, 1]]]  # where all look alike, most are linked already
+            one, other = _standardised(thumbnails[chunk[:, 0]]), _standardised(thumbnails[chunk[:, 1]])
+            labels = _link(labels, chunk[(one * other).mean(axis=1) >= least[chunk].max(axis=1)])
+    order = np.argsort(labels, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return [group.tolist() for group in groups if len(group) > 1]
+
+
+def _link(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Labels (n,) of linked pictures, with the links of `pairs` added."""
+    if not len(pairs):
+        return labels
     from scipy.sparse import coo_array  # slow to import
     from scipy.sparse.csgraph import connected_components
 
-    pairs = _confirm(_candidates(fingerprints), fingerprints)
-    n = len(fingerprints)
-    graph = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(n, n))
-    _, labels = connected_components(graph, directed=False)
-    linked = np.unique(labels[pairs[:, 0]])
-    return [np.flatnonzero(labels == label).tolist() for label in linked]
+    linked = labels[pairs]
+    n = len(labels)
+    graph = coo_array((np.ones(len(linked), bool), (linked[:, 0], linked[:, 1])), shape=(n, n))
+    return connected_components(graph, directed=False)[1][labels]
 
 
-def _candidates(fingerprints: Sequence[Fingerprint]) -> np.ndarray:
-    """Pairs (pairs, 2) of indices whose hashes differ in `MOST_BITS` at most."""
+def _candidates(fingerprints: Sequence[Fingerprint]) -> Iterator[np.ndarray]:
+    """Pairs (pairs, 2) of indices whose hashes differ in `MOST_BITS` at most, each once, some at a time."""
     in_bytes = np.frombuffer(b"".join(f.phash for f in fingerprints), np.uint8).reshape(-1, 8)
     hashes = in_bytes.view(np.uint64)[:, 0]
-    found = [np.empty((0, 2), np.int64)]
-    for byte in in_bytes.T:
+    for place, byte in enumerate(in_bytes.T):
         order = np.argsort(byte, kind="stable")
         for same in np.split(order, np.flatnonzero(np.diff(byte[order])) + 1):
             for start in range(0, len(same), ROWS):
                 distance = np.bitwise_count(hashes[same[start : start + ROWS], None] ^ hashes[None, same[start:]])
                 rows, columns = np.nonzero(np.triu(distance <= MOST_BITS, k=1))
-                found.append(np.sort(np.stack([same[start + rows], same[start + columns]], axis=1), axis=1))
-    return np.unique(np.concatenate(found), axis=0)
-
-
-def _confirm(pairs: np.ndarray, fingerprints: Sequence[Fingerprint]) -> np.ndarray:
-    """Those of the pairs whose thumbnails correlate."""
-    thumbnails = np.frombuffer(b"".join(f.thumbnail for f in fingerprints), np.uint8).reshape(len(fingerprints), -1)
-    tiny = np.array([min(f.width, f.height) < TINY for f in fingerprints])
-    kept = [pairs[:0]]
-    for start in range(0, len(pairs), 100_000):
-        chunk = pairs[start : start + 100_000]
-        one, other = _standardised(thumbnails[chunk[:, 0]]), _standardised(thumbnails[chunk[:, 1]])
-        least = np.where(tiny[chunk].any(axis=1), LEAST_CORRELATION_OF_TINY, LEAST_CORRELATION)
-        kept.append(chunk[(one * other).mean(axis=1) >= least])
-    return np.concatenate(kept)
+                pairs = np.stack([same[start + rows], same[start + columns]], axis=1)
+                earlier = (in_bytes[pairs[:, 0], :place] == in_bytes[pairs[:, 1], :place]).any(axis=1)
+                yield pairs[~earlier]
 
 
 def _standardised(levels: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils import demo
@@ -99,11 +100,19 @@ def annotate(
     scan = scan_datasets(datasets_path)
     names = choose_classes(scan, classes_path)
     groups = group_by_name(scan.paths(), group_regex)
+    if groups:
+        alone = len(scan.paths()) - sum(map(len, groups))
+        print(f"group_regex: {len(groups)} groups; {alone} pictures whose names it doesn't match stand by themselves")
     findings = None
     if audit and not all(map(is_demo, scan.paths())):
         fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
-        findings = audit_scan(scan, names, fingerprints, audit_path)
-        groups += [[picture.path for picture in group] for finding in findings for group in finding.groups]
+        findings = audit_scan(scan, names, groups, fingerprints, audit_path)
+        groups += [
+            [picture.path for picture in group]
+            for finding in findings
+            if finding.kind != "alike by nature"
+            for group in finding.groups
+        ]
     if fix:
         leave_out(scan, findings or [], audit_path)
     taken = not scan.pictures["val"]
@@ -115,7 +124,10 @@ def annotate(
     if findings is not None:
         print(format_findings(findings, audit_path, fix))
     if taken:
-        print(f"no val folder with pictures: {val_fraction:.0%} of each class was taken out of train for validation")
+        count = sum(map(len, scan.pictures["val"].values()))
+        part = count / (count + sum(map(len, scan.pictures["train"].values())))
+        told = "" if 0.5 < part / val_fraction < 2 else f", not {val_fraction:.0%}: groups stay together"
+        print(f"no val folder with pictures: {count} ({part:.1%}{told}) were taken out of train for validation")
     print(f"written: {', '.join(written)}")
 
 
@@ -144,12 +156,14 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
     return [str(classes_path), *(str(target) for split, target in targets.items() if entries[split])]
 
 
-def audit_scan(scan: Scan, names: list[str], fingerprints: Fingerprints, audit_path: str | Path) -> list[Finding]:
+def audit_scan(
+    scan: Scan, names: list[str], groups: Sequence[Sequence[str]], fingerprints: Fingerprints, audit_path: str | Path
+) -> list[Finding]:
     """Look at every picture of the classes `names`, and write what is wrong with them."""
     placed = [(path, split, name) for split in SPLITS for name in names for path in scan.pictures[split].get(name, ())]
     read = fingerprints.read([path for path, *_ in placed])
     pictures = [Picture(*place, fingerprint) for place, fingerprint in zip(placed, read, strict=True)]
-    findings = find_faults(pictures, names)
+    findings = find_faults(pictures, names, groups)
     write_audit(audit_path, findings, pictures, fingerprints)
     Path(audit_path, LEFT_OUT).unlink(missing_ok=True)  # of an earlier run
     return findings

@@ -17,6 +17,8 @@ FEW = 10
 """Training pictures below which a class is called tiny."""
 MANY_COPIES = 5
 """Equal pictures from which on they are taken for a placeholder, such as "image not available"."""
+ALIKE_BY_NATURE = 1 / 3
+"""The part of a class that can look alike before that is taken for how its pictures are, not for a fault."""
 UNEVEN = 10
 """How many times the smallest class the largest may be."""
 SUFFIXES = {
@@ -62,20 +64,28 @@ class Finding:
     left_out: list[Picture] = field(default_factory=list)
 
 
-def find_faults(pictures: Sequence[Picture], class_names: Sequence[str]) -> list[Finding]:
+def find_faults(
+    pictures: Sequence[Picture], class_names: Sequence[str], groups: Sequence[Sequence[str]] = ()
+) -> list[Finding]:
     """All that is wrong with the pictures, the worst first.
 
     Unreadable files; blank pictures and placeholders; pictures that are equal or look alike across classes (one of the
     labels is wrong), across splits (the test is no test) and within a class; wrong suffixes; classes that are missing,
     tiny, or far larger than others; and shortcuts: what tells the class without looking at the picture.
+
+    Args:
+        pictures: of all splits.
+        class_names: the classes that there should be.
+        groups: paths that belong together, such as pictures of one patient, and should be in one split.
     """
     readable = [picture for picture in pictures if not picture.fingerprint.error]
     return [
         *_unreadable(pictures),
         *_blank(readable),
         *_duplicates([picture for picture in readable if not picture.fingerprint.flat]),
+        *_split_groups(readable, groups),
         *_wrong_suffix(readable),
-        *_class_sizes(pictures, class_names),
+        *_class_sizes(readable, class_names),
         *_shortcuts(readable),
     ]
 
@@ -104,18 +114,25 @@ def _duplicates(pictures: Sequence[Picture]) -> Iterator[Finding]:
     by_digest = defaultdict(list)
     for picture in pictures:
         by_digest[picture.fingerprint.digest].append(picture)
-    many = [group for group in by_digest.values() if len(group) >= MANY_COPIES]
+    # Copies in one class are more likely there to make it larger.
+    many = [g for g in by_digest.values() if len(g) >= MANY_COPIES and len({p.class_name for p in g}) > 1]
     if many:
         copies = [picture for group in many for picture in group]
         told = f"{_count(len(copies), 'file')} show {_count(len(many), 'picture')} over and over, perhaps placeholders"
         yield Finding("placeholder", told, many, copies)
-    equal = [group for group in by_digest.values() if 1 < len(group) < MANY_COPIES]
-    first = [group[0] for group in by_digest.values() if len(group) < MANY_COPIES]
-    alike = []
-    for indices in alike_groups([picture.fingerprint for picture in first]):
-        alike.append([picture for i in indices for picture in by_digest[first[i].fingerprint.digest]])
-    for what, groups in (("equal", equal), ("alike", alike)):
-        yield from _by_place(what, groups)
+    rest = [group for group in by_digest.values() if group not in many]
+    yield from _by_place("equal", [group for group in rest if len(group) > 1])
+    alike = [
+        [picture for i in indices for picture in rest[i]]
+        for indices in alike_groups([group[0].fingerprint for group in rest])
+    ]
+    sizes = Counter(picture.class_name for picture in pictures)
+    by_nature = [g for g in alike if len(g) > max(FEW, ALIKE_BY_NATURE * min(sizes[p.class_name] for p in g))]
+    if by_nature:
+        told = _count(sum(map(len, by_nature)), "picture")
+        message = f"{told} look alike, a large part of a class: one scene or camera? They aren't told apart any further"
+        yield Finding("alike by nature", message, by_nature)
+    yield from _by_place("alike", [group for group in alike if group not in by_nature])
 
 
 def _by_place(what: str, groups: Sequence[list[Picture]]) -> Iterator[Finding]:
@@ -143,17 +160,31 @@ def _by_place(what: str, groups: Sequence[list[Picture]]) -> Iterator[Finding]:
 
 
 def _superfluous(group: list[Picture], what: str, place: str) -> list[Picture]:
-    """Those of a group that lists without its fault would lack: all, where the label is in doubt; else all but one of
-    equals, and of those that look alike all but the ones in the split that is most precious."""
-    if place == "classes":
+    """Those of a group that lists without its fault would lack.
+
+    Of equals all, where the label is in doubt, else all but one. Of those that only look alike, what is not in the
+    split that is most precious: test, then val.
+    """
+    if what == "equal" and place == "classes":
         return group
-    if place == "class" and what == "alike":
+    if what == "alike" and place != "splits":
         return []
     precious = max(group, key=lambda picture: SPLITS.index(picture.split)).split
     if what == "alike":
         return [picture for picture in group if picture.split != precious]
     kept = next(picture for picture in group if picture.split == precious)
     return [picture for picture in group if picture is not kept]
+
+
+def _split_groups(pictures: Sequence[Picture], groups: Sequence[Sequence[str]]) -> Iterator[Finding]:
+    by_path = {picture.path: picture for picture in pictures}
+    found = [[by_path[path] for path in group if path in by_path] for group in groups]
+    found = [group for group in found if len({picture.split for picture in group}) > 1]
+    if found:
+        files = _count(sum(map(len, found)), "file")
+        message = f"{files} of {_count(len(found), 'group')} by --group-regex are in different splits"
+        left_out = [picture for group in found for picture in _superfluous(group, "alike", "splits")]
+        yield Finding("group across splits", message, found, left_out)
 
 
 def _wrong_suffix(pictures: Sequence[Picture]) -> Iterator[Finding]:
@@ -201,17 +232,20 @@ def _telling_values(pictures: Sequence[Picture], what: str, value_of) -> Iterato
     for picture in pictures:
         by_class[picture.class_name][value_of(picture)] += 1
     classes = {name: count for name, count in by_class.items() if count.total() >= 5}
+    telling = []
     for value in sorted({value for count in classes.values() for value in count}):
         parts = {name: count[value] / count.total() for name, count in classes.items()}
         nearly_all = [name for name, part in parts.items() if part >= 0.9]
         hardly_any = [name for name, part in parts.items() if part <= 0.1]
-        if nearly_all and hardly_any and len(nearly_all) <= len(hardly_any):
-            message = (
-                f"{what} tells the class: {value} are nearly all of {', '.join(nearly_all[:5])} and hardly any of "
-                f"{', '.join(hardly_any[:5])}; a network learns that instead of what the pictures show"
-            )
-            yield Finding("shortcut", message)
-            return
+        if nearly_all and hardly_any:
+            telling.append((len(nearly_all), value, nearly_all, hardly_any))
+    if telling:  # of two values that are each other's opposite, the one that tells more
+        _, value, nearly_all, hardly_any = min(telling)
+        message = (
+            f"{what} tells the class: {value} are nearly all of {', '.join(nearly_all[:5])} and hardly any of "
+            f"{', '.join(hardly_any[:5])}; a network learns that instead of what the pictures show"
+        )
+        yield Finding("shortcut", message)
 
 
 def _telling_size(pictures: Sequence[Picture]) -> Iterator[Finding]:

@@ -48,8 +48,8 @@ class AutoAugment(nn.Module):
     """AutoAugment with the policy found on ImageNet, on uint8 pixels (3, height, width).
 
     Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", 2019. What it gives is what torchvision's
-    gives on Pillow's pictures (held by `tests/test_augment.py`), in a quarter of the time, OpenCV doing the work. Drawn
-    from torch's global generator.
+    gives on Pillow's pictures (held by `tests/test_augment.py`), but for corners in grey instead of black, in a quarter
+    of the time: OpenCV does the work. Drawn from torch's global generator.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:

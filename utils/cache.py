@@ -6,21 +6,24 @@ import hashlib
 import math
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
 from utils.config import TrainConfig
-from utils.images import Box, ImageError, Region, read_header, read_region
+from utils.images import READERS, Box, ImageError, Region, read_header, read_region
 from utils.lists import ImageList
 from utils.parallel import map_parallel
 from utils.transforms import Transform
 
+INDEX_ROW = 5 * 8
+"""Bytes of the index for each picture."""
 STRAY_AFTER = 3600
 """Seconds without a write after which a half-made cache was left by a process that is gone."""
 SAMPLE = 200
@@ -30,21 +33,30 @@ SAMPLE = 200
 class ImageCache:
     """Pictures out of one memory-mapped file, in place of `utils.data.FileSource`.
 
-    Attributes:
+    The file has the pixels, uint8 RGB, one picture after the other, and then the index: int64 (n, 5), for each picture
+    where it begins, its height and width there, and the height and width of the upright original; nought where that
+    couldn't be read.
+
+    Args:
         images: the list.
-        path: the file of pixels, uint8 RGB, one picture after the other.
-        index: (n, 5) int64, for each picture where it begins, its height and width there, and the height and width of
-            the upright original; nought where the original couldn't be read.
+        path: the file, whose name changes with all that is in it.
     """
 
-    def __init__(self, images: ImageList, path: Path, index: np.ndarray) -> None:
+    def __init__(self, images: ImageList, path: Path) -> None:
         self.images = images
         self.path = path
-        self.index = index
-        self._pixels: np.ndarray | None = None
+        self._map()
+
+    def _map(self) -> None:
+        self._bytes = np.memmap(self.path, np.uint8, mode="c")
+        self.index = self._bytes[len(self._bytes) - len(self.images) * INDEX_ROW :].view(np.int64).reshape(-1, 5)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pixels": None}  # a worker that is spawned maps the file anew
+        return {"images": self.images, "path": self.path}  # a worker that is spawned maps the file anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._map()
 
     def region(self, index: int, transform: Transform) -> Region:
         """The part of a picture that `transform` wants: the same part as without the cache.
@@ -54,12 +66,10 @@ class ImageCache:
         """
         start, height, width, full_height, full_width = self.index[index].tolist()
         if not height:
-            raise ImageError.of(self.images.path(index), "it couldn't be read when the cache was made")
-        if self._pixels is None:
-            self._pixels = np.memmap(self.path, np.uint8, mode="c")
+            raise ImageError.of(self.images.path(index), f"it couldn't be read when {self.path} was made")
         left, top, right, bottom = transform.choose_box(full_width, full_height)
         across, down = width / full_width, height / full_height
-        pixels = self._pixels[start : start + height * width * 3].reshape(height, width, 3)
+        pixels = self._bytes[start : start + height * width * 3].reshape(height, width, 3)
         return Region(pixels, (left * across, top * down, right * across, bottom * down))
 
 
@@ -71,17 +81,19 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
     """
     folder = Path(config.cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    height, width = config.input_shape
-    name = hashlib.sha256(os.path.abspath(config.train_annotation_path).encode("utf-8", "surrogateescape")).hexdigest()
-    path = folder / f"images-{name[:12]}-{height}x{width}.bin"
-    digest = _digest(images, config)
-    index = _read_index(path, digest)
-    if index is None:
+    of_list = _short_digest([os.path.abspath(config.train_annotation_path), str(config.input_shape)])
+    path = folder / f"images-{of_list}-{_digest(images, config)}.bin"
+    if not path.is_file():
         _check_room(images, config, path)
-        index = _write(images, config, path, digest)
-    lost = int((index[:, 1] == 0).sum())
+        _write(images, config, path)
+        for old in folder.glob(f"images-{of_list}-*.bin"):
+            if old != path:
+                with suppress(OSError):  # on Windows, another run may have it open
+                    old.unlink()
+    cache = ImageCache(images, path)
+    lost = int((cache.index[:, 1] == 0).sum())
     print(f"pictures from {path} ({_gigabytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
-    return ImageCache(images, path, index)
+    return cache
 
 
 def cached_size(height: int, width: int, config: TrainConfig) -> tuple[int, int]:
@@ -107,56 +119,55 @@ def _shrink(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int] | Non
     return np.asarray(Image.fromarray(pixels).resize(small[::-1], Image.Resampling.BILINEAR)), *full
 
 
-def _write(images: ImageList, config: TrainConfig, path: Path, digest: str) -> np.ndarray:
-    """Make the cache, aside and then renamed, so that what has its name is whole; return its index."""
+def _write(images: ImageList, config: TrainConfig, path: Path) -> None:
+    """Make the cache aside, and rename it when it is on the disk: what has its name is whole."""
     index = np.zeros((len(images), 5), np.int64)
-    for stray in path.parent.glob("*.partial"):
-        if time.time() - stray.stat().st_mtime > STRAY_AFTER:
-            stray.unlink(missing_ok=True)
-    partial = path.with_name(f"{path.stem}-{os.getpid()}.partial")
 
     def shrink(i: int) -> tuple[np.ndarray, int, int] | None:
         return _shrink(images.path(i), config)
 
-    try:
-        with partial.open("wb") as file:
+    for stray in path.parent.glob("*.partial"):
+        if time.time() - stray.stat().st_mtime > STRAY_AFTER:
+            stray.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
+        try:
             for i, shrunk in enumerate(map_parallel(shrink, range(len(images)), "shrinking pictures")):
                 index[i, 0] = file.tell()
                 if shrunk is not None:
                     pixels, *full = shrunk
                     index[i, 1:] = *pixels.shape[:2], *full
                     file.write(pixels.tobytes())
-        path.with_suffix(".npz").unlink(missing_ok=True)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    np.savez(path.with_suffix(".npz"), index=index, digest=np.array(digest), size=path.stat().st_size)
-    return index
-
-
-def _read_index(path: Path, digest: str) -> np.ndarray | None:
-    """The index of a cache that is whole and made of the same files, else None."""
-    try:
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as held:
-            same = str(held["digest"]) == digest and int(held["size"]) == path.stat().st_size
-            return held["index"] if same else None
-    except (OSError, ValueError, KeyError, BadZipFile):
-        return None
+            file.write(bytes(-file.tell() % index.itemsize))
+            file.write(index.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            file.close()
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, path)
 
 
 def _digest(images: ImageList, config: TrainConfig) -> str:
-    """Changes with the paths, with size or time of any of the files, and with the settings that shape the pictures."""
+    """Changes with the paths, with size or time of any of the files, and with all else that shapes the pictures."""
     fields = ("input_shape", "train_crop", "max_pixels", "allow_truncated")
-    digest = hashlib.sha256(repr([getattr(config, field) for field in fields]).encode())
+    parts = [READERS, *(str(getattr(config, field)) for field in fields)]
     for i in range(len(images)):
         path = images.path(i)
-        digest.update(os.fsencode(path))
+        parts.append(path)
         try:
             status = os.stat(path)
-            digest.update(b";%d;%d\n" % (status.st_size, status.st_mtime_ns))
+            parts.append(f"{status.st_size} {status.st_mtime_ns}")
         except OSError:
-            digest.update(b";missing\n")
-    return digest.hexdigest()
+            parts.append("missing")
+    return _short_digest(parts)
+
+
+def _short_digest(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def _check_room(images: ImageList, config: TrainConfig, path: Path) -> None:

@@ -16,11 +16,15 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from utils.images import MAX_PIXELS, ImageError, open_image, read_header
+from utils.images import MAX_PIXELS, READERS, ImageError, open_image
 from utils.parallel import map_parallel
 
 THUMBNAIL = 16
 """Side of the grey thumbnail in which two pictures are compared."""
+FLAT = 8
+"""Levels of 255 by which each colour of a picture of one colour may vary."""
+VERSION = 1
+"""To be raised when fingerprints are taken in another way."""
 SAVE_EVERY = 1000
 """Pictures between two writings of what was found, so that a run that is stopped goes on from there."""
 
@@ -56,6 +60,7 @@ class Fingerprint:
 COLUMNS = ", ".join(field.name for field in fields(Fingerprint))
 MARKS = ", ".join("?" * (2 + len(fields(Fingerprint))))
 TABLE = f"CREATE TABLE IF NOT EXISTS fingerprints (path BLOB PRIMARY KEY, state TEXT, {COLUMNS})"
+LOOK_UP = f"SELECT state, {COLUMNS} FROM fingerprints WHERE path = ?"
 PREVIEWS = "CREATE TABLE IF NOT EXISTS previews (path BLOB PRIMARY KEY, state TEXT, jpeg BLOB)"
 
 
@@ -63,19 +68,18 @@ def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: b
     """Read a picture; that it can't be read is told in the fingerprint."""
     try:
         image = open_image(path, max_pixels, allow_truncated)
-        header = read_header(path, max_pixels)
     except ImageError as error:
         return Fingerprint(error=error.cause)
     pixels = np.asarray(image)
     digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
-    digest.update(pixels.tobytes())
+    digest.update(np.ascontiguousarray(pixels))
     small = image.resize((64, 64), Image.Resampling.BOX).convert("L")
     return Fingerprint(
-        format=header.format,
+        format=image.format,
         width=image.width,
         height=image.height,
         grey=bool((pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()),
-        flat=bool(np.ptp(np.asarray(image.resize((64, 64), Image.Resampling.BOX)), axis=(0, 1)).max() <= 4),
+        flat=max(high - low for low, high in image.getextrema()) <= FLAT,
         digest=digest.digest(),
         phash=np.packbits(imagehash.phash(small).hash).tobytes(),
         thumbnail=np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).tobytes(),
@@ -85,8 +89,10 @@ def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: b
 class Fingerprints:
     """Fingerprints and small previews of pictures, kept in a file: only what is new or changed is read.
 
+    Files that can't be read are few, and may be readable the next time, so they aren't remembered.
+
     Args:
-        path: the file, an SQLite data base; one that can't be used is made anew.
+        path: the file, an SQLite data base; a damaged one is made anew.
         max_pixels: as for `utils.images.open_image`.
         allow_truncated: likewise.
     """
@@ -97,32 +103,31 @@ class Fingerprints:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._prepare()
-        except sqlite3.DatabaseError as error:
-            if "locked" in str(error):  # by another process that is writing
-                raise
+        except sqlite3.OperationalError:  # locked, or a disk that fails: nothing is wrong with the file
+            raise
+        except sqlite3.DatabaseError:
             self.path.unlink()
             self._prepare()
 
     def _prepare(self) -> None:
         with closing(self._connect()) as db, db:
+            (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if sound != "ok":
+                raise sqlite3.DatabaseError(sound)
             db.execute(TABLE)
             db.execute(PREVIEWS)
-            db.execute(f"SELECT state, {COLUMNS} FROM fingerprints LIMIT 1")
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=60)
 
     def read(self, paths: Sequence[str]) -> list[Fingerprint]:
         """The fingerprints of these pictures, in this order, with a progress bar while some must be read."""
+        keys = [os.fsencode(os.path.abspath(path)) for path in paths]
         states = [self._state(path) for path in paths]
         with closing(self._connect()) as db:
-            known = {
-                path: (state, Fingerprint(*values))
-                for path, state, *values in db.execute(f"SELECT path, state, {COLUMNS} FROM fingerprints")
-            }
             found = [
-                entry[1] if (entry := known.get(os.fsencode(path))) and entry[0] == state else None
-                for path, state in zip(paths, states, strict=True)
+                Fingerprint(*row[1:]) if (row := db.execute(LOOK_UP, (key,)).fetchone()) and row[0] == state else None
+                for key, state in zip(keys, states, strict=True)
             ]
             missing = [i for i, fingerprint in enumerate(found) if fingerprint is None]
             take = partial(take_fingerprint, max_pixels=self.limits[0], allow_truncated=self.limits[1])
@@ -130,7 +135,8 @@ class Fingerprints:
             rows = []
             for i, fingerprint in zip(missing, taken, strict=True):
                 found[i] = fingerprint
-                rows.append((os.fsencode(paths[i]), states[i], *astuple(fingerprint)))
+                if not fingerprint.error:
+                    rows.append((keys[i], states[i], *astuple(fingerprint)))
                 if len(rows) == SAVE_EVERY or i == missing[-1]:
                     with db:
                         db.executemany(f"INSERT OR REPLACE INTO fingerprints VALUES ({MARKS})", rows)
@@ -141,7 +147,8 @@ class Fingerprints:
         """A small JPEG of a picture; None if it can't be read."""
         state = f"{side} {self._state(path)}"
         with closing(self._connect()) as db, db:
-            row = db.execute("SELECT state, jpeg FROM previews WHERE path = ?", (os.fsencode(path),)).fetchone()
+            key = os.fsencode(os.path.abspath(path))
+            row = db.execute("SELECT state, jpeg FROM previews WHERE path = ?", (key,)).fetchone()
             if row and row[0] == state:
                 return row[1]
             try:
@@ -151,14 +158,13 @@ class Fingerprints:
             image.thumbnail((side, side))
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=80)
-            row = (os.fsencode(path), state, buffer.getvalue())
-            db.execute("INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", row)
+            db.execute("INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", (key, state, buffer.getvalue()))
             return buffer.getvalue()
 
     def _state(self, path: str) -> str:
-        """Changes when the file does, or what is asked of it."""
+        """Changes when the file does, or what reads it, or what is asked of it."""
         try:
             status = os.stat(path)
         except OSError:
             return "missing"
-        return f"{status.st_size} {status.st_mtime_ns} {self.limits}"
+        return f"{status.st_size} {status.st_mtime_ns} {self.limits} {READERS} {VERSION}"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import PIL
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
 
 from utils.config import TrainConfig
@@ -56,6 +57,9 @@ FORMATS = [
     )
     if name in Image.OPEN
 ]
+
+READERS = f"Pillow {PIL.__version__}, OpenCV {cv2.__version__}{', pillow-heif' if HAS_HEIF else ''}"
+"""What reads pictures here: another version may read more, or give other pixels."""
 
 MAX_PIXELS = TrainConfig.max_pixels
 """A picture of more is refused before it is decoded: a small file can claim to be a huge picture."""

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def split_validation(
@@ -15,8 +15,8 @@ def split_validation(
     """Take `val_fraction` of each class out of `pictures`, at least one of each class that has two, and return them.
 
     Which ones depends on seed and path only: a picture that is added moves hardly any other to the other side. Of each
-    of `groups`, paths of one or several classes, all are taken or none; so a class may give fewer, or more if its
-    groups are large, or none if all of it is one group.
+    of `groups`, paths of one or several classes, all are taken or none; so a class may give fewer or more, or none if
+    all of it is one group.
     """
     class_of = {path: name for name, paths in pictures.items() for path in paths}
     wanted = {
@@ -26,18 +26,23 @@ def split_validation(
     units = join_groups(class_of, groups)
     units.sort(key=lambda unit: hashlib.sha256(os.fsencode(f"{seed}:{min(unit)}")).digest())
 
-    def take(unit: list[str], most: dict[str, int]) -> None:
+    def leaves_some(name: str, count: int) -> bool:
+        return len(taken[name]) + count < len(pictures[name])
+
+    def comes_nearer(name: str, count: int) -> bool:
+        return count < 2 * (wanted[name] - len(taken[name])) and leaves_some(name, count)
+
+    def take(unit: list[str], fits: Callable[[str, int], bool]) -> None:
         counts = Counter(class_of[path] for path in unit)
-        if all(len(taken[name]) + count <= most[name] for name, count in counts.items()):
+        if all(fits(name, count) for name, count in counts.items()):
             for path in unit:
                 taken[class_of[path]].append(path)
 
     for unit in units:
-        take(unit, wanted)
-    but_one = {name: len(paths) - 1 for name, paths in pictures.items()}
-    for unit in sorted(units, key=len):  # for classes whose groups are all larger than what is wanted
+        take(unit, comes_nearer)
+    for unit in sorted(units, key=len):  # for classes whose groups are all far larger than what is wanted
         if any(wanted[class_of[path]] and not taken[class_of[path]] for path in unit):
-            take(unit, but_one)
+            take(unit, leaves_some)
     for name, paths in pictures.items():
         pictures[name] = sorted(set(paths) - set(taken[name]))
     return {name: sorted(paths) for name, paths in taken.items() if paths}
