@@ -23,7 +23,7 @@ from utils.cache import open_cache
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset, balanced_class_weights, eval_loader, train_loader
-from utils.engine import Trainer, pick_device, usable_precision
+from utils.engine import Trainer, choose_precision, pick_device
 from utils.freeze import Stage, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.optim import build_optimizer
@@ -60,7 +60,6 @@ CONFIG = TrainConfig(
     horizontal_flip=0.0,  # no mirroring
     auto_augment=False,  # and no rotation
     # the machine
-    precision="bf16",  # processors without it get fp32; fp16 on GPUs older than Ampere
     num_workers=0,  # tiny pictures need none; photos: the number of cores
 )
 
@@ -78,9 +77,8 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
     data = load_data(config)
     resumed = load_resumable(config, data.class_names)
     stages = plan_stages(config, len(data.train_images), config.backbone in TRANSFORMERS)
-    precision = usable_precision(config.precision, device)
-    if precision != config.precision:
-        print(f"precision: {config.precision} -> {precision}, this processor has no {config.precision}")
+    precision, reason = choose_precision(config.precision, device)
+    print(f"precision: {config.precision} -> {precision}, {reason}")
     drawn = draw_network(config, len(data.class_names))
     print(f"{config.backbone} on {device} in {precision}\n{format_model(drawn, stages)}")
     print(format_stages(stages, len(data.train_images)))

@@ -31,11 +31,12 @@ class Size:
 
 # Base, large and huge: table 1 of the ViT paper. Tiny and small: table 1 of DeiT, https://arxiv.org/abs/2012.12877.
 # Patch 4 is for pictures of about 16 to 64 pixels, where a patch of 16 would leave hardly any tokens; vit_xs is
-# vit_t with half its blocks.
+# vit_t with half its blocks. Patch 14 is DINOv2's.
 SIZES: dict[str, Size] = {
     "vit_xs_4": Size(patch_size=4, num_features=192, depth=6, num_heads=3),
     "vit_t_4": Size(patch_size=4, num_features=192, depth=12, num_heads=3),
     "vit_s_4": Size(patch_size=4, num_features=384, depth=12, num_heads=6),
+    "vit_s_14": Size(patch_size=14, num_features=384, depth=12, num_heads=6),
     "vit_t_16": Size(patch_size=16, num_features=192, depth=12, num_heads=3),
     "vit_s_16": Size(patch_size=16, num_features=384, depth=12, num_heads=6),
     "vit_b_16": Size(patch_size=16, num_features=768, depth=12, num_heads=12),

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # timm's weights of the same networks on the Hugging Face hub. The names say what they learned from: ImageNet-21k,
-# and most of them ImageNet-1k after it.
+# and most of them ImageNet-1k after it; DINOv2's learned from 142 million pictures without labels.
 HUB_REPOS: dict[str, str] = {
     "vit_t_16": "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    "vit_s_14": "timm/vit_small_patch14_dinov2.lvd142m",
     "vit_s_16": "timm/vit_small_patch16_224.augreg_in21k_ft_in1k",
     "vit_b_16": "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k",
     "vit_l_16": "timm/vit_large_patch16_224.augreg_in21k_ft_in1k",
@@ -135,7 +136,23 @@ def read_weights(path: str | Path) -> Weights:
         content, arguments = content["weights"], content.get("model")
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict (tensors by name)")
-    return Weights(Path(path), content, arguments)
+    return Weights(Path(path), fold_layer_scale(content), arguments)
+
+
+def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without LayerScale (Touvron et al., 2021; DINOv2 has it), which gives the same outputs.
+
+    LayerScale multiplies what a residual branch adds, channel by channel. So does multiplying the rows of the linear
+    layer that the branch ends with, and its bias.
+    """
+    folded = {name: tensor for name, tensor in state.items() if not name.endswith((".ls1.gamma", ".ls2.gamma"))}
+    for branch, last_layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+        for name in [name for name in state if name.endswith(f".{branch}.gamma")]:
+            gamma = state[name].float()
+            layer = name.removesuffix(f"{branch}.gamma") + last_layer
+            folded[f"{layer}.weight"] = state[f"{layer}.weight"].float() * gamma[:, None]
+            folded[f"{layer}.bias"] = state[f"{layer}.bias"].float() * gamma
+    return folded
 
 
 def load_weights(model: nn.Module, weights: Weights) -> None:

@@ -30,6 +30,7 @@ SMALL = {
     "auto_augment": False,  # the classes differ in brightness, which it changes
     "num_workers": 0,
     "save_period": 2,
+    "precision": "fp32",
 }
 """A run of seconds, with dropout, stochastic depth, random crops, mirroring and both stages."""
 

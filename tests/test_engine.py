@@ -11,7 +11,7 @@ from torch import nn
 from nets import build_model
 from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
-from utils.engine import NonFiniteLoss, Trainer, compute_logits, pick_device, usable_precision
+from utils.engine import NonFiniteLoss, Trainer, choose_precision, compute_logits, pick_device
 from utils.optim import build_optimizer
 from utils.transforms import EvalTransform, Preprocessing
 
@@ -228,14 +228,34 @@ def test_evaluation_is_in_the_precision_asked_for(way):
     assert not torch.allclose(logits("fp32"), expected, atol=1e-5)
 
 
-def test_bf16_gives_way_where_the_processor_has_none(monkeypatch):
-    monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert usable_precision("bf16", CPU) == "fp32"
-    assert usable_precision("fp16", CPU) == "fp16"
-    assert usable_precision("bf16", torch.device("cuda")) == "bf16"
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert usable_precision("bf16", CPU) == "bf16"
+@pytest.mark.parametrize(
+    ("machine", "has", "auto", "bf16"),
+    [("x86_64", True, "bf16", "bf16"), ("AMD64", False, "fp32", "fp32"), ("arm64", True, "bf16", "bf16")],
+)
+def test_precision_follows_the_processor(monkeypatch, machine, has, auto, bf16):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has if machine != "arm64" else 1 / 0)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has, raising=False)
+    assert choose_precision("auto", CPU)[0] == auto
+    assert choose_precision("bf16", CPU)[0] == bf16
+    assert choose_precision("fp16", CPU)[0] == "fp16"
+    assert choose_precision("fp32", CPU)[0] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_bf16", "expected"), [((9, 0), True, "bf16"), ((7, 5), False, "fp16"), ((6, 1), False, "fp32")]
+)
+def test_precision_follows_the_gpu(monkeypatch, capability, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    precision, reason = choose_precision("auto", torch.device("cuda"))
+    assert precision == expected
+    assert reason
+    assert choose_precision("bf16", torch.device("cuda")) == ("bf16", "as set")
+
+
+def test_precision_on_apples_gpu():
+    assert choose_precision("auto", torch.device("mps"))[0] == "fp32"
 
 
 def test_the_loss_scaler_is_restored():

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nets.vit import vit
 from nets.weights import HUB_REPOS, find_pretrained, load_weights, read_weights, resample_pos_embed
@@ -165,6 +165,41 @@ def test_what_does_not_fit_is_named(here, fault, told):
     with pytest.raises(ValueError, match=told):
         load_weights(model, read_weights("w.pth"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def dinov2_of_timm(size: int) -> torch.nn.Module:
+    """timm's network with LayerScale, at values as far from 1 as those that were trained."""
+    peer = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=5).eval()
+    for name, parameter in peer.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.uniform_(parameter, -2, 2)
+    return peer
+
+
+@pytest.mark.parametrize("size", [70, 140])
+def test_layer_scale_is_folded_into_the_layer_before_it(here, size):
+    torch.manual_seed(0)
+    peer = dinov2_of_timm(size)
+    torch.save(peer.state_dict(), "dino.pth")
+    own = vit(input_shape=[size, size], num_classes=5, name="vit_s_14", activation="gelu").eval()
+    load_weights(own, read_weights("dino.pth"))
+    pixels = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        torch.testing.assert_close(own(pixels), peer(pixels), atol=1e-4, rtol=0)
+        torch.testing.assert_close(own.forward_features(pixels), peer.forward_features(pixels), atol=1e-4, rtol=0)
+
+
+def test_real_dinov2_weights_equal_timms_network(shared, capsys):
+    path = shared / "models" / "dinov2_vits14_saliency_fp16.safetensors"
+    state = {name: value.float() for name, value in load_file(path).items()}
+    peer = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
+    peer.load_state_dict(state)
+    own = vit(input_shape=[518, 518], num_classes=3, name="vit_s_14", activation="gelu").eval()
+    load_weights(own, read_weights(path))
+    assert "its head of no classes is left out" in capsys.readouterr().out
+    pixels = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(own.forward_features(pixels), peer.forward_features(pixels), atol=1e-3, rtol=1e-3)
 
 
 def test_weights_without_a_head(here, capsys):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nets import build_model
 from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.engine import autocast, pick_device, usable_precision
+from utils.engine import autocast, choose_precision, pick_device
 from utils.transforms import EvalTransform, Normalise, Preprocessing
 
 
@@ -24,7 +24,7 @@ class Classifier:
         transform: a picture to uint8 (3, height, width).
         class_names: name of each class id.
         device: where the network is.
-        precision: the arithmetic that it was trained and validated in, if the device has it.
+        precision: the arithmetic: what the run was set to, as far as this device has it.
     """
 
     network: nn.Module
@@ -74,5 +74,5 @@ def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
         transform=EvalTransform(preprocessing),
         class_names=checkpoint["class_names"],
         device=place,
-        precision=usable_precision(checkpoint["config"]["precision"], place),
+        precision=choose_precision(checkpoint["config"]["precision"], place)[0],
     )

@@ -29,8 +29,9 @@ class TrainConfig:
     """List of the validation pictures, which choose the best epoch; never the test pictures."""
 
     backbone: str = "vit_b_16"
-    """Network: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14 for photos; vit_xs_4, vit_t_4 or
-    vit_s_4 for pictures of about 16 to 64 pixels. Larger is slower and more accurate if there are pictures enough."""
+    """Network: vit_t_16, vit_s_14, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14 for photos; vit_xs_4,
+    vit_t_4 or vit_s_4 for pictures of about 16 to 64 pixels. Larger is slower and more accurate if there are pictures
+    enough."""
 
     input_shape: tuple[int, int] = (224, 224)
     """Height and width in pixels that pictures are brought to, multiples of the network's patch. Larger shows finer
@@ -99,9 +100,10 @@ class TrainConfig:
     lr_decay_type: Literal["cos", "step"] = "cos"
     """`cos`: warm-up, half a cosine, flat end. `step`: ten equal steps down."""
 
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Arithmetic of the matrix products. `bf16` on GPUs since Ampere and on processors that have it (AVX512-BF16, AMX):
-    two to three times as fast; x86 processors without it get fp32 instead. `fp16` on older GPUs, with a loss scaler."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Arithmetic of the matrix products. `auto`: bf16 where the device has it in hardware (GPUs since Ampere,
+    processors with AVX512-BF16 or AMX), which is several times as fast and learns as well; fp16 with a loss scaler on
+    GPUs since Volta; else fp32. Touch it to compare, or if the loss isn't finite."""
 
     device: Device = "auto"
     """Where to train. `auto`: CUDA if there is one, else Apple's GPU (mps), else the processor."""
@@ -151,10 +153,11 @@ class TrainConfig:
     """Folder for what can be made again, such as that file. On a fast disk."""
 
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of red, green and blue (0 to 1) that is subtracted: ImageNet's. timm's ViT weights expect 0.5 0.5 0.5."""
+    """Mean of red, green and blue (0 to 1) that is subtracted: ImageNet's, which DINOv2's weights (vit_s_14) expect.
+    timm's other ViT weights expect 0.5 0.5 0.5."""
 
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Deviation of red, green and blue that is divided by: ImageNet's. timm's ViT weights expect 0.5 0.5 0.5."""
+    """Deviation of red, green and blue that is divided by: ImageNet's, as above, or 0.5 0.5 0.5."""
 
     save_period: int = 10
     """Keep a checkpoint every so many epochs, besides the best and the last."""

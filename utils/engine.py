@@ -50,13 +50,33 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def usable_precision(precision: str, device: torch.device) -> str:
-    """`precision`, but for "bf16" on an x86 processor without it: "fp32", since there bf16 is emulated, at a tenth of
-    the speed."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    if precision == "bf16" and device.type == "cpu" and x86 and not torch.cpu._is_avx512_bf16_supported():
-        return "fp32"
-    return precision
+def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
+    """The arithmetic for `precision` on `device`, "fp32", "fp16" or "bf16", and why.
+
+    "auto" is the fastest that learns as well as fp32. "bf16" becomes "fp32" on a processor that would only emulate it,
+    at a tenth of the speed.
+    """
+    has_bf16 = _has_bf16(device)
+    if precision == "auto":
+        if has_bf16:
+            return "bf16", f"this {device.type} device has it in hardware"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+            return "fp16", "this GPU has it in hardware, and no bf16"
+        return "fp32", f"this {device.type} device has nothing faster that torch uses"
+    if precision == "bf16" and device.type == "cpu" and not has_bf16:
+        return "fp32", "this processor has no bf16"
+    return precision, "as set"
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # Arm's BFMMLA, by the library that would use it
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
