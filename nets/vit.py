@@ -58,9 +58,10 @@ LAYER_NORM: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6)
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate: float = 0.0) -> Tensor:
     """softmax(q kᵀ · scale) v, with dropout on the weights; q, k, v and the result are (..., N, D)."""
-    if q.device.type == "cuda":
+    # Training in bf16 on a processor, the two products by themselves take half the time of torch's fused attention;
+    # in fp32, without gradients, and on a GPU the fused one is faster: benchmarks/attention.py.
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate, scale=scale)
-    # On a processor the two products by themselves are faster than torch's fused attention.
     weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (..., N, N)
     if drop_rate:
         weights = F.dropout(weights, drop_rate)

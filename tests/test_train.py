@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import eval as evaluation
 import train
 from nets import build_model
 from tests.conftest import SMALL, write_picture, write_two_classes
@@ -328,3 +329,18 @@ def test_an_unreadable_picture_is_named_at_the_end_of_its_epoch(two_classes, cap
     assert len(told) == 1
     assert lines[told[0] - 1].startswith("epoch ")
     assert images.path(5) in lines[told[0]]
+
+
+@pytest.mark.slow
+def test_the_digits_are_learned_as_well_in_auto_as_in_fp32(here):
+    """Over two seeds; what auto is depends on the machine."""
+    top1 = {}
+    for precision in ("fp32", "auto"):
+        for seed in (11, 12):
+            folder = f"{precision}{seed}"
+            train.main(dataclasses.replace(train.CONFIG, precision=precision, seed=seed, save_dir=folder))
+            (run,) = Path(folder).iterdir()
+            evaluation.main(model_path=str(run), out=folder)
+            top1.setdefault(precision, []).append(json.loads(Path(folder, "metrics.json").read_text())["top1"])
+    assert min(min(values) for values in top1.values()) > 0.955
+    assert abs(sum(top1["fp32"]) - sum(top1["auto"])) / 2 < 0.015

@@ -81,10 +81,14 @@ def test_attention_worked_example():
     torch.testing.assert_close(result, by_hand)
 
 
-def test_attention_equals_torchs_fused_one():
-    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
-    peer = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
-    torch.testing.assert_close(attention(q, k, v, scale=0.3), peer)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_is_the_papers_equation(dtype, training):
+    """Whichever kernel it takes: for training in bf16 another than else."""
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_(training)
+    by_hand = (0.3 * q.double() @ k.double().mT).softmax(-1) @ v.double()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(attention(q, k, v, scale=0.3).double(), by_hand, atol=tolerance, rtol=tolerance)
 
 
 def test_gradients_reach_every_parameter():
@@ -181,9 +185,10 @@ def test_dropout_and_stochastic_depth_are_in_every_place():
     assert [block.attn.attn_drop_rate for block in model.blocks] == [0.3] * 3
 
 
-def test_attention_drops_weights_in_training_only():
-    q = torch.ones(1, 1, 50, 4)
-    v = torch.eye(50).view(1, 1, 50, 50)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_drops_weights_in_training_only(dtype):
+    q = torch.ones(1, 1, 50, 4, dtype=dtype, requires_grad=True)
+    v = torch.eye(50, dtype=dtype).view(1, 1, 50, 50)
     weights = attention(q, q, v, scale=1.0, drop_rate=0.5)  # v being the identity, these are the weights themselves
     assert (weights == 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
     model = small_vit(drop_rate=0.0, attn_drop_rate=0.5, drop_path_rate=0.0)
