@@ -114,25 +114,27 @@ def _duplicates(pictures: Sequence[Picture]) -> Iterator[Finding]:
     by_digest = defaultdict(list)
     for picture in pictures:
         by_digest[picture.fingerprint.digest].append(picture)
-    # Copies in one class are more likely there to make it larger.
-    many = [g for g in by_digest.values() if len(g) >= MANY_COPIES and len({p.class_name for p in g}) > 1]
+    many, rest = [], []
+    for group in by_digest.values():
+        # Copies in one class are more likely there to make it larger.
+        is_placeholder = len(group) >= MANY_COPIES and len({picture.class_name for picture in group}) > 1
+        (many if is_placeholder else rest).append(group)
     if many:
         copies = [picture for group in many for picture in group]
         told = f"{_count(len(copies), 'file')} show {_count(len(many), 'picture')} over and over, perhaps placeholders"
         yield Finding("placeholder", told, many, copies)
-    rest = [group for group in by_digest.values() if group not in many]
     yield from _by_place("equal", [group for group in rest if len(group) > 1])
-    alike = [
-        [picture for i in indices for picture in rest[i]]
-        for indices in alike_groups([group[0].fingerprint for group in rest])
-    ]
     sizes = Counter(picture.class_name for picture in pictures)
-    by_nature = [g for g in alike if len(g) > max(FEW, ALIKE_BY_NATURE * min(sizes[p.class_name] for p in g))]
+    alike, by_nature = [], []
+    for indices in alike_groups([group[0].fingerprint for group in rest]):
+        group = [picture for i in indices for picture in rest[i]]
+        smallest = min(sizes[picture.class_name] for picture in group)
+        (by_nature if len(group) > max(FEW, ALIKE_BY_NATURE * smallest) else alike).append(group)
     if by_nature:
         told = _count(sum(map(len, by_nature)), "picture")
         message = f"{told} look alike, a large part of a class: one scene or camera? They aren't told apart any further"
         yield Finding("alike by nature", message, by_nature)
-    yield from _by_place("alike", [group for group in alike if group not in by_nature])
+    yield from _by_place("alike", alike)
 
 
 def _by_place(what: str, groups: Sequence[list[Picture]]) -> Iterator[Finding]:
@@ -141,22 +143,21 @@ def _by_place(what: str, groups: Sequence[list[Picture]]) -> Iterator[Finding]:
     places = defaultdict(list)
     for group in groups:
         if len({picture.class_name for picture in group}) > 1:
-            places["classes"].append(group)
+            places["across classes"].append(group)
         elif len({picture.split for picture in group}) > 1:
-            places["splits"].append(group)
+            places["across splits"].append(group)
         else:
-            places["class"].append(group)
+            places["within a class"].append(group)
     for place, consequence in (
-        ("classes", "under different classes: one of the labels is wrong"),
-        ("splits", "in different splits: what is tested was seen in training"),
-        ("class", "more than once in a class"),
+        ("across classes", "under different classes: one of the labels is wrong"),
+        ("across splits", "in different splits: what is tested was seen in training"),
+        ("within a class", "more than once in a class"),
     ):
         if found := places[place]:
-            where = {"classes": "across classes", "splits": "across splits", "class": "within a class"}[place]
             files = _count(sum(map(len, found)), "file")
             message = f"{files} in {_count(len(found), 'group')} show {adjective} {consequence}"
             left_out = [picture for group in found for picture in _superfluous(group, what, place)]
-            yield Finding(f"{what} {where}", message, found, left_out)
+            yield Finding(f"{what} {place}", message, found, left_out)
 
 
 def _superfluous(group: list[Picture], what: str, place: str) -> list[Picture]:
@@ -165,9 +166,9 @@ def _superfluous(group: list[Picture], what: str, place: str) -> list[Picture]:
     Of equals all, where the label is in doubt, else all but one. Of those that only look alike, what is not in the
     split that is most precious: test, then val.
     """
-    if what == "equal" and place == "classes":
+    if what == "equal" and place == "across classes":
         return group
-    if what == "alike" and place != "splits":
+    if what == "alike" and place != "across splits":
         return []
     precious = max(group, key=lambda picture: SPLITS.index(picture.split)).split
     if what == "alike":
@@ -183,7 +184,7 @@ def _split_groups(pictures: Sequence[Picture], groups: Sequence[Sequence[str]]) 
     if found:
         files = _count(sum(map(len, found)), "file")
         message = f"{files} of {_count(len(found), 'group')} by --group-regex are in different splits"
-        left_out = [picture for group in found for picture in _superfluous(group, "alike", "splits")]
+        left_out = [picture for group in found for picture in _superfluous(group, "alike", "across splits")]
         yield Finding("group across splits", message, found, left_out)
 
 
