@@ -27,8 +27,9 @@ def build_model(
 
     Returns:
         A module from pictures (B, 3, height, width) to logits (B, num_classes), with `forward_features`,
-        `forward_head`, `freeze_backbone` and `unfreeze_backbone`. Its attribute `arguments` holds what this function
-        needs to build it again.
+        `forward_head`, `freeze_backbone` and `unfreeze_backbone`, and the two parts that these divide it into,
+        `forward_frozen` and `forward_thawed`. Its attribute `arguments` holds what this function needs to build it
+        again.
 
     Raises:
         ValueError: the name isn't known, or the network can't take that input shape.

@@ -82,9 +82,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, C) -> (B, N, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D)
+        q = q[:, :, :num_queries]
         x = attention(q, k, v, self.scale, self.attn_drop_rate if self.training else 0.0)
         x = x.transpose(1, 2).flatten(2)  # (B, H, N, D) -> (B, N, C)
         return self.proj_drop(self.proj(x))
@@ -106,22 +107,28 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, a residual branch is left out for a random part of the batch.
+    """The sum of shortcut and branch, with stochastic depth: in training, some samples go without the branch.
 
-    Huang et al., 2016, https://arxiv.org/abs/1603.09382. What is kept is divided by the probability of being kept,
-    so that the expectation stays and evaluation needs no correction.
+    Huang et al., 2016, https://arxiv.org/abs/1603.09382. What the others' branch adds is divided by the probability of
+    being kept, so that the expectation stays and evaluation needs no correction.
     """
 
     def __init__(self, drop_rate: float) -> None:
         super().__init__()
         self.drop_rate = drop_rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """shortcut + branch(x), each (B, N, C)."""
         if not self.training or self.drop_rate == 0.0:
-            return x
+            return shortcut + branch(x)
         keep_rate = 1.0 - self.drop_rate
-        kept = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep_rate)  # (B, 1, 1)
-        return x * kept / keep_rate
+        kept = torch.rand(x.shape[0], device=x.device) < keep_rate  # (B,)
+        if x.device.type != "cpu":  # a GPU would have to be waited for to know how many are kept
+            return shortcut + branch(x) * kept.view(-1, 1, 1) / keep_rate
+        if kept.all():
+            return shortcut + branch(x) / keep_rate
+        rows = kept.nonzero()[:, 0]
+        return shortcut.index_add(0, rows, branch(x[rows]).to(shortcut.dtype), alpha=1 / keep_rate)
 
 
 class Block(nn.Module):
@@ -146,10 +153,10 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer, drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Tokens (B, N, C) to the first `num_queries` of them, which attend to all; None: to all of them."""
+        x = self.drop_path(x[:, :num_queries], x, lambda x: self.attn(self.norm1(x), num_queries))
+        return self.drop_path(x, x, lambda x: self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -216,17 +223,21 @@ class VisionTransformer(nn.Module):
         )
         self.norm = norm_layer(num_features)
         self.head = nn.Linear(num_features, num_classes)
-        self._frozen: list[nn.Module] = []
+        self._num_frozen_parts = 0
 
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(_init_weights)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to normalised tokens (B, N, C), the class token first."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) to tokens (B, N, C), the class token first."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        x = self.pos_drop(x + self.pos_embed)
+        return self.pos_drop(x + self.pos_embed)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) to normalised tokens (B, N, C), the class token first."""
+        x = self.embed(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -236,7 +247,28 @@ class VisionTransformer(nn.Module):
         return self.head(x[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        """Pictures (B, 3, height, width) to logits (B, classes): `forward_head` of `forward_features`, but for the
+        tokens that the head doesn't look at, which the last block leaves out."""
+        return self.forward_thawed(self.forward_frozen(x))
+
+    def forward_frozen(self, x: Tensor) -> Tensor:
+        """Pictures to the output of what is frozen: (B, N, C), with nothing frozen the pictures themselves.
+
+        For a given picture it is always the same. N is 1, the class token, once the last block is frozen.
+        """
+        for part in self._parts()[: self._num_frozen_parts]:
+            x = part(x)
+        return x
+
+    def forward_thawed(self, x: Tensor) -> Tensor:
+        """The output of `forward_frozen` to logits (B, classes)."""
+        for part in self._parts()[self._num_frozen_parts :]:
+            x = part(x)
+        return self.forward_head(x)
+
+    def _parts(self) -> list[Callable[[Tensor], Tensor]]:
+        """All but the head, in the order in which it can be frozen."""
+        return [self.embed, *self.blocks[:-1], partial(self.blocks[-1], num_queries=1), self.norm]
 
     def freeze_backbone(self, blocks: int | str = 8) -> None:
         """Freeze the embeddings and the first `blocks` blocks; with "all", everything but the head.
@@ -251,11 +283,8 @@ class VisionTransformer(nn.Module):
             depth = len(self.blocks)
             raise ValueError(f'freeze_blocks={blocks!r}: this network has {depth} blocks; give 0 to {depth}, or "all"')
         self.unfreeze_backbone()
-        if blocks == "all":
-            self._frozen = [self.patch_embed, self.pos_drop, *self.blocks, self.norm]
-        else:
-            self._frozen = [self.patch_embed, self.pos_drop, *self.blocks[:blocks]]
-        for module in self._frozen:
+        self._num_frozen_parts = len(self._parts()) if blocks == "all" else 1 + blocks
+        for module in self._frozen_modules():
             module.requires_grad_(False)
         self.cls_token.requires_grad_(False)
         self.pos_embed.requires_grad_(False)
@@ -263,14 +292,18 @@ class VisionTransformer(nn.Module):
 
     def unfreeze_backbone(self) -> None:
         """Give every parameter its gradient back."""
-        self._frozen = []
+        self._num_frozen_parts = 0
         self.requires_grad_(True)
         self.train(self.training)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        modules = [nn.ModuleList([self.patch_embed, self.pos_drop]), *self.blocks, self.norm]
+        return modules[: self._num_frozen_parts]
 
     def train(self, mode: bool = True) -> VisionTransformer:
         """Like `nn.Module.train`, but a frozen part stays in eval mode."""
         super().train(mode)
-        for module in self._frozen:
+        for module in self._frozen_modules():
             module.eval()
         return self
 

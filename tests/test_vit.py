@@ -154,15 +154,43 @@ def test_stochastic_depth_rises_linearly():
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_drop_path_keeps_whole_samples_and_the_expectation():
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_drop_path_keeps_whole_samples_and_the_expectation(device):
+    """On a processor only the kept samples go through the branch; elsewhere all do, so that nothing is waited for."""
     torch.manual_seed(0)
     layer = DropPath(0.3).train()
-    x = torch.ones(20_000, 2, 3)
-    y = layer(x)
-    per_sample = y.flatten(1)
-    assert ((per_sample == 0).all(1) | torch.isclose(per_sample, torch.tensor(1 / 0.7)).all(1)).all()
-    assert y.mean().item() == pytest.approx(1, abs=0.02)
-    assert layer.eval()(x) is x
+    x = torch.ones(20_000, 2, 3, device=device)
+    went = []
+    y = layer(x, x, lambda x: went.append(len(x)) or 2 * x)
+    assert y.shape == x.shape
+    if device == "meta":
+        assert went == [20_000]
+        return
+    added = (y - x).flatten(1)
+    dropped = (added == 0).all(1)
+    assert (dropped | torch.isclose(added, torch.tensor(2 / 0.7)).all(1)).all()
+    assert went == [20_000 - dropped.sum().item()]
+    assert added.mean().item() == pytest.approx(2, abs=0.04)
+    assert torch.equal(layer.eval()(x, x, lambda x: 2 * x), 3 * x)
+
+
+def test_drop_path_by_rows_is_drop_path_by_a_mask():
+    """Value and gradients, few samples or none being kept; the mask is the reference."""
+    linear = nn.Linear(3, 3)
+    for drop_rate in (0.2, 0.6, 0.999):
+        for seed in range(4):
+            x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+            torch.manual_seed(seed)
+            mask = (torch.rand(5) < 1 - drop_rate).view(5, 1, 1) / (1 - drop_rate)
+            expected = x + linear(x) * mask
+            torch.manual_seed(seed)
+            result = DropPath(drop_rate).train()(x, x, linear)
+            torch.testing.assert_close(result, expected)
+            for own, by_mask in zip(
+                *(torch.autograd.grad(y.square().sum(), [x, *linear.parameters()]) for y in (result, expected)),
+                strict=True,
+            ):
+                torch.testing.assert_close(own, by_mask)
 
 
 def test_dropout_acts_in_training_only():
@@ -225,13 +253,6 @@ def test_freeze_all_leaves_the_head():
     assert model.head.training
 
 
-def test_a_frozen_part_gives_the_same_output_in_training():
-    model = small_vit(drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5)
-    model.freeze_backbone("all")
-    x = pictures(16, 16)
-    assert torch.equal(model.train().forward_features(x), model.eval().forward_features(x))
-
-
 def test_freezing_fewer_blocks_thaws_the_others_and_unfreezing_all():
     model = small_vit()
     model.freeze_backbone("all")
@@ -250,11 +271,39 @@ def test_freezing_more_blocks_than_there_are(blocks):
 
 
 def test_head_and_features_make_the_forward():
-    model = small_vit().eval()
+    """And the gradients: the forward leaves out of the last block what the head doesn't look at."""
+    model = small_vit(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0)
     x = pictures(16, 16)
     features = model.forward_features(x)
     assert features.shape == (2, 17, 24)
-    assert torch.equal(model.forward_head(features), model(x))
+    logits, by_features = model(x), model.forward_head(features)
+    torch.testing.assert_close(logits, by_features)
+    parameters = list(model.parameters())
+    for own, other in zip(*(torch.autograd.grad(y.sum(), parameters) for y in (logits, by_features)), strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shape"), [(0, (2, 17, 24)), (2, (2, 17, 24)), (3, (2, 1, 24)), ("all", (2, 1, 24))]
+)
+def test_the_frozen_part_and_the_thawed_make_the_forward(blocks, shape):
+    model = small_vit(drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5)
+    model.freeze_backbone(blocks)
+    x = pictures(16, 16)
+    features = model.train().forward_frozen(x)
+    assert features.shape == shape
+    assert not features.requires_grad
+    assert torch.equal(features, model.eval().forward_frozen(x))
+    torch.testing.assert_close(model.forward_thawed(features), model.forward_head(model.forward_features(x)))
+    model.forward_thawed(features).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
+
+
+def test_with_nothing_frozen_the_thawed_part_is_all():
+    model = small_vit().eval()
+    x = pictures(16, 16)
+    assert model.forward_frozen(x) is x
+    assert torch.equal(model.forward_thawed(x), model(x))
 
 
 def test_norm_and_activation_are_arguments():
