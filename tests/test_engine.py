@@ -11,7 +11,7 @@ from torch import nn
 from nets import build_model
 from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
-from utils.engine import NonFiniteLoss, Trainer, choose_precision, compute_logits, pick_device
+from utils.engine import NonFiniteLoss, Trainer, choose_precision, compute_logits, pick_device, tune_kernels
 from utils.optim import build_optimizer
 from utils.transforms import EvalTransform, Preprocessing
 
@@ -290,3 +290,30 @@ def test_devices():
         assert pick_device("auto").type != "cuda"
         with pytest.raises(ValueError, match="device='cuda': torch finds none"):
             pick_device("cuda")
+
+
+@pytest.fixture
+def restored_kernels():
+    """What `tune_kernels` sets is global; other tests get it as it was."""
+    conv, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = conv.allow_tf32, conv.benchmark
+    yield
+    conv.allow_tf32, conv.benchmark = before
+    torch.set_float32_matmul_precision(matmul)
+
+
+@pytest.mark.parametrize("convolutional", [True, False])
+def test_kernels_are_tuned_on_cuda_only(restored_kernels, convolutional):
+    tune_kernels(CPU, convolutional)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
+    tune_kernels(torch.device("cuda"), convolutional)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", convolutional)
+
+
+def test_only_convolutional_networks_have_their_channels_last():
+    preprocessing = Preprocessing.from_dict(CONFIG.as_dict())
+    for name, channels_last in (("vit_xs_4", False), ("some_resnet", True)):
+        convolution = nn.Conv2d(3, 5, 3)
+        convolution.arguments = {"name": name}
+        weight = pixel_network(convolution, preprocessing, CPU)[1].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last

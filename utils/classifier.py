@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nets import build_model
+from nets import TRANSFORMERS, build_model
 from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.engine import autocast, choose_precision, pick_device
+from utils.engine import autocast, choose_precision, pick_device, tune_kernels
 from utils.transforms import EvalTransform, Normalise, Preprocessing
 
 
@@ -51,9 +51,13 @@ class Classifier:
 
 
 def pixel_network(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
-    """`model` behind the normalisation that it expects: uint8 pixels (B, 3, height, width) to logits."""
+    """`model` behind the normalisation that it expects: uint8 pixels (B, 3, height, width) to logits. On `device`, in
+    the order of memory and with the kernels that suit it there."""
+    convolutional = model.arguments["name"] not in TRANSFORMERS
+    tune_kernels(device, convolutional)
     normalise = Normalise(preprocessing.image_mean, preprocessing.image_std)
-    return nn.Sequential(normalise, model).to(device)
+    memory_format = torch.channels_last if convolutional else torch.preserve_format
+    return nn.Sequential(normalise, model).to(device, memory_format=memory_format)
 
 
 def load_classifier(path: str | Path, device: str = "auto") -> Classifier:

