@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from utils.cache_file import check_room, describe_files, digest, gigabytes, write_whole
 from utils.config import TrainConfig
-from utils.images import READERS, Box, ImageError, Region, read_header, read_region
+from utils.images import Box, ImageError, Region, read_header, read_region
 from utils.lists import ImageList
 from utils.parallel import map_parallel
 from utils.transforms import Transform
 
 INDEX_ROW = 5 * 8
 """Bytes of the index for each picture."""
-STRAY_AFTER = 3600
-"""Seconds without a write after which a half-made cache was left by a process that is gone."""
 SAMPLE = 200
 """Pictures whose headers are read to say how large the file will be."""
 
@@ -81,18 +75,19 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
     """
     folder = Path(config.cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    of_list = _short_digest([os.path.abspath(config.train_annotation_path), str(config.input_shape)])
-    path = folder / f"images-{of_list}-{_digest(images, config)}.bin"
+    of_list = digest([os.path.abspath(config.train_annotation_path), str(config.input_shape)])
+    fields = ("input_shape", "train_crop", "max_pixels", "allow_truncated")
+    of_content = digest([*(str(getattr(config, field)) for field in fields), *describe_files(images)])
+    path = folder / f"images-{of_list}-{of_content}.bin"
     if not path.is_file():
-        _check_room(images, config, path)
-        _write(images, config, path)
-        for old in folder.glob(f"images-{of_list}-*.bin"):
-            if old != path:
-                with suppress(OSError):  # on Windows, another run may have it open
-                    old.unlink()
+        expected = _expected_size(images, config)
+        print(f"cache_images: shrinking {len(images)} pictures into {path}, about {gigabytes(expected)}")
+        check_room(expected, folder, "cache_images to False")
+        with write_whole(path, replaces=f"images-{of_list}-*.bin") as file:
+            _write(images, config, file)
     cache = ImageCache(images, path)
     lost = int((cache.index[:, 1] == 0).sum())
-    print(f"pictures from {path} ({_gigabytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
+    print(f"pictures from {path} ({gigabytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
     return cache
 
 
@@ -119,74 +114,28 @@ def _shrink(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int] | Non
     return np.asarray(Image.fromarray(pixels).resize(small[::-1], Image.Resampling.BILINEAR)), *full
 
 
-def _write(images: ImageList, config: TrainConfig, path: Path) -> None:
-    """Make the cache aside, and rename it when it is on the disk: what has its name is whole."""
+def _write(images: ImageList, config: TrainConfig, file: BinaryIO) -> None:
+    """Write the pictures, then the index."""
     index = np.zeros((len(images), 5), np.int64)
 
     def shrink(i: int) -> tuple[np.ndarray, int, int] | None:
         return _shrink(images.path(i), config)
 
-    for stray in path.parent.glob("*.partial"):
-        if time.time() - stray.stat().st_mtime > STRAY_AFTER:
-            stray.unlink(missing_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        try:
-            for i, shrunk in enumerate(map_parallel(shrink, range(len(images)), "shrinking pictures")):
-                index[i, 0] = file.tell()
-                if shrunk is not None:
-                    pixels, *full = shrunk
-                    index[i, 1:] = *pixels.shape[:2], *full
-                    file.write(pixels.tobytes())
-            file.write(bytes(-file.tell() % index.itemsize))
-            file.write(index.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+    for i, shrunk in enumerate(map_parallel(shrink, range(len(images)), "shrinking pictures")):
+        index[i, 0] = file.tell()
+        if shrunk is not None:
+            pixels, *full = shrunk
+            index[i, 1:] = *pixels.shape[:2], *full
+            file.write(pixels.tobytes())
+    file.write(bytes(-file.tell() % index.itemsize))
+    file.write(index.tobytes())
 
 
-def _digest(images: ImageList, config: TrainConfig) -> str:
-    """Changes with the paths, with size or time of any of the files, and with all else that shapes the pictures."""
-    fields = ("input_shape", "train_crop", "max_pixels", "allow_truncated")
-    parts = [READERS, *(str(getattr(config, field)) for field in fields)]
-    for i in range(len(images)):
-        path = images.path(i)
-        parts.append(path)
-        try:
-            status = os.stat(path)
-            parts.append(f"{status.st_size} {status.st_mtime_ns}")
-        except OSError:
-            parts.append("missing")
-    return _short_digest(parts)
-
-
-def _short_digest(parts: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def _check_room(images: ImageList, config: TrainConfig, path: Path) -> None:
-    """Say how large the file will be, by the headers of some pictures."""
-    chosen = range(0, len(images), max(1, len(images) // SAMPLE))
+def _expected_size(images: ImageList, config: TrainConfig) -> int:
+    """About how many bytes the file will have, by the headers of some pictures."""
     pixels = []
-    for i in chosen:
+    for i in range(0, len(images), max(1, len(images) // SAMPLE)):
         with suppress(ImageError):
             header = read_header(images.path(i), config.max_pixels)
             pixels.append(math.prod(cached_size(header.height, header.width, config)))
-    expected = int(3 * len(images) * sum(pixels) / max(len(pixels), 1))
-    free = shutil.disk_usage(path.parent).free
-    print(f"cache_images: shrinking {len(images)} pictures into {path}, about {_gigabytes(expected)}")
-    if expected > 0.95 * free:
-        raise ValueError(
-            f"cache_dir={str(path.parent)!r}: the cache takes about {_gigabytes(expected)} and {_gigabytes(free)} are "
-            f"free; set cache_dir to another disk, or cache_images to False"
-        )
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return int(3 * len(images) * sum(pixels) / max(len(pixels), 1))
