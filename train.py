@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import tyro
 from torch import nn
+from torch.utils.data import DataLoader
 
 from nets import TRANSFORMERS, build_model
 from nets.weights import load_weights, read_weights
@@ -24,7 +25,7 @@ from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset, balanced_class_weights, eval_loader, train_loader
 from utils.engine import Trainer, choose_precision, pick_device
-from utils.freeze import Stage, plan_stages
+from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.optim import build_optimizer
 from utils.run import Run, load_resumable
@@ -162,27 +163,54 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
         NonFiniteLoss: a training or validation loss isn't finite; the checkpoints of earlier epochs stay.
     """
     config, model, trainer = run.config, run.model, run.trainer
-    preprocessing = Preprocessing.from_dict(config.as_dict())
-    files = FileSource(data.train_images, preprocessing)
-    source = open_cache(data.train_images, config) if config.cache_images else files
-    train_set = ImageDataset(source, TrainTransform(config), config.seed, config.max_bad_fraction)
-    val_source = FileSource(data.val_images, preprocessing)
-    val_set = ImageDataset(val_source, EvalTransform(preprocessing), config.seed, config.max_bad_fraction)
-    val_loader = eval_loader(val_set, config.unfreeze_batch_size, config.num_workers)
+    train_set, val_set = make_datasets(data, config)
+    network = trainer.network
+    cache = FeatureCache(network, config, trainer.device, trainer.precision)
     with closing(run.log), say_how_to_go_on(run):
+        if run.epoch == 0:
+            if config.head_init == "probe":
+                from utils.probe import init_head  # brings scikit-learn, which nothing else here needs
+
+                init_head(model, cache, train_set, val_set, config)
+            run.log.log_pictures(network, next(iter(train_loader(train_set, min(16, len(train_set)), 0)))[0])
         for stage in stages:
             if run.epoch >= stage.end:
                 continue
             stage.freeze(model)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.restore_optimizer(optimizer, stage)
-            loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
-            if run.epoch == 0:
-                run.log.log_pictures(trainer.network, next(iter(loader))[0])
+            trainer.network, loader, val_loader = feed(stage, network, cache, train_set, val_set)
             for epoch in range(run.epoch, stage.end):
                 numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate)
                 run.finish_epoch(numbers | trainer.validate(val_loader), optimizer)
                 report_unreadable(train_set, val_set)
+
+
+def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
+    """The pictures to train on, augmented, and those to validate on."""
+    preprocessing = Preprocessing.from_dict(config.as_dict())
+    files, val_files = FileSource(data.train_images, preprocessing), FileSource(data.val_images, preprocessing)
+    source = open_cache(data.train_images, config) if config.cache_images else files
+    train_set = ImageDataset(source, TrainTransform(config), config.seed, config.max_bad_fraction)
+    val_set = ImageDataset(val_files, EvalTransform(preprocessing), config.seed, config.max_bad_fraction)
+    return train_set, val_set
+
+
+def feed(
+    stage: Stage, network: nn.Module, cache: FeatureCache, train_set: ImageDataset, val_set: ImageDataset
+) -> tuple[nn.Module, DataLoader, DataLoader]:
+    """What `stage` trains, and the batches to train on and to validate on: of pictures for the whole network, or of
+    features, computed beforehand, for its thawed part."""
+    config = cache.config
+    num_views = num_cached_views(stage, config)
+    if num_views:
+        network, num_workers = ThawedPart(network), 0
+        train_set = cache.open(train_set, config.train_annotation_path, num_views)
+        val_set = cache.open(val_set, config.val_annotation_path, num_views=1)
+    else:
+        num_workers = config.num_workers
+    loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler)
+    return network, loader, eval_loader(val_set, config.unfreeze_batch_size, num_workers)
 
 
 def report_unreadable(*datasets: ImageDataset) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,10 @@ class ImageDataset(Dataset):
         seed: of all that is drawn.
         max_bad_fraction: the part of the pictures, 0 to 1, that may be unreadable: another picture of the class, always
             the same, stands in for each. None: the first one is an error.
+
+    Attributes:
+        class_ids: (n,).
+        unreadable: (n,) bool, the pictures that couldn't be read so far.
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int, max_bad_fraction: float | None = None) -> None:
@@ -71,8 +76,14 @@ class ImageDataset(Dataset):
         self.max_bad_fraction = max_bad_fraction
         self.class_ids = source.images.class_ids
         # In memory that workers share, so that the main process knows what they met.
-        self._unreadable = torch.zeros(len(self.class_ids), dtype=torch.bool).share_memory_()
+        self.unreadable = torch.zeros(len(self.class_ids), dtype=torch.bool).share_memory_()
         self._told: set[int] = set()
+
+    def with_transform(self, transform: Transform) -> ImageDataset:
+        """The same pictures, with one account of those that can't be read, otherwise transformed."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -96,6 +107,13 @@ class ImageDataset(Dataset):
             items.append((self.transform.augment(picture), int(self.class_ids[key[1]])))
         return items
 
+    @staticmethod
+    def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """Items to a batch, whose colours lie next to each other in memory as they do in the pictures: a plain copy."""
+        pixels, class_ids = zip(*items, strict=True)
+        stacked = torch.stack([picture.permute(1, 2, 0) for picture in pixels])  # (B, height, width, 3)
+        return stacked.permute(0, 3, 1, 2), torch.tensor(class_ids)
+
     def _seed(self, purpose: str, key: Key) -> None:
         torch.default_generator.manual_seed(derive_seed(self.seed, purpose, *key))
 
@@ -108,7 +126,7 @@ class ImageDataset(Dataset):
             if self.max_bad_fraction is None:
                 remedy = "mend or remove it, and run python txt_annotation.py to make the lists anew"
                 raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
-            self._unreadable[index] = True
+            self.unreadable[index] = True
             self._check_unreadable()
             return self._read_another(key, error)
 
@@ -126,7 +144,7 @@ class ImageDataset(Dataset):
         raise ImageError(told, error.path, error.cause) from error
 
     def _check_unreadable(self) -> None:
-        bad = self._unreadable.nonzero().flatten().tolist()
+        bad = self.unreadable.nonzero().flatten().tolist()
         if len(bad) > self.max_bad_fraction * len(self):
             named = ", ".join(self.source.images.path(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise TooManyUnreadable(
@@ -137,9 +155,40 @@ class ImageDataset(Dataset):
 
     def newly_unreadable(self) -> list[str]:
         """The pictures that couldn't be read and weren't told by an earlier call."""
-        new = [i for i in self._unreadable.nonzero().flatten().tolist() if i not in self._told]
+        new = [i for i in self.unreadable.nonzero().flatten().tolist() if i not in self._told]
         self._told.update(new)
         return [self.source.images.path(i) for i in new]
+
+
+class FeatureDataset(Dataset):
+    """What the frozen part of a network made of the pictures of a list: a drop-in for `ImageDataset` behind it.
+
+    Args:
+        features: (views, n, N, C); which of the views of a picture comes changes from epoch to epoch.
+        class_ids: (n,).
+        seed: of the order.
+    """
+
+    def __init__(self, features: Tensor, class_ids: np.ndarray, seed: int) -> None:
+        self.num_views = len(features)
+        self.rows = features.flatten(0, 1)  # (views · n, N, C)
+        self.class_ids = class_ids
+        self.targets = torch.from_numpy(class_ids.astype(np.int64))
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """A batch: features (B, N, C) and class ids (B,)."""
+        epoch, index, repeat = torch.tensor(keys).unbind(1)
+        view = (epoch + index + repeat) % self.num_views
+        return self.rows[view * len(self) + index], self.targets[index]
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Nothing is left to do."""
+        return batch
 
 
 class EpochSampler(Sampler):
@@ -202,9 +251,10 @@ def balanced_class_weights(class_ids: np.ndarray, num_classes: int) -> Tensor:
 
 
 def train_loader(
-    dataset: ImageDataset, batch_size: int, num_workers: int, sampling: Sampling = "shuffle"
+    dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling = "shuffle"
 ) -> DataLoader:
-    """Batches of uint8 pixels (B, 3, height, width) and class ids (B,), drawn anew in each epoch.
+    """Batches of uint8 pixels (B, 3, height, width), or of features (B, N, C), and class ids (B,), drawn anew in each
+    epoch.
 
     All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
     `loader.sampler.epoch` before each epoch.
@@ -212,28 +262,23 @@ def train_loader(
     return _loader(dataset, batch_size, num_workers, sampling)
 
 
-def eval_loader(dataset: ImageDataset, batch_size: int, num_workers: int) -> DataLoader:
+def eval_loader(dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int) -> DataLoader:
     """Batches in the list's order, every picture once; the last batch may be smaller."""
     return _loader(dataset, batch_size, num_workers, None)
 
 
-def _loader(dataset: ImageDataset, batch_size: int, num_workers: int, sampling: Sampling | None) -> DataLoader:
+def _loader(
+    dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling | None
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=EpochSampler(dataset.class_ids, sampling, dataset.seed),
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=dataset.collate,
         drop_last=sampling is not None,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
         # Forked workers share the list; those that are spawned each get a copy of it.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )
-
-
-def _collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Items to a batch, whose colours lie next to each other in memory as they do in the pictures: a plain copy."""
-    pixels, class_ids = zip(*items, strict=True)
-    stacked = torch.stack([picture.permute(1, 2, 0) for picture in pixels])  # (B, height, width, 3)
-    return stacked.permute(0, 3, 1, 2), torch.tensor(class_ids)

@@ -1,6 +1,7 @@
 """One training step, one epoch, one evaluation: the same code on every device.
 
-A `network` here takes uint8 pixels (B, 3, height, width) and gives logits (B, classes): `Normalise`, then the model.
+A `network` here takes what the loader gives, as it is, to logits (B, classes): `utils.classifier.pixel_network` takes
+uint8 pixels (B, 3, height, width), `utils.freeze.ThawedPart` the features (B, N, C) that a frozen part made of them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from tqdm import tqdm
 from utils.metrics import cross_entropy, top_k_accuracy
 from utils.optim import set_learning_rate
 from utils.seeds import derive_seed
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 PRINT_EVERY = 10
 """Steps between two looks at the loss: each makes the processor wait for the device."""
@@ -95,14 +98,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context in which matrix products are done in `precision` ("fp32", "fp16" or "bf16")."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, {"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 class Trainer:
     """A network in training.
 
     Attributes:
-        network: uint8 pixels to logits, on `device`.
+        network: inputs to logits, on `device`; a stage may set another.
         device: where it is and where batches go.
         precision: "fp32", "fp16" (with a loss scaler) or "bf16".
         seed: with the step it decides what dropout and stochastic depth draw.
@@ -127,17 +130,17 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = 0
 
-    def train_step(self, pixels: Tensor, targets: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
-        """One update from pixels (B, 3, height, width) uint8 and class ids (B,), without waiting for the device.
+    def train_step(self, inputs: Tensor, targets: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
+        """One update from a batch of what the network takes and class ids (B,), without waiting for the device.
 
         Returns:
             The mean loss and the number of correct predictions, as tensors () on the device.
         """
         torch.manual_seed(derive_seed(self.seed, "step", self.step))
-        pixels = pixels.to(self.device, non_blocking=True)
+        inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         with autocast(self.device, self.precision):
-            logits = self.network(pixels)
+            logits = self.network(inputs)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         if self.class_weights is not None:
             losses = losses * self.class_weights[targets]  # their mean over the list is 1, so the mean is a plain one
@@ -173,10 +176,10 @@ class Trainer:
         pictures = 0
         first_step = self.step
         with tqdm(loader, desc=f"epoch {epoch + 1}", unit="step", leave=False, disable=None) as bar:
-            for i, (pixels, targets) in enumerate(bar):
+            for i, (inputs, targets) in enumerate(bar):
                 rate = learning_rate(epoch + i / len(loader))
                 set_learning_rate(optimizer, rate)
-                losses[i], hits = self.train_step(pixels, targets, optimizer)
+                losses[i], hits = self.train_step(inputs, targets, optimizer)
                 correct += hits
                 pictures += len(targets)
                 if (i + 1) % PRINT_EVERY == 0 or i + 1 == len(loader):
@@ -223,8 +226,8 @@ def compute_logits(
     """Logits (N, classes) in fp32 and class ids (N,) of every picture of `loader`, in its order, on the CPU."""
     network.eval()
     logits, targets = [], []
-    for pixels, batch_targets in tqdm(loader, desc=title, unit="batch", leave=False, disable=None):
+    for inputs, batch_targets in tqdm(loader, desc=title, unit="batch", leave=False, disable=None):
         with autocast(device, precision):
-            logits.append(network(pixels.to(device, non_blocking=True)).float())
+            logits.append(network(inputs.to(device, non_blocking=True)).float())
         targets.append(batch_targets)
     return torch.cat(logits).cpu(), torch.cat(targets)

@@ -1,13 +1,25 @@
-"""The stages of a run: which part of the network is frozen, for how long, in which batches, at which rate."""
+"""The stages of a run: which part of the network is frozen, for how long, in which batches, at which rate; and what
+the frozen part makes of the pictures, computed once."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from utils.cache_file import check_room, describe_files, digest, gigabytes, write_whole
 from utils.config import TrainConfig
+from utils.data import FeatureDataset, ImageDataset, eval_loader
+from utils.engine import DTYPES, autocast
 from utils.optim import learning_rate_at, scale_learning_rate
+from utils.transforms import EvalTransform, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -67,3 +79,140 @@ def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> li
         rates = scale_learning_rate(config, batch_size, transformer)
         stages.append(Stage(start, end, part, batch_size, *rates, config.unfreeze_epoch, config.lr_decay_type))
     return stages
+
+
+class FrozenPart(nn.Module):
+    """What stands before the freezing point: pixels (B, 3, height, width) uint8 to features (B, N, C).
+
+    Args:
+        network: of `utils.classifier.pixel_network`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.normalise, self.model = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model.forward_frozen(self.normalise(pixels))
+
+
+class ThawedPart(nn.Module):
+    """What stands behind it: features (B, N, C) to logits (B, classes)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        _, self.model = network
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.model.forward_thawed(features.float())
+
+
+def num_cached_views(stage: Stage, config: TrainConfig) -> int:
+    """How many views of each picture `stage` has the features of computed beforehand; 0: it trains on the pictures.
+
+    A stage with no more epochs than views does, for it computes no more without.
+    """
+    if stage.frozen == "nothing" or not config.cache_features or stage.end - stage.start <= config.feature_views:
+        return 0
+    return config.feature_views
+
+
+# What features depend on, besides the pictures and the frozen weights.
+SHAPING_FIELDS = (
+    *(field.name for field in dataclasses.fields(Preprocessing)),
+    *("train_crop", "horizontal_flip", "auto_augment", "cache_images", "max_bad_fraction", "seed"),
+)
+
+
+class FeatureCache:
+    """What the frozen part of a network makes of pictures, computed once and kept in files in `cache_dir`.
+
+    A file is named after all that its features depend on: the list and its files, the frozen weights, the transforms,
+    the precision. If one of them changes, another takes its place.
+
+    Args:
+        network: of `utils.classifier.pixel_network`, as far frozen as it shall be when `open` is called.
+        config: the settings.
+        device: where the network is.
+        precision: of the computation and of the file: "fp32", "fp16" or "bf16".
+    """
+
+    def __init__(self, network: nn.Module, config: TrainConfig, device: torch.device, precision: str) -> None:
+        self.frozen = FrozenPart(network)
+        self.config = config
+        self.device = device
+        self.precision = precision
+        self.dtype = DTYPES[precision]
+
+    def open(self, dataset: ImageDataset, list_path: str, num_views: int) -> FeatureDataset:
+        """The features of `num_views` views of each picture: the first as in evaluation, the others as the dataset
+        transforms them. Up to `feature_cache_gb` they are held in memory, beyond they are read when they are needed.
+
+        Args:
+            dataset: the pictures. Those that couldn't be read when the features were computed are marked in it.
+            list_path: the list that they are from; features of an earlier state of it are removed.
+            num_views: 1 or more.
+
+        Raises:
+            ValueError: there isn't room enough.
+            TooManyUnreadable: see `utils.data.ImageDataset`.
+        """
+        blank = torch.zeros(1, 3, *self.config.input_shape, dtype=torch.uint8)
+        shape = (num_views, len(dataset), *self._compute(blank).shape[1:])
+        size = math.prod(shape) * self.dtype.itemsize
+        path, older = self._place(dataset, list_path, num_views)
+        in_memory = size <= self.config.feature_cache_gb * 1e9
+        print(
+            f"features of {num_views} views of {len(dataset)} pictures: {gigabytes(size)}, "
+            f"{'from' if path.is_file() else 'computed into'} {path}, {'' if in_memory else 'not '}held in memory"
+        )
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_room(size, path.parent, "feature_views to fewer, or cache_features to False")
+            with write_whole(path, replaces=older) as file:
+                self._write(dataset, num_views, file)
+        stored = torch.from_file(str(path), shared=False, size=size + len(dataset), dtype=torch.uint8)
+        features = stored[:size].view(self.dtype).view(shape)
+        dataset.unreadable.logical_or_(stored[size:].bool())
+        return FeatureDataset(features.clone() if in_memory else features, dataset.class_ids, dataset.seed)
+
+    def _write(self, dataset: ImageDataset, num_views: int, file: BinaryIO) -> None:
+        """Write the features, view by view, then a byte a picture: 1 if it couldn't be read."""
+        plain = dataset.with_transform(EvalTransform(Preprocessing.from_dict(self.config.as_dict())))
+        total = num_views * len(dataset)
+        with tqdm(total=total, desc="features", unit="picture", leave=False, disable=None) as bar:
+            for view in range(num_views):
+                loader = eval_loader(dataset if view else plain, self.config.freeze_batch_size, self.config.num_workers)
+                loader.sampler.epoch = view
+                for pixels, _ in loader:
+                    # A smaller batch would go through other kernels, which differ in the last bits from a whole one's.
+                    whole = pixels[torch.arange(loader.batch_size) % len(pixels)]
+                    file.write(self._compute(whole)[: len(pixels)].contiguous().view(torch.uint8).numpy())
+                    bar.update(len(pixels))
+        file.write(dataset.unreadable.to(torch.uint8).numpy())
+
+    @torch.inference_mode()
+    def _compute(self, pixels: Tensor) -> Tensor:
+        with autocast(self.device, self.precision):
+            return self.frozen(pixels.to(self.device, non_blocking=True)).to(self.dtype).cpu()
+
+    def _place(self, dataset: ImageDataset, list_path: str, num_views: int) -> tuple[Path, str]:
+        """The file, and a glob of those whose place it takes."""
+        model = self.frozen.model
+        frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+        of_list = digest([os.path.abspath(list_path), *frozen])
+        of_content = digest(
+            [
+                f"{num_views} {self.precision} {model.arguments | {'num_classes': None}}",
+                *(f"{field}={getattr(self.config, field)}" for field in SHAPING_FIELDS),
+                dataset.class_ids.tobytes(),
+                *describe_files(dataset.source.images),
+                *(part for name, value in frozen.items() for part in (name, _bytes(value))),
+                *(part for name, value in model.named_buffers() for part in (name, _bytes(value))),
+            ]
+        )
+        return Path(self.config.cache_dir, f"features-{of_list}-{of_content}.bin"), f"features-{of_list}-*.bin"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

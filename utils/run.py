@@ -21,7 +21,7 @@ from utils.transforms import Preprocessing
 FREE_FIELDS = frozenset(
     [
         *("resume", "model_path", "pretrained", "activation", "save_period", "save_dir", "num_workers", "device"),
-        *("cache_dir", "max_bad_fraction"),
+        *("cache_dir", "feature_cache_gb", "max_bad_fraction"),
     ]
 )
 
