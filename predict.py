@@ -7,7 +7,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,7 @@ from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier
 from utils.config import Device
 from utils.images import ImageError, open_image
+from utils.parallel import map_ahead
 from utils.scan import is_demo, pictures_below
 
 BATCH = 32
@@ -56,9 +58,10 @@ def main(
     classifier = load_classifier(checkpoint, device)
     print(f"checkpoint {checkpoint}", file=sys.stderr)
     failures = 0
-    source = expand(paths or ask())
-    # Asked for one by one, pictures are answered one by one.
-    while batch := list(islice(source, BATCH if paths else 1)):
+    # Asked for one by one, pictures are answered one by one; else the next are read while the network is at work.
+    batch_size, ahead = (BATCH, 2 * BATCH) if paths else (1, 1)
+    pictures = map_ahead(partial(load, classifier), expand(paths or ask()), ahead)
+    while batch := list(islice(pictures, batch_size)):
         for path, answer in predict_batch(classifier, batch, top_k):
             print(json.dumps({"path": path} | answer) if json_lines else format_answer(path, answer), flush=True)
             failures += "error" in answer
@@ -94,23 +97,29 @@ def ask() -> Iterator[str]:
         yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
 
 
-def predict_batch(classifier: Classifier, paths: list[str], top_k: int) -> Iterator[tuple[str, dict]]:
-    """For each path, in order: the path, and `predictions` or `error` as `--json` prints them."""
-    pixels: dict[int, Tensor] = {}
-    answers: dict[int, dict] = {}
-    for i, path in enumerate(paths):
-        try:
-            pixels[i] = classifier.load(path)
-        except ImageError as error:
-            answers[i] = {"error": str(error)}
-    if pixels:
-        probabilities = classifier.probabilities(torch.stack(list(pixels.values())))
-        ranked = probabilities.topk(min(top_k, len(classifier.class_names)))
-        for i, values, ids in zip(pixels, ranked.values.tolist(), ranked.indices.tolist(), strict=True):
-            best = zip(ids, values, strict=True)
-            answers[i] = {"predictions": [{"class": classifier.class_names[k], "probability": p} for k, p in best]}
-    for i, path in enumerate(paths):
-        yield path, answers[i]
+def load(classifier: Classifier, path: str) -> tuple[str, Tensor | ImageError]:
+    """The path, and the picture as the network wants it or why it can't be read."""
+    try:
+        return path, classifier.load(path)
+    except ImageError as error:
+        return path, error
+
+
+def predict_batch(
+    classifier: Classifier, pictures: Sequence[tuple[str, Tensor | ImageError]], top_k: int
+) -> Iterator[tuple[str, dict]]:
+    """For each of what `load` gave, in order: the path, and `predictions` or `error` as `--json` prints them."""
+    readable = [pixels for _, pixels in pictures if isinstance(pixels, Tensor)]
+    ranked = iter(())
+    if readable:
+        values, ids = classifier.probabilities(torch.stack(readable)).topk(min(top_k, len(classifier.class_names)))
+        ranked = zip(values.tolist(), ids.tolist(), strict=True)
+    for path, pixels in pictures:
+        if isinstance(pixels, ImageError):
+            yield path, {"error": str(pixels)}
+        else:
+            best = zip(*next(ranked), strict=True)
+            yield path, {"predictions": [{"class": classifier.class_names[k], "probability": p} for p, k in best]}
 
 
 def format_answer(path: str, answer: dict) -> str:

@@ -1,5 +1,6 @@
 """eval.py and predict.py on a trained checkpoint, as commands and as functions."""
 
+import copy
 import csv
 import io
 import json
@@ -19,7 +20,7 @@ import predict
 from tests.conftest import write_picture
 from utils import cli
 from utils.checkpoint import BEST, find_checkpoint, load_checkpoint
-from utils.classifier import load_classifier
+from utils.classifier import cast_products, load_classifier
 from utils.data import FileSource, ImageDataset, eval_loader
 from utils.engine import compute_logits
 from utils.images import open_image
@@ -289,6 +290,30 @@ def test_many_pictures_come_back_in_order(trained, capsys):
     )
     assert predict.main(paths, json_lines=True) == 1
     assert [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()] == list(paths)
+
+
+def test_predicting_imports_nothing_that_it_does_not_need(trained):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import predict; predict.main(('datasets/test/dark/00.png',))\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    command = [sys.executable, "-c", script, str(Path(predict.__file__).parent)]
+    *_, modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {"torch", "PIL"} <= set(modules.split())
+    unneeded = {"tensorboard", "matplotlib", "sklearn", "scipy", "torchvision", "pandas", "imagehash", "jinja2", "timm"}
+    assert unneeded.isdisjoint(modules.split())
+
+
+def test_weights_cast_beforehand_give_what_autocast_gives(trained):
+    checkpoint, *_ = Path("logs").glob(f"*/{BEST}")
+    pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    plain = load_classifier(checkpoint)
+    assert plain.precision == "fp32"
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = plain.network(pixels)
+        cast = cast_products(copy.deepcopy(plain.network), "bf16")
+        assert torch.equal(cast(pixels), expected)
+    assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
 
 
 def test_nothing_trained_yet(here):

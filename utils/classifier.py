@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nets import TRANSFORMERS, build_model
 from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.engine import autocast, choose_precision, pick_device, tune_kernels
+from utils.engine import DTYPES, autocast, choose_precision, pick_device, tune_kernels
 from utils.transforms import EvalTransform, Normalise, Preprocessing
 
 
@@ -60,6 +60,17 @@ def pixel_network(model: nn.Module, preprocessing: Preprocessing, device: torch.
     return nn.Sequential(normalise, model).to(device, memory_format=memory_format)
 
 
+def cast_products(network: nn.Module, precision: str) -> nn.Module:
+    """`network` with the weights of its matrix products in `precision`, for inference only.
+
+    Under autocast it gives what it gave before, without casting every weight at every batch.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(DTYPES[precision])
+    return network
+
+
 def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
     """Open a checkpoint, or the best one in a run's folder; nothing else is needed.
 
@@ -68,15 +79,17 @@ def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
         ValueError: it isn't one of Thaw's checkpoints, or there is no such device.
     """
     checkpoint = load_checkpoint(find_checkpoint(str(path)))
-    model = build_model(**checkpoint["model"])
-    model.load_state_dict(checkpoint["weights"])
+    with torch.device("meta"):  # no time is spent on weights that are replaced at once
+        model = build_model(**checkpoint["model"])
+    model.load_state_dict(checkpoint["weights"], assign=True)
     preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
     place = pick_device(device)
+    precision, _ = choose_precision(checkpoint["config"]["precision"], place)
     return Classifier(
-        network=pixel_network(model, preprocessing, place).eval(),
+        network=cast_products(pixel_network(model, preprocessing, place), precision).eval(),
         preprocessing=preprocessing,
         transform=EvalTransform(preprocessing),
         class_names=checkpoint["class_names"],
         device=place,
-        precision=choose_precision(checkpoint["config"]["precision"], place)[0],
+        precision=precision,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,22 +12,25 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_parallel(function: Callable[[Item], Result], items: Sequence[Item], title: str) -> Iterator[Result]:
-    """`function` of each item, in order, with a progress bar, in a thread for each core that this process may use.
+    """`map_ahead` with a progress bar."""
+    yield from tqdm(map_ahead(function, items, 4 * THREADS), title, len(items), leave=False, disable=None)
 
-    Threads, since decoding pictures leaves Python's lock alone; only a few items are under way, so that millions of
-    them take no memory.
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+    """`function` of each item, in order, in a thread for each core that this process may use.
+
+    Threads, since decoding pictures leaves Python's lock alone; only `ahead` items are under way, so that millions of
+    them take no memory. With 1, an item is asked for when the result of the one before was taken.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     under_way: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(items), desc=title, leave=False, disable=None) as bar:
+    with ThreadPoolExecutor(THREADS) as pool:
         for item in items:
             under_way.append(pool.submit(function, item))
-            if len(under_way) == 4 * threads:
+            if len(under_way) == ahead:
                 yield under_way.popleft().result()
-                bar.update()
         while under_way:
             yield under_way.popleft().result()
-            bar.update()

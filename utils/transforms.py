@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 
 from utils.augment import GREY, AutoAugment, random_box
 from utils.config import TrainConfig
@@ -139,7 +138,7 @@ class EvalTransform(Transform):
             image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=GREY)
         else:
             image = image.resize(size, Image.Resampling.BILINEAR, box=region.box)
-        return pil_to_tensor(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Normalise(nn.Module):

@@ -1,0 +1,94 @@
+"""Seconds from the command to the answer: `predict.py` on one picture against importing torch and torchvision, in turn.
+
+    python benchmarks/cold_start.py
+
+Whole processes, with a checkpoint of ViT-B/16 as a run leaves it (1 GB, the optimizer's state included). The last line is
+JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+from PIL import Image
+
+from nets import build_model
+from utils.checkpoint import save_checkpoint
+from utils.config import TrainConfig
+from utils.optim import build_optimizer
+from utils.transforms import Preprocessing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_checkpoint(path: Path) -> None:
+    """A checkpoint of ViT-B/16 after one step."""
+    config = TrainConfig()
+    model = build_model("vit_b_16", 10, config.input_shape)
+    optimizer = build_optimizer(model, config, 1e-4)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    content = {
+        "model": model.arguments,
+        "weights": model.state_dict(),
+        "class_names": [f"class {i}" for i in range(10)],
+        "preprocessing": Preprocessing.from_dict(config.as_dict()).as_dict(),
+        "config": config.as_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": {},
+        "epoch": 1,
+        "step": 1,
+        "best_val_loss": 1.0,
+        "history": [],
+    }
+    save_checkpoint(path, content)
+
+
+def seconds(command: list[str]) -> float:
+    """Of a whole process."""
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    return time.perf_counter() - started
+
+
+def main(repeats: int = 7) -> None:
+    """Compare the two.
+
+    Args:
+        repeats: of each, in turn, after one that isn't counted; the median counts.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, picture = Path(folder, "best.pth"), Path(folder, "picture.jpg")
+        write_checkpoint(checkpoint)
+        Image.effect_noise((500, 375), 50).convert("RGB").save(picture)
+        commands = {
+            "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
+            "predict.py": [sys.executable, "predict.py", str(picture), "--model-path", str(checkpoint)],
+        }
+        times: dict[str, list[float]] = {name: [] for name in commands}
+        for i in range(repeats + 1):
+            for name, command in commands.items():
+                elapsed = seconds(command)
+                if i:
+                    times[name].append(elapsed)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        print(f"{name:<28}{medians[name]:6.2f} s ({min(values):.2f} to {max(values):.2f})")
+    over = medians["predict.py"] - medians["import torch, torchvision"]
+    ratios = {"seconds_over_torchvision_import": round(over, 2)}
+    print(json.dumps({"benchmark": "cold_start", "ratios": ratios, "seconds": medians}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
