@@ -1,4 +1,4 @@
-"""Attention by explicit matrix products against torch's fused function: forward and backward, in turn, by type.
+"""Attention by explicit matrix products, these with recomputed weights, and torch's fused function, in turn, by type.
 
     python benchmarks/attention.py [--batch 16 --heads 12 --tokens 197 --width 64]
 
@@ -9,19 +9,32 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from nets.vit import explicit_attention
+from utils.engine import choose_precision
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v, (B, H, N, D)."""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    """By matrix products."""
+    return explicit_attention(q, k, v, q.shape[-1] ** -0.5)
+
+
+def recomputed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same, with the weights not kept for the gradient but computed again."""
+    return checkpoint(explicit, q, k, v, use_reentrant=False, preserve_rng_state=False)
 
 
 def milliseconds(function, inputs: list[Tensor], backward: bool) -> float:
@@ -41,15 +54,18 @@ def main(batch: int = 16, heads: int = 12, tokens: int = 197, width: int = 64, r
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for name, dtype in TYPES.items():
-        if device == "cpu" and name == "fp16":
+        if choose_precision(name, torch.device(device))[0] != name or (device, name) == ("cpu", "fp16"):
             continue
-        inputs = [torch.randn(batch, heads, tokens, width, device=device, dtype=dtype) for _ in range(3)]
+        # In the order of memory that they have in the network.
+        inputs = [torch.randn(batch, tokens, heads, width, device=device, dtype=dtype) for _ in range(3)]
+        inputs = [tensor.transpose(1, 2) for tensor in inputs]
         for backward in (False, True):
             for tensor in inputs:
                 tensor.requires_grad_(backward)
-            times: dict[str, list[float]] = {"explicit": [], "fused": []}
+            kinds = {"explicit": explicit, "recomputed": recomputed, "fused": F.scaled_dot_product_attention}
+            times: dict[str, list[float]] = {kind: [] for kind in kinds}
             for i in range(repeats + 3):
-                for kind, function in (("explicit", explicit), ("fused", F.scaled_dot_product_attention)):
+                for kind, function in kinds.items():
                     elapsed = milliseconds(function, inputs, backward)
                     if i >= 3:  # the first are warming up
                         times[kind].append(elapsed)
@@ -57,8 +73,12 @@ def main(batch: int = 16, heads: int = 12, tokens: int = 197, width: int = 64, r
             medians = {kind: statistics.median(values) for kind, values in times.items()}
             told = ", ".join(f"{k} {medians[k]:7.2f} ms ({min(t):.2f} to {max(t):.2f})" for k, t in times.items())
             print(f"{device} {title:<26}{told}", flush=True)
-            results[title] = medians["fused"] / medians["explicit"]
-    ratios = {f"{title} fused_vs_explicit": round(ratio, 2) for title, ratio in results.items()}
+            results[title] = medians
+    ratios = {
+        f"{title} fused_vs_{kind}": round(found["fused"] / found[kind], 2)
+        for title, found in results.items()
+        for kind in ("explicit", "recomputed")
+    }
     print(json.dumps({"benchmark": "attention", "device": device, "ratios": ratios}))
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/cold_start.py
 
-Whole processes, with a checkpoint of ViT-B/16 as a run leaves it (1 GB, the optimizer's state included). The last line is
-JSON.
+Whole processes, with a checkpoint of ViT-B/16 as a run leaves it (1 GB, the optimizer's state included). The last line
+is JSON.
 """
 
 from __future__ import annotations

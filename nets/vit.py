@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nets.weights import find_pretrained, load_weights, read_weights
 
@@ -58,10 +59,19 @@ LAYER_NORM: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6)
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate: float = 0.0) -> Tensor:
     """softmax(q kᵀ · scale) v, with dropout on the weights; q, k, v and the result are (..., N, D)."""
-    # Training in bf16 on a processor, the two products by themselves take half the time of torch's fused attention;
-    # in fp32, without gradients, and on a GPU the fused one is faster: benchmarks/attention.py.
+    # Training in bf16 on a processor, the two products by themselves take half the time of torch's fused attention or
+    # less; that the weights are not kept for the gradient but computed again gives some of it back, and takes no more
+    # memory than the fused one. In fp32, without gradients, and on a GPU that one is faster: benchmarks/attention.py.
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate, scale=scale)
+    keep_generator = drop_rate > 0  # so that the same weights are dropped again
+    return checkpoint(
+        explicit_attention, q, k, v, scale, drop_rate, use_reentrant=False, preserve_rng_state=keep_generator
+    )
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate: float = 0.0) -> Tensor:
+    """The same by two matrix products."""
     weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (..., N, N)
     if drop_rate:
         weights = F.dropout(weights, drop_rate)
@@ -84,8 +94,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, C) -> (B, N, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, D)
-        q = q[:, :, :num_queries]
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # each (B, H, N, D)
+        if num_queries is not None:
+            q = q[:, :, :num_queries]
         x = attention(q, k, v, self.scale, self.attn_drop_rate if self.training else 0.0)
         x = x.transpose(1, 2).flatten(2)  # (B, H, N, D) -> (B, N, C)
         return self.proj_drop(self.proj(x))
@@ -155,7 +166,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """Tokens (B, N, C) to the first `num_queries` of them, which attend to all; None: to all of them."""
-        x = self.drop_path(x[:, :num_queries], x, lambda x: self.attn(self.norm1(x), num_queries))
+        shortcut = x if num_queries is None else x[:, :num_queries]
+        x = self.drop_path(shortcut, x, lambda x: self.attn(self.norm1(x), num_queries))
         return self.drop_path(x, x, lambda x: self.mlp(self.norm2(x)))
 
 

@@ -1,0 +1,66 @@
+"""What the benchmarks share: works in turn, their medians and spread, the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Times = dict[str, list[float]]
+"""Seconds of each repeat, by the name of the work."""
+
+
+def in_turn(works: dict[str, Callable[[], int]], repeats: int, warm_ups: int = 1) -> Times:
+    """Do the works in turn, A B A B, `repeats` times after `warm_ups` that aren't counted.
+
+    A work returns how many pictures it did; its time is per picture.
+    """
+    times: Times = {name: [] for name in works}
+    for i in range(warm_ups + repeats):
+        for name, work in works.items():
+            started = time.perf_counter()
+            pictures = work()
+            elapsed = time.perf_counter() - started
+            if i >= warm_ups:
+                times[name].append(elapsed / pictures)
+    return times
+
+
+def medians(times: Times) -> dict[str, float]:
+    """The median of each work."""
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def show(title: str, times: Times) -> None:
+    """Print pictures a second and milliseconds a picture of each work, with their spread."""
+    for name, median in medians(times).items():
+        slow, fast = 1000 * max(times[name]), 1000 * min(times[name])
+        print(
+            f"{title:<20}{name:<16}{1 / median:10.2f} pictures/s, {1000 * median:9.2f} ms ({fast:.2f} to {slow:.2f})",
+            flush=True,
+        )
+
+
+def finish(benchmark: str, ratios: dict[str, float | None], **figures: object) -> None:
+    """Print the last line, JSON: the ratios, null for what this machine can't show, the figures, and the machine."""
+    rounded = {name: None if ratio is None else float(f"{ratio:.3g}") for name, ratio in ratios.items()}
+    told = {"benchmark": benchmark, "ratios": rounded, "machine": machine(), "torch": torch.__version__}
+    print(json.dumps(told | figures))
+
+
+def machine() -> str:
+    """The GPU, or the processor with the number of its cores that may be used and what it can do."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,188 @@
+"""Time to a test accuracy: Thaw's run against a fine-tuning loop of timm's parts, same weights, same pictures, in turn.
+
+    python benchmarks/time_to_accuracy.py [--data FOLDER --weights FILE]
+
+timm fine-tunes for 12 epochs with its own transforms, loader, optimizer (AdamW, 1e-4, layer decay 0.75), cosine
+schedule and batch of 16, in bf16 where there is bf16 in hardware; only its training is timed. Thaw runs `train.py` as
+`recipe` says, with a tenth of the training pictures taken out to validate on; all of it is timed, and its best
+checkpoint, by validation, is tested. The fraction of the time is given if the mean accuracy isn't below timm's. The
+last line is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from measure import finish
+from timm.data import create_dataset, create_loader
+from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+import train
+from utils.annotation import annotate
+from utils.checkpoint import BEST
+from utils.classifier import load_classifier
+from utils.config import TrainConfig
+from utils.data import FileSource, ImageDataset, eval_loader
+from utils.engine import autocast, choose_precision, compute_logits, pick_device
+from utils.lists import read_list
+from utils.metrics import top_k_accuracy
+
+DEVICE = pick_device("auto")
+PRECISION, _ = choose_precision("auto", DEVICE)
+EPOCHS, BATCH = 12, 16
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Result = TypeVar("Result")
+
+
+def run_timm(data: Path, weights: Path, side: int, seed: int, workers: int) -> tuple[float, float]:
+    """Seconds of training and the test accuracy at its end."""
+    torch.manual_seed(seed)
+    options = {"input_size": (3, side, side), "batch_size": BATCH, "mean": MEAN, "std": STD, "num_workers": workers}
+    train_set, test_set = (create_dataset("", root=str(data / split)) for split in ("train", "test"))
+    device = {"device": DEVICE, "use_prefetcher": False}
+    test_loader = create_loader(test_set, is_training=False, crop_pct=0.875, **options, **device)
+    started = time.perf_counter()
+    loader = create_loader(train_set, is_training=True, auto_augment="original", **options, **device)
+    classes = len(train_set.reader.class_to_idx)
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=side)
+    timm.models.load_checkpoint(model, str(weights), filter_fn=checkpoint_filter_fn)
+    model.reset_classifier(classes)
+    model.to(DEVICE)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05, layer_decay=0.75)
+    schedule = CosineLRScheduler(optimizer, t_initial=EPOCHS, lr_min=1e-6, warmup_t=1, warmup_lr_init=1e-6)
+    for epoch in range(EPOCHS):
+        model.train()
+        schedule.step(epoch)
+        for pixels, targets in loader:
+            with autocast(DEVICE, PRECISION):
+                loss = F.cross_entropy(model(pixels.to(DEVICE)), targets.to(DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    seconds = time.perf_counter() - started
+    return seconds, test_timm(model, test_loader)
+
+
+@torch.inference_mode()
+def test_timm(model: nn.Module, loader: object) -> float:
+    """The part of the test pictures that timm's network gets right."""
+    model.eval()
+    right, count = 0, 0
+    for pixels, targets in loader:
+        with autocast(DEVICE, PRECISION):
+            right += int((model(pixels.to(DEVICE)).argmax(1).cpu() == targets).sum())
+        count += len(targets)
+    return right / count
+
+
+def recipe(weights: Path, side: int, seed: int, workers: int) -> TrainConfig:
+    """What Thaw is told: its two stages."""
+    return TrainConfig(
+        backbone="vit_s_14",
+        model_path=str(weights),
+        activation="gelu",
+        input_shape=(side, side),
+        head_init="probe",
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        freeze_blocks=8,
+        freeze_epoch=6,
+        unfreeze_epoch=8,
+        freeze_batch_size=BATCH,
+        unfreeze_batch_size=BATCH,
+        init_lr=1e-3,
+        min_lr=1e-5,
+        num_workers=workers,
+        save_period=1,
+        seed=seed,
+    )
+
+
+def run_thaw(data: Path, config: TrainConfig) -> tuple[float, float, list[tuple[float, float]]]:
+    """Seconds of the whole run, the test accuracy of its best checkpoint, and both after each epoch."""
+    with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        annotate(data, audit=False)
+        started = time.time()
+        train.main(config)
+        seconds = time.time() - started
+    (run,) = Path(config.save_dir).iterdir()
+    epochs = [(file.stat().st_mtime - started, test_thaw(file)) for file in sorted(run.glob("ep0*.pth"))]
+    return seconds, test_thaw(run / BEST), epochs
+
+
+def test_thaw(checkpoint: Path) -> float:
+    """The part of the test pictures that a checkpoint of Thaw gets right."""
+    classifier = load_classifier(checkpoint)
+    images = read_list("cls_test.txt", len(classifier.class_names))
+    dataset = ImageDataset(FileSource(images, classifier.preprocessing), classifier.transform, seed=0)
+    loader = eval_loader(dataset, 32, num_workers=0)
+    return top_k_accuracy(*compute_logits(classifier.network, loader, classifier.device, classifier.precision), 1)
+
+
+def in_folder_of_its_own(function: Callable[..., Result], *args: object) -> Result:
+    """Call `function` with an empty working folder, which then goes."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            return function(*args)
+        finally:
+            os.chdir(before)
+
+
+def main(
+    data: Path = Path("../shared/data/trashnet"),
+    weights: Path = Path("../shared/models/dinov2_vits14_saliency_fp16.safetensors"),
+    side: int = 224,
+    repeats: int = 3,
+    workers: int = 1,
+) -> None:
+    """Compare the times.
+
+    Args:
+        data: a folder with `train` and `test`, each with a folder of pictures per class.
+        weights: of DINOv2's ViT-S/14, in timm's names.
+        side: of the pictures, a multiple of 14.
+        repeats: runs of each, in turn, with other seeds; the medians of the times, the means of the accuracies count.
+        workers: processes that load pictures, for both.
+    """
+    for path in (data, weights):
+        if not path.exists():
+            sys.exit(f"there is no {path}: give --data FOLDER and --weights FILE")
+    data, weights = data.resolve(), weights.resolve()
+    peer, own, courses = [], [], []
+    for seed in range(repeats):
+        peer.append(run_timm(data, weights, side, seed, workers))
+        print(f"seed {seed}: timm {peer[-1][0]:6.0f} s, test top-1 {peer[-1][1]:.1%}", flush=True)
+        *result, course = in_folder_of_its_own(run_thaw, data, recipe(weights, side, seed, workers))
+        own.append(result)
+        courses.append(course)
+        told = ", ".join(f"{top1:.1%} at {seconds:.0f} s" for seconds, top1 in course)
+        print(f"seed {seed}: Thaw {own[-1][0]:6.0f} s, test top-1 {own[-1][1]:.1%} ({told})", flush=True)
+    target = statistics.mean(top1 for _, top1 in peer)
+    reached = statistics.mean(top1 for _, top1 in own)
+    seconds, own_seconds = (statistics.median(found[0] for found in runs) for runs in (peer, own))
+    figures = {"timm_top1": target, "thaw_top1": reached, "timm_seconds": seconds, "thaw_seconds": own_seconds}
+    ratios = {"time_fraction_of_timm": own_seconds / seconds if reached >= target else None}
+    finish("time_to_accuracy", ratios, side=side, precision=PRECISION, runs={"timm": peer, "thaw": own}, **figures)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,192 @@
+"""Pictures a second in training, ViT-B/16 at 224: Thaw against timm's network in a plain loop, in turn.
+
+    python benchmarks/train_step.py
+
+All of it trained; the embeddings and 8 of 12 blocks frozen; all but the head frozen. timm runs as it comes, in fp32,
+and under bf16 autocast where the processor or GPU has bf16. Thaw chooses by itself, and its frozen stages are those
+from the second epoch on, over features computed in the first. Neither has dropout or stochastic depth; timm's pixels
+are normalised beforehand, Thaw's in the step. The ceiling is what the processor would do if it did nothing but the
+matrix products of the plain network, at the best rate that they reach here. Peak memory is that of a process of its
+own. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from measure import finish, in_turn, medians, show
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nets import build_model
+from utils.classifier import pixel_network
+from utils.config import TrainConfig
+from utils.data import FeatureDataset, train_loader
+from utils.engine import DTYPES, Trainer, autocast, choose_precision, pick_device
+from utils.freeze import ThawedPart
+from utils.optim import build_optimizer
+from utils.transforms import Preprocessing
+
+CLASSES = 10
+CONFIG = TrainConfig(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0, activation="gelu")
+DEVICE = pick_device("auto")
+PRECISION, _ = choose_precision("auto", DEVICE)
+PEERS = ["timm fp32"] + (["timm bf16"] if choose_precision("bf16", DEVICE)[0] == "bf16" else [])
+Work = Callable[[], int]
+
+
+def thaw(frozen: int | str | None) -> tuple[nn.Module, Trainer, torch.optim.Optimizer]:
+    """Thaw's network, trainer and optimizer."""
+    rates = {"drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0}
+    model = build_model("vit_b_16", CLASSES, CONFIG.input_shape, activation=CONFIG.activation, **rates)
+    if frozen is not None:
+        model.freeze_backbone(frozen)
+    network = pixel_network(model, Preprocessing.from_dict(CONFIG.as_dict()), DEVICE)
+    return network, Trainer(network, DEVICE, PRECISION, seed=0), build_optimizer(model, CONFIG, 1e-4)
+
+
+def thaw_full(batch_size: int) -> Work:
+    """A step of Thaw's, nothing frozen."""
+    network, trainer, optimizer = thaw(None)
+    network.train()
+    pixels = torch.randint(0, 256, (batch_size, *CONFIG.input_shape, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    targets = torch.arange(batch_size) % CLASSES
+
+    def work() -> int:
+        trainer.train_step(pixels, targets, optimizer)[0].item()
+        return batch_size
+
+    return work
+
+
+def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
+    """An epoch of Thaw's over features, loader and all."""
+    network, trainer, optimizer = thaw(frozen)
+    trainer.network = ThawedPart(network)
+    tokens = 1 if frozen == "all" else network[1].pos_embed.shape[1]
+    features = torch.randn(1, steps * batch_size, tokens, 768).to(DTYPES[PRECISION])
+    dataset = FeatureDataset(features, np.arange(steps * batch_size) % CLASSES, seed=0)
+    loader = train_loader(dataset, batch_size, num_workers=0)
+
+    def work() -> int:
+        trainer.train_epoch(loader, optimizer, epoch=1, learning_rate=lambda epoch: 1e-4)
+        return steps * batch_size
+
+    return work
+
+
+def peer(name: str, frozen: int | str | None, batch_size: int) -> Work:
+    """A step of timm's network with torch's AdamW."""
+    precision = name.removeprefix("timm ")
+    model = timm.create_model("vit_base_patch16_224", num_classes=CLASSES).to(DEVICE).train()
+    if frozen is not None:
+        model.requires_grad_(False)
+        for part in (model.head,) if frozen == "all" else (*model.blocks[frozen:], model.norm, model.head):
+            part.requires_grad_(True)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.05)
+    pixels = torch.randn(batch_size, 3, *CONFIG.input_shape, device=DEVICE)
+    targets = torch.arange(batch_size, device=DEVICE) % CLASSES
+
+    def work() -> int:
+        with autocast(DEVICE, precision):
+            loss = F.cross_entropy(model(pixels), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        return batch_size
+
+    return work
+
+
+def ceiling(batch_size: int) -> float:
+    """Pictures a second of a full step that were nothing but the plain network's matrix products."""
+    rates = []
+    for inputs, outputs in ((768, 2304), (768, 768), (768, 3072), (3072, 768)):
+        a = torch.randn(batch_size * 197, inputs, device=DEVICE, dtype=DTYPES[PRECISION])
+        b = torch.randn(inputs, outputs, device=DEVICE, dtype=DTYPES[PRECISION])
+        seconds = []
+        for _ in range(15):
+            started = time.perf_counter()
+            (a @ b)[0, 0].item()
+            seconds.append(time.perf_counter() - started)
+        rates.append(2 * a.numel() * outputs / statistics.median(seconds))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = build_model("vit_b_16", CLASSES, CONFIG.input_shape)
+        model.forward_head(model.forward_features(torch.empty(1, 3, *CONFIG.input_shape)))
+    print(f"{'matrix products':<20}{max(rates) / 1e9:.0f} GFLOP/s in {PRECISION} at best", flush=True)
+    return max(rates) / (3 * counter.get_total_flops())  # forward, gradients of inputs, gradients of weights
+
+
+def peak_memory(name: str, batch_size: int) -> float:
+    """GB of a process that does three full steps."""
+    command = [sys.executable, __file__, "--peak-of", name, "--batch-size", str(batch_size)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak_memory(name: str, batch_size: int) -> None:
+    """Do three full steps and print this process's peak memory, or the GPU's, in GB."""
+    work = thaw_full(batch_size) if name == "thaw" else peer(name, None, batch_size)
+    for _ in range(3):
+        work()
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    print((torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident) / 1e9)
+
+
+def main(batch_size: int = 16, repeats: int = 5, peak_of: str = "") -> None:
+    """Compare training steps.
+
+    Args:
+        batch_size: pictures a step.
+        repeats: steps of each, in turn, after one that isn't counted; the median counts.
+        peak_of: only print the peak memory of this one: thaw, "timm fp32" or "timm bf16".
+    """
+    if peak_of:
+        print_peak_memory(peak_of, batch_size)
+        return
+    print(f"Thaw on {DEVICE} in {PRECISION}; {' and '.join(PEERS)}")
+    # Before this process has grown: what it has then counts as the peak of those that it starts.
+    memory = {name: peak_memory(name, batch_size) for name in ("thaw", *PEERS)}
+    print(f"{'peak memory':<20}" + ", ".join(f"{name} {gigabytes:.2f} GB" for name, gigabytes in memory.items()))
+    ratios: dict[str, float | None] = dict.fromkeys(
+        f"{work}_vs_timm_{precision}"
+        for work in ("full", "frozen8", "frozen_all", "memory")
+        for precision in ("bf16", "fp32")
+    )
+    figures = {}
+    for title, frozen, own in (
+        ("full", None, lambda: thaw_full(batch_size)),
+        ("frozen8", 8, lambda: thaw_frozen(8, batch_size, steps=2)),
+        ("frozen_all", "all", lambda: thaw_frozen("all", batch_size, steps=64)),
+    ):
+        times = in_turn({"thaw": own()} | {name: peer(name, frozen, batch_size) for name in PEERS}, repeats)
+        show(title, times)
+        found = medians(times)
+        figures[title] = {name: round(1 / seconds, 2) for name, seconds in found.items()}
+        for name in PEERS:
+            ratios[f"{title}_vs_{name.replace(' ', '_')}"] = found[name] / found["thaw"]
+    most = ceiling(batch_size)
+    ratios["ceiling_fraction"] = figures["full"]["thaw"] / most
+    for name in PEERS:
+        ratios[f"memory_vs_{name.replace(' ', '_')}"] = memory["thaw"] / memory[name]
+    finish("train_step", ratios, pictures_per_second=figures | {"ceiling": round(most, 2)}, peak_gb=memory)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
