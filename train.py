@@ -209,6 +209,8 @@ def feed(
         val_set = cache.open(val_set, config.val_annotation_path, num_views=1)
     else:
         num_workers = config.num_workers
+    if config.torch_compile:
+        network = torch.compile(network)
     loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler)
     return network, loader, eval_loader(val_set, config.unfreeze_batch_size, num_workers)
 

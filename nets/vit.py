@@ -282,6 +282,18 @@ class VisionTransformer(nn.Module):
         """All but the head, in the order in which it can be frozen."""
         return [self.embed, *self.blocks[:-1], partial(self.blocks[-1], num_queries=1), self.norm]
 
+    @property
+    def num_layers(self) -> int:
+        """How many layers `layer_of` tells apart below that of the head."""
+        return len(self.blocks) + 1
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter: 0 for the embeddings, then the blocks, at last `num_layers` for norm and head."""
+        part, _, rest = name.partition(".")
+        if part == "blocks":
+            return 1 + int(rest.partition(".")[0])
+        return self.num_layers if part in ("norm", "head") else 0
+
     def freeze_backbone(self, blocks: int | str = 8) -> None:
         """Freeze the embeddings and the first `blocks` blocks; with "all", everything but the head.
 

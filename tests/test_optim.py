@@ -4,12 +4,21 @@ import math
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from nets import build_model
 from utils.config import TrainConfig
-from utils.optim import build_optimizer, learning_rate_at, parameter_groups, scale_learning_rate, set_learning_rate
+from utils.optim import (
+    UNDECAYED,
+    build_optimizer,
+    learning_rate_at,
+    parameter_groups,
+    scale_learning_rate,
+    set_learning_rate,
+)
 
 
 def tiny_vit() -> nn.Module:
@@ -34,7 +43,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(frozen):
 
 def test_what_does_not_decay():
     model = tiny_vit()
-    decayed, undecayed = parameter_groups(model, 0.1)
+    undecayed, decayed = sorted(parameter_groups(model, 0.1), key=lambda group: group["weight_decay"])
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
     kept = {
         n for n, _ in model.named_parameters() if n.endswith("bias") or "norm" in n or n in ("cls_token", "pos_embed")
@@ -140,3 +149,22 @@ def test_the_rate_reaches_every_group():
     optimizer = build_optimizer(tiny_vit(), TrainConfig(), 0.1)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_layer_decay_is_that_of_timm():
+    own = tiny_vit()
+    peer = timm.create_model("vit_tiny_patch16_224", img_size=16, depth=len(own.blocks))
+    expected = {
+        id(parameter): (group["lr_scale"], group["weight_decay"])
+        for group in param_groups_layer_decay(peer, 0.05, no_weight_decay_list=UNDECAYED, layer_decay=0.7)
+        for parameter in group["params"]
+    }
+    optimizer = build_optimizer(own, TrainConfig(weight_decay=0.05, layer_decay=0.7), 0.1)
+    set_learning_rate(optimizer, 0.01)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    others = dict(peer.named_parameters())
+    for name, parameter in own.named_parameters():
+        lr_scale, weight_decay = expected[id(others[name])]
+        if name.startswith("norm."):  # timm puts it with the last block, BEiT, as here, with the head
+            lr_scale = 1.0
+        assert found[id(parameter)] == pytest.approx((0.01 * lr_scale, weight_decay)), name

@@ -331,6 +331,26 @@ def test_an_unreadable_picture_is_named_at_the_end_of_its_epoch(two_classes, cap
     assert images.path(5) in lines[told[0]]
 
 
+def test_a_compiled_network_trains_the_same(two_classes, monkeypatch):
+    """Through both stages, over features and over pictures. Not by the compiler itself, which takes minutes."""
+    compiled = []
+
+    def trace(network, compile=torch.compile):
+        compiled.append(type(network).__name__)
+        return compile(network, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    weights = []
+    for torch_compile in (False, True):
+        changes = {"freeze_epoch": 2, "unfreeze_epoch": 3, "feature_views": 1, "save_dir": f"logs{torch_compile}"}
+        train.main(TrainConfig(**SMALL | changes, torch_compile=torch_compile))
+        weights.append(load_checkpoint(next(Path(f"logs{torch_compile}").glob(f"*/{LAST}")))["weights"])
+    assert compiled == ["ThawedPart", "Sequential"]
+    assert weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, msg=name)
+
+
 @pytest.mark.slow
 def test_the_digits_are_learned_as_well_in_auto_as_in_fp32(here):
     """Half of the usual epochs; what auto is depends on the machine. Of 359 pictures, two in a hundred are noise."""

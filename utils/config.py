@@ -115,6 +115,11 @@ class TrainConfig:
     """Decay of the weights (not of biases, norms, class token and position embedding). 0.05 with adamw, 1e-4 with sgd,
     0 with adam."""
 
+    layer_decay: float = 1.0
+    """Each layer's learning rate is that of the one above it times this, from the head down to the embeddings; above 0
+    to 1. 0.65 to 0.85 for pretrained transformers: the early layers, which hardly need to change, then keep what they
+    know. 1: all alike, for networks from scratch."""
+
     lr_decay_type: Literal["cos", "step"] = "cos"
     """`cos`: warm-up, half a cosine, flat end. `step`: ten equal steps down."""
 
@@ -122,6 +127,10 @@ class TrainConfig:
     """Arithmetic of the matrix products. `auto`: bf16 where the device has it in hardware (GPUs since Ampere,
     processors with AVX512-BF16 or AMX), which is several times as fast and learns as well; fp16 with a loss scaler on
     GPUs since Volta; else fp32. Touch it to compare, or if the loss isn't finite."""
+
+    torch_compile: bool = False
+    """Let torch compile the network first, which takes a minute or more a stage and a C++ compiler. For long runs on a
+    GPU; on a processor the matrix products are all that counts, and they stay what they are."""
 
     device: Device = "auto"
     """Where to train. `auto`: CUDA if there is one, else Apple's GPU (mps), else the processor."""
@@ -202,7 +211,7 @@ class TrainConfig:
                 check(field, _fits(getattr(self, field), hint), f"give a value of the type {hint}")
         for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum"):
             check(field, 0 <= getattr(self, field) < 1, "give a number from 0 to below 1")
-        for field in ("eval_crop", "train_crop"):
+        for field in ("eval_crop", "train_crop", "layer_decay"):
             check(field, 0 < getattr(self, field) <= 1, "give a number above 0, at most 1")
         for field in ("horizontal_flip", "max_bad_fraction"):
             check(field, 0 <= getattr(self, field) <= 1, "give a number from 0 to 1")

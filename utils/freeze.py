@@ -163,7 +163,7 @@ class FeatureCache:
         path, older = self._place(dataset, list_path, num_views)
         in_memory = size <= self.config.feature_cache_gb * 1e9
         print(
-            f"features of {num_views} views of {len(dataset)} pictures: {gigabytes(size)}, "
+            f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} pictures: {gigabytes(size)}, "
             f"{'from' if path.is_file() else 'computed into'} {path}, {'' if in_memory else 'not '}held in memory"
         )
         if not path.is_file():

@@ -18,23 +18,28 @@ LIMITS = {"sgd": (5e-4, 1e-1), "adam": (1e-4, 1e-3)}
 LIMITS_TRANSFORMER = {"sgd": (5e-4, 1e-1), "adam": (1e-5, 1e-3)}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters in two groups: those that decay, and biases, norms, class token and positions.
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """The trainable parameters in groups by weight decay and by learning rate, the optimizer's times `lr_scale`.
 
-    Biases and the scales of norms are the parameters of one dimension.
+    Biases, norms, class token and positions don't decay; biases and the scales of norms are the parameters of one
+    dimension. Each layer, from the head down to the embeddings, learns `layer_decay` times as fast as the one above
+    (Bao et al., "BEiT", 2022, https://arxiv.org/abs/2106.08254).
     """
-    decayed, undecayed = [], []
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or name.split(".")[-1] in UNDECAYED
-            (undecayed if plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            lr_scale = 1.0 if layer_decay == 1 else layer_decay ** (model.num_layers - model.layer_of(name))
+            groups.setdefault((lr_scale, 0.0 if plain else weight_decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
+        for (lr_scale, decay), parameters in groups.items()
+    ]
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, learning_rate: float) -> Optimizer:
     """The optimizer that `config` names, over the trainable parameters of `model`."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     # One pass over each tensor instead of several: a sixth of the time for ViT-B's AdamW on two cores (45 against 277
     # ms); on a GPU it also spares launches, and under a loss scaler a synchronisation at every step.
     fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
@@ -81,6 +86,6 @@ def learning_rate_at(epoch: float, epochs: int, init_lr: float, min_lr: float, d
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """Give every group of `optimizer` this learning rate."""
+    """Give every group of `optimizer` this learning rate, times its own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["lr_scale"]

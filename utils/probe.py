@@ -41,9 +41,10 @@ class Probe(NamedTuple):
 def init_head(
     model: nn.Module, cache: FeatureCache, train_set: ImageDataset, val_set: ImageDataset, config: TrainConfig
 ) -> None:
-    """Give the head of `model` the weights of the logistic regression on its backbone's features, out of `cache`."""
+    """Give the head of `model` the weights of the logistic regression on its backbone's features, out of `cache`: of
+    the pictures as in evaluation."""
     model.freeze_backbone("all")
-    features = cache.open(train_set, config.train_annotation_path, config.feature_views)
+    features = cache.open(train_set, config.train_annotation_path, 1)
     val_features = cache.open(val_set, config.val_annotation_path, 1)
     model.unfreeze_backbone()
     balanced = "balanced" in (config.sampler, config.class_weights)
