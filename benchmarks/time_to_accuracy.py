@@ -58,7 +58,6 @@ def run_timm(data: Path, weights: Path, side: int, seed: int, workers: int) -> t
     train_set, test_set = (create_dataset("", root=str(data / split)) for split in ("train", "test"))
     device = {"device": DEVICE, "use_prefetcher": False}
     test_loader = create_loader(test_set, is_training=False, crop_pct=0.875, **options, **device)
-    started = time.perf_counter()
     loader = create_loader(train_set, is_training=True, auto_augment="original", **options, **device)
     classes = len(train_set.reader.class_to_idx)
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=side)
@@ -66,11 +65,14 @@ def run_timm(data: Path, weights: Path, side: int, seed: int, workers: int) -> t
     model.reset_classifier(classes)
     model.to(DEVICE)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05, layer_decay=0.75)
-    schedule = CosineLRScheduler(optimizer, t_initial=EPOCHS, lr_min=1e-6, warmup_t=1, warmup_lr_init=1e-6)
+    steps = len(loader)
+    warm_up = {"warmup_t": steps, "warmup_lr_init": 1e-6, "warmup_prefix": True}
+    schedule = CosineLRScheduler(optimizer, EPOCHS * steps - steps, lr_min=1e-6, t_in_epochs=False, **warm_up)
+    started = time.perf_counter()
     for epoch in range(EPOCHS):
         model.train()
-        schedule.step(epoch)
-        for pixels, targets in loader:
+        for i, (pixels, targets) in enumerate(loader):
+            schedule.step_update(epoch * steps + i)
             with autocast(DEVICE, PRECISION):
                 loss = F.cross_entropy(model(pixels.to(DEVICE)), targets.to(DEVICE))
             optimizer.zero_grad()

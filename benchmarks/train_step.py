@@ -3,8 +3,8 @@
     python benchmarks/train_step.py
 
 All of it trained; the embeddings and 8 of 12 blocks frozen; all but the head frozen. timm runs as it comes, in fp32,
-and under bf16 autocast where the processor or GPU has bf16. Thaw chooses by itself, and its frozen stages are those
-from the second epoch on, over features computed in the first. Neither has dropout or stochastic depth; timm's pixels
+and under bf16 autocast where the processor or GPU has bf16. Thaw chooses by itself, and its frozen stages train
+on features, computed before the first epoch. Neither has dropout or stochastic depth; timm's pixels
 are normalised beforehand, Thaw's in the step. The ceiling is what the processor would do if it did nothing but the
 matrix products of the plain network, at the best rate that they reach here. Peak memory is that of a process of its
 own. The last line is JSON.

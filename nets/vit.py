@@ -129,7 +129,7 @@ class DropPath(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """shortcut + branch(x), each (B, N, C)."""
+        """shortcut + branch(x), which are of one shape, (B, N, C); x may have more tokens."""
         if not self.training or self.drop_rate == 0.0:
             return shortcut + branch(x)
         keep_rate = 1.0 - self.drop_rate

@@ -296,9 +296,11 @@ def test_devices():
 def restored_kernels():
     """What `tune_kernels` sets is global; other tests get it as it was."""
     conv, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    before = conv.allow_tf32, conv.benchmark
+    before = conv.benchmark
+    torch.set_float32_matmul_precision("highest")
+    conv.benchmark = False
     yield
-    conv.allow_tf32, conv.benchmark = before
+    conv.benchmark = before
     torch.set_float32_matmul_precision(matmul)
 
 

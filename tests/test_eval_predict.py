@@ -307,7 +307,7 @@ def test_predicting_imports_nothing_that_it_does_not_need(trained):
 def test_weights_cast_beforehand_give_what_autocast_gives(trained):
     checkpoint, *_ = Path("logs").glob(f"*/{BEST}")
     pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    plain = load_classifier(checkpoint)
+    plain = load_classifier(checkpoint, "cpu")
     assert plain.precision == "fp32"
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected = plain.network(pixels)

@@ -153,7 +153,7 @@ def test_it_is_computed_anew_when_something_changed(pictures, computed, change):
         config = dataclasses.replace(CONFIG, **{field: value})
     open_features(pictures, config, network, **options)
     assert len(computed) == 2
-    assert len(list(Path("cache").iterdir())) == (2 if change == "freezing point" else 1)
+    assert len(list(Path("cache").iterdir())) == (2 if change in ("freezing point", "views") else 1)
     assert torch.equal(open_features(list_in_memory((i % 3, f"{i:02d}.png") for i in range(18))).rows, before) == (
         change != "picture"
     )
@@ -252,6 +252,12 @@ def test_a_whole_run_over_features(two_classes, capsys, computed, blocks):
     losses = [[float(line) for line in run.read_text().split()] for run in Path("logs").glob("*/epoch_loss.txt")]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
+
+
+def test_the_probes_features_and_those_of_the_stage_stay_side_by_side(two_classes, computed):
+    for _ in range(2):
+        cached_run(freeze_blocks="all", head_init="probe")
+    assert len(computed) == 3  # one view of the validation pictures serves both
 
 
 def test_nothing_is_opened_in_a_stage_that_is_over(two_classes, capsys, computed):

@@ -42,7 +42,7 @@ class ImageCache:
         self._map()
 
     def _map(self) -> None:
-        self._bytes = np.memmap(self.path, np.uint8, mode="c")
+        self._bytes = np.memmap(self.path, np.uint8, mode="r+")
         self.index = self._bytes[len(self._bytes) - len(self.images) * INDEX_ROW :].view(np.int64).reshape(-1, 5)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -60,8 +60,9 @@ def write_whole(path: Path, replaces: str) -> Iterator[BinaryIO]:
     Then the files of the folder that match the glob `replaces` go, and so does what a killed process left half-made.
     """
     for stray in path.parent.glob("*.partial"):
-        if time.time() - stray.stat().st_mtime > STRAY_AFTER:
-            stray.unlink(missing_ok=True)
+        with suppress(OSError):  # another run may have given it its name meanwhile
+            if time.time() - stray.stat().st_mtime > STRAY_AFTER:
+                stray.unlink()
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
         try:
             yield file

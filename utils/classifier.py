@@ -19,7 +19,8 @@ class Classifier:
     """A trained network with all that it needs.
 
     Attributes:
-        network: uint8 pixels (B, 3, height, width) to logits (B, classes), on `device`, in eval mode.
+        network: uint8 pixels (B, 3, height, width) to logits (B, classes), on `device`, in eval mode; it is called
+            under `utils.engine.autocast(device, precision)`.
         preprocessing: how it wants its pictures.
         transform: a picture to uint8 (3, height, width).
         class_names: name of each class id.

@@ -90,7 +90,6 @@ def tune_kernels(device: torch.device, convolutional: bool) -> None:
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = convolutional
 
 

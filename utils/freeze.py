@@ -124,11 +124,15 @@ SHAPING_FIELDS = (
 )
 
 
+LARGEST_BATCH = 64
+"""Pictures that go through the frozen part at a time, at most."""
+
+
 class FeatureCache:
     """What the frozen part of a network makes of pictures, computed once and kept in files in `cache_dir`.
 
     A file is named after all that its features depend on: the list and its files, the frozen weights, the transforms,
-    the precision. If one of them changes, another takes its place.
+    the arithmetic. If one of them changes, another takes its place.
 
     Args:
         network: of `utils.classifier.pixel_network`, as far frozen as it shall be when `open` is called.
@@ -143,6 +147,8 @@ class FeatureCache:
         self.device = device
         self.precision = precision
         self.dtype = DTYPES[precision]
+        # That of training as far as it can be, so that the same kernels give the same bits; heads take far larger ones.
+        self._batch_size = min(config.freeze_batch_size, LARGEST_BATCH)
 
     def open(self, dataset: ImageDataset, list_path: str, num_views: int) -> FeatureDataset:
         """The features of `num_views` views of each picture: the first as in evaluation, the others as the dataset
@@ -171,7 +177,8 @@ class FeatureCache:
             check_room(size, path.parent, "feature_views to fewer, or cache_features to False")
             with write_whole(path, replaces=older) as file:
                 self._write(dataset, num_views, file)
-        stored = torch.from_file(str(path), shared=False, size=size + len(dataset), dtype=torch.uint8)
+        # Shared: a private mapping would be counted as memory, and one larger than that refused.
+        stored = torch.from_file(str(path), shared=True, size=size + len(dataset), dtype=torch.uint8)
         features = stored[:size].view(self.dtype).view(shape)
         dataset.unreadable.logical_or_(stored[size:].bool())
         return FeatureDataset(features.clone() if in_memory else features, dataset.class_ids, dataset.seed)
@@ -182,7 +189,7 @@ class FeatureCache:
         total = num_views * len(dataset)
         with tqdm(total=total, desc="features", unit="picture", leave=False, disable=None) as bar:
             for view in range(num_views):
-                loader = eval_loader(dataset if view else plain, self.config.freeze_batch_size, self.config.num_workers)
+                loader = eval_loader(dataset if view else plain, self._batch_size, self.config.num_workers)
                 loader.sampler.epoch = view
                 for pixels, _ in loader:
                     # A smaller batch would go through other kernels, which differ in the last bits from a whole one's.
@@ -200,10 +207,11 @@ class FeatureCache:
         """The file, and a glob of those whose place it takes."""
         model = self.frozen.model
         frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
-        of_list = digest([os.path.abspath(list_path), *frozen])
+        of_list = digest([os.path.abspath(list_path), str(num_views), *frozen])
         of_content = digest(
             [
-                f"{num_views} {self.precision} {model.arguments | {'num_classes': None}}",
+                f"{self.precision} {self.device.type} {torch.__version__} {self._batch_size}",
+                f"{model.arguments | {'num_classes': None}}",
                 *(f"{field}={getattr(self.config, field)}" for field in SHAPING_FIELDS),
                 dataset.class_ids.tobytes(),
                 *describe_files(dataset.source.images),

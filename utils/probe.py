@@ -43,6 +43,12 @@ def init_head(
 ) -> None:
     """Give the head of `model` the weights of the logistic regression on its backbone's features, out of `cache`: of
     the pictures as in evaluation."""
+    known = np.unique(train_set.class_ids)
+    if len(known) < 2 or not np.isin(val_set.class_ids, known).any():
+        raise ValueError(
+            "head_init='probe': the training list must have pictures of two classes, and the validation list some of "
+            "them too; set it to random"
+        )
     model.freeze_backbone("all")
     features = cache.open(train_set, config.train_annotation_path, 1)
     val_features = cache.open(val_set, config.val_annotation_path, 1)
@@ -62,21 +68,16 @@ def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classe
     """The logistic regression on `features`, each (1, C), whose penalty gives the lowest loss on `val_features`.
 
     It is fitted to features of mean 0 and deviation 1, which the penalty is meant for, and taken back to features as
-    they are. A class without pictures gets no weight and the lowest bias.
+    they are. A class without pictures gets the lowest logit that any other has for the pictures of `features`.
 
     Args:
         features: to fit to, in any number of views.
         val_features: to choose by; classes that aren't in `features` don't count there.
         num_classes: outputs of the head.
         balanced: every class counts alike, however many pictures it has.
-
-    Raises:
-        ValueError: there is only one class to fit to.
     """
     x, y = _arrays(features)
     val_x, val_y = _arrays(val_features)
-    if len(np.unique(y)) < 2:
-        raise ValueError("head_init='probe': the training list has pictures of one class only; set it to random")
     scaler = StandardScaler().fit(x)
     x, val_x = scaler.transform(x), scaler.transform(val_x)
     known = np.isin(val_y, y)
@@ -86,7 +87,7 @@ def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classe
         regression.set_params(C=inverse_penalty).fit(x, y)
         loss = log_loss(val_y[known], regression.predict_proba(val_x[known]), labels=regression.classes_)
         if best is None or loss < best.val_loss:
-            weight, bias = _unscaled(regression, scaler, num_classes)
+            weight, bias = _unscaled(regression, scaler, x, num_classes)
             top1 = float((regression.predict(val_x) == val_y).mean())
             best = Probe(weight, bias, float(inverse_penalty), float(loss), top1)
     return best
@@ -97,13 +98,17 @@ def _arrays(dataset: FeatureDataset) -> tuple[np.ndarray, np.ndarray]:
     return dataset.rows[:, 0].float().numpy(), dataset.targets.repeat(dataset.num_views).numpy()
 
 
-def _unscaled(regression: LogisticRegression, scaler: StandardScaler, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Weight (classes, C) and bias (classes,) that give for plain features what `regression` gives for scaled ones."""
+def _unscaled(
+    regression: LogisticRegression, scaler: StandardScaler, x: np.ndarray, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Weight (classes, C) and bias (classes,) that give for plain features what `regression` gives for scaled ones, x
+    (n, C)."""
     coefficients, intercepts = regression.coef_, regression.intercept_
     if len(regression.classes_) == 2:  # scikit-learn has one row then, which is for the second class
         coefficients, intercepts = np.concatenate([-coefficients, coefficients]) / 2, np.r_[-intercepts, intercepts] / 2
+    lowest = (x @ coefficients.T + intercepts).min()
     coefficients = coefficients / scaler.scale_
     intercepts = intercepts - coefficients @ scaler.mean_
-    weight, bias = np.zeros((num_classes, coefficients.shape[1])), np.full(num_classes, intercepts.min())
+    weight, bias = np.zeros((num_classes, coefficients.shape[1])), np.full(num_classes, lowest)
     weight[regression.classes_], bias[regression.classes_] = coefficients, intercepts
     return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()

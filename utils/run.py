@@ -42,12 +42,10 @@ def load_resumable(config: TrainConfig, class_names: list[str]) -> dict[str, Any
             f"with the weights of another checkpoint, set model_path"
         )
     checkpoint = load_checkpoint(file)
-    now = config.as_dict()
-    changed = {
-        name: then for name, then in checkpoint["config"].items() if name not in FREE_FIELDS and then != now.get(name)
-    }
+    then, now = checkpoint["config"], config.as_dict()
+    changed = {name for name in then.keys() | now.keys() if name not in FREE_FIELDS and then.get(name) != now.get(name)}
     if changed:
-        told = ", ".join(f"{name} was {then!r} and is {now.get(name)!r}" for name, then in changed.items())
+        told = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in sorted(changed))
         raise ValueError(
             f"resume={config.resume!r}: {told}; give the settings, flags too, that the run was started with (they are "
             f"in {file.parent / 'config.json'}), or begin a new run with model_path"
