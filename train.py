@@ -33,7 +33,7 @@ from utils.seeds import derive_seed
 from utils.summary import format_config, format_model, format_stages, warn_of_small_input
 from utils.transforms import EvalTransform, Preprocessing, TrainTransform
 
-# As it stands, for the built-in handwritten digits: a small network from scratch in a minute or two of two cores.
+# As it stands, for the built-in handwritten digits: a small network from scratch in one to five minutes of two cores.
 CONFIG = TrainConfig(
     # the network
     backbone="vit_xs_4",  # 6 blocks, patches of 4 pixels; photos: vit_b_16
