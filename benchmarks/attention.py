@@ -22,9 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nets.vit import explicit_attention
-from utils.engine import choose_precision
-
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from utils.engine import DTYPES, choose_precision
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,7 +51,7 @@ def main(batch: int = 16, heads: int = 12, tokens: int = 197, width: int = 64, r
     """Compare the two on this machine's GPU if it has one, else on its processor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
-    for name, dtype in TYPES.items():
+    for name, dtype in DTYPES.items():
         if choose_precision(name, torch.device(device))[0] != name or (device, name) == ("cpu", "fp16"):
             continue
         # In the order of memory that they have in the network.

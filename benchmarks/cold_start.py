@@ -8,18 +8,17 @@ is JSON.
 
 from __future__ import annotations
 
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
+from measure import finish, in_turn, medians
 from PIL import Image
 
 from nets import build_model
@@ -55,11 +54,10 @@ def write_checkpoint(path: Path) -> None:
     save_checkpoint(path, content)
 
 
-def seconds(command: list[str]) -> float:
-    """Of a whole process."""
-    started = time.perf_counter()
+def process(command: list[str]) -> int:
+    """A whole process, which does one picture."""
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    return time.perf_counter() - started
+    return 1
 
 
 def main(repeats: int = 7) -> None:
@@ -76,18 +74,12 @@ def main(repeats: int = 7) -> None:
             "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
             "predict.py": [sys.executable, "predict.py", str(picture), "--model-path", str(checkpoint)],
         }
-        times: dict[str, list[float]] = {name: [] for name in commands}
-        for i in range(repeats + 1):
-            for name, command in commands.items():
-                elapsed = seconds(command)
-                if i:
-                    times[name].append(elapsed)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+        times = in_turn({name: partial(process, command) for name, command in commands.items()}, repeats)
+    found = medians(times)
     for name, values in times.items():
-        print(f"{name:<28}{medians[name]:6.2f} s ({min(values):.2f} to {max(values):.2f})")
-    over = medians["predict.py"] - medians["import torch, torchvision"]
-    ratios = {"seconds_over_torchvision_import": round(over, 2)}
-    print(json.dumps({"benchmark": "cold_start", "ratios": ratios, "seconds": medians}))
+        print(f"{name:<28}{found[name]:6.2f} s ({min(values):.2f} to {max(values):.2f})")
+    over = found["predict.py"] - found["import torch, torchvision"]
+    finish("cold_start", {"seconds_over_torchvision_import": over}, seconds=found)
 
 
 if __name__ == "__main__":

@@ -18,19 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timm
 import torch
 import tyro
-from measure import finish, in_turn, medians, show
+from measure import DEVICE, PEERS, PRECISION, finish, in_turn, medians, show
 
 from nets import build_model
 from utils.classifier import Classifier, cast_products, pixel_network
 from utils.config import TrainConfig
-from utils.engine import autocast, choose_precision, pick_device
+from utils.engine import autocast
 from utils.transforms import EvalTransform, Preprocessing
 
 CLASSES = 10
 CONFIG = TrainConfig(activation="gelu")
-DEVICE = pick_device("auto")
-PRECISION, _ = choose_precision("auto", DEVICE)
-PEERS = ["timm fp32"] + (["timm bf16"] if choose_precision("bf16", DEVICE)[0] == "bf16" else [])
 
 
 def thaw(batch_size: int) -> Callable[[], int]:

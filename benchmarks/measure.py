@@ -6,11 +6,20 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
+
+from utils.engine import choose_precision, pick_device
+
+DEVICE = pick_device("auto")
+PRECISION, _ = choose_precision("auto", DEVICE)
+PEERS = ["timm fp32"] + (["timm bf16"] if choose_precision("bf16", DEVICE)[0] == "bf16" else [])
 
 Times = dict[str, list[float]]
 """Seconds of each repeat, by the name of the work."""

@@ -27,7 +27,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from measure import finish
+from measure import DEVICE, PRECISION, finish
 from timm.data import create_dataset, create_loader
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2
@@ -40,12 +40,10 @@ from utils.checkpoint import BEST
 from utils.classifier import load_classifier
 from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset, eval_loader
-from utils.engine import autocast, choose_precision, compute_logits, pick_device
+from utils.engine import autocast, compute_logits
 from utils.lists import read_list
 from utils.metrics import top_k_accuracy
 
-DEVICE = pick_device("auto")
-PRECISION, _ = choose_precision("auto", DEVICE)
 EPOCHS, BATCH = 12, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Result = TypeVar("Result")

@@ -28,7 +28,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from measure import finish, in_turn, medians, show
+from measure import DEVICE, PEERS, PRECISION, finish, in_turn, medians, show
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,16 +36,13 @@ from nets import build_model
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, train_loader
-from utils.engine import DTYPES, Trainer, autocast, choose_precision, pick_device
+from utils.engine import DTYPES, Trainer, autocast
 from utils.freeze import ThawedPart
 from utils.optim import build_optimizer
 from utils.transforms import Preprocessing
 
 CLASSES = 10
 CONFIG = TrainConfig(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0, activation="gelu")
-DEVICE = pick_device("auto")
-PRECISION, _ = choose_precision("auto", DEVICE)
-PEERS = ["timm fp32"] + (["timm bf16"] if choose_precision("bf16", DEVICE)[0] == "bf16" else [])
 Work = Callable[[], int]
 
 
