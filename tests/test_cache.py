@@ -157,7 +157,7 @@ def test_an_unreadable_picture_is_stood_in_for(images, here, capsys):
 def test_no_room_is_an_error_beforehand(images, made, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ValueError, match=r"cache_dir='cache': the cache takes about .* GB are free; set cache_dir"):
+    with pytest.raises(ValueError, match=r"cache_dir='cache': the cache takes about .* are free; set cache_dir"):
         open_cache(images, CONFIG)
     assert made == []
 

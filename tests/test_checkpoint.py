@@ -43,15 +43,6 @@ def test_a_failed_save_leaves_the_old_file(here, monkeypatch):
     assert load_checkpoint(here / "a.pth")["step"] == 1
 
 
-def test_it_is_on_disk_before_it_has_its_name(here, monkeypatch):
-    order = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
-    save_checkpoint("a.pth", content())
-    assert order == ["fsync", "replace"]
-
-
 def test_code_in_a_checkpoint_is_not_run(here):
     torch.save(content(format_version=1, optimizer=Trap()), "trap.pth")
     with pytest.raises(ValueError, match=r"trap\.pth can't be opened"):

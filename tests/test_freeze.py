@@ -115,10 +115,10 @@ def computed(monkeypatch):
 def test_it_is_computed_once_and_said_beforehand(pictures, computed, capsys):
     first = open_features(pictures)
     told = capsys.readouterr().out
-    assert "features of 3 views of 18 pictures: 0.00 GB, computed into cache/features-" in told
+    assert "features of 3 views of 18 pictures: 0.21 MB, computed into cache/features-" in told
     second = open_features(pictures)
     assert len(computed) == 1
-    assert "pictures: 0.00 GB, from cache/features-" in capsys.readouterr().out
+    assert "pictures: 0.21 MB, from cache/features-" in capsys.readouterr().out
     assert torch.equal(first.rows, second.rows)
 
 

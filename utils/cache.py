@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from utils.cache_file import check_room, describe_files, digest, gigabytes, write_whole
+from utils.cache_file import check_room, describe_files, digest, replace_cache
 from utils.config import TrainConfig
+from utils.files import format_bytes
 from utils.images import Box, ImageError, Region, read_header, read_region
 from utils.lists import ImageList
 from utils.parallel import map_parallel
@@ -81,13 +82,13 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
     path = folder / f"images-{of_list}-{of_content}.bin"
     if not path.is_file():
         expected = _expected_size(images, config)
-        print(f"cache_images: shrinking {len(images)} pictures into {path}, about {gigabytes(expected)}")
+        print(f"cache_images: shrinking {len(images)} pictures into {path}, about {format_bytes(expected)}")
         check_room(expected, folder, "cache_images to False")
-        with write_whole(path, replaces=f"images-{of_list}-*.bin") as file:
+        with replace_cache(path, replaces=f"images-{of_list}-*.bin") as file:
             _write(images, config, file)
     cache = ImageCache(images, path)
     lost = int((cache.index[:, 1] == 0).sum())
-    print(f"pictures from {path} ({gigabytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
+    print(f"pictures from {path} ({format_bytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
     return cache
 
 

@@ -1,17 +1,16 @@
-"""Files in `cache_dir`: named after what is in them, written whole or not at all, said before they are made."""
+"""Files in `cache_dir`: named after what is in them, said before they are made, one for each state of a list."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from utils.files import PARTIAL, format_bytes, free_bytes, write_whole
 from utils.images import READERS
 from utils.lists import ImageList
 
@@ -45,40 +44,25 @@ def describe_files(images: ImageList) -> Iterator[str]:
 
 def check_room(size: int, folder: Path, remedy: str) -> None:
     """Raise a ValueError, with `remedy`, unless `folder` has room for a file of `size` bytes."""
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if size > 0.95 * free:
         raise ValueError(
-            f"cache_dir={str(folder)!r}: the cache takes about {gigabytes(size)} and {gigabytes(free)} are free; "
+            f"cache_dir={str(folder)!r}: the cache takes about {format_bytes(size)} and {format_bytes(free)} are free; "
             f"set cache_dir to another disk, or {remedy}"
         )
 
 
 @contextmanager
-def write_whole(path: Path, replaces: str) -> Iterator[BinaryIO]:
-    """A file to write to, which gets its name when it is on the disk: what has that name is whole.
-
-    Then the files of the folder that match the glob `replaces` go, and so does what a killed process left half-made.
-    """
-    for stray in path.parent.glob("*.partial"):
+def replace_cache(path: Path, replaces: str) -> Iterator[BinaryIO]:
+    """A file to write to, see `write_whole`. Once it has its name, the files of the folder that match the glob
+    `replaces` go, and what a killed process left half-made has gone before."""
+    for stray in path.parent.glob(f"*{PARTIAL}"):
         with suppress(OSError):  # another run may have given it its name meanwhile
             if time.time() - stray.stat().st_mtime > STRAY_AFTER:
                 stray.unlink()
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+    with write_whole(path) as file:
+        yield file
     for old in path.parent.glob(replaces):
         if old != path:
             with suppress(OSError):  # on Windows, another run may have it open
                 old.unlink()
-
-
-def gigabytes(size: int) -> str:
-    """A size in bytes for people."""
-    return f"{size / 1e9:.2f} GB"

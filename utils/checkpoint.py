@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nets.weights import open_safely
+from utils.files import write_whole
 
 FORMAT_VERSION = 1
 LAST = "last_epoch_weights.pth"
@@ -21,20 +21,11 @@ KEYS = frozenset((*WHAT_IT_IS, *HOW_FAR_IT_IS))
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write `content`, plain types and tensors under the names in `KEYS`, to `path`.
 
-    It is written beside `path`, flushed to disk and renamed, so that `path` is the old file or the new one, never a
-    part of it.
+    See `utils.files.write_whole`: `path` is the old file or the new one, never a part of it.
     """
     assert content.keys() | {"format_version"} == KEYS, content.keys() ^ KEYS
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with unfinished.open("wb") as file:
-            torch.save({"format_version": FORMAT_VERSION} | content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with write_whole(Path(path)) as file:
+        torch.save({"format_version": FORMAT_VERSION} | content, file)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

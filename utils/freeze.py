@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.cache_file import check_room, describe_files, digest, gigabytes, write_whole
+from utils.cache_file import check_room, describe_files, digest, replace_cache
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, ImageDataset, eval_loader
 from utils.engine import DTYPES, autocast
+from utils.files import format_bytes
 from utils.optim import learning_rate_at, scale_learning_rate
 from utils.transforms import EvalTransform, Preprocessing
 
@@ -169,13 +170,13 @@ class FeatureCache:
         path, older = self._place(dataset, list_path, num_views)
         in_memory = size <= self.config.feature_cache_gb * 1e9
         print(
-            f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} pictures: {gigabytes(size)}, "
+            f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} pictures: {format_bytes(size)}, "
             f"{'from' if path.is_file() else 'computed into'} {path}, {'' if in_memory else 'not '}held in memory"
         )
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             check_room(size, path.parent, "feature_views to fewer, or cache_features to False")
-            with write_whole(path, replaces=older) as file:
+            with replace_cache(path, replaces=older) as file:
                 self._write(dataset, num_views, file)
         # Shared: a private mapping would be counted as memory, and one larger than that refused.
         stored = torch.from_file(str(path), shared=True, size=size + len(dataset), dtype=torch.uint8)

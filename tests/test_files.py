@@ -1,0 +1,49 @@
+"""utils/files.py: whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from utils.files import PARTIAL, write_whole
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(here):
+    Path("a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), write_whole(Path("a")) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir() == ["a"]
+    assert Path("a").read_text() == "old"
+
+
+def test_the_name_is_the_old_file_until_the_new_one_is_whole(here):
+    Path("a").write_text("old")
+    with write_whole(Path("a")) as file:
+        file.write(b"new")
+        file.flush()
+        assert Path("a").read_text() == "old"
+        assert [name for name in os.listdir() if name.endswith(PARTIAL)]
+    assert Path("a").read_text() == "new"
+    assert os.listdir() == ["a"]
+
+
+def test_bytes_then_name_then_folder_go_to_the_disk(here, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    kinds = {0o100000: "file", 0o040000: "folder"}
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(kinds[os.fstat(fd).st_mode & 0o170000]), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("name"), replace(a, b)))
+    with write_whole(Path("a")) as file:
+        file.write(b"x")
+    assert order == ["file", "name", "folder"]
+
+
+def test_others_may_read_it_as_the_umask_says(here):
+    before = os.umask(0o022)
+    try:
+        with write_whole(Path("a")) as file:
+            file.write(b"x")
+    finally:
+        os.umask(before)
+    assert os.stat("a").st_mode & 0o777 == 0o644
