@@ -27,9 +27,11 @@ from utils.data import FileSource, ImageDataset, balanced_class_weights, eval_lo
 from utils.engine import Trainer, choose_precision, pick_device
 from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
-from utils.optim import build_optimizer
-from utils.run import Run, load_resumable
+from utils.optim import WeightAverage, build_optimizer
+from utils.resume import open_run
+from utils.run import Run
 from utils.seeds import derive_seed
+from utils.stop import Stopped, WorkerDied, stop_signals
 from utils.summary import format_config, format_model, format_stages, warn_of_small_input
 from utils.transforms import EvalTransform, Preprocessing, TrainTransform
 
@@ -65,6 +67,7 @@ CONFIG = TrainConfig(
 )
 
 
+@stop_signals()
 def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summary: bool = False) -> None:
     """Train an image classifier: first with a frozen backbone, then all of it.
 
@@ -76,7 +79,6 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
     draw_network(config, num_classes=2)
     print(f"config\n{format_config(config)}")
     data = load_data(config)
-    resumed = load_resumable(config, data.class_names)
     stages = plan_stages(config, len(data.train_images), config.backbone in TRANSFORMERS)
     precision, reason = choose_precision(config.precision, device)
     print(f"precision: {config.precision} -> {precision}, {reason}")
@@ -85,13 +87,12 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
     print(format_stages(stages, len(data.train_images)))
     if summary:
         return
-    model = make_model(config, len(data.class_names), resumed)
+    lists = {"train": data.train_images, "val": data.val_images}
+    folder = open_run(config, data.class_names, lists)
+    model = make_model(config, len(data.class_names), folder.checkpoint)
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
-    balanced = config.class_weights == "balanced"
-    class_ids = data.train_images.class_ids
-    weights = balanced_class_weights(class_ids, len(data.class_names)) if balanced else None
-    trainer = Trainer(network, device, precision, config.seed, weights)
-    run = Run(config, model, trainer, data.class_names, resumed)
+    trainer = make_trainer(config, network, precision, data, folder.checkpoint)
+    run = Run(config, model, trainer, data.class_names, lists, folder)
     train_stages(run, stages, data)
     elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
     example = read_first_path("cls_test.txt") or data.val_images.path(0)
@@ -129,8 +130,8 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | None = None) -> nn.Module:
-    """The network with the weights that the run starts from: new, pretrained, from a file, or those of a run that was
-    cut off."""
+    """The network with the weights that the run starts from: new, pretrained, from a file, or those of the checkpoint
+    that it goes on from."""
     weights = read_weights(config.model_path) if config.model_path and not resumed else None
     source = resumed["model"] if resumed else (weights.arguments if weights else None)
     activation = source["activation"] if source else config.activation
@@ -148,7 +149,7 @@ def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | 
         drop_path_rate=config.drop_path_rate,
     )
     if resumed:
-        model.load_state_dict(resumed["weights"])
+        model.load_state_dict(resumed["weights_in_training"] or resumed["weights"])
     elif weights:
         load_weights(model, weights)
     elif config.freeze_train and not config.pretrained:
@@ -156,33 +157,52 @@ def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | 
     return model
 
 
+def make_trainer(
+    config: TrainConfig, network: nn.Module, precision: str, data: Data, resumed: dict[str, Any] | None
+) -> Trainer:
+    """What trains `network`, with the balance of the loss and the average of the weights that `config` asks for."""
+    weights, average = None, None
+    if config.class_weights == "balanced":
+        weights = balanced_class_weights(data.train_images.class_ids, len(data.class_names))
+    _, model = network
+    if config.ema_decay:
+        average = WeightAverage(model, config.ema_decay)
+        if resumed:
+            average.load(resumed["weights"])
+    device = next(model.parameters()).device
+    return Trainer(network, device, precision, config.seed, weights, average, config.on_nan)
+
+
 def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
-    """Train through what is left of `stages`, saving after every epoch.
+    """Train through what is left of `stages`, saving after every epoch and as often besides as the settings say.
 
     Raises:
-        NonFiniteLoss: a training or validation loss isn't finite; the checkpoints of earlier epochs stay.
+        NonFiniteLoss: a training or validation loss isn't finite; what was saved before stays.
+        SaveError: a checkpoint can't be written; likewise.
+        WorkerDied: a process that loads pictures did; the run is saved.
     """
     config, model, trainer = run.config, run.model, run.trainer
     train_set, val_set = make_datasets(data, config)
     network = trainer.network
     cache = FeatureCache(network, config, trainer.device, trainer.precision)
-    with closing(run.log), say_how_to_go_on(run):
-        if run.epoch == 0:
+    with closing(run), save_when_stopped(run):
+        if run.new:
             if config.head_init == "probe":
                 from utils.probe import init_head  # brings scikit-learn, which nothing else here needs
 
                 init_head(model, cache, train_set, val_set, config)
             run.log.log_pictures(network, next(iter(train_loader(train_set, min(16, len(train_set)), 0)))[0])
+            run.save()  # what can't be written is known before hours are spent
         for stage in stages:
             if run.epoch >= stage.end:
                 continue
             stage.freeze(model)
             optimizer = build_optimizer(model, config, stage.init_lr)
-            run.restore_optimizer(optimizer, stage)
+            run.take_up(optimizer, stage)
             trainer.network, loader, val_loader = feed(stage, network, cache, train_set, val_set)
             for epoch in range(run.epoch, stage.end):
-                numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate)
-                run.finish_epoch(numbers | trainer.validate(val_loader), optimizer)
+                numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate, run.after_step)
+                run.finish_epoch(numbers | trainer.validate(val_loader))
                 report_unreadable(train_set, val_set)
 
 
@@ -224,13 +244,16 @@ def report_unreadable(*datasets: ImageDataset) -> None:
 
 
 @contextmanager
-def say_how_to_go_on(run: Run) -> Iterator[None]:
-    """When a run is stopped from the keyboard, print the command that goes on with it."""
+def save_when_stopped(run: Run) -> Iterator[None]:
+    """When a run is stopped by a signal, or a worker dies, save it, and print how to go on with it."""
     try:
         yield
-    except KeyboardInterrupt:
-        if run.epoch:
-            print(f"\nstopped after epoch {run.epoch}; to go on, the same command with --resume {run.folder}")
+    except (Stopped, WorkerDied) as reason:
+        if not run.new:
+            run.save()
+            print(
+                f"\n{type(reason).__name__}: {run.folder} is saved at step {run.trainer.step}; the same command goes on"
+            )
         raise
 
 

@@ -44,12 +44,19 @@ def write_checkpoint(path: Path) -> None:
         "class_names": [f"class {i}" for i in range(10)],
         "preprocessing": Preprocessing.from_dict(config.as_dict()).as_dict(),
         "config": config.as_dict(),
+        "weights_in_training": {},
         "optimizer": optimizer.state_dict(),
         "scaler": {},
         "epoch": 1,
         "step": 1,
+        "epoch_losses": torch.zeros(0),
+        "epoch_hits": torch.zeros(0),
+        "micro_batches": 1,
         "best_val_loss": 1.0,
         "history": [],
+        "finished": True,
+        "lists": {},
+        "arithmetic": {},
     }
     save_checkpoint(path, content)
 

@@ -23,7 +23,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from utils.config import TrainConfig
 from utils.data import FeatureDataset, train_loader
 from utils.engine import DTYPES, Trainer, autocast
 from utils.freeze import ThawedPart
+from utils.lists import list_in_memory
 from utils.optim import build_optimizer
 from utils.transforms import Preprocessing
 
@@ -76,7 +76,7 @@ def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
     trainer.network = ThawedPart(network)
     tokens = 1 if frozen == "all" else network[1].pos_embed.shape[1]
     features = torch.randn(1, steps * batch_size, tokens, 768).to(DTYPES[PRECISION])
-    dataset = FeatureDataset(features, np.arange(steps * batch_size) % CLASSES, seed=0)
+    dataset = FeatureDataset(features, list_in_memory((i % CLASSES, "picture") for i in range(steps * batch_size)), 0)
     loader = train_loader(dataset, batch_size, num_workers=0)
 
     def work() -> int:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nets.files import open_safely
+
 # timm's weights of the same networks on the Hugging Face hub. The names say what they learned from: ImageNet-21k,
 # and most of them ImageNet-1k after it; DINOv2's learned from 142 million pictures without labels.
 HUB_REPOS: dict[str, str] = {
@@ -70,29 +72,6 @@ def _download(repo: str, fallback: Path) -> Path:
         raise FileNotFoundError(
             f"pretrained=True: {HUB_FILE} of {repo} could not be fetched from the Hugging Face hub ({error}). "
             f"Fetch it where there is a network and put it at {fallback}, or set pretrained=False"
-        ) from error
-
-
-def open_safely(path: str | Path) -> Any:
-    """What a `.safetensors` file or a file of `torch.save` holds, on the CPU. Nothing in the file is executed.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it can't be opened, or it would run code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file makes the readers raise nearly every type there is
-        raise ValueError(
-            f"{path} can't be opened as weights: it is damaged, or something else, or holds code, which is never run "
-            f"({type(error).__name__})"
         ) from error
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import train
+from utils.checkpoint import LAST
 from utils.config import TrainConfig
 
 # The networks here are so small that a second thread costs more than it does; and on one, sums have one order.
@@ -65,6 +66,15 @@ def write_two_classes(datasets: Path) -> Path:
             for i in range(count):
                 write_picture(datasets / split / name / f"{i:02d}.png", level, seed=i)
     return datasets
+
+
+def write_back(run: Path, epoch: int) -> None:
+    """Set a run back to the end of `epoch`, which it kept a checkpoint of, as if it had been cut off there."""
+    (kept,) = run.glob(f"ep{epoch:03d}-*")
+    for path in run.glob("*.pth"):
+        if path != kept:
+            path.unlink()
+    kept.rename(run / LAST)
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import train
 from nets import build_model
-from tests.conftest import SMALL, write_picture
+from tests.conftest import SMALL, write_back, write_picture
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, FileSource, ImageDataset, train_loader
@@ -89,7 +88,7 @@ def test_the_views_are_the_plain_picture_and_augmented_ones(pictures):
 def test_the_views_take_turns():
     """In an epoch every picture comes once; in as many epochs as there are views, each view once."""
     features = torch.arange(4 * 10).view(4, 10, 1, 1)  # row = 10 · view + index
-    dataset = FeatureDataset(features, np.arange(10, dtype=np.int32), seed=1)
+    dataset = FeatureDataset(features, list_in_memory((i, f"{i}.png") for i in range(10)), seed=1)
     loader = train_loader(dataset, 5, 0)
     seen = []
     for epoch in range(4):
@@ -266,8 +265,7 @@ def test_nothing_is_opened_in_a_stage_that_is_over(two_classes, capsys, computed
     run = next(Path("logs").iterdir())
     for path in Path("cache").iterdir():
         os.remove(path)
-    fourth = torch.load(next(run.glob("ep004-*")), weights_only=True)
-    torch.save(fourth, run / "last_epoch_weights.pth")
+    write_back(run, epoch=4)
     train.main(dataclasses.replace(config, resume=str(run)))
     assert len(computed) == 2
     assert "epoch 5/5" in capsys.readouterr().out

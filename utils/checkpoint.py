@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, opened without running anything in them."""
+"""Checkpoints: written whole or not at all, every byte under a checksum, opened without running anything in them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,84 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nets.weights import open_safely
-from utils.files import write_whole
+from nets.files import check_seal, open_safely, read_note, seal
+from utils.files import format_bytes, free_bytes, write_whole
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LAST = "last_epoch_weights.pth"
 BEST = "best_epoch_weights.pth"
-WHAT_IT_IS = ("format_version", "model", "weights", "class_names", "preprocessing", "config")
-HOW_FAR_IT_IS = ("optimizer", "scaler", "epoch", "step", "best_val_loss", "history")
-KEYS = frozenset((*WHAT_IT_IS, *HOW_FAR_IT_IS))
+PERIODIC = "ep*-loss*.pth"
+WHAT_IT_IS: dict[str, type] = {
+    "format_version": int,
+    "model": dict,
+    "weights": dict,
+    "class_names": list,
+    "preprocessing": dict,
+    "config": dict,
+}
+HOW_FAR_IT_IS: dict[str, type] = {
+    "weights_in_training": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "epoch": int,
+    "step": int,
+    "epoch_losses": Tensor,
+    "epoch_hits": Tensor,
+    "micro_batches": int,
+    "best_val_loss": float,
+    "history": list,
+    "finished": bool,
+    "lists": dict,
+    "arithmetic": dict,
+}
+KEYS = WHAT_IT_IS | HOW_FAR_IT_IS
+
+
+class SaveError(OSError):
+    """A checkpoint couldn't be written; those from before are as they were."""
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content`, plain types and tensors under the names in `KEYS`, to `path`.
+    """Write `content`, plain types and tensors under the names in `KEYS`, to `path`, with a checksum of every byte.
 
     See `utils.files.write_whole`: `path` is the old file or the new one, never a part of it.
+
+    Raises:
+        SaveError: the disk is full, or doesn't let itself be written.
     """
-    assert content.keys() | {"format_version"} == KEYS, content.keys() ^ KEYS
-    with write_whole(Path(path)) as file:
-        torch.save({"format_version": FORMAT_VERSION} | content, file)
+    assert content.keys() | {"format_version"} == KEYS.keys(), content.keys() ^ KEYS.keys()
+    path = Path(path)
+    try:
+        with write_whole(path) as file:
+            torch.save({"format_version": FORMAT_VERSION} | content, file)
+            seal(file, {"step": content["step"], "finished": content["finished"]})
+    except (OSError, RuntimeError) as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise SaveError(
+            f"{path} can't be written ({cause.strerror}). It takes {format_bytes(count_bytes(content))}, and "
+            f"{format_bytes(free_bytes(path.parent))} are free; what was saved before is untouched. Make room, or "
+            f"lower keep_periodic, and start the same command again: it goes on from there"
+        ) from error
+
+
+def count_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    if isinstance(content, dict | list | tuple):
+        return sum(map(count_bytes, content.values() if isinstance(content, dict) else content))
+    return 0
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind `error`: torch's writer raises one of its own on top."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -33,7 +91,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it can't be opened, or isn't one of Thaw's checkpoints of this version.
+        ValueError: it is damaged, can't be opened, or isn't one of Thaw's checkpoints of this version.
     """
     content = open_safely(path)
     if not isinstance(content, dict) or "format_version" not in content:
@@ -43,9 +101,43 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} has checkpoint format {content['format_version']}, this is for {FORMAT_VERSION}: use the version "
             f"of Thaw that wrote it"
         )
-    if KEYS - content.keys():
-        raise ValueError(f"{path} can't be used: it lacks {', '.join(sorted(KEYS - content.keys()))}")
+    wrong = [name for name, kind in KEYS.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} can't be used: it lacks {', '.join(sorted(wrong))}")
+    if read_note(Path(path)) is None:
+        raise ValueError(f"{path} can't be used: it has no checksum, so it was cut off or changed by another program")
     return content
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint in a run's folder that is farthest and whole; None if there is none. What is wrong with those that
+    claim to be farther is printed."""
+
+    def steps(path: Path) -> tuple[float, bool]:
+        note = read_note(path) or {}
+        return note.get("step", float("inf")), path.name == LAST
+
+    for path in sorted(folder.glob("*.pth"), key=steps, reverse=True):
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            print(f"attention: {error}; the newest one before it is looked for")
+    return None
+
+
+def prune_periodic(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` of the checkpoints of single epochs, if the last one is seen to be whole."""
+    surplus = sorted(folder.glob(PERIODIC), key=lambda path: int(path.name[2:].partition("-")[0]))
+    surplus = surplus[: max(0, len(surplus) - keep)]
+    if not surplus:
+        return
+    try:
+        check_seal(folder / LAST)
+    except (OSError, ValueError) as error:
+        print(f"attention: {error}; no other checkpoint is deleted")
+        return
+    for path in surplus:
+        path.unlink()
 
 
 def find_checkpoint(path: str, name: str = BEST, save_dir: str | Path = "logs") -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from utils.images import ImageError
+from utils.stop import Stopped
 
 PROJECT = Path(__file__).resolve().parents[1]
 OWN_FOLDERS = (PROJECT, PROJECT / "nets", PROJECT / "utils")
@@ -28,7 +29,10 @@ def run(main: Callable[..., Any]) -> Any:
         stream.reconfigure(errors="backslashreplace")
     try:
         return tyro.cli(main)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if raised_in.parent not in OWN_FOLDERS and not isinstance(error, ImageError):  # which a worker passes on
             raise
@@ -36,9 +40,8 @@ def run(main: Callable[..., Any]) -> Any:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except Stopped as stopped:
+        sys.exit(stopped.status)
 
 
 def printable(text: str) -> str:

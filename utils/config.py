@@ -44,8 +44,13 @@ class TrainConfig:
     model_path: str = ""
     """Start from the weights in this file (a checkpoint of Thaw or a state dict) instead. Empty: don't."""
 
-    resume: str = ""
-    """Go on with the run in this folder from its last whole epoch: give the same settings again. Empty: a new run."""
+    resume: str = "auto"
+    """What to go on with. `auto`: the newest run in `save_dir` with these settings that isn't finished, else a new one;
+    so the same command started again goes on where it was cut off. `no`: a new run. A run's folder: that run."""
+
+    accept_changed_lists: bool = False
+    """Go on with a run though pictures were added, removed, renamed or relabelled in its lists since. It is then not
+    what a run without interruption would have become."""
 
     activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     """GELU by its tanh approximation, this layout's, or exact, as in timm's and torchvision's weights. `pretrained`
@@ -120,6 +125,10 @@ class TrainConfig:
     to 1. 0.65 to 0.85 for pretrained transformers: the early layers, which hardly need to change, then keep what they
     know. 1: all alike, for networks from scratch."""
 
+    ema_decay: float = 0.0
+    """Evaluate and save an exponential moving average of the weights, which keeps this part of itself at every step; 0
+    to below 1. 0.99 to 0.9999, the more the more steps the run has; smooths the end of noisy runs. 0: none."""
+
     lr_decay_type: Literal["cos", "step"] = "cos"
     """`cos`: warm-up, half a cosine, flat end. `step`: ten equal steps down."""
 
@@ -128,6 +137,10 @@ class TrainConfig:
     processors with AVX512-BF16 or AMX), which is several times as fast and learns as well; fp16 with a loss scaler on
     GPUs since Volta; else fp32, whose products on GPUs since Ampere are TF32's. Touch it to compare, or if the loss
     isn't finite."""
+
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient isn't finite. `stop`: the run stops and names its pictures. `skip`:
+    it is left out, named and counted; each step then waits for the device, which costs a GPU some speed."""
 
     torch_compile: bool = False
     """Let torch compile the network first, which takes a minute or more a stage, and a C++ compiler. To be tried on
@@ -189,7 +202,16 @@ class TrainConfig:
     """Deviation of red, green and blue that is divided by: ImageNet's, as above, or 0.5 0.5 0.5."""
 
     save_period: int = 10
-    """Keep a checkpoint every so many epochs, besides the best and the last."""
+    """Keep the checkpoint of every so many epochs by itself, besides the best and the last."""
+
+    keep_periodic: int = 5
+    """How many of those are kept, the newest; older ones are deleted. 0: none. Each has about 12 bytes a parameter."""
+
+    save_every_steps: int = 0
+    """Save the last checkpoint every so many steps too, not only after each epoch; 0: don't."""
+
+    save_every_minutes: float = 10.0
+    """Save it too when so many minutes have gone by: what a power cut can cost at most. 0: only after each epoch."""
 
     save_dir: str = "logs"
     """Folder that gets a folder for every run."""
@@ -211,7 +233,7 @@ class TrainConfig:
                 check(field, _fits(getattr(self, field), hint), f"choose one of {', '.join(get_args(hint))}")
             else:
                 check(field, _fits(getattr(self, field), hint), f"give a value of the type {hint}")
-        for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum"):
+        for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum", "ema_decay"):
             check(field, 0 <= getattr(self, field) < 1, "give a number from 0 to below 1")
         for field in ("eval_crop", "train_crop", "layer_decay"):
             check(field, 0 < getattr(self, field) <= 1, "give a number above 0, at most 1")
@@ -231,7 +253,10 @@ class TrainConfig:
             "feature_views",
         ):
             check(field, getattr(self, field) >= 1, "give a whole number from 1 up")
-        for field in ("freeze_epoch", "num_workers", "seed", "weight_decay", "feature_cache_gb"):
+        for field in (
+            *("freeze_epoch", "num_workers", "seed", "weight_decay", "feature_cache_gb"),
+            *("keep_periodic", "save_every_steps", "save_every_minutes"),
+        ):
             check(field, getattr(self, field) >= 0, "give 0 or more")
         check("freeze_blocks", self.freeze_blocks == "all" or self.freeze_blocks >= 0, 'give 0 or more, or "all"')
         check("init_lr", self.init_lr > 0, "give a number above 0")
@@ -243,6 +268,7 @@ class TrainConfig:
         )
         check("input_shape", min(self.input_shape) > 0, "give height and width in pixels")
         check("image_std", min(self.image_std) > 0, "give three numbers above 0")
+        check("resume", self.resume != "", "give auto, no, or a run's folder")
         check("pretrained", not (self.pretrained and self.model_path), "set either pretrained or model_path, not both")
 
     def as_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from utils.images import ImageError, Region
 from utils.lists import ImageList
 from utils.seeds import derive_seed
+from utils.stop import WorkerDied, held, ignore_interrupt, watch_workers
 from utils.transforms import Preprocessing, Transform
 
 Key = tuple[int, int, int]
@@ -65,6 +67,7 @@ class ImageDataset(Dataset):
             the same, stands in for each. None: the first one is an error.
 
     Attributes:
+        images: the list.
         class_ids: (n,).
         unreadable: (n,) bool, the pictures that couldn't be read so far.
     """
@@ -74,6 +77,7 @@ class ImageDataset(Dataset):
         self.transform = transform
         self.seed = seed
         self.max_bad_fraction = max_bad_fraction
+        self.images = source.images
         self.class_ids = source.images.class_ids
         # In memory that workers share, so that the main process knows what they met.
         self.unreadable = torch.zeros(len(self.class_ids), dtype=torch.bool).share_memory_()
@@ -146,7 +150,7 @@ class ImageDataset(Dataset):
     def _check_unreadable(self) -> None:
         bad = self.unreadable.nonzero().flatten().tolist()
         if len(bad) > self.max_bad_fraction * len(self):
-            named = ", ".join(self.source.images.path(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            named = ", ".join(self.images.path(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise TooManyUnreadable(
                 f"{len(bad)} of {len(self)} pictures can't be read, more than max_bad_fraction="
                 f"{self.max_bad_fraction}: {named}; mend or remove them, or run python "
@@ -157,7 +161,7 @@ class ImageDataset(Dataset):
         """The pictures that couldn't be read and weren't told by an earlier call."""
         new = [i for i in self.unreadable.nonzero().flatten().tolist() if i not in self._told]
         self._told.update(new)
-        return [self.source.images.path(i) for i in new]
+        return [self.images.path(i) for i in new]
 
 
 class FeatureDataset(Dataset):
@@ -165,15 +169,16 @@ class FeatureDataset(Dataset):
 
     Args:
         features: (views, n, N, C); which of the views of a picture comes changes from epoch to epoch.
-        class_ids: (n,).
+        images: the list.
         seed: of the order.
     """
 
-    def __init__(self, features: Tensor, class_ids: np.ndarray, seed: int) -> None:
+    def __init__(self, features: Tensor, images: ImageList, seed: int) -> None:
         self.num_views = len(features)
         self.rows = features.flatten(0, 1)  # (views · n, N, C)
-        self.class_ids = class_ids
-        self.targets = torch.from_numpy(class_ids.astype(np.int64))
+        self.images = images
+        self.class_ids = images.class_ids
+        self.targets = torch.from_numpy(images.class_ids.astype(np.int64))
         self.seed = seed
 
     def __len__(self) -> int:
@@ -200,6 +205,10 @@ class EpochSampler(Sampler):
             pictures of small classes come several times and those of large ones not in every epoch; None: in the list's
             order.
         seed: another seed gives other orders.
+
+    Attributes:
+        epoch: which one, from 0.
+        start: how many of its keys are left out at the beginning, since they were trained on already.
     """
 
     def __init__(self, class_ids: np.ndarray, sampling: Sampling | None, seed: int) -> None:
@@ -207,6 +216,7 @@ class EpochSampler(Sampler):
         self.sampling = sampling
         self.seed = seed
         self.epoch = 0
+        self.start = 0
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -220,7 +230,7 @@ class EpochSampler(Sampler):
         else:
             order = np.arange(len(self))
         repeats = _occurrences(order) if self.sampling == "balanced" else np.zeros(len(self), np.uint8)
-        for index, repeat in zip(order, repeats, strict=True):
+        for index, repeat in zip(order[self.start :], repeats[self.start :], strict=True):
             yield self.epoch, int(index), int(repeat)
 
     def _balanced(self, generator: torch.Generator) -> np.ndarray:
@@ -240,6 +250,13 @@ def _occurrences(order: np.ndarray) -> np.ndarray:
     return before
 
 
+def batch_paths(loader: DataLoader, number: int) -> list[str]:
+    """The files of the batch `number` (from 0) of the epoch that `loader` is at."""
+    sampler = copy.copy(loader.sampler)
+    sampler.start = number * loader.batch_size
+    return [loader.dataset.images.path(index) for _, index, _ in islice(sampler, loader.batch_size)]
+
+
 def balanced_class_weights(class_ids: np.ndarray, num_classes: int) -> Tensor:
     """Weights (num_classes,) for the loss that make every class count alike: n / (classes x pictures of the class).
 
@@ -257,7 +274,7 @@ def train_loader(
     epoch.
 
     All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
-    `loader.sampler.epoch` before each epoch.
+    `loader.sampler.epoch` and `.start` before each epoch; the loader's length is that of a whole one.
     """
     return _loader(dataset, batch_size, num_workers, sampling)
 
@@ -265,6 +282,23 @@ def train_loader(
 def eval_loader(dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int) -> DataLoader:
     """Batches in the list's order, every picture once; the last batch may be smaller."""
     return _loader(dataset, batch_size, num_workers, None)
+
+
+def fetch(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `loader`.
+
+    Raises:
+        WorkerDied: one of its workers did.
+    """
+    with held():  # so that no worker is started that nobody knows of
+        batches = iter(loader)
+        watch_workers()
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise WorkerDied(error) from error
 
 
 def _loader(
@@ -279,6 +313,7 @@ def _loader(
         drop_last=sampling is not None,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_interrupt,
         # Forked workers share the list; those that are spawned each get a copy of it.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from utils.data import batch_paths, fetch
 from utils.metrics import cross_entropy, top_k_accuracy
-from utils.optim import set_learning_rate
+from utils.optim import WeightAverage, set_learning_rate
 from utils.seeds import derive_seed
+from utils.stop import held
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,13 +32,19 @@ PRINT_EVERY = 10
 
 
 REMEDY = (
-    "the run stops, and the checkpoints of the epochs before are in place. Lower init_lr, or set precision to bf16 or "
-    "fp32"
+    "the run stops, and what was saved before is finite. Lower init_lr, set precision to bf16 or fp32, mend the "
+    "pictures if they are to blame, or leave such steps out, on_nan=skip"
 )
+MOST_SKIPPED = 20
+"""Steps in a row that `on_nan="skip"` leaves out before it gives up: then it isn't the pictures."""
+
+
+class OutOfMemory(MemoryError):
+    """The device can't work through a single picture."""
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss became infinite or not a number; the message names the step."""
+    """The loss became infinite or not a number; the message names the step, its learning rate and its pictures."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -106,11 +114,17 @@ class Trainer:
     Attributes:
         network: inputs to logits, on `device`; a stage may set another.
         device: where it is and where batches go.
-        precision: "fp32", "fp16" (with a loss scaler) or "bf16".
-        seed: with the step it decides what dropout and stochastic depth draw.
-        class_weights: (classes,) of the training loss, or None.
-        scaler: the loss scaler; does nothing but in fp16.
+        precision: arithmetic of the matrix products: "fp32", "fp16" or "bf16".
+        seed: of what is drawn in a step; a step draws the same wherever a run was cut off.
+        class_weights: weight of each class in the training loss, (classes,); None: all alike.
+        average: of the weights, which then is what is evaluated; None: none.
+        on_nan: "stop" or "skip", see `TrainConfig`.
+        scaler: of the loss, for fp16.
         step: optimizer updates so far.
+        micro_batches: into how many parts a batch is split, one after the other, to fit into memory.
+        done: steps of the present epoch so far.
+        losses: (steps of the epoch,) the loss of each that is done; NaN where it was left out.
+        hits: (steps of the epoch,) the correct predictions in each.
     """
 
     def __init__(
@@ -120,72 +134,183 @@ class Trainer:
         precision: str,
         seed: int,
         class_weights: Tensor | None = None,
+        average: WeightAverage | None = None,
+        on_nan: str = "stop",
     ) -> None:
         self.network = network
         self.device = device
         self.precision = precision
         self.seed = seed
         self.class_weights = None if class_weights is None else class_weights.to(device)
+        self.average = average
+        self.on_nan = on_nan
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = 0
+        self.micro_batches = 1
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        """Forget the steps of the epoch before."""
+        self.done = 0
+        self.losses = self.hits = torch.zeros(0, device=self.device)
 
     def train_step(self, inputs: Tensor, targets: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
-        """One update from a batch of what the network takes and class ids (B,), without waiting for the device.
+        """One update from a batch of what the network takes and class ids (B,), without waiting for the device (but for
+        `on_nan="skip"`).
+
+        Where memory doesn't suffice, the batch is split in two, and those again: what is learned from is the same, the
+        gradient is their sum.
 
         Returns:
-            The mean loss and the number of correct predictions, as tensors () on the device.
+            The mean loss and the number of correct predictions, as tensors () on the device; a NaN and 0 if the step
+            was left out.
         """
-        torch.manual_seed(derive_seed(self.seed, "step", self.step))
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
+        while (done := self._accumulate_gradient(inputs, targets)) is None:
+            optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        loss, hits = done
+        if self.on_nan == "skip" and not self._is_finite(loss, optimizer):
+            loss, hits = torch.full_like(loss, math.nan), torch.zeros_like(hits)
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+            if self.average:
+                self.average.update(self.step)
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss, hits
+
+    def _accumulate_gradient(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Loss and hits of a batch, with the gradients in place; None if there was too little memory: then it is to be
+        tried again, in smaller parts."""
+        torch.manual_seed(derive_seed(self.seed, "step", self.step))
+        loss, hits = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        try:
+            for part, classes in zip(
+                inputs.tensor_split(self.micro_batches), targets.tensor_split(self.micro_batches), strict=True
+            ):
+                part_loss, part_hits = self._backward(part, classes, len(targets))
+                loss += part_loss
+                hits += part_hits
+            return loss, hits
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if self.micro_batches >= len(targets):
+                raise OutOfMemory(
+                    f"{self.device.type} has too little memory for a single picture ({error}): choose a smaller "
+                    f"backbone or input_shape, or freeze more blocks"
+                ) from error
+            self.micro_batches = min(2 * self.micro_batches, len(targets))
+            print(
+                f"attention: out of memory at step {self.step + 1}: batches of {len(targets)} pictures are now worked "
+                f"through in {self.micro_batches} parts, whose gradients are added up; what is learned stays the same"
+            )
+            return None
+
+    def _backward(self, inputs: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Add the gradient of a part of a batch; its part of the loss and its hits."""
         with autocast(self.device, self.precision):
             logits = self.network(inputs)
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         if self.class_weights is not None:
             losses = losses * self.class_weights[targets]  # their mean over the list is 1, so the mean is a plain one
-        loss = losses.mean()
+        loss = losses.sum() / batch_size
         self.scaler.scale(loss).backward()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         return loss.detach(), (logits.argmax(dim=1) == targets).sum()
 
+    def _is_finite(self, loss: Tensor, optimizer: Optimizer) -> bool:
+        """Whether loss and gradients are; an fp16 scaler looks at the latter by itself."""
+        parts = [loss]
+        if not self.scaler.is_enabled():
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            parts.append(torch.nn.utils.get_total_norm(gradients, math.inf))
+        return bool(torch.stack(parts).isfinite().all())
+
     def train_epoch(
-        self, loader: DataLoader, optimizer: Optimizer, epoch: int, learning_rate: Callable[[float], float]
+        self,
+        loader: DataLoader,
+        optimizer: Optimizer,
+        epoch: int,
+        learning_rate: Callable[[float], float],
+        after_step: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """One pass over `loader`.
+        """What is left of one pass over `loader`: all of it, unless the run was cut off inside this epoch.
 
         Args:
             loader: from `utils.data.train_loader`.
             optimizer: over the trainable parameters.
             epoch: how many came before, which decides the order of the pictures and their augmentation.
             learning_rate: from the epochs done so far, fractions included, to the rate of the next step.
+            after_step: called after each step.
 
         Returns:
-            `loss` and `top1`, means over the epoch, and `learning_rate`, the last one.
+            `loss` and `top1`, means over the epoch, `learning_rate`, the last one, and `skipped`, steps left out.
 
         Raises:
-            NonFiniteLoss: the loss of a step isn't finite.
+            NonFiniteLoss: the loss of a step isn't finite, or those of many in a row.
+            WorkerDied: a process that loads pictures did.
+            OutOfMemory: one picture is too many.
         """
         self.network.train()
-        loader.sampler.epoch = epoch
-        losses = torch.zeros(len(loader), device=self.device)
-        correct = torch.zeros((), device=self.device)
-        pictures = 0
-        first_step = self.step
-        with tqdm(loader, desc=f"epoch {epoch + 1}", unit="step", leave=False, disable=None) as bar:
-            for i, (inputs, targets) in enumerate(bar):
-                rate = learning_rate(epoch + i / len(loader))
-                set_learning_rate(optimizer, rate)
-                losses[i], hits = self.train_step(inputs, targets, optimizer)
-                correct += hits
-                pictures += len(targets)
-                if (i + 1) % PRINT_EVERY == 0 or i + 1 == len(loader):
-                    _check_finite(losses[: i + 1], first_step, rate)
-                    means = {"loss": losses[: i + 1].mean().item(), "top1": correct.item() / pictures}
-                    bar.set_postfix(loss=f"{means['loss']:.3f}", top1=f"{means['top1']:.3f}", lr=f"{rate:.1e}")
-        return means | {"learning_rate": rate}
+        steps = len(loader)
+        self.losses, self.hits = (_lengthen(values[: self.done], steps) for values in (self.losses, self.hits))
+        loader.sampler.epoch, loader.sampler.start = epoch, self.done * loader.batch_size
+        with tqdm(
+            desc=f"epoch {epoch + 1}", total=steps, initial=self.done, unit="step", leave=False, disable=None
+        ) as bar:
+            for inputs, targets in fetch(loader):
+                with held():
+                    rate = learning_rate(epoch + self.done / steps)
+                    set_learning_rate(optimizer, rate)
+                    self.losses[self.done], self.hits[self.done] = self.train_step(inputs, targets, optimizer)
+                    self.done += 1
+                    if self.on_nan == "skip" or self.done % PRINT_EVERY == 0 or self.done == steps:
+                        self._check_losses(loader, rate)
+                        bar.set_postfix(loss=f"{self._mean_loss():.3f}", lr=f"{rate:.1e}")
+                    after_step()
+                bar.update()
+        return {
+            "loss": self._mean_loss(),
+            "top1": self.hits.sum().item() / (steps * loader.batch_size),
+            "learning_rate": learning_rate(epoch + (steps - 1) / steps),
+            "skipped": int(self.losses.isnan().sum()),
+        }
+
+    def _mean_loss(self) -> float:
+        return self.losses[: self.done].nanmean().item()
+
+    def _check_losses(self, loader: DataLoader, learning_rate: float) -> None:
+        """Look whether the losses since the last look are finite, and say what is wrong if not."""
+        recent = max(MOST_SKIPPED, PRINT_EVERY)
+        first = max(0, self.done - recent)
+        losses = self.losses[first : self.done]
+        bad = torch.nonzero(~losses.isfinite()).flatten().tolist()
+        if not bad:
+            return
+        skip = self.on_nan == "skip"
+        number = first + bad[-1 if skip else 0]
+        if skip and number + 1 < self.done:
+            return  # that one was told
+        paths = batch_paths(loader, number)
+        told = (
+            f"the loss or its gradient isn't finite at step {self.step - self.done + number + 1} (learning rate about "
+            f"{learning_rate:.1e}; pictures {', '.join(paths[:4])}{f' and {len(paths) - 4} more' * (len(paths) > 4)})"
+        )
+        if not skip:
+            raise NonFiniteLoss(f"{told}; {REMEDY}")
+        print(f"attention: {told}: left out")
+        if len(bad) == len(losses) and (len(losses) == recent or self.done == len(self.losses)):
+            raise NonFiniteLoss(f"{told}, as were the {len(bad)} steps up to it; {REMEDY}")
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """Within it, the network has the weights that are evaluated: their average, if there is one."""
+        with self.average.in_place() if self.average else nullcontext():
+            yield
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
         """`val_loss` and `val_top1` over every picture of `loader`.
@@ -193,7 +318,8 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss isn't finite.
         """
-        logits, targets = compute_logits(self.network, loader, self.device, self.precision, "validating")
+        with self.evaluated_weights():
+            logits, targets = compute_logits(self.network, loader, self.device, self.precision, "validating")
         loss = cross_entropy(logits, targets)
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the validation loss is {loss} after step {self.step}; {REMEDY}")
@@ -201,21 +327,32 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the trainer besides the weights."""
-        return {"step": self.step, "scaler": self.scaler.state_dict()}
+        return {
+            "step": self.step,
+            "scaler": self.scaler.state_dict(),
+            "micro_batches": self.micro_batches,
+            "epoch_losses": self.losses[: self.done].cpu(),
+            "epoch_hits": self.hits[: self.done].cpu(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
-        self.step = state["step"]
+        self.step, self.micro_batches = state["step"], state["micro_batches"]
         self.scaler.load_state_dict(state["scaler"])
+        self.done = len(state["epoch_losses"])
+        self.losses, self.hits = state["epoch_losses"].to(self.device), state["epoch_hits"].to(self.device)
 
 
-def _check_finite(losses: Tensor, first_step: int, learning_rate: float) -> None:
-    bad = torch.nonzero(~losses.isfinite())
-    if len(bad):
-        raise NonFiniteLoss(
-            f"the loss is {losses[bad[0]].item()} at step {first_step + bad[0].item() + 1} (learning rate about "
-            f"{learning_rate:.1e}); {REMEDY}"
-        )
+def _lengthen(values: Tensor, length: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(length - len(values))])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is what a device, or the processor, raises for lack of memory; only CUDA has a type for it."""
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in told for words in ("can't allocate memory", "out of memory")
+    )
 
 
 @torch.inference_mode()
@@ -225,7 +362,8 @@ def compute_logits(
     """Logits (N, classes) in fp32 and class ids (N,) of every picture of `loader`, in its order, on the CPU."""
     network.eval()
     logits, targets = [], []
-    for inputs, batch_targets in tqdm(loader, desc=title, unit="batch", leave=False, disable=None):
+    bar = tqdm(fetch(loader), desc=title, total=len(loader), unit="batch", leave=False, disable=None)
+    for inputs, batch_targets in bar:
         with autocast(device, precision):
             logits.append(network(inputs.to(device, non_blocking=True)).float())
         targets.append(batch_targets)

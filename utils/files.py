@@ -27,7 +27,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     """
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with unfinished.open("xb") as file:
+        with unfinished.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils.cache_file import check_room, describe_files, digest, replace_cache
 from utils.config import TrainConfig
-from utils.data import FeatureDataset, ImageDataset, eval_loader
+from utils.data import FeatureDataset, ImageDataset, eval_loader, fetch
 from utils.engine import DTYPES, autocast
 from utils.files import format_bytes
 from utils.optim import learning_rate_at, scale_learning_rate
@@ -182,7 +182,7 @@ class FeatureCache:
         stored = torch.from_file(str(path), shared=True, size=size + len(dataset), dtype=torch.uint8)
         features = stored[:size].view(self.dtype).view(shape)
         dataset.unreadable.logical_or_(stored[size:].bool())
-        return FeatureDataset(features.clone() if in_memory else features, dataset.class_ids, dataset.seed)
+        return FeatureDataset(features.clone() if in_memory else features, dataset.images, dataset.seed)
 
     def _write(self, dataset: ImageDataset, num_views: int, file: BinaryIO) -> None:
         """Write the features, view by view, then a byte a picture: 1 if it couldn't be read."""
@@ -192,7 +192,7 @@ class FeatureCache:
             for view in range(num_views):
                 loader = eval_loader(dataset if view else plain, self._batch_size, self.config.num_workers)
                 loader.sampler.epoch = view
-                for pixels, _ in loader:
+                for pixels, _ in fetch(loader):
                     # A smaller batch would go through other kernels, which differ in the last bits from a whole one's.
                     whole = pixels[torch.arange(loader.batch_size) % len(pixels)]
                     file.write(self._compute(whole)[: len(pixels)].contiguous().view(torch.uint8).numpy())

@@ -7,6 +7,7 @@ of the list. Bytes of a file name that are no UTF-8 go through as they are (surr
 from __future__ import annotations
 
 import codecs
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,8 +43,16 @@ class ImageList:
 
     def path(self, index: int) -> str:
         """The path of one picture, as it can be opened."""
+        return os.path.join(self.folder, self.name(index))
+
+    def name(self, index: int) -> str:
+        """The path of one picture, as it stands in the list."""
         line = self.buffer[self.starts[index] : self.starts[index + 1]].tobytes().rstrip(b"\r\n")
-        return os.path.join(self.folder, _decode(line.partition(b";")[2]))
+        return _decode(line.partition(b";")[2])
+
+    def digest(self) -> str:
+        """SHA-256 of the list."""
+        return hashlib.sha256(self.buffer.data).hexdigest()
 
 
 def _format(entries: Iterable[tuple[int, str]]) -> bytes:
@@ -99,6 +108,28 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
             f"{num_classes - 1}); list and class file differ: run python txt_annotation.py"
         )
     return images
+
+
+def compare_lists(before: ImageList, now: ImageList, class_names: Sequence[str]) -> str:
+    """What is in one list and not in the other, in words: pictures added, removed, moved (the file's name is the same,
+    its folder another) and relabelled."""
+    then, here = ({images.name(i): int(images.class_ids[i]) for i in range(len(images))} for images in (before, now))
+    gone = {os.path.basename(name): name for name in sorted(then.keys() - here.keys())}
+    come = {os.path.basename(name): name for name in sorted(here.keys() - then.keys())}
+    moved = {gone[file]: come[file] for file in gone.keys() & come.keys()}
+    other_label = [name for name in sorted(then.keys() & here.keys()) if then[name] != here[name]]
+    changes = {
+        "added": sorted(here.keys() - then.keys() - set(moved.values())),
+        "removed": sorted(then.keys() - here.keys() - moved.keys()),
+        "moved": [f"{old} -> {moved[old]}" for old in sorted(moved)],
+        "relabelled": [f"{name}, {class_names[then[name]]} -> {class_names[here[name]]}" for name in other_label],
+    }
+    told = [
+        f"{len(names)} {kind} ({'; '.join(names[:5])}{'; ...' if len(names) > 5 else ''})"
+        for kind, names in changes.items()
+        if names
+    ]
+    return ", ".join(told) or "the same pictures in another order or notation"
 
 
 def _parse(buffer: np.ndarray, folder: str, source: str) -> ImageList:

@@ -1,14 +1,18 @@
-"""Parameter groups, optimizer, learning rate."""
+"""Parameter groups, optimizer, learning rate, and the average of the weights."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from utils.config import TrainConfig
+from utils.stop import held
 
 UNDECAYED = ("cls_token", "pos_embed")
 
@@ -89,3 +93,48 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """Give every group of `optimizer` this learning rate, times its own scale."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
+
+
+class WeightAverage:
+    """An exponential moving average of a network's parameters (Polyak and Juditsky, 1992), one update a step.
+
+    Args:
+        model: the network, as it starts.
+        decay: how much of the average is kept at each step, 0 to below 1. In the first steps it is less, (1 + step) /
+            (10 + step), so that the start doesn't weigh on the average for long.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = dict(model.named_parameters())
+        self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.swapped = False
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take up the parameters after the update number `step`, from 0. Frozen ones haven't changed."""
+        moving = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, parameters = ([tensors[name] for name in moving] for tensors in (self.averages, self.parameters))
+        get_ema_multi_avg_fn(decay)(averages, parameters, None)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it, the network has the averages for its parameters."""
+        try:
+            self._swap(True)
+            yield
+        finally:
+            self._swap(False)
+
+    def _swap(self, wanted: bool) -> None:
+        with held():  # a signal would leave half of them
+            if self.swapped != wanted:
+                for name, parameter in self.parameters.items():
+                    parameter.data, self.averages[name] = self.averages[name], parameter.data
+                self.swapped = wanted
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Set the averages to those in a state dict."""
+        for name, average in self.averages.items():
+            average.copy_(weights[name])

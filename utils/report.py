@@ -21,25 +21,33 @@ from utils.fonts import font_families
 matplotlib.rcParams["font.family"] = font_families()
 
 Row = dict[str, float]
-"""One epoch: epoch (from 1), loss, top1, val_loss, val_top1, learning_rate, seconds."""
+"""One epoch: epoch (from 1), step (updates so far), loss, top1, val_loss, val_top1, learning_rate, skipped (steps left
+out), seconds, and time (at its end, in seconds since 1970)."""
 
 
 class RunLog:
     """The log of a run in its folder: TensorBoard events, the losses as text, and their curve.
 
-    All but the events are written anew from the whole history at each epoch, so that a resumed run has no gap and no
-    doubled line.
+    All of it is made from the history, at each epoch and anew when a run goes on, so that there is no gap and no
+    doubled point, wherever it was cut off.
 
     Args:
         folder: the run's folder.
-        config: the settings, saved as `config.json`.
-        step: optimizer updates so far; what TensorBoard holds beyond it, from a run that was cut off, is hidden.
+        history: the epochs so far.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
+    def __init__(self, folder: Path, history: Sequence[Row]) -> None:
         self.folder = folder
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        older = list(folder.glob("events.out.tfevents.*"))
+        # What older events have of the run's beginning (pictures, graph) stays; the rest is hidden, and written again.
+        self.writer = SummaryWriter(str(folder), purge_step=(1 if history else 0) if older else None)
+        for row in history:
+            self._add_scalars(row)
+
+    def _add_scalars(self, row: Row) -> None:
+        for name, value in row.items():
+            if name not in ("step", "time"):
+                self.writer.add_scalar(name, value, row["step"], walltime=row["time"])
 
     def log_pictures(self, network: nn.Module, pixels: Tensor) -> None:
         """Show TensorBoard some training pictures (B, 3, height, width) uint8, and the graph of `network`."""
@@ -48,10 +56,9 @@ class RunLog:
             warnings.simplefilter("ignore")  # tracing warns of every shape that Python looks at
             self.writer.add_graph(network.eval(), pixels[:1].to(next(network.parameters()).device))
 
-    def log_epoch(self, history: Sequence[Row], step: int) -> None:
+    def log_epoch(self, history: Sequence[Row]) -> None:
         """Write what is known after an epoch, the last row of `history`."""
-        for name, value in history[-1].items():
-            self.writer.add_scalar(name, value, step)
+        self._add_scalars(history[-1])
         self.writer.flush()
         for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
             (self.folder / name).write_text("".join(f"{row[key]}\n" for row in history), encoding="utf-8")

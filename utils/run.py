@@ -1,65 +1,33 @@
-"""One run: its folder, how far it has come, and what is saved and logged after each epoch."""
+"""One run: how far it has come, and when that is saved and logged."""
 
 from __future__ import annotations
 
+import math
 import time
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint import BEST, LAST, count_bytes, prune_periodic, save_checkpoint
 from utils.config import TrainConfig
-from utils.engine import Trainer
+from utils.engine import NonFiniteLoss, Trainer
+from utils.files import format_bytes, free_bytes
 from utils.freeze import Stage
+from utils.lists import ImageList
 from utils.report import RunLog
+from utils.resume import FREE_FIELDS, RunFolder
+from utils.stop import held
 from utils.transforms import Preprocessing
 
-# A resumed run may have other values of these; all others decide what comes out of it.
-FREE_FIELDS = frozenset(
-    [
-        *("resume", "model_path", "pretrained", "activation", "save_period", "save_dir", "num_workers", "device"),
-        *("cache_dir", "feature_cache_gb", "max_bad_fraction"),
-    ]
-)
-
-
-def load_resumable(config: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
-    """The last checkpoint of the run that `config.resume` names; None if it names none.
-
-    Raises:
-        FileNotFoundError: there is no such run.
-        ValueError: it isn't a run's folder or last checkpoint, or the run has other settings or classes.
-    """
-    if not config.resume:
-        return None
-    file = find_checkpoint(config.resume, LAST)
-    if file.name != LAST:
-        raise ValueError(
-            f"resume={config.resume!r}: a run goes on from its last checkpoint, so give its folder; to begin a new run "
-            f"with the weights of another checkpoint, set model_path"
-        )
-    checkpoint = load_checkpoint(file)
-    then, now = checkpoint["config"], config.as_dict()
-    changed = {name for name in then.keys() | now.keys() if name not in FREE_FIELDS and then.get(name) != now.get(name)}
-    if changed:
-        told = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in sorted(changed))
-        raise ValueError(
-            f"resume={config.resume!r}: {told}; give the settings, flags too, that the run was started with (they are "
-            f"in {file.parent / 'config.json'}), or begin a new run with model_path"
-        )
-    if checkpoint["class_names"] != class_names:
-        raise ValueError(
-            f"resume={config.resume!r}: that run has the classes {', '.join(checkpoint['class_names'])}, and "
-            f"{config.classes_path} names {', '.join(class_names)}"
-        )
-    return checkpoint
+MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
+"""Tensors that an optimizer keeps beside each parameter, at most."""
 
 
 class Run:
-    """A new run, or with `resumed`, its last checkpoint, one that goes on: the trainer is brought to where it was.
+    """A new run, or one that goes on from a checkpoint: the trainer is brought to where it was.
 
     Attributes:
         folder: the run's folder.
@@ -72,83 +40,175 @@ class Run:
         model: nn.Module,
         trainer: Trainer,
         class_names: list[str],
-        resumed: dict[str, Any] | None,
+        lists: Mapping[str, ImageList],
+        folder: RunFolder,
     ) -> None:
         self.config = config
         self.model = model
         self.trainer = trainer
+        self.folder = folder.path
+        self._lock = folder.lock
+        self.optimizer: Optimizer | None = None
         self.identity = {
             "model": model.arguments,
             "class_names": class_names,
             "preprocessing": Preprocessing.from_dict(config.as_dict()).as_dict(),
             "config": config.as_dict(),
+            "lists": {key: images.digest() for key, images in lists.items()},
+            "arithmetic": {
+                "torch": str(torch.__version__),
+                "device": trainer.device.type,
+                "precision": trainer.precision,
+                "threads": torch.get_num_threads(),
+            },
         }
         self.history: list[dict[str, float]] = []
-        self._resumed = resumed
-        if resumed:
-            self.folder = find_checkpoint(config.resume, LAST).parent
-            self.trainer.load_state_dict(resumed)
-            self.history = resumed["history"]
-            print(f"going on with {self.folder} after epoch {self.epoch}")
-        else:
-            self.folder = new_run_folder(config.save_dir)
-        self.log = RunLog(self.folder, config.as_dict(), trainer.step)
-        self._epoch_started = time.perf_counter()
+        self._resumed = folder.checkpoint
+        if self._resumed:
+            self.trainer.load_state_dict(self._resumed)
+            self.history = self._resumed["history"]
+            self._say_how_it_goes_on(self._resumed)
+        self._check_room()
+        self._saved_step = trainer.step if self._resumed else -1
+        self._saved_at = self._epoch_started = time.monotonic()
+        self.log = RunLog(self.folder, self.history)
+
+    def _say_how_it_goes_on(self, checkpoint: Mapping[str, Any]) -> None:
+        within = f" and {self.trainer.done} steps" if self.trainer.done else ""
+        print(f"going on with {self.folder} after epoch {self.epoch}{within}; resume=no would begin a new run")
+        now = self.identity
+        for name in sorted(FREE_FIELDS):
+            before, value = checkpoint["config"].get(name), now["config"][name]
+            if before != value and name != "resume":
+                print(f"{name}: {before} -> {value}")
+        for name, value in now["arithmetic"].items():
+            if checkpoint["arithmetic"].get(name) != value:
+                print(
+                    f"attention: {name} was {checkpoint['arithmetic'].get(name)} and is {value}; the run goes on, but "
+                    f"not bit for bit as without interruption"
+                )
+
+    def _check_room(self) -> None:
+        """Raise a ValueError if the disk can't hold the checkpoints to come: best, last, one that is being written, and
+        those of single epochs."""
+        config = self.config
+        weights = count_bytes(self.model.state_dict())
+        size = weights * (1 + MOMENTS[config.optimizer_type] + (config.ema_decay > 0))
+        number = 3 + min(config.keep_periodic, config.unfreeze_epoch // config.save_period)
+        there = sum(path.stat().st_size for path in self.folder.glob("*.pth"))
+        needed, free = number * size - there, free_bytes(self.folder)
+        if needed > free:
+            raise ValueError(
+                f"save_dir={config.save_dir!r}: {number} checkpoints of up to {format_bytes(size)} take "
+                f"{format_bytes(needed)} more, and {format_bytes(free)} are free; make room, set save_dir to another "
+                f"disk, or lower keep_periodic ({config.keep_periodic})"
+            )
 
     @property
     def epoch(self) -> int:
-        """The next epoch, counted from 0."""
+        """The next epoch, counted from 0, or the one that the run is in."""
         return len(self.history)
 
-    def restore_optimizer(self, optimizer: Optimizer, stage: Stage) -> None:
-        """If the run that goes on was cut off inside `stage`, give its new optimizer the state of the old."""
-        if self._resumed and self.epoch > stage.start:
+    @property
+    def new(self) -> bool:
+        """Whether it has no checkpoint yet."""
+        return self._saved_step < 0
+
+    def take_up(self, optimizer: Optimizer, stage: Stage) -> None:
+        """Save the state of this optimizer from now on. If the run that goes on was cut off inside `stage`, give it
+        that of the old one."""
+        if self._resumed and (self.epoch > stage.start or self.trainer.done):
             # The groups' options stay as they were just made: `fused` depends on the device.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": self._resumed["optimizer"]["state"], "param_groups": groups})
+        self._resumed = None
+        self.optimizer = optimizer
 
-    def finish_epoch(self, numbers: dict[str, float], optimizer: Optimizer) -> None:
-        """Print, log and save an epoch: as the last, as the best if none had a lower validation loss, and by itself
-        every `save_period` epochs."""
-        now = time.perf_counter()
-        row = {"epoch": self.epoch + 1} | numbers | {"seconds": now - self._epoch_started}
-        self._epoch_started = now
-        self.history.append(row)
-        best_val_loss = min(earlier["val_loss"] for earlier in self.history)
-        is_best = row["val_loss"] == best_val_loss
-        print(
-            f"epoch {row['epoch']}/{self.config.unfreeze_epoch}: loss {row['loss']:.3f}, top-1 {row['top1']:.1%}; "
-            f"validation loss {row['val_loss']:.3f}, top-1 {row['val_top1']:.1%}; {row['seconds']:.1f} s"
-            f"{' (best so far)' if is_best else ''}"
-        )
-        content = (
+    def after_step(self) -> None:
+        """Save if `save_every_steps` or `save_every_minutes` asks for it."""
+        steps, minutes = self.config.save_every_steps, self.config.save_every_minutes
+        late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+        if late or (steps and self.trainer.step % steps == 0):
+            self.save()
+
+    def save(self) -> None:
+        """Save the run as it is as its last checkpoint, unless it has been.
+
+        Raises:
+            NonFiniteLoss: a weight isn't finite.
+            SaveError: it can't be written.
+        """
+        if self.trainer.step > self._saved_step:
+            with held():
+                self._save(self._content(), LAST)
+
+    def _save(self, content: dict[str, Any], *names: str) -> None:
+        for name in names:
+            save_checkpoint(self.folder / name, content)
+        self._saved_step, self._saved_at = self.trainer.step, time.monotonic()
+
+    def _content(self) -> dict[str, Any]:
+        with self.trainer.evaluated_weights():
+            weights = self.model.state_dict()
+        in_training = self.model.state_dict() if self.trainer.average else {}
+        for tensors in (weights, in_training):
+            wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            if wrong:
+                raise NonFiniteLoss(
+                    f"{len(wrong)} weights aren't finite at step {self.trainer.step}, {wrong[0]} among them, so this "
+                    f"state isn't saved; lower init_lr, or set precision to bf16 or fp32"
+                )
+        return (
             self.identity
             | self.trainer.state_dict()
             | {
-                "weights": self.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "weights": weights,
+                "weights_in_training": in_training,
+                "optimizer": self.optimizer.state_dict() if self.optimizer else {},
                 "epoch": self.epoch,
-                "best_val_loss": best_val_loss,
+                "best_val_loss": min((row["val_loss"] for row in self.history), default=math.inf),
                 "history": self.history,
+                "finished": self.epoch == self.config.unfreeze_epoch,
             }
         )
-        # Logged before it is saved: a run cut off in between logs this epoch again, and what it logged first is hidden.
-        self.log.log_epoch(self.history, self.trainer.step)
-        if self.epoch % self.config.save_period == 0:
-            name = f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}.pth"
-            save_checkpoint(self.folder / name, content)
-        if is_best:
-            save_checkpoint(self.folder / BEST, content)
-        save_checkpoint(self.folder / LAST, content)
 
+    def finish_epoch(self, numbers: dict[str, float]) -> None:
+        """Print, log and save an epoch: as the last, as the best if none had a lower validation loss, and by itself
+        every `save_period` epochs."""
+        with held():
+            now = time.monotonic()
+            row = {"epoch": self.epoch + 1, "step": self.trainer.step} | numbers
+            row |= {"seconds": now - self._epoch_started, "time": time.time()}
+            self._epoch_started = now
+            self.history.append(row)
+            self.trainer.begin_epoch()
+            content = self._content()
+            is_best = row["val_loss"] == content["best_val_loss"]
+            print(format_row(row, self.config.unfreeze_epoch, is_best))
+            # Logged before it is saved: a run cut off in between does this epoch again, and its log is made anew.
+            self._log()
+            names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}.pth"]
+            periodic = names if self.config.keep_periodic and self.epoch % self.config.save_period == 0 else []
+            self._save(content, *periodic, *([BEST] if is_best else []), LAST)
+            prune_periodic(self.folder, self.config.keep_periodic)
 
-def new_run_folder(save_dir: str | Path) -> Path:
-    """Make a folder in `save_dir`, named after the time."""
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 1000))):
+    def _log(self) -> None:
         try:
-            Path(save_dir, name).mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return Path(save_dir, name)
-    raise FileExistsError(f"{save_dir} has a thousand runs of {stamp}")
+            self.log.log_epoch(self.history)
+        except OSError as error:  # a run is worth more than its curve
+            print(f"attention: the log in {self.folder} can't be written ({error.strerror})")
+
+    def close(self) -> None:
+        """Finish the log, and let others write to the folder."""
+        self.log.close()
+        self._lock.release()
+
+
+def format_row(row: Mapping[str, float], epochs: int, is_best: bool) -> str:
+    """An epoch's numbers as a line."""
+    skipped = f"; {row['skipped']} steps left out" if row["skipped"] else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.3f}, top-1 {row['top1']:.1%}; validation loss "
+        f"{row['val_loss']:.3f}, top-1 {row['val_top1']:.1%}; {row['seconds']:.1f} s{skipped}"
+        f"{' (best so far)' if is_best else ''}"
+    )

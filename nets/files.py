@@ -1,0 +1,155 @@
+"""Files of weights: sealed with a checksum when Thaw writes them, and never trusted when they are opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
+    # Before, a file could run code or corrupt memory in spite of weights_only=True: CVE-2025-32434, CVE-2026-24747.
+    raise ImportError(
+        f"torch {torch.__version__} opens files of weights unsafely, and Thaw needs 2.10 or later: "
+        f"pip install --upgrade 'torch>=2.10' torchvision"
+    )
+
+MARK = b" sha256:"
+DIGITS = 64
+"""Hexadecimal digits of a SHA-256."""
+BLOCK = 1 << 22
+"""Bytes that are read at a time."""
+
+
+def seal(file: BinaryIO, note: dict[str, Any]) -> None:
+    """End `file`, which `torch.save` just wrote, with `note` and the SHA-256 of every byte before it.
+
+    They become the comment that a zip archive may end with, so that the file stays what other programs can open.
+
+    Args:
+        file: open for reading and writing, at its end.
+        note: what shall be known without opening the archive, as JSON.
+    """
+    text = json.dumps(note).encode() + MARK
+    file.seek(-2, os.SEEK_END)  # the length of the comment, so far none
+    file.write((len(text) + DIGITS).to_bytes(2, "little") + text)
+    file.write(_sha256(file, file.tell()))
+
+
+def check_seal(path: Path) -> None:
+    """Read all of a sealed file.
+
+    Raises:
+        ValueError: it isn't as it was written.
+    """
+    with path.open("rb") as file:
+        body, mark, digest = _parts(file)
+        if mark != MARK:
+            raise ValueError(f"{path} is damaged: it doesn't end with a checksum, so it was cut off or changed")
+        if _sha256(file, body) != digest:
+            raise ValueError(f"{path} is damaged: its checksum doesn't match")
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The note of a sealed file, unchecked; None if it has none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text, mark, _ = archive.comment.rpartition(MARK)
+        return json.loads(text) if mark else None
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+def open_safely(path: str | Path) -> Any:
+    """What a `.safetensors` file or a file of `torch.save` holds, on the CPU. Nothing in the file is executed, and no
+    more memory is taken than the file has bytes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, claims to hold more than it does, would run code, or is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file makes the readers raise nearly every type there is
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = (
+            f"it holds code ({code[1]}), which is never run"
+            if code
+            else f"it is damaged, or something else, or holds code, which is never run ({type(error).__name__})"
+        )
+        raise ValueError(f"{path} can't be opened as weights: {reason}") from error
+    _check_tensors(content, path)
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raise a ValueError unless every byte that a zip archive claims to hold is in it, and as it was written."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        sealed = _parts(file)[1] == MARK
+    if sealed:
+        check_seal(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            claimed = sum(entry.file_size for entry in entries)
+            if claimed > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError(
+                    f"{path} can't be opened as weights: its {size:,} bytes claim to unpack to {claimed:,}; torch "
+                    f"writes its files unpacked"
+                )
+            broken = None if sealed else archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: its archive can't be read ({error})") from error
+    if broken:
+        raise ValueError(f"{path} is damaged: the checksum of {broken} in it doesn't match")
+
+
+def _check_tensors(content: Any, path: Path) -> None:
+    """Raise a ValueError if a tensor in nested dicts and lists claims more elements than are in its memory."""
+    seen, waiting = set(), [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            dense = value.layout == torch.strided and value.device.type == "cpu"
+            if not dense or value.numel() * value.itemsize > value.untyped_storage().nbytes():
+                raise ValueError(
+                    f"{path} can't be opened as weights: a tensor of the shape {tuple(value.shape)} isn't all in it"
+                )
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+
+
+def _parts(file: BinaryIO) -> tuple[int, bytes, bytes]:
+    """Length of what the checksum is of, the bytes where `MARK` should stand, and those of the checksum."""
+    body = max(0, file.seek(0, os.SEEK_END) - DIGITS)
+    file.seek(max(0, body - len(MARK)))
+    mark = file.read(min(len(MARK), body))
+    return body, mark, file.read()
+
+
+def _sha256(file: BinaryIO, size: int) -> bytes:
+    """The digest of the first `size` bytes of `file`, which is then behind them."""
+    found = hashlib.sha256()
+    file.seek(0)
+    while size > 0 and (block := file.read(min(BLOCK, size))):
+        found.update(block)
+        size -= len(block)
+    return found.hexdigest().encode()

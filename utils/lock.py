@@ -1,0 +1,59 @@
+"""One writer for a run's folder: a lock that dies with its process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import datetime
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+NAME = "in_use_by.txt"
+LOCKED_BYTE = 1 << 20
+"""Where Windows locks, out of the way of what is to be read."""
+
+
+class InUse(ValueError):
+    """Another process writes to the folder; the message names it."""
+
+
+class FolderLock:
+    """The right to write to `folder`, until `release` or the end of the process, however that comes.
+
+    It is the operating system's record lock: children don't inherit it, as they would that of `flock`, so that it ends
+    with a killed process even if its workers live a moment longer.
+
+    Raises:
+        InUse: another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT)
+        try:
+            _lock(self._file)
+        except OSError as error:
+            holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
+            os.close(self._file)
+            raise InUse(
+                f"{folder} is being written by {holder}: wait for it or stop it, or begin a run of its own with "
+                f"resume=no"
+            ) from error
+        os.ftruncate(self._file, 0)
+        os.write(self._file, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}\n".encode())
+
+    def release(self) -> None:
+        """Give it back."""
+        os.close(self._file)
+
+
+def _lock(descriptor: int) -> None:
+    if os.name == "nt":
+        os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,216 @@
+"""Which run a start goes on with: the newest unfinished one of the same settings, a given one, or a new one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import LAST, load_newest, read_note
+from utils.config import TrainConfig
+from utils.files import PARTIAL, write_whole
+from utils.lists import ImageList, compare_lists, read_list
+from utils.lock import FolderLock, InUse
+
+CONFIG_FILE = "config.json"
+LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
+
+# A run that goes on may have other values of these; all others decide what comes out of it.
+FREE_FIELDS = frozenset(
+    [
+        *("resume", "accept_changed_lists", "on_nan", "max_bad_fraction", "num_workers", "device"),
+        *("save_dir", "save_period", "save_every_steps", "save_every_minutes", "keep_periodic"),
+        *("cache_dir", "feature_cache_gb"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, which nobody else writes to.
+
+    Attributes:
+        path: the folder.
+        lock: to be released at the end.
+        checkpoint: what the run goes on from; None: it is at its beginning.
+    """
+
+    path: Path
+    lock: FolderLock
+    checkpoint: dict[str, Any] | None
+
+
+def open_run(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
+    """The folder of the run that `config.resume` means, and what is said of it.
+
+    Args:
+        config: the settings.
+        class_names: name of each class id.
+        lists: by the keys of `LIST_FILES`.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: it has other settings, classes or lists, or none of its checkpoints is whole.
+        InUse: another process writes to it.
+    """
+    remove_strays(Path(config.save_dir))
+    if config.resume == "auto":
+        for path in unfinished_runs(config):
+            run = _take_up(path)
+            if run and _has_classes(run, class_names):
+                check_lists(run, config, lists)
+                return run
+    elif config.resume != "no":
+        return _open_given(config, class_names, lists)
+    return _begin(config, lists)
+
+
+def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
+    path = Path(config.resume)
+    if path.is_file() and path.name != LAST:
+        raise ValueError(
+            f"resume={config.resume!r}: a run goes on from its last checkpoint, so give its folder; to begin a new run "
+            f"with the weights of another checkpoint, set model_path"
+        )
+    path = path.parent if path.is_file() else path
+    if not path.is_dir() or not (path / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"resume={config.resume!r}: there is no run; give its folder, auto or no")
+    run = _take_up(path)
+    if run is None:
+        raise ValueError(f"resume={config.resume!r}: none of its checkpoints is whole; begin a new run with resume=no")
+    check_config(path, config)
+    if not _has_classes(run, class_names):
+        raise ValueError(
+            f"resume={config.resume!r}: that run has the classes {', '.join(run.checkpoint['class_names'])}, and "
+            f"{config.classes_path} names {', '.join(class_names)}"
+        )
+    check_lists(run, config, lists)
+    return run
+
+
+def unfinished_runs(config: TrainConfig) -> Iterator[Path]:
+    """The folders in `save_dir` of runs with these settings that aren't at their end, the newest first."""
+    files = Path(config.save_dir).glob(f"*/{CONFIG_FILE}")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+        note = read_note(file.parent / LAST) or {}
+        if not note.get("finished") and not changed_fields(read_config(file.parent), config):
+            yield file.parent
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The settings that a run was started with; none if they can't be read."""
+    try:
+        found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """The fields that decide what comes out of a run and aren't what they were."""
+    now = config.as_dict()
+    return sorted(
+        name for name in then.keys() | now.keys() if name not in FREE_FIELDS and then.get(name) != now.get(name)
+    )
+
+
+def check_config(folder: Path, config: TrainConfig) -> None:
+    """Raise a ValueError that names the fields in which a run has other settings, if they decide what comes of it."""
+    then, now = read_config(folder), config.as_dict()
+    if changed := changed_fields(then, config):
+        told = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed)
+        raise ValueError(
+            f"resume={config.resume!r}: {told}; give the settings, flags too, that the run was started with (they are "
+            f"in {folder / CONFIG_FILE}), or begin a new run, with model_path to start from its weights"
+        )
+
+
+def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageList]) -> None:
+    """Compare the lists with those that a run began with.
+
+    Raises:
+        ValueError: they have changed, and `accept_changed_lists` isn't set; names the pictures.
+    """
+    if run.checkpoint is None:
+        _write_lists(run.path, lists)
+        return
+    told = []
+    for key, images in lists.items():
+        if run.checkpoint["lists"].get(key) == images.digest():
+            continue
+        copy = run.path / LIST_FILES[key]
+        names = run.checkpoint["class_names"]
+        before = read_list(copy, len(names)) if copy.is_file() else None
+        known = before is not None and before.digest() == run.checkpoint["lists"].get(key)
+        differences = compare_lists(before, images, names) if known else f"{copy}, what it was, is gone or changed"
+        told.append(f"{getattr(config, f'{key}_annotation_path')}: {differences}")
+    if not told:
+        return
+    if not config.accept_changed_lists:
+        run.lock.release()
+        raise ValueError(
+            f"{run.path} isn't finished, and its lists have changed since. {'; '.join(told)}. Begin a new run with "
+            f"resume=no, or go on with accept_changed_lists, which isn't the same as a run without interruption"
+        )
+    print(f"attention: the lists have changed since the run began. {'; '.join(told)}")
+
+
+def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
+    if run.checkpoint is None or run.checkpoint["class_names"] == class_names:
+        return True
+    run.lock.release()
+    return False
+
+
+def _take_up(path: Path) -> RunFolder | None:
+    """A run that was begun; None if it has checkpoints and none of them is whole."""
+    lock = FolderLock(path)
+    found = load_newest(path)
+    if found is None and any(path.glob("*.pth")):
+        lock.release()
+        return None
+    return RunFolder(path, lock, found[1] if found else None)
+
+
+def _begin(config: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
+    """A new run, whose settings and lists are on the disk before anything else."""
+    path = new_run_folder(config.save_dir)
+    lock = FolderLock(path)
+    _write_lists(path, lists)
+    with write_whole(path / CONFIG_FILE) as file:
+        file.write((json.dumps(config.as_dict(), indent=2) + "\n").encode())
+    return RunFolder(path, lock, None)
+
+
+def _write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:
+    for key, images in lists.items():
+        with write_whole(path / LIST_FILES[key]) as file:
+            file.write(images.buffer.tobytes())
+
+
+def new_run_folder(save_dir: str | Path) -> Path:
+    """Make a folder in `save_dir`, named after the time."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 1000))):
+        try:
+            Path(save_dir, name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return Path(save_dir, name)
+    raise FileExistsError(f"{save_dir} has a thousand runs of {stamp}")
+
+
+def remove_strays(save_dir: Path) -> None:
+    """Delete what killed runs left half-written."""
+    for folder in {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}")}:
+        try:
+            lock = FolderLock(folder)
+        except InUse:
+            continue
+        for stray in folder.glob(f"*{PARTIAL}"):
+            print(f"{stray}, left half-written by a run that was cut off, is deleted")
+            stray.unlink(missing_ok=True)
+        lock.release()

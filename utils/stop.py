@@ -1,0 +1,117 @@
+"""How a run is stopped from outside, by a signal or by the death of a worker: between two steps, never inside one.
+
+Outside of `held` such an event raises at once, as Ctrl-C does in any Python program. Inside, it waits for the end.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived. No `Exception`, so that nothing that handles errors takes it for one.
+
+    Attributes:
+        status: the exit status that tells so, 130 or 143.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.status = 128 + signum
+
+
+class WorkerDied(ChildProcessError):
+    """A process that loads pictures is gone; the message names it and the cause."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__(
+            f"{str(error).strip()} A worker that is killed has usually run out of memory: lower num_workers. The same "
+            f"command goes on with the run"
+        )
+
+
+class _State:
+    depth = 0  # of `held`
+    pending: BaseException | None = None
+    stopping = False
+
+
+_state = _State()
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM raise `Stopped`, deferred by `held`; a second one ends the process at once, its
+    children first. In a thread other than the main one, where Python handles no signals, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, _stop) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        _state.depth, _state.pending, _state.stopping = 0, None, False
+
+
+class held:
+    """A context that nothing stops: a step, or a save. What arrived meanwhile is raised at its end."""
+
+    def __enter__(self) -> None:
+        _state.depth += 1
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        _state.depth -= 1
+        if _state.depth == 0 and _state.pending is not None:
+            pending, _state.pending = _state.pending, None
+            if kind is None:
+                raise pending
+
+
+def watch_workers() -> None:
+    """Let `held` defer the error that torch raises when a worker dies; called once its handler is in place."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return
+    torchs = signal.getsignal(signal.SIGCHLD)
+    if not callable(torchs) or getattr(torchs, "defers", False):
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        try:
+            torchs(signum, frame)
+        except RuntimeError as error:
+            if not _state.stopping:  # else it got the same signal
+                _raise(WorkerDied(error), f"\n{str(error).strip()} The run stops after this step.\n")
+
+    handle.defers = True
+    signal.signal(signal.SIGCHLD, handle)
+
+
+def ignore_interrupt(_: int) -> None:
+    """For workers: Ctrl-C reaches them too, but it is the main process that decides when they stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _stop(signum: int, _: FrameType | None) -> None:
+    if _state.stopping:
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + signum)
+    _state.stopping = True
+    _raise(Stopped(signum), "\nstopping after this step; once more to leave at once\n")
+
+
+def _raise(error: BaseException, told: str) -> None:
+    if _state.depth == 0:
+        raise error
+    _state.pending = error
+    os.write(2, told.encode())  # print could be interrupted by itself
