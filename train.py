@@ -191,8 +191,8 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
                 from utils.probe import init_head  # brings scikit-learn, which nothing else here needs
 
                 init_head(model, cache, train_set, val_set, config)
-            run.log.log_pictures(network, next(iter(train_loader(train_set, min(16, len(train_set)), 0)))[0])
             run.save()  # what can't be written is known before hours are spent
+        run.log.log_pictures(network, next(iter(train_loader(train_set, min(16, len(train_set)), 0)))[0])
         for stage in stages:
             if run.epoch >= stage.end:
                 continue

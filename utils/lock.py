@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from datetime import datetime
@@ -36,6 +37,8 @@ class FolderLock:
         try:
             _lock(self._file)
         except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise
             holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
             os.close(self._file)
             raise InUse(

@@ -39,10 +39,12 @@ class RunLog:
     def __init__(self, folder: Path, history: Sequence[Row]) -> None:
         self.folder = folder
         older = list(folder.glob("events.out.tfevents.*"))
-        # What older events have of the run's beginning (pictures, graph) stays; the rest is hidden, and written again.
-        self.writer = SummaryWriter(str(folder), purge_step=(1 if history else 0) if older else None)
+        self.writer = SummaryWriter(str(folder))
         for row in history:
             self._add_scalars(row)
+        self.writer.flush()
+        for path in older:
+            path.unlink()
 
     def _add_scalars(self, row: Row) -> None:
         for name, value in row.items():

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import LAST, load_newest, read_note
+from utils.checkpoint import LAST, SaveError, load_newest, read_note
 from utils.config import TrainConfig
 from utils.files import PARTIAL, write_whole
 from utils.lists import ImageList, compare_lists, read_list
@@ -55,7 +55,20 @@ def open_run(config: TrainConfig, class_names: list[str], lists: Mapping[str, Im
         FileNotFoundError: there is no such run.
         ValueError: it has other settings, classes or lists, or none of its checkpoints is whole.
         InUse: another process writes to it.
+        SaveError: `save_dir` can't be written to.
     """
+    try:
+        return _open(config, class_names, lists)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"save_dir={config.save_dir!r} can't be written ({error.strerror}: {error.filename}); let it be written, "
+            f"or set save_dir to another folder"
+        ) from error
+
+
+def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
     remove_strays(Path(config.save_dir))
     if config.resume == "auto":
         for path in unfinished_runs(config):

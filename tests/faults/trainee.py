@@ -1,0 +1,117 @@
+"""A training run in a process of its own, which notes what it learns from, with a fault planted in it if wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from utils import checkpoint, files, run
+from utils.config import TrainConfig
+from utils.data import batch_paths
+from utils.engine import Trainer
+from utils.stop import Stopped
+
+STEPS = "steps.log"
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_in(folder: Path, settings: dict[str, Any], fault: str = "", number: int = 0) -> None:
+    """Run `train.main` in `folder`; print into `output.log`; exit as `train.py` would."""
+    os.chdir(folder)
+    output = Path("output.log").open("a", buffering=1)  # noqa: SIM115
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
+    torch.set_num_threads(1)
+    note_steps()
+    if fault:
+        plant(fault, number)
+    try:
+        train.main(TrainConfig(**settings))
+    except Stopped as stopped:
+        sys.exit(stopped.status)
+
+
+def note_steps() -> None:
+    """After each step, write a line with its number, the pictures, and a digest of what the network was given."""
+    train_epoch, train_step = Trainer.train_epoch, Trainer.train_step
+    log = os.open(STEPS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def noting_epoch(self, loader, *args, **kwargs):
+        self.loader = loader
+        return train_epoch(self, loader, *args, **kwargs)
+
+    def noting_step(self, inputs, targets, optimizer):
+        pictures = ",".join(Path(path).name for path in batch_paths(self.loader, self.done))
+        fed = hashlib.sha256(inputs.contiguous().view(torch.uint8).numpy().tobytes() + targets.numpy().tobytes())
+        step = self.step
+        result = train_step(self, inputs, targets, optimizer)
+        os.write(log, f"{step} {pictures} {fed.hexdigest()}\n".encode())
+        return result
+
+    Trainer.train_epoch, Trainer.train_step = noting_epoch, noting_step
+
+
+def plant(fault: str, number: int) -> None:
+    """Die at a point of saving a checkpoint, at the one that is the `number`-th to come there."""
+    left = [number]
+
+    def now() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    save, seal, replace, unlink = torch.save, checkpoint.seal, os.replace, Path.unlink
+
+    def half(content, file):
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+        die()
+
+    def before_flush(file, note):
+        seal(file, note)
+        if now():
+            die()
+
+    def around_replace(old, new):
+        if fault == "before rename" and str(new).endswith(".pth") and now():
+            die()
+        replace(old, new)
+        if fault == "after rename" and str(new).endswith(".pth") and now():
+            die()
+
+    def dying_unlink(path, missing_ok=False):
+        unlink(path, missing_ok)
+        if path.name.startswith("ep") and path.suffix == ".pth" and now():
+            die()
+
+    if fault == "at open":
+        checkpoint.torch.save = lambda content, file: die() if now() else save(content, file)
+    elif fault in ("mid-write", "plain mid-write"):
+        checkpoint.torch.save = lambda content, file: half(content, file) if now() else save(content, file)
+    elif fault == "before flush":
+        checkpoint.seal = before_flush
+    elif fault in ("before rename", "after rename"):
+        files.os.replace = around_replace
+    elif fault == "in retention":
+        Path.unlink = dying_unlink
+    if fault.startswith("plain"):
+        run.save_checkpoint = plain_save
+
+
+def plain_save(path: Path, content: dict[str, Any]) -> None:
+    """What most training loops do."""
+    with path.open("wb") as file:
+        checkpoint.torch.save({"format_version": checkpoint.FORMAT_VERSION} | content, file)
