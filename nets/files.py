@@ -56,6 +56,12 @@ def check_seal(path: Path) -> None:
             raise ValueError(f"{path} is damaged: its checksum doesn't match")
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends with a checksum, right or wrong."""
+    with path.open("rb") as file:
+        return _parts(file)[1] == MARK
+
+
 def read_note(path: Path) -> dict[str, Any] | None:
     """The note of a sealed file, unchecked; None if it has none."""
     try:
@@ -101,9 +107,7 @@ def open_safely(path: str | Path) -> Any:
 def _check_archive(path: Path) -> None:
     """Raise a ValueError unless every byte that a zip archive claims to hold is in it, and as it was written."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        sealed = _parts(file)[1] == MARK
-    if sealed:
+    if sealed := is_sealed(path):
         check_seal(path)
     try:
         with zipfile.ZipFile(path) as archive:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nets.files import check_seal, open_safely, read_note, seal
+from nets.files import check_seal, is_sealed, open_safely, read_note, seal
 from utils.files import format_bytes, free_bytes, write_whole
 
 FORMAT_VERSION = 2
@@ -104,8 +104,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     wrong = [name for name, kind in KEYS.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise ValueError(f"{path} can't be used: it lacks {', '.join(sorted(wrong))}")
-    if read_note(Path(path)) is None:
-        raise ValueError(f"{path} can't be used: it has no checksum, so it was cut off or changed by another program")
+    if not is_sealed(Path(path)):
+        raise ValueError(f"{path} is damaged: it doesn't end with a checksum, so it was cut off or changed")
     return content
 
 

@@ -273,10 +273,12 @@ class Trainer:
                         bar.set_postfix(loss=f"{self._mean_loss():.3f}", lr=f"{rate:.1e}")
                     after_step()
                 bar.update()
+        last_rate = learning_rate(epoch + (steps - 1) / steps)
+        set_learning_rate(optimizer, last_rate)  # as the last step left it, should that have been in an earlier process
         return {
             "loss": self._mean_loss(),
             "top1": self.hits.sum().item() / (steps * loader.batch_size),
-            "learning_rate": learning_rate(epoch + (steps - 1) / steps),
+            "learning_rate": last_rate,
             "skipped": int(self.losses.isnan().sum()),
         }
 

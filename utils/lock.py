@@ -13,7 +13,7 @@ try:
 except ImportError:  # Windows
     import msvcrt
 
-NAME = "in_use_by.txt"
+LOCK_FILE = "in_use_by.txt"
 LOCKED_BYTE = 1 << 20
 """Where Windows locks, out of the way of what is to be read."""
 
@@ -33,7 +33,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT)
+        self._file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT)
         try:
             _lock(self._file)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,7 @@ from utils.checkpoint import LAST, SaveError, load_newest, read_note
 from utils.config import TrainConfig
 from utils.files import PARTIAL, write_whole
 from utils.lists import ImageList, compare_lists, read_list
-from utils.lock import FolderLock, InUse
+from utils.lock import LOCK_FILE, FolderLock, InUse
 
 CONFIG_FILE = "config.json"
 LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
@@ -217,8 +218,10 @@ def new_run_folder(save_dir: str | Path) -> Path:
 
 
 def remove_strays(save_dir: Path) -> None:
-    """Delete what killed runs left half-written."""
-    for folder in {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}")}:
+    """Delete what killed runs left half-written: files, and folders that a run hadn't yet begun in."""
+    half_written = {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}")}
+    not_begun = {file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()}
+    for folder in half_written | not_begun:
         try:
             lock = FolderLock(folder)
         except InUse:
@@ -227,3 +230,5 @@ def remove_strays(save_dir: Path) -> None:
             print(f"{stray}, left half-written by a run that was cut off, is deleted")
             stray.unlink(missing_ok=True)
         lock.release()
+        if folder in not_begun and {path.name for path in folder.iterdir()} <= {LOCK_FILE, *LIST_FILES.values()}:
+            shutil.rmtree(folder)

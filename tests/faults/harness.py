@@ -74,7 +74,8 @@ def finish(folder: Path, settings: dict[str, Any] | None = None) -> None:
 
 
 def run_folder(folder: Path) -> Path:
-    (found,) = (folder / "logs").iterdir()
+    """The one that was begun; a kill may leave an empty one from just before."""
+    (found,) = (path for path in (folder / "logs").iterdir() if any(path.iterdir()))
     return found
 
 

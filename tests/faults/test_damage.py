@@ -1,0 +1,259 @@
+"""Files that were damaged, disks that are full, and files that mean harm."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import predict
+import train
+from nets.weights import find_pretrained, read_weights
+from tests.conftest import SMALL
+from utils import checkpoint, run
+from utils.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, save_checkpoint
+from utils.config import TrainConfig
+from utils.resume import open_run
+
+
+@pytest.fixture
+def run_copy(trained, tmp_path) -> Path:
+    """A finished run's folder, to be damaged."""
+    (source,) = (trained / "logs").iterdir()
+    return Path(shutil.copytree(source, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_cut_off_is_seen_and_the_one_before_is_taken(run_copy, capsys, seed):
+    """5 lengths each, 20 in all."""
+    whole = (run_copy / LAST).read_bytes()
+    lengths = [0, 1, 21, len(whole) - 1, len(whole) - 72] if seed == 0 else None
+    for length in lengths or random.Random(seed).sample(range(len(whole)), 5):
+        (run_copy / LAST).write_bytes(whole[:length])
+        path, content = load_newest(run_copy)
+        assert path.name != LAST
+        assert content["step"] == 22  # the best, or the one of the same epoch
+        assert LAST in capsys.readouterr().out
+
+
+def test_a_single_bit_is_seen_and_the_one_before_is_taken(run_copy, capsys):
+    """100 bits, those of the file's ends among them."""
+    whole = (run_copy / LAST).read_bytes()
+    bits = [0, 8 * len(whole) - 1, 8 * (len(whole) - 64), 8 * (len(whole) - 68), 8 * (len(whole) - 93)]
+    bits += random.Random(0).sample(range(8 * len(whole)), 95)
+    for bit in bits:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (run_copy / LAST).write_bytes(damaged)
+        path, _ = load_newest(run_copy)
+        assert path.name != LAST, f"bit {bit} of {8 * len(whole)}"
+        told = capsys.readouterr().out
+        assert LAST in told and "the newest one before it is looked for" in told
+
+
+def test_no_whole_checkpoint_is_an_error(run_copy):
+    for path in run_copy.glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:-1])
+    assert load_newest(run_copy) is None
+    with pytest.raises(ValueError, match="none of its checkpoints is whole"):
+        open_run(TrainConfig(**SMALL, resume=str(run_copy)), ["dark", "light"], {})
+
+
+def test_a_damaged_best_is_an_error_for_evaluation(run_copy):
+    (run_copy / BEST).write_bytes((run_copy / BEST).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"{BEST} .*cut off"):
+        evaluation.main(model_path=str(run_copy))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes, or skips."""
+    with contextlib.ExitStack() as mounted:
+
+        def mount(size: int) -> Path:
+            folder = tmp_path / "disk"
+            folder.mkdir()
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+            if subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("no right to mount a small disk")
+            mounted.callback(subprocess.run, ["umount", "-l", str(folder)], check=True)
+            return folder
+
+        yield mount
+
+
+CONFIG = SMALL | {"save_period": 1, "keep_periodic": 1}
+
+
+@pytest.mark.parametrize("checkpoints", [0.5, 1.5, 2.5])
+def test_a_full_disk_leaves_what_was_saved(two_classes, small_disk, monkeypatch, checkpoints, run_copy):
+    """The disk is seen to be full only when it is written to, as with a quota."""
+    disk = small_disk(int(checkpoints * (run_copy / LAST).stat().st_size))
+    monkeypatch.setattr(run, "free_bytes", lambda folder: 1 << 60)
+    os.chdir(two_classes.parent)
+    with pytest.raises(SaveError, match=r"\.pth can't be written \(No space left on device\)\. It takes .* are free"):
+        train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+    (folder,) = disk.iterdir()
+    kept = list(folder.glob("*.pth"))
+    assert len(kept) >= int(checkpoints)
+    for path in kept:
+        load_checkpoint(path)
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_full_disk_is_seen_before_the_first_epoch(two_classes, small_disk, run_copy):
+    disk = small_disk(2 * (run_copy / LAST).stat().st_size)
+    os.chdir(two_classes.parent)
+    with pytest.raises(ValueError, match=r"save_dir=.*4 checkpoints of up to .* take .* more, and .* are free"):
+        train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+
+
+def test_a_run_goes_on_once_there_is_room(two_classes, small_disk, monkeypatch, run_copy):
+    disk = small_disk(int(2.5 * (run_copy / LAST).stat().st_size))
+    monkeypatch.setattr(run, "free_bytes", lambda folder: 1 << 60)
+    os.chdir(two_classes.parent)
+    with pytest.raises(SaveError):
+        train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+    subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
+    train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+    (folder,) = disk.iterdir()
+    assert load_checkpoint(folder / LAST)["finished"]
+
+
+def test_a_folder_that_cannot_be_written(two_classes, small_disk):
+    disk = small_disk(1 << 20)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(SaveError, match=r"save_dir=.*can't be written \(Read-only file system"):
+        train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+
+
+def test_a_limit_on_file_sizes(run_copy):
+    content = load_checkpoint(run_copy / LAST)
+    del content["format_version"]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(SaveError, match=r"can't be written \(File too large\)"):
+            save_checkpoint(run_copy / LAST, content | {"step": 99})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(run_copy / LAST)["step"] == 22
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.system, ("touch canary",))
+
+
+def write_trap(kind: str, path: Path, whole: Path) -> None:
+    """A file that means harm, in the place of the checkpoint `whole`."""
+    content = torch.load(whole, weights_only=True)
+    if kind == "at the top":
+        torch.save(Trap(), path)
+    elif kind in ("optimizer", "model", "history"):
+        torch.save(content | {kind: {"state": Trap()}}, path)
+    elif kind == "old format":
+        torch.save(content | {"optimizer": Trap()}, path, _use_new_zipfile_serialization=False)
+    elif kind == "tar":
+        with tarfile.open(path, "w") as archive:
+            trap = io.BytesIO()
+            torch.save(Trap(), trap, _use_new_zipfile_serialization=False)
+            for name in ("storages", "tensors", "pickle"):
+                info = tarfile.TarInfo(name)
+                info.size = len(trap.getvalue())
+                archive.addfile(info, io.BytesIO(trap.getvalue()))
+    elif kind == "zip bomb":
+        with zipfile.ZipFile(whole) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+            for entry in plain.infolist():
+                data = plain.read(entry)
+                bomb.writestr(entry.filename, bytes(1 << 28) if entry.filename.endswith("data/0") else data)
+    elif kind == "one number for a terabyte":
+        huge = torch.zeros(1).expand(1 << 38)
+        torch.save(content | {"weights": dict.fromkeys(content["weights"], huge)}, path)
+
+
+TRAPS = ("at the top", "optimizer", "model", "history", "old format", "tar", "zip bomb", "one number for a terabyte")
+DOORS = ("model_path", "pretrained", "resume", "eval", "predict")
+
+
+def go_through(door: str, file: Path) -> None:
+    """Open a file as a user would; that of a run's folder is its only checkpoint."""
+    if door == "model_path":
+        train.make_model(TrainConfig(**SMALL, model_path=str(file)), 2)
+    elif door == "pretrained":
+        Path("model_data").mkdir(exist_ok=True)
+        shutil.copy(file, "model_data/vit-patch_16.pth")
+        read_weights(find_pretrained("vit_b_16").path)
+    elif door == "resume":
+        open_run(TrainConfig(**SMALL, resume=str(file.parent)), ["dark", "light"], {})
+    elif door == "eval":
+        evaluation.main(model_path=str(file))
+    else:
+        predict.main(("picture.png",), model_path=str(file))
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("kind", TRAPS)
+def test_no_file_runs_code_or_takes_more_memory_than_it_is_long(trained, tmp_path, monkeypatch, kind, door):
+    (source,) = (trained / "logs").iterdir()
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "logs" / "run"
+    folder.mkdir(parents=True)
+    shutil.copy(source / "config.json", folder)
+    write_trap(kind, folder / LAST, source / LAST)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"opened as weights|whole|damaged"):
+        go_through(door, folder / LAST)
+    assert not list(tmp_path.rglob("canary"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB; the bomb has 268 MB
+
+
+def test_the_traps_go_off_where_nobody_looks(here):
+    """Else the test above would prove nothing."""
+    torch.save({"a": Trap()}, "trap.pth")
+    torch.load("trap.pth", weights_only=False)
+    assert Path("canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}, None),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 1 << 60),
+    ],
+)
+def test_a_header_that_claims_terabytes(here, header, size):
+    text = json.dumps(header).encode()
+    Path("w.safetensors").write_bytes(struct.pack("<Q", size or len(text)) + text + bytes(4))
+    with pytest.raises(ValueError, match=r"w\.safetensors can't be opened as weights"):
+        read_weights("w.safetensors")
+
+
+def test_bytes_reach_the_disk_before_the_name_does(here, tmp_path):
+    """As the system sees it: a kill doesn't lose what only a power cut would."""
+    program = (
+        "import torch; from utils.checkpoint import KEYS, save_checkpoint; "
+        "save_checkpoint('a.pth', {k: t() for k, t in KEYS.items() if k != 'format_version'})"
+    )
+    command = ["strace", "-f", "-y", "-e", "trace=fsync,rename,renameat2", "-o", "trace", sys.executable, "-c", program]
+    if not shutil.which("strace") or subprocess.run(["strace", "-o", "probe", "true"], capture_output=True).returncode:
+        pytest.skip("no strace here")
+    root = Path(checkpoint.__file__).parents[1]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(root)})
+    lines = Path("trace").read_text().splitlines()
+    calls = [line.split(maxsplit=1)[1] for line in lines if ".pth" in line or "fsync" in line]
+    assert [call.partition("(")[0] for call in calls] == ["fsync", "rename", "fsync"]
+    assert ".partial" in calls[0]
+    assert f"<{here}>" in calls[2]
