@@ -1,0 +1,290 @@
+"""Signals, workers that die, losses that aren't finite, memory that doesn't suffice, clocks that are wrong."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from tests.conftest import SMALL
+from tests.faults.harness import (
+    BEST,
+    LAST,
+    SETTINGS,
+    finish,
+    last_step,
+    outcome,
+    prepare,
+    read_steps,
+    run_folder,
+    start,
+)
+from utils import engine
+from utils.checkpoint import load_checkpoint, load_newest
+from utils.config import TrainConfig
+from utils.engine import NonFiniteLoss, Trainer
+from utils.freeze import Stage
+
+ROOT = Path(train.__file__).parent
+LONG = {"freeze_train": False, "unfreeze_epoch": 20, "num_workers": 2, "save_every_steps": 0, "ema_decay": 0.0}
+"""A run that lasts while it is being disturbed, and saves only after an epoch by itself."""
+
+
+def descendants(pid: int) -> list[int]:
+    """The living processes that `pid` started, and those that these did."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
+    found = list(parents.get(pid, []))
+    for child in list(found):
+        found += [other for other in parents.get(child, []) if other not in found]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def command(settings: dict) -> list[str]:
+    """`python train.py` with a flag for each setting."""
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
+    return [sys.executable, str(ROOT / "train.py"), *flags]
+
+
+SETTLED = "epoch 1/"
+"""What is printed when a run is well under way."""
+
+
+def start_script(folder: Path) -> subprocess.Popen:
+    """`python train.py` in a session of its own, after its first epoch."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with (folder / "output.log").open("a") as log:
+        process = subprocess.Popen(
+            command(SETTINGS | LONG), cwd=folder, stdout=log, stderr=log, env=env, start_new_session=True
+        )
+    wait_for(folder, SETTLED, process)
+    return process
+
+
+def wait_for(folder: Path, text: str, process) -> float:
+    """Wait until `text` is in the output, and return for how many seconds."""
+    began = time.monotonic()
+    log = folder / "output.log"
+    while not log.is_file() or text not in log.read_text():
+        assert time.monotonic() - began < 60, log.read_text()
+        assert getattr(process, "exitcode", None) is None
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+SIGNALS = [(number, to_group) for number in (signal.SIGINT, signal.SIGTERM) for to_group in (False, True)]
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    ("number", "to_group", "rounds"),
+    [
+        pytest.param(number, to_group, rounds, marks=[pytest.mark.slow] if rounds > 1 or number == 2 else [])
+        for number, to_group in SIGNALS
+        for rounds in (1, 10)
+    ],
+)
+def test_a_signal_ends_the_run_after_its_step(tmp_path, number, to_group, rounds, again):
+    """10 rounds each to the process alone and to its group, as a terminal's Ctrl-C goes: 20 for each signal, and as
+    many with a second one right behind."""
+    folder = prepare(tmp_path / "run", "mnist_png")
+    for round_number in range(rounds):
+        (folder / "output.log").write_text("")
+        if round_number:
+            shutil.rmtree(folder / "logs")
+        process = start_script(folder)
+        children = descendants(process.pid)
+        assert len(children) >= 2
+        for _ in range(2 if again else 1):
+            (os.killpg if to_group else os.kill)(process.pid, number)
+            time.sleep(0.01 * round_number)
+        assert process.wait(30) == 128 + number
+        told = (folder / "output.log").read_text()
+        assert "Traceback" not in told
+        assert not [pid for pid in children if is_alive(pid)]
+        _, content = load_newest(run_folder(folder))
+        if not again:
+            assert f"is saved at step {content['step']}; the same command goes on" in told
+
+
+def test_a_run_stopped_by_signals_ends_as_one_that_was_not(tmp_path):
+    settings = LONG | {"unfreeze_epoch": 4, "num_workers": 1}
+    whole, stopped = (prepare(tmp_path / name, "mnist_png") for name in ("whole", "stopped"))
+    finish(whole, settings)
+    for step in (2, 9):
+        process = start(stopped, settings)
+        while last_step(stopped) < step:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(30)
+        assert process.exitcode == 143
+    finish(stopped, settings)
+    assert [int(line.split()[0]) for line in read_steps(stopped)] == list(range(16))  # nothing is done twice
+    assert outcome(stopped) == outcome(whole)
+
+
+@pytest.mark.parametrize("round_number", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 20))])
+def test_a_worker_that_is_killed_is_named_within_10_seconds(tmp_path, round_number):
+    folder = prepare(tmp_path / "run", "mnist_png")
+    process = start(folder, LONG)
+    wait_for(folder, SETTLED, process)
+    time.sleep(0.05 * round_number)
+    workers = descendants(process.pid)
+    victim = workers[round_number % 2]
+    began = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    process.join(10)
+    assert time.monotonic() - began < 10
+    assert process.exitcode == 1
+    told = (folder / "output.log").read_text()
+    assert f"DataLoader worker (pid {victim}) is killed by signal: Killed" in told or f"(pid(s) {victim})" in told
+    assert "usually run out of memory: lower num_workers" in told
+    assert "WorkerDied" in told and "the same command goes on" in told
+    assert not [pid for pid in workers if is_alive(pid)]
+    settings = LONG | {"unfreeze_epoch": load_newest(run_folder(folder))[1]["epoch"] + 1}
+    assert load_newest(run_folder(folder))[1]["step"] == last_step(folder) + 1, settings
+
+
+def all_finite(folder: Path) -> bool:
+    return all(
+        tensor.isfinite().all()
+        for name in (BEST, LAST)
+        if (folder / name).is_file()
+        for key in ("weights", "weights_in_training")
+        for tensor in load_checkpoint(folder / name)[key].values()
+    )
+
+
+def only_run() -> Path:
+    (found,) = Path("logs").iterdir()
+    return found
+
+
+@pytest.fixture
+def nan_at_step(monkeypatch):
+    """Make the loss of these steps a NaN."""
+
+    def plant(*steps: int) -> None:
+        backward = Trainer._backward
+
+        def poisoned(self, inputs, targets, batch_size):
+            loss, hits = backward(self, inputs, targets, batch_size)
+            return (loss * math.nan if self.step in steps else loss), hits
+
+        monkeypatch.setattr(Trainer, "_backward", poisoned)
+
+    return plant
+
+
+@pytest.fixture
+def nan_in_a_picture(monkeypatch):
+    """Make what the network says of a batch with a very light picture a NaN."""
+    pixel_network = train.pixel_network
+
+    def poisoned(*args):
+        network = pixel_network(*args)
+
+        def forward(module, inputs, logits):
+            light = inputs[0].float().mean((1, 2, 3)).max() > 203 if inputs[0].dtype == torch.uint8 else False
+            return logits * math.nan if light and module.training else logits
+
+        network.register_forward_hook(forward)
+        return network
+
+    monkeypatch.setattr(train, "pixel_network", poisoned)
+
+
+NAN = SMALL | {"ema_decay": 0.9, "cache_features": False}
+
+
+def test_a_nan_at_a_step_stops_the_run(two_classes, nan_at_step):
+    nan_at_step(12)
+    with pytest.raises(NonFiniteLoss, match=r"at step 13 \(learning rate about .*; pictures .*\.png.*on_nan=skip"):
+        train.main(TrainConfig(**NAN))
+    assert all_finite(only_run())
+
+
+def test_steps_with_a_nan_are_left_out_and_counted(two_classes, nan_at_step, capsys):
+    nan_at_step(12, 14)
+    train.main(TrainConfig(**NAN, on_nan="skip"))
+    told = capsys.readouterr().out
+    assert "isn't finite at step 13 " in told and "isn't finite at step 15 " in told
+    assert "; 2 steps left out" in told
+    history = load_checkpoint(only_run() / LAST)["history"]
+    assert [row["skipped"] for row in history] == [0, 0, 2, 0]
+    assert all(math.isfinite(value) for row in history for value in row.values())
+    assert all_finite(only_run())
+
+
+def test_a_picture_that_gives_a_nan_is_named(two_classes, nan_in_a_picture, capsys):
+    light = Path(two_classes / "train" / "light" / "03.png")
+    from PIL import Image
+
+    Image.new("RGB", (20, 16), (255, 255, 255)).save(light)
+    train.main(TrainConfig(**NAN | {"auto_augment": False}, on_nan="skip"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "isn't finite at step" in line]
+    assert told
+    assert all_finite(only_run())
+
+
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
+    """Which the limits on init_lr don't let pass, so it is planted behind them."""
+    monkeypatch.setattr(Stage, "learning_rate", lambda self, epoch: 1e6 if epoch > 2.5 else 1e-4)
+    monkeypatch.setattr(engine, "MOST_SKIPPED", 3)
+    try:
+        train.main(TrainConfig(**NAN | {"optimizer_type": "sgd"}, on_nan=on_nan))
+    except NonFiniteLoss as error:
+        assert "finite" in str(error)
+    assert all_finite(only_run())
+    assert load_checkpoint(only_run() / BEST)["epoch"] <= 3
+
+
+def test_a_run_that_stopped_at_a_nan_goes_on_without_it(two_classes, nan_at_step):
+    nan_at_step(12)
+    with pytest.raises(NonFiniteLoss):
+        train.main(TrainConfig(**NAN))
+    train.main(TrainConfig(**NAN, on_nan="skip"))
+    last = load_checkpoint(only_run() / LAST)
+    assert last["finished"]
+    assert sum(row["skipped"] for row in last["history"]) == 1
+
+
+def test_a_clock_that_was_set_back_overwrites_nothing(two_classes):
+    """What is there comes from the future."""
+    train.main(TrainConfig(**SMALL))
+    first = only_run()
+    ahead = first.rename(first.with_name("2099-01-01_00-00-00"))
+    for path in ahead.iterdir():
+        os.utime(path, (4e9, 4e9))
+    before = {path: path.read_bytes() for path in ahead.iterdir()}
+    train.main(TrainConfig(**SMALL))
+    train.main(TrainConfig(**SMALL, seed=12))
+    assert len(list(Path("logs").iterdir())) == 3
+    assert {path: path.read_bytes() for path in ahead.iterdir()} == before
