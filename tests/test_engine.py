@@ -13,7 +13,15 @@ from torch import nn
 from nets import build_model
 from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
-from utils.engine import NonFiniteLoss, Trainer, choose_precision, compute_logits, pick_device, tune_kernels
+from utils.engine import (
+    NonFiniteLoss,
+    OutOfMemory,
+    Trainer,
+    choose_precision,
+    compute_logits,
+    pick_device,
+    tune_kernels,
+)
 from utils.lists import list_in_memory
 from utils.optim import build_optimizer
 from utils.transforms import EvalTransform, Preprocessing
@@ -31,8 +39,8 @@ def network(device=CPU, drop_rate=0.0, **freeze) -> nn.Sequential:
     return pixel_network(model, Preprocessing.from_dict(CONFIG.as_dict()), device)
 
 
-def batch(size=6):
-    generator = torch.Generator().manual_seed(1)
+def batch(size=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(size) % 3
 
 
@@ -339,3 +347,79 @@ def test_only_convolutional_networks_have_their_channels_last():
         convolution.arguments = {"name": name}
         weight = pixel_network(convolution, preprocessing, CPU)[1].weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_nothing(capsys):
+    """Of a network that can do two pictures at a time."""
+
+    class Narrow(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, inputs):
+            if len(inputs) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return self.network(inputs)
+
+    pixels, targets = batch(7)
+    sgd = TrainConfig(optimizer_type="sgd")
+    weights, losses = [], []
+    for narrow in (False, True):
+        own = network()
+        trainer = Trainer(Narrow(own) if narrow else own, CPU, "fp32", 1, torch.tensor([0.5, 1.0, 4.0]))
+        optimizer = build_optimizer(own[1], sgd, 0.1)
+        found = [trainer.train_step(pixels, targets, optimizer) for _ in range(3)]
+        losses.append(torch.tensor(found))
+        weights.append(torch.cat([p.flatten() for p in own.parameters()]))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-5)
+    assert trainer.micro_batches == 4
+    assert trainer.state_dict()["micro_batches"] == 4
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2
+    wanted = "attention: out of memory at step 1: batches of 7 pictures are now worked through in 4 parts"
+    assert told[1].startswith(wanted)
+
+
+def test_no_memory_for_a_single_picture():
+    class None_(nn.Module):
+        def forward(self, inputs):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    own = network()
+    with pytest.raises(OutOfMemory, match="cpu has too little memory for a single picture"):
+        Trainer(None_(), CPU, "fp32", 1).train_step(*batch(), build_optimizer(own[1], CONFIG, 1e-3))
+
+
+def test_other_errors_are_no_lack_of_memory():
+    own = network()
+    pixels, targets = batch()
+    with pytest.raises(RuntimeError, match="size"):
+        Trainer(own, CPU, "fp32", 1).train_step(pixels[:, :, :5], targets, build_optimizer(own[1], CONFIG, 1e-3))
+
+
+def test_an_epoch_goes_on_where_it_was_cut_off():
+    """Only what is left is asked for, and the means are those of the whole."""
+    batches = [batch(6, seed) for seed in range(5)]
+    means = []
+    for cut in (False, True):
+        own = network()
+        optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+        trainer = Trainer(own, CPU, "fp32", 1)
+        if cut:
+
+            def stop(trainer=trainer):
+                if trainer.done == 2:
+                    raise InterruptedError
+
+            with pytest.raises(InterruptedError):
+                trainer.train_epoch(Batches(batches), optimizer, 0, lambda epoch: 1e-3 * (1 + epoch), stop)
+            state = trainer.state_dict()
+            assert state["epoch_losses"].shape == (2,)
+            trainer = Trainer(own, CPU, "fp32", 1)
+            trainer.load_state_dict(state)
+        loader = Batches(batches)
+        means.append(trainer.train_epoch(loader, optimizer, 0, lambda epoch: 1e-3 * (1 + epoch)))
+        assert loader.sampler.start == (12 if cut else 0)
+    assert means[0] == means[1]

@@ -8,11 +8,13 @@ import timm
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from nets import build_model
 from utils.config import TrainConfig
 from utils.optim import (
     UNDECAYED,
+    WeightAverage,
     build_optimizer,
     learning_rate_at,
     parameter_groups,
@@ -168,3 +170,40 @@ def test_layer_decay_is_that_of_timm():
         if name.startswith("norm."):  # timm puts it with the last block, BEiT, as here, with the head
             lr_scale = 1.0
         assert found[id(parameter)] == pytest.approx((0.01 * lr_scale, weight_decay)), name
+
+
+def test_the_average_is_that_of_torch():
+    """Against its AveragedModel, with the warm-up of the decay written out, over a frozen and a thawed part."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    average = WeightAverage(model, 0.6)
+    step = 0
+    peer = AveragedModel(
+        model, avg_fn=lambda mean, new, _: mean + (1 - min(0.6, (1 + step) / (10 + step))) * (new - mean)
+    )
+    peer.n_averaged.fill_(1)  # else its first update copies
+    for _ in range(20):
+        with torch.no_grad():
+            for parameter in model[1].parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update(step)
+        peer.update_parameters(model)
+        step += 1
+    live = {name: value.clone() for name, value in model.state_dict().items()}
+    with average.in_place():
+        averaged = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, value in peer.module.state_dict().items():
+        torch.testing.assert_close(averaged[name], value)
+        assert torch.equal(model.state_dict()[name], live[name])
+    assert not torch.equal(averaged["1.weight"], live["1.weight"])
+
+
+def test_the_average_gives_way_even_when_evaluation_fails():
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, 0.9)
+    nn.init.ones_(model.weight)
+    with pytest.raises(KeyboardInterrupt), average.in_place():
+        assert not torch.equal(model.weight, torch.ones(2, 2))
+        raise KeyboardInterrupt
+    assert torch.equal(model.weight, torch.ones(2, 2))

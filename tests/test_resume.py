@@ -1,0 +1,173 @@
+"""utils/resume.py and utils/lock.py: which run a start goes on with, and who may write to it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from tests.conftest import SMALL, write_back, write_picture
+from utils import lock
+from utils.annotation import annotate
+from utils.checkpoint import LAST, load_checkpoint
+from utils.config import TrainConfig
+from utils.lists import compare_lists, list_in_memory, read_list, write_list
+from utils.lock import FolderLock, InUse
+
+
+def runs() -> list[Path]:
+    return sorted(Path("logs").iterdir())
+
+
+@pytest.fixture
+def cut_off(trained, tmp_path, monkeypatch) -> Path:
+    """A run that was cut off after the second of four epochs, with its pictures, in the working folder."""
+    for name in ("datasets", "logs", "model_data"):
+        shutil.copytree(trained / name, tmp_path / name)
+    for path in trained.glob("cls_*.txt"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (run,) = runs()
+    write_back(run, epoch=2)
+    return Path(run)
+
+
+def test_the_same_command_goes_on_with_an_unfinished_run(cut_off, capsys):
+    train.main(TrainConfig(**SMALL))
+    assert f"going on with {cut_off} after epoch 2" in capsys.readouterr().out
+    assert runs() == [cut_off]
+    assert load_checkpoint(cut_off / LAST)["finished"]
+
+
+def test_a_finished_run_is_not_gone_on_with(cut_off):
+    for _ in range(2):
+        train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 3}))
+    assert len(runs()) == 3
+
+
+@pytest.mark.parametrize("changed", [{"seed": 5}, {"weight_decay": 0.1}, {"resume": "no"}, {"model_path": "w.pth"}])
+def test_other_settings_are_another_run(cut_off, changed):
+    shutil.copy(cut_off / LAST, "w.pth")
+    before = (cut_off / LAST).read_bytes()
+    train.main(TrainConfig(**SMALL | changed))
+    assert len(runs()) == 2
+    assert (cut_off / LAST).read_bytes() == before
+
+
+def test_what_may_change_is_said(cut_off, capsys):
+    train.main(TrainConfig(**SMALL | {"save_every_steps": 3, "keep_periodic": 2}))
+    told = capsys.readouterr().out
+    assert "keep_periodic: 5 -> 2\nsave_every_steps: 0 -> 3\n" in told
+    assert runs() == [cut_off]
+
+
+def test_other_arithmetic_is_said(cut_off, capsys):
+    torch.set_num_threads(2)
+    try:
+        train.main(TrainConfig(**SMALL))
+    finally:
+        torch.set_num_threads(1)
+    assert "attention: threads was 1 and is 2; the run goes on, but not bit for bit" in capsys.readouterr().out
+
+
+def change_pictures() -> None:
+    """One picture more, one less, one moved, one relabelled."""
+    images = read_list("cls_train.txt", 2)
+    entries = [(int(images.class_ids[i]), images.name(i)) for i in range(len(images))]
+    light, dark = [e for e in entries if e[0] == 1], [e for e in entries if e[0] == 0]
+    write_picture(Path("datasets/train/dark/new.png"), 60)
+    moved = Path("elsewhere") / Path(dark[1][1]).name
+    moved.parent.mkdir()
+    shutil.copy(dark[1][1], moved)
+    changed = [(0, "datasets/train/dark/new.png"), (0, str(moved)), (0, light[0][1]), *dark[2:], *light[1:]]
+    write_list("cls_train.txt", changed)
+
+
+@pytest.mark.parametrize("resume", ["auto", "folder"])
+def test_changed_lists_are_named_and_refused_unless_accepted(cut_off, capsys, resume):
+    change_pictures()
+    config = SMALL | {"resume": str(cut_off) if resume == "folder" else "auto"}
+    told = (
+        r"cls_train\.txt: 1 added \(.*new\.png\), 1 removed \(.*\.png\), 1 moved \(.*\.png -> elsewhere/.*\.png\), "
+        r"1 relabelled \(.*\.png, light -> dark\)"
+    )
+    with pytest.raises(ValueError, match=rf"isn't finished, and its lists have changed since\. {told}.*resume=no"):
+        train.main(TrainConfig(**config))
+    assert load_checkpoint(cut_off / LAST)["epoch"] == 2
+    train.main(TrainConfig(**config, accept_changed_lists=True))
+    assert "attention: the lists have changed since the run began" in capsys.readouterr().out
+    assert load_checkpoint(cut_off / LAST)["finished"]
+
+
+def test_other_classes_are_another_run(cut_off):
+    for name in ("dark", "light"):
+        for split in ("train", "test"):
+            Path("datasets", split, name).rename(Path("datasets", split, f"{name} ones"))
+    os.remove("model_data/cls_classes.txt")
+    annotate()
+    train.main(TrainConfig(**SMALL))
+    assert len(runs()) == 2
+
+
+def test_lists_in_another_order_are_said_to_be():
+    one, other = (list_in_memory([(0, "a.png"), (1, "b.png")][::step]) for step in (1, -1))
+    assert compare_lists(one, other, ["x", "y"]) == "the same pictures in another order or notation"
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_in_its_folder(cut_off):
+    for path in cut_off.glob("*.pth"):
+        path.unlink()
+    train.main(TrainConfig(**SMALL))
+    assert runs() == [cut_off]
+    assert load_checkpoint(cut_off / LAST)["finished"]
+
+
+def test_what_killed_runs_left_is_removed(cut_off, capsys):
+    (cut_off / f"{LAST}.0badcafe.partial").write_text("half")
+    Path("logs/not begun").mkdir()
+    Path("logs/not begun/in_use_by.txt").touch()
+    train.main(TrainConfig(**SMALL))
+    assert f"{LAST}.0badcafe.partial, left half-written" in capsys.readouterr().out
+    assert runs() == [cut_off]
+    assert not list(cut_off.glob("*.partial"))
+
+
+def test_the_damage_of_all_checkpoints_begins_a_new_run(cut_off, capsys):
+    (cut_off / LAST).write_bytes(b"")
+    train.main(TrainConfig(**SMALL))
+    assert f"{cut_off / LAST} can't be opened" in capsys.readouterr().out
+    assert len(runs()) == 2
+
+
+def test_resuming_what_is_no_run(here):
+    Path("logs/run").mkdir(parents=True)
+    for resume in ("logs/run", "logs/none"):
+        with pytest.raises(FileNotFoundError, match="there is no run; give its folder, auto or no"):
+            train.open_run(TrainConfig(resume=resume), ["a", "b"], {})
+
+
+def test_only_the_newest_periodic_checkpoints_are_kept(two_classes):
+    train.main(TrainConfig(**SMALL | {"save_period": 1, "keep_periodic": 2}))
+    (run,) = runs()
+    assert sorted(path.name[:5] for path in run.glob("ep*.pth")) == ["ep003", "ep004"]
+
+
+def test_a_lock_dies_with_its_process_but_not_before(here):
+    program = (
+        "import time; from pathlib import Path; from utils.lock import FolderLock; FolderLock(Path('.')); "
+        "print('ok', flush=True); time.sleep(60)"
+    )
+    root = Path(lock.__file__).parents[1]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "ok\n"
+    with pytest.raises(InUse, match=rf"is being written by process {holder.pid} on "):
+        FolderLock(here)
+    holder.kill()
+    holder.wait()
+    FolderLock(here).release()
