@@ -15,6 +15,7 @@ from utils.data import (
     ImageDataset,
     TooManyUnreadable,
     balanced_class_weights,
+    batch_paths,
     eval_loader,
     train_loader,
 )
@@ -222,3 +223,23 @@ def test_balanced_weights_are_scikit_learns():
     weights = balanced_class_weights(class_ids, 5)
     torch.testing.assert_close(weights[[0, 1, 3]], torch.from_numpy(peer).float())
     assert weights[[2, 4]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "balanced"])
+def test_an_epoch_can_begin_in_its_middle(sampling):
+    sampler = EpochSampler(np.array([0] * 9 + [1] * 3), sampling, seed=3)
+    sampler.epoch = 2
+    whole = list(sampler)
+    sampler.start = 8
+    assert list(sampler) == whole[8:]
+    assert len(sampler) == 12
+
+
+def test_the_files_of_a_batch_are_those_that_it_was_made_of(images):
+    dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
+    loader = train_loader(dataset, 5, num_workers=0)
+    loader.sampler.epoch, loader.sampler.start = 3, 5
+    names = [batch_paths(loader, number) for number in (0, 1)]
+    assert names[1] == [images.path(int(class_id)) for class_id in next(iter(loader))[1]]
+    assert loader.sampler.start == 5
+    assert len(set(names[0] + names[1])) == 10

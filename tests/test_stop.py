@@ -1,0 +1,57 @@
+"""utils/stop.py: signals between two steps, never inside one."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from utils.stop import Stopped, held, stop_signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_waits_for_the_end_of_what_is_held(number, capfd):
+    done = []
+    with stop_signals(), pytest.raises(Stopped) as stopped:
+        with held():
+            with held():
+                os.kill(os.getpid(), number)
+                done.append("inner")
+            done.append("outer")
+        done.append("never")
+    assert done == ["inner", "outer"]
+    assert stopped.value.status == 128 + number
+    assert "stopping after this step; once more to leave at once" in capfd.readouterr().err
+
+
+def test_outside_it_comes_at_once():
+    with stop_signals(), pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+
+def test_an_error_inside_comes_first():
+    with stop_signals(), pytest.raises(ZeroDivisionError), held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        1 / 0  # noqa: B018
+
+
+def test_the_handlers_are_given_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_signals():
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_nothing_is_handled_in_another_thread():
+    """A notebook's or a server's, where Python can't."""
+    done = []
+
+    def work():
+        with stop_signals(), held():
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [True]
