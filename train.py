@@ -24,7 +24,8 @@ from utils.cache import open_cache
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset, balanced_class_weights, eval_loader, train_loader
-from utils.engine import Trainer, choose_precision, pick_device
+from utils.device import choose_precision, pick_device
+from utils.engine import Trainer
 from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.optim import WeightAverage, build_optimizer

@@ -23,7 +23,7 @@ from measure import DEVICE, PEERS, PRECISION, finish, in_turn, medians, show
 from nets import build_model
 from utils.classifier import Classifier, cast_products, pixel_network
 from utils.config import TrainConfig
-from utils.engine import autocast
+from utils.device import autocast
 from utils.transforms import EvalTransform, Preprocessing
 
 CLASSES = 10

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils.engine import choose_precision, pick_device
+from utils.device import choose_precision, pick_device
 
 DEVICE = pick_device("auto")
 PRECISION, _ = choose_precision("auto", DEVICE)

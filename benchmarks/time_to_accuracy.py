@@ -40,7 +40,8 @@ from utils.checkpoint import BEST
 from utils.classifier import load_classifier
 from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset, eval_loader
-from utils.engine import autocast, compute_logits
+from utils.device import autocast
+from utils.engine import compute_logits
 from utils.lists import read_list
 from utils.metrics import top_k_accuracy
 

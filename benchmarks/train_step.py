@@ -35,7 +35,8 @@ from nets import build_model
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, train_loader
-from utils.engine import DTYPES, Trainer, autocast
+from utils.device import DTYPES, autocast
+from utils.engine import Trainer
 from utils.freeze import ThawedPart
 from utils.lists import list_in_memory
 from utils.optim import build_optimizer

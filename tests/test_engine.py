@@ -13,15 +13,7 @@ from torch import nn
 from nets import build_model
 from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
-from utils.engine import (
-    NonFiniteLoss,
-    OutOfMemory,
-    Trainer,
-    choose_precision,
-    compute_logits,
-    pick_device,
-    tune_kernels,
-)
+from utils.engine import NonFiniteLoss, OutOfMemory, Trainer, compute_logits
 from utils.lists import list_in_memory
 from utils.optim import build_optimizer
 from utils.transforms import EvalTransform, Preprocessing
@@ -255,36 +247,6 @@ def test_evaluation_is_in_the_precision_asked_for(way):
     assert not torch.allclose(logits("fp32"), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("machine", "has", "auto", "bf16"),
-    [("x86_64", True, "bf16", "bf16"), ("AMD64", False, "fp32", "fp32"), ("arm64", True, "bf16", "bf16")],
-)
-def test_precision_follows_the_processor(monkeypatch, machine, has, auto, bf16):
-    monkeypatch.setattr("platform.machine", lambda: machine)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has if machine != "arm64" else 1 / 0)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has, raising=False)
-    assert choose_precision("auto", CPU)[0] == auto
-    assert choose_precision("bf16", CPU)[0] == bf16
-    assert choose_precision("fp16", CPU)[0] == "fp16"
-    assert choose_precision("fp32", CPU)[0] == "fp32"
-
-
-@pytest.mark.parametrize(
-    ("capability", "has_bf16", "expected"), [((9, 0), True, "bf16"), ((7, 5), False, "fp16"), ((6, 1), False, "fp32")]
-)
-def test_precision_follows_the_gpu(monkeypatch, capability, has_bf16, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    precision, reason = choose_precision("auto", torch.device("cuda"))
-    assert precision == expected
-    assert reason
-    assert choose_precision("bf16", torch.device("cuda")) == ("bf16", "as set")
-
-
-def test_precision_on_apples_gpu():
-    assert choose_precision("auto", torch.device("mps"))[0] == "fp32"
-
-
 def test_the_loss_scaler_is_restored():
     trainer = Trainer(network(), CPU, "fp16", 1)
     optimizer = build_optimizer(trainer.network[1], CONFIG, 1e-3)
@@ -296,48 +258,6 @@ def test_the_loss_scaler_is_restored():
     other.load_state_dict(state)
     assert other.state_dict()["scaler"] == state["scaler"]
     assert other.step == 1
-
-
-def test_auto_takes_cuda_then_apple_then_the_processor(monkeypatch):
-    there = {"cuda": True, "mps": True}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
-    assert pick_device("auto").type == "cuda"
-    there["cuda"] = False
-    assert pick_device("auto").type == "mps"
-    there["mps"] = False
-    assert pick_device("auto").type == "cpu"
-    with pytest.raises(ValueError, match="device='gpu'"):
-        pick_device("gpu")
-
-
-def test_devices():
-    assert pick_device("cpu") == CPU
-    assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    if not torch.cuda.is_available():
-        assert pick_device("auto").type != "cuda"
-        with pytest.raises(ValueError, match="device='cuda': torch finds none"):
-            pick_device("cuda")
-
-
-@pytest.fixture
-def restored_kernels():
-    """What `tune_kernels` sets is global; other tests get it as it was."""
-    conv, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    before = conv.benchmark
-    torch.set_float32_matmul_precision("highest")
-    conv.benchmark = False
-    yield
-    conv.benchmark = before
-    torch.set_float32_matmul_precision(matmul)
-
-
-@pytest.mark.parametrize("convolutional", [True, False])
-def test_kernels_are_tuned_on_cuda_only(restored_kernels, convolutional):
-    tune_kernels(CPU, convolutional)
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
-    tune_kernels(torch.device("cuda"), convolutional)
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("high", convolutional)
 
 
 def test_only_convolutional_networks_have_their_channels_last():

@@ -1,7 +1,6 @@
 """train.py from the pictures to the checkpoints."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import shutil
@@ -15,6 +14,7 @@ import eval as evaluation
 import train
 from nets import build_model
 from tests.conftest import SMALL, write_picture, write_two_classes
+from tests.faults.harness import digest
 from utils.annotation import annotate
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config import TrainConfig
@@ -26,27 +26,6 @@ from utils.resume import new_run_folder, open_run
 def only_run(folder: Path = Path()) -> Path:
     (run,) = Path(folder, "logs").iterdir()
     return run
-
-
-def digest(state) -> str:
-    """SHA-256 over all tensors and numbers in nested dicts and lists, in the order of their keys."""
-    sha = hashlib.sha256()
-
-    def walk(value):
-        if isinstance(value, torch.Tensor):
-            sha.update(value.contiguous().numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                sha.update(str(key).encode())
-                walk(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                walk(item)
-        else:
-            sha.update(repr(value).encode())
-
-    walk(state)
-    return sha.hexdigest()
 
 
 def state_of(checkpoint) -> str:

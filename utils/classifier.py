@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nets import TRANSFORMERS, build_model
 from utils.checkpoint import find_checkpoint, load_checkpoint
-from utils.engine import DTYPES, autocast, choose_precision, pick_device, tune_kernels
+from utils.device import DTYPES, autocast, choose_precision, pick_device, tune_kernels
 from utils.transforms import EvalTransform, Normalise, Preprocessing
 
 
@@ -20,7 +20,7 @@ class Classifier:
 
     Attributes:
         network: uint8 pixels (B, 3, height, width) to logits (B, classes), on `device`, in eval mode; it is called
-            under `utils.engine.autocast(device, precision)`.
+            under `utils.device.autocast(device, precision)`.
         preprocessing: how it wants its pictures.
         transform: a picture to uint8 (3, height, width).
         class_names: name of each class id.

@@ -7,9 +7,8 @@ uint8 pixels (B, 3, height, width), `utils.freeze.ThawedPart` the features (B, N
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.data import batch_paths, fetch
+from utils.device import autocast
 from utils.metrics import cross_entropy, top_k_accuracy
 from utils.optim import WeightAverage, set_learning_rate
 from utils.seeds import derive_seed
 from utils.stop import held
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 PRINT_EVERY = 10
 """Steps between two looks at the loss: each makes the processor wait for the device."""
@@ -45,67 +43,6 @@ class OutOfMemory(MemoryError):
 
 class NonFiniteLoss(FloatingPointError):
     """The loss became infinite or not a number; the message names the step, its learning rate and its pictures."""
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, else Apple's GPU, else the processor.
-
-    Raises:
-        ValueError: that device isn't there.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available.get(name):
-        raise ValueError(f"device={name!r}: torch finds none on this machine; set device to auto or cpu")
-    return torch.device(name)
-
-
-def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
-    """The arithmetic for `precision` on `device`, "fp32", "fp16" or "bf16", and why.
-
-    "auto" is the fastest that learns as well as fp32. "bf16" becomes "fp32" on a processor that would only emulate it,
-    at a tenth of the speed.
-    """
-    has_bf16 = _has_bf16(device)
-    if precision == "auto":
-        if has_bf16:
-            return "bf16", f"this {device.type} device has it in hardware"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
-            return "fp16", "this GPU has it in hardware, and no bf16"
-        return "fp32", f"this {device.type} device has nothing faster that torch uses"
-    if precision == "bf16" and device.type == "cpu" and not has_bf16:
-        return "fp32", "this processor has no bf16"
-    return precision, "as set"
-
-
-def _has_bf16(device: torch.device) -> bool:
-    """Whether `device` multiplies bf16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        return torch.cpu._is_avx512_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # Arm's BFMMLA, by the library that would use it
-
-
-def tune_kernels(device: torch.device, convolutional: bool) -> None:
-    """Let CUDA's fp32 products run on tensor cores, in TF32, and cuDNN try its convolutions out.
-
-    Trying them out takes pictures of one size, which a run has, and costs seconds; of a transformer's one convolution
-    nothing is gained by it.
-    """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = convolutional
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which matrix products are done in `precision` ("fp32", "fp16" or "bf16")."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
 
 
 class Trainer:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from utils.cache_file import check_room, describe_files, digest, replace_cache
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, ImageDataset, eval_loader, fetch
-from utils.engine import DTYPES, autocast
+from utils.device import DTYPES, autocast
 from utils.files import format_bytes
 from utils.optim import learning_rate_at, scale_learning_rate
 from utils.transforms import EvalTransform, Preprocessing
