@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nets.files import read_note
 from tests.faults.harness import LAST, finish, last_step, outcome, prepare, read_steps, run_folder, start
 from tests.faults.harness import steps as steps_of
 from utils.checkpoint import load_checkpoint, load_newest
@@ -91,7 +92,8 @@ def kill_inside_saving(tmp_path: Path, whole, point: str, number: int, data: str
     assert process.exitcode == -9
     if list(run_folder(folder).glob("*.pth")):
         assert load_newest(run_folder(folder))
-    finish(folder)
+    if not (read_note(run_folder(folder) / LAST) or {}).get("finished"):  # else the next start would begin a new run
+        finish(folder)
     assert outcome(folder) == whole(data)
     assert not list(run_folder(folder).glob("*.partial"))
 
