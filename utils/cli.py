@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from utils.images import ImageError
-from utils.stop import Stopped
+from utils.stop import Stopped, leave, stop_signals
 
 PROJECT = Path(__file__).resolve().parents[1]
 OWN_FOLDERS = (PROJECT, PROJECT / "nets", PROJECT / "utils")
@@ -27,6 +27,17 @@ def run(main: Callable[..., Any]) -> Any:
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+    with stop_signals():
+        try:
+            return _call(main)
+        except Stopped as stopped:
+            # Not through the interpreter's shutdown, where a second signal would meet nobody.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            leave(stopped.status)
+
+
+def _call(main: Callable[..., Any]) -> Any:
     try:
         return tyro.cli(main)
     except BrokenPipeError:  # `| head` has read enough
@@ -38,10 +49,6 @@ def run(main: Callable[..., Any]) -> Any:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Stopped as stopped:
-        sys.exit(stopped.status)
 
 
 def printable(text: str) -> str:

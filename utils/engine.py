@@ -126,9 +126,8 @@ class Trainer:
         torch.manual_seed(derive_seed(self.seed, "step", self.step))
         loss, hits = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
         try:
-            for part, classes in zip(
-                inputs.tensor_split(self.micro_batches), targets.tensor_split(self.micro_batches), strict=True
-            ):
+            parts = min(self.micro_batches, len(targets))
+            for part, classes in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
                 part_loss, part_hits = self._backward(part, classes, len(targets))
                 loss += part_loss
                 hits += part_hits

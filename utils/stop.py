@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -39,6 +40,7 @@ class WorkerDied(ChildProcessError):
 
 
 class _State:
+    active = False
     depth = 0  # of `held`
     pending: BaseException | None = None
     stopping = False
@@ -51,16 +53,17 @@ _state = _State()
 def stop_signals() -> Iterator[None]:
     """Within it, SIGINT and SIGTERM raise `Stopped`, deferred by `held`; a second one ends the process at once, its
     children first. In a thread other than the main one, where Python handles no signals, nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
+    if _state.active or threading.current_thread() is not threading.main_thread():
         yield
         return
+    _state.active = True
     before = {signum: signal.signal(signum, _stop) for signum in SIGNALS}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-        _state.depth, _state.pending, _state.stopping = 0, None, False
+        _state.active, _state.depth, _state.pending, _state.stopping = False, 0, None, False
 
 
 class held:
@@ -101,11 +104,17 @@ def ignore_interrupt(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def leave(status: int) -> NoReturn:
+    """End the process now, its children first."""
+    for child in multiprocessing.active_children():
+        child.kill()
+        child.join()
+    os._exit(status)
+
+
 def _stop(signum: int, _: FrameType | None) -> None:
     if _state.stopping:
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(128 + signum)
+        leave(128 + signum)
     _state.stopping = True
     _raise(Stopped(signum), "\nstopping after this step; once more to leave at once\n")
 

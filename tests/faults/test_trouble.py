@@ -121,6 +121,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number, to_group, rounds
         process = start_script(folder)
         children = descendants(process.pid)
         assert len(children) >= 2
+        time.sleep(0.07 * round_number)
         for _ in range(2 if again else 1):
             (os.killpg if to_group else os.kill)(process.pid, number)
             time.sleep(0.01 * round_number)
