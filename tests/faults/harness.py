@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "input_shape": (32, 32),
     "freeze_epoch": 2,
     "freeze_blocks": 4,
-    "unfreeze_epoch": 4,
+    "unfreeze_epoch": 3,
     "freeze_batch_size": 8,
     "unfreeze_batch_size": 8,
     "feature_views": 1,  # so that the frozen stage learns from cached features

@@ -39,7 +39,7 @@ def slow_from(first: int, values):
     return [pytest.param(value, marks=pytest.mark.slow) if i >= first else value for i, value in enumerate(values)]
 
 
-@pytest.mark.parametrize("num_workers", slow_from(1, [1, 0, 3]))
+@pytest.mark.parametrize("num_workers", slow_from(0, [0, 1, 3]))
 def test_the_same_seed_whatever_the_workers(tmp_path, whole, num_workers):
     folder = prepare(tmp_path / "run", "mnist_png")
     finish(folder, {"num_workers": num_workers})
@@ -58,7 +58,7 @@ def test_killed_at_any_time(tmp_path, whole, seed):
         while kills:
             before, noted = last_step(folder), len(read_steps(folder))
             process = start(folder)
-            process.join(chance.uniform(0.1, 2.5))
+            process.join(chance.uniform(0.1, 1.5))
             ended = process.exitcode is not None
             if not ended:
                 process.kill()
@@ -80,14 +80,13 @@ def test_killed_inside_saving(tmp_path, whole, point, seed):
     kill_inside_saving(tmp_path, whole, point, random.Random(f"{point} {seed}").randint(0, 6), DATA[seed % 2])
 
 
-@pytest.mark.parametrize(("point", "number"), [("mid-write", 3), ("before rename", 4), ("in retention", 0)])
-def test_killed_inside_saving_in_short(tmp_path, whole, point, number):
-    kill_inside_saving(tmp_path, whole, point, number, "mnist_png")
+def test_killed_inside_saving_in_short(tmp_path, whole):
+    kill_inside_saving(tmp_path, whole, "mid-write", 3, "mnist_png")
 
 
 def kill_inside_saving(tmp_path: Path, whole, point: str, number: int, data: str) -> None:
     folder = prepare(tmp_path / "run", data)
-    process = start(folder, fault=point, number=number if point != "in retention" else number % 3)
+    process = start(folder, fault=point, number=number if point != "in retention" else number % 2)
     process.join(120)
     assert process.exitcode == -9
     if list(run_folder(folder).glob("*.pth")):
@@ -115,6 +114,7 @@ def readable(path: Path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle_of_an_epoch_without_reading_what_was_done(tmp_path):
     folder = prepare(tmp_path / "run", "mnist_png")
     settings = {"freeze_train": False, "unfreeze_epoch": 1, "save_every_steps": 1}
@@ -129,6 +129,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_without_reading_what_was_done(t
     assert "after epoch 0 and 3 steps" in (folder / "output.log").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_write_one_run(tmp_path):
     folder = prepare(tmp_path / "run", "mnist_png")
     first = start(folder)

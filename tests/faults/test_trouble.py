@@ -101,16 +101,18 @@ def wait_for(folder: Path, text: str, process) -> float:
 SIGNALS = [(number, to_group) for number in (signal.SIGINT, signal.SIGTERM) for to_group in (False, True)]
 
 
-@pytest.mark.parametrize("again", [False, True])
+SIGNAL_CASES = [(number, to_group, again) for number, to_group in SIGNALS for again in (False, True)]
+
+
 @pytest.mark.parametrize(
-    ("number", "to_group", "rounds"),
+    ("number", "to_group", "again", "rounds"),
     [
-        pytest.param(number, to_group, rounds, marks=[pytest.mark.slow] if rounds > 1 or number == 2 else [])
-        for number, to_group in SIGNALS
-        for rounds in (1, 10)
+        (signal.SIGINT, True, False, 1),
+        (signal.SIGTERM, False, True, 1),
+        *(pytest.param(*case, 10, marks=pytest.mark.slow) for case in SIGNAL_CASES),
     ],
 )
-def test_a_signal_ends_the_run_after_its_step(tmp_path, number, to_group, rounds, again):
+def test_a_signal_ends_the_run_after_its_step(tmp_path, number, to_group, again, rounds):
     """10 rounds each to the process alone and to its group, as a terminal's Ctrl-C goes: 20 for each signal, and as
     many with a second one right behind."""
     folder = prepare(tmp_path / "run", "mnist_png")
@@ -134,6 +136,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number, to_group, rounds
             assert f"is saved at step {content['step']}; the same command goes on" in told
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_signals_ends_as_one_that_was_not(tmp_path):
     settings = LONG | {"unfreeze_epoch": 4, "num_workers": 1}
     whole, stopped = (prepare(tmp_path / name, "mnist_png") for name in ("whole", "stopped"))
@@ -267,6 +270,7 @@ def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
     assert load_checkpoint(only_run() / BEST)["epoch"] <= 3
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_at_a_nan_goes_on_without_it(two_classes, nan_at_step):
     nan_at_step(12)
     with pytest.raises(NonFiniteLoss):
@@ -279,13 +283,14 @@ def test_a_run_that_stopped_at_a_nan_goes_on_without_it(two_classes, nan_at_step
 
 def test_a_clock_that_was_set_back_overwrites_nothing(two_classes):
     """What is there comes from the future."""
-    train.main(TrainConfig(**SMALL))
+    settings = SMALL | {"unfreeze_epoch": 1}
+    train.main(TrainConfig(**settings))
     first = only_run()
     ahead = first.rename(first.with_name("2099-01-01_00-00-00"))
     for path in ahead.iterdir():
         os.utime(path, (4e9, 4e9))
     before = {path: path.read_bytes() for path in ahead.iterdir()}
-    train.main(TrainConfig(**SMALL))
-    train.main(TrainConfig(**SMALL, seed=12))
+    train.main(TrainConfig(**settings))
+    train.main(TrainConfig(**settings, seed=12))
     assert len(list(Path("logs").iterdir())) == 3
     assert {path: path.read_bytes() for path in ahead.iterdir()} == before
