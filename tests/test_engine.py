@@ -343,3 +343,12 @@ def test_an_epoch_goes_on_where_it_was_cut_off():
         means.append(trainer.train_epoch(loader, optimizer, 0, lambda epoch: 1e-3 * (1 + epoch)))
         assert loader.sampler.start == (12 if cut else 0)
     assert means[0] == means[1]
+
+
+def test_an_epoch_of_a_list_that_became_shorter_ends():
+    own = network()
+    trainer = Trainer(own, CPU, "fp32", 1)
+    trainer.done, trainer.losses, trainer.hits = 4, torch.ones(4), torch.ones(4)
+    numbers = trainer.train_epoch(Batches([batch()] * 3), build_optimizer(own[1], CONFIG, 1e-3), 0, lambda epoch: 1e-3)
+    assert numbers["loss"] == 1
+    assert trainer.step == 0

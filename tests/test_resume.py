@@ -95,7 +95,7 @@ def test_changed_lists_are_named_and_refused_unless_accepted(cut_off, capsys, re
         r"cls_train\.txt: 1 added \(.*new\.png\), 1 removed \(.*\.png\), 1 moved \(.*\.png -> elsewhere/.*\.png\), "
         r"1 relabelled \(.*\.png, light -> dark\)"
     )
-    with pytest.raises(ValueError, match=rf"isn't finished, and its lists have changed since\. {told}.*resume=no"):
+    with pytest.raises(ValueError, match=rf"was begun with other lists than there are now\. {told}.*resume=no"):
         train.main(TrainConfig(**config))
     assert load_checkpoint(cut_off / LAST)["epoch"] == 2
     train.main(TrainConfig(**config, accept_changed_lists=True))

@@ -193,6 +193,7 @@ class Trainer:
         """
         self.network.train()
         steps = len(loader)
+        self.done = min(self.done, steps)  # a run may go on with a shorter list
         self.losses, self.hits = (_lengthen(values[: self.done], steps) for values in (self.losses, self.hits))
         loader.sampler.epoch, loader.sampler.start = epoch, self.done * loader.batch_size
         with tqdm(

@@ -166,10 +166,11 @@ def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageLi
     if not config.accept_changed_lists:
         run.lock.release()
         raise ValueError(
-            f"{run.path} isn't finished, and its lists have changed since. {'; '.join(told)}. Begin a new run with "
+            f"{run.path} was begun with other lists than there are now. {'; '.join(told)}. Begin a new run with "
             f"resume=no, or go on with accept_changed_lists, which isn't the same as a run without interruption"
         )
     print(f"attention: the lists have changed since the run began. {'; '.join(told)}")
+    _write_lists(run.path, lists)
 
 
 def _has_classes(run: RunFolder, class_names: list[str]) -> bool:

@@ -92,6 +92,8 @@ class Run:
         """Raise a ValueError if the disk can't hold the checkpoints to come: best, last, one that is being written, and
         those of single epochs."""
         config = self.config
+        if self.epoch == config.unfreeze_epoch:
+            return
         weights = count_bytes(self.model.state_dict())
         size = weights * (1 + MOMENTS[config.optimizer_type] + (config.ema_decay > 0))
         number = 3 + min(config.keep_periodic, config.unfreeze_epoch // config.save_period)
