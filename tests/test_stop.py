@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from utils.stop import Stopped, held, stop_signals
+from utils.stop import SIGNALS, Stopped, held, stop_signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_it_waits_for_the_end_of_what_is_held(number, capfd):
     done = []
     with stop_signals(), pytest.raises(Stopped) as stopped:
@@ -37,10 +37,19 @@ def test_an_error_inside_comes_first():
 
 
 def test_the_handlers_are_given_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with stop_signals():
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_nothing_is_handled_in_another_thread():

@@ -10,18 +10,19 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Ctrl-C, the end that a queue or a system's shutdown gives, and a terminal or a connection that is closed."""
 
 
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived. No `Exception`, so that nothing that handles errors takes it for one.
+    """One of `SIGNALS` arrived. No `Exception`, so that nothing that handles errors takes it for one.
 
     Attributes:
-        status: the exit status that tells so, 130 or 143.
+        status: the exit status that tells so: 128 and the signal's number.
     """
 
     def __init__(self, signum: int) -> None:
@@ -51,13 +52,15 @@ _state = _State()
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """Within it, SIGINT and SIGTERM raise `Stopped`, deferred by `held`; a second one ends the process at once, its
-    children first. In a thread other than the main one, where Python handles no signals, nothing changes."""
+    """Within it, `SIGNALS` raise `Stopped`, deferred by `held`; a second one ends the process at once, its children
+    first. In a thread other than the main one, where Python handles no signals, nothing changes; nor does it for a
+    closed terminal under nohup."""
     if _state.active or threading.current_thread() is not threading.main_thread():
         yield
         return
     _state.active = True
-    before = {signum: signal.signal(signum, _stop) for signum in SIGNALS}
+    ignored = {signum for signum in SIGNALS[2:] if signal.getsignal(signum) == signal.SIG_IGN}
+    before = {signum: signal.signal(signum, _stop) for signum in SIGNALS if signum not in ignored}
     try:
         yield
     finally:
@@ -123,4 +126,5 @@ def _raise(error: BaseException, told: str) -> None:
     if _state.depth == 0:
         raise error
     _state.pending = error
-    os.write(2, told.encode())  # print could be interrupted by itself
+    with suppress(OSError):  # the terminal may be what is gone
+        os.write(2, told.encode())  # print could be interrupted by itself
