@@ -32,7 +32,7 @@ from utils.optim import WeightAverage, build_optimizer
 from utils.resume import open_run
 from utils.run import Run
 from utils.seeds import derive_seed
-from utils.stop import Stopped, WorkerDied, stop_signals
+from utils.stop import Stopped, WorkerDied, received, stop_signals
 from utils.summary import format_config, format_model, format_stages, warn_of_small_input
 from utils.transforms import EvalTransform, Preprocessing, TrainTransform
 
@@ -94,6 +94,7 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
     trainer = make_trainer(config, network, precision, data, folder.checkpoint)
     run = Run(config, model, trainer, data.class_names, lists, folder)
+    del folder  # the checkpoint is as large as the run
     train_stages(run, stages, data)
     elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
     example = read_first_path("cls_test.txt") or data.val_images.path(0)
@@ -192,6 +193,8 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
                 from utils.probe import init_head  # brings scikit-learn, which nothing else here needs
 
                 init_head(model, cache, train_set, val_set, config)
+                if trainer.average:
+                    trainer.average.load(model.state_dict())
             run.save()  # what can't be written is known before hours are spent
         run.log.log_pictures(network, next(iter(train_loader(train_set, min(16, len(train_set)), 0)))[0])
         for stage in stages:
@@ -250,11 +253,11 @@ def save_when_stopped(run: Run) -> Iterator[None]:
     try:
         yield
     except (Stopped, WorkerDied) as reason:
+        received()
         if not run.new:
             run.save()
-            print(
-                f"\n{type(reason).__name__}: {run.folder} is saved at step {run.trainer.step}; the same command goes on"
-            )
+            how = f"--resume {run.folder}" if run.config.resume == "no" else "the same command"
+            print(f"\n{type(reason).__name__}: {run.folder} is saved at step {run.trainer.step}; {how} goes on")
         raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickletools
 import re
 import zipfile
 from pathlib import Path
@@ -63,13 +64,15 @@ def is_sealed(path: Path) -> bool:
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """The note of a sealed file, unchecked; None if it has none."""
+    """The note of a sealed file, `step` and `finished` at least, unchecked; None if it has none."""
     try:
         with zipfile.ZipFile(path) as archive:
             text, mark, _ = archive.comment.rpartition(MARK)
-        return json.loads(text) if mark else None
-    except (OSError, ValueError, zipfile.BadZipFile):
+        note = json.loads(text) if mark else None
+    except (OSError, ValueError, RecursionError, zipfile.BadZipFile):
         return None
+    known = isinstance(note, dict) and type(note.get("step")) is int and type(note.get("finished")) is bool
+    return note if known else None
 
 
 def open_safely(path: str | Path) -> Any:
@@ -92,6 +95,8 @@ def open_safely(path: str | Path) -> Any:
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # a broken file makes the readers raise nearly every type there is
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
@@ -118,11 +123,32 @@ def _check_archive(path: Path) -> None:
                     f"{path} can't be opened as weights: its {size:,} bytes claim to unpack to {claimed:,}; torch "
                     f"writes its files unpacked"
                 )
+            if _directory_offset(path, len(archive.comment)) not in (archive.start_dir, 0xFFFFFFFF):
+                raise ValueError(f"{path} can't be opened as weights: it holds two archives, one hidden from the other")
+            _check_pickles(archive, path)
             broken = None if sealed else archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged: its archive can't be read ({error})") from error
     if broken:
         raise ValueError(f"{path} is damaged: the checksum of {broken} in it doesn't match")
+
+
+def _directory_offset(path: Path, comment: int) -> int:
+    """Where a zip archive's last record says that its directory is; readers differ in whether they believe it."""
+    with path.open("rb") as file:
+        file.seek(-comment - 6, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little")
+
+
+def _check_pickles(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise a ValueError if a pickle makes a bytearray, which torch allows, and which may be of any size."""
+    for name in archive.namelist():
+        if name.endswith(".pkl"):
+            for _, argument, _ in pickletools.genops(archive.read(name)):
+                if isinstance(argument, str) and argument.split(" ")[-1] == "bytearray":
+                    raise ValueError(
+                        f"{path} can't be opened as weights: it holds a bytearray, which weights don't need"
+                    )
 
 
 def _check_tensors(content: Any, path: Path) -> None:

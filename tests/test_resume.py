@@ -171,3 +171,16 @@ def test_a_lock_dies_with_its_process_but_not_before(here):
     holder.kill()
     holder.wait()
     FolderLock(here).release()
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_killed_before_the_last_of_all_saves(trained, cut_off, rounds):
+    """The farthest checkpoint becomes the last: the run is at its end, and the next start begins another."""
+    (source,) = (trained / "logs").iterdir()
+    for farther in source.glob("ep004-*"):
+        shutil.copy(farther, cut_off)
+    for _ in range(rounds):
+        train.main(TrainConfig(**SMALL))
+    last = load_checkpoint(cut_off / LAST)
+    assert last["finished"] and last["step"] == 22
+    assert len(runs()) == rounds

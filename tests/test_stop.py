@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import warnings
 
 import pytest
 
@@ -64,3 +65,18 @@ def test_nothing_is_handled_in_another_thread():
     thread.start()
     thread.join()
     assert done == [True]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_one_that_a_destructor_swallowed_comes_again():
+    class Swallower:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            sum(range(100))
+
+    with stop_signals(), pytest.raises(Stopped), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        swallower = Swallower()
+        del swallower
+        with held():
+            pass

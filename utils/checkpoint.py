@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from utils.files import format_bytes, free_bytes, write_whole
 FORMAT_VERSION = 2
 LAST = "last_epoch_weights.pth"
 BEST = "best_epoch_weights.pth"
-PERIODIC = "ep*-loss*.pth"
+PERIODIC = re.compile(r"ep(\d+)-loss.*\.pth")
 WHAT_IT_IS: dict[str, type] = {
     "format_version": int,
     "model": dict,
@@ -114,21 +115,21 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     claim to be farther is printed."""
 
     def steps(path: Path) -> tuple[float, bool]:
-        note = read_note(path) or {}
-        return note.get("step", float("inf")), path.name == LAST
+        note = read_note(path)
+        return note["step"] if note else float("inf"), path.name == LAST
 
     for path in sorted(folder.glob("*.pth"), key=steps, reverse=True):
         try:
             return path, load_checkpoint(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print(f"attention: {error}; the newest one before it is looked for")
     return None
 
 
 def prune_periodic(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` of the checkpoints of single epochs, if the last one is seen to be whole."""
-    surplus = sorted(folder.glob(PERIODIC), key=lambda path: int(path.name[2:].partition("-")[0]))
-    surplus = surplus[: max(0, len(surplus) - keep)]
+    periodic = {path: int(match[1]) for path in folder.glob("ep*.pth") if (match := PERIODIC.fullmatch(path.name))}
+    surplus = sorted(periodic, key=periodic.get)[: max(0, len(periodic) - keep)]
     if not surplus:
         return
     try:

@@ -79,13 +79,16 @@ def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
         FileNotFoundError: there is no such file.
         ValueError: it isn't one of Thaw's checkpoints, or there is no such device.
     """
-    checkpoint = load_checkpoint(find_checkpoint(str(path)))
-    with torch.device("meta"):  # no time is spent on weights that are replaced at once
-        model = build_model(**checkpoint["model"])
-    model.load_state_dict(checkpoint["weights"], assign=True)
-    preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
     place = pick_device(device)
-    precision, _ = choose_precision(checkpoint["config"]["precision"], place)
+    checkpoint = load_checkpoint(find_checkpoint(str(path)))
+    try:
+        with torch.device("meta"):  # no time is spent on weights that are replaced at once
+            model = build_model(**checkpoint["model"])
+        model.load_state_dict(checkpoint["weights"], assign=True)
+        preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
+        precision, _ = choose_precision(checkpoint["config"]["precision"], place)
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path} can't be used: its parts don't fit together ({error})") from error
     return Classifier(
         network=cast_products(pixel_network(model, preprocessing, place), precision).eval(),
         preprocessing=preprocessing,

@@ -143,7 +143,7 @@ class Trainer:
             self.micro_batches = min(2 * self.micro_batches, len(targets))
             print(
                 f"attention: out of memory at step {self.step + 1}: batches of {len(targets)} pictures are now worked "
-                f"through in {self.micro_batches} parts, whose gradients are added up; what is learned stays the same"
+                f"through in {self.micro_batches} parts, whose gradients are added up: they still learn together"
             )
             return None
 
@@ -277,7 +277,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self.step, self.micro_batches = state["step"], state["micro_batches"]
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # there is none if another device had no use for it
+            self.scaler.load_state_dict(state["scaler"])
         self.done = len(state["epoch_losses"])
         self.losses, self.hits = state["epoch_losses"].to(self.device), state["epoch_hits"].to(self.device)
 

@@ -114,8 +114,7 @@ def compare_lists(before: ImageList, now: ImageList, class_names: Sequence[str])
     """What is in one list and not in the other, in words: pictures added, removed, moved (the file's name is the same,
     its folder another) and relabelled."""
     then, here = ({images.name(i): int(images.class_ids[i]) for i in range(len(images))} for images in (before, now))
-    gone = {os.path.basename(name): name for name in sorted(then.keys() - here.keys())}
-    come = {os.path.basename(name): name for name in sorted(here.keys() - then.keys())}
+    gone, come = _by_file_name(then.keys() - here.keys()), _by_file_name(here.keys() - then.keys())
     moved = {gone[file]: come[file] for file in gone.keys() & come.keys()}
     other_label = [name for name in sorted(then.keys() & here.keys()) if then[name] != here[name]]
     changes = {
@@ -130,6 +129,14 @@ def compare_lists(before: ImageList, now: ImageList, class_names: Sequence[str])
         if names
     ]
     return ", ".join(told) or "the same pictures in another order or notation"
+
+
+def _by_file_name(names: Iterable[str]) -> dict[str, str]:
+    """Those of `names` whose file name no other of them has."""
+    files: dict[str, list[str]] = {}
+    for name in names:
+        files.setdefault(os.path.basename(name), []).append(name)
+    return {file: same[0] for file, same in files.items() if len(same) == 1}
 
 
 def _parse(buffer: np.ndarray, folder: str, source: str) -> ImageList:

@@ -77,6 +77,7 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
             if run and _has_classes(run, class_names):
                 check_lists(run, config, lists)
                 return run
+            print(f"attention: {path} isn't finished, but {'has other classes' if run else 'has no whole checkpoint'}")
     elif config.resume != "no":
         return _open_given(config, class_names, lists)
     return _begin(config, lists)
@@ -109,8 +110,8 @@ def unfinished_runs(config: TrainConfig) -> Iterator[Path]:
     """The folders in `save_dir` of runs with these settings that aren't at their end, the newest first."""
     files = Path(config.save_dir).glob(f"*/{CONFIG_FILE}")
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        note = read_note(file.parent / LAST) or {}
-        if not note.get("finished") and not changed_fields(read_config(file.parent), config):
+        note = read_note(file.parent / LAST)
+        if not (note and note["finished"]) and not changed_fields(read_config(file.parent), config):
             yield file.parent
 
 
@@ -187,6 +188,9 @@ def _take_up(path: Path) -> RunFolder | None:
     if found is None and any(path.glob("*.pth")):
         lock.release()
         return None
+    if found and found[0].name != LAST:  # it is the farthest, so it is the last
+        with write_whole(path / LAST) as file, found[0].open("rb") as newest:
+            shutil.copyfileobj(newest, file)
     return RunFolder(path, lock, found[1] if found else None)
 
 
@@ -220,16 +224,16 @@ def new_run_folder(save_dir: str | Path) -> Path:
 
 def remove_strays(save_dir: Path) -> None:
     """Delete what killed runs left half-written: files, and folders that a run hadn't yet begun in."""
-    half_written = {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}")}
+    half_written = {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}") if (stray.parent / LOCK_FILE).exists()}
     not_begun = {file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()}
     for folder in half_written | not_begun:
         try:
             lock = FolderLock(folder)
-        except InUse:
+        except (InUse, OSError):  # it is written to, or belongs to somebody else
             continue
         for stray in folder.glob(f"*{PARTIAL}"):
             print(f"{stray}, left half-written by a run that was cut off, is deleted")
             stray.unlink(missing_ok=True)
-        lock.release()
         if folder in not_begun and {path.name for path in folder.iterdir()} <= {LOCK_FILE, *LIST_FILES.values()}:
             shutil.rmtree(folder)
+        lock.release()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from utils.checkpoint import BEST, LAST, count_bytes, prune_periodic, save_checkpoint
 from utils.config import TrainConfig
-from utils.engine import NonFiniteLoss, Trainer
+from utils.engine import REMEDY, NonFiniteLoss, Trainer
 from utils.files import format_bytes, free_bytes
 from utils.freeze import Stage
 from utils.lists import ImageList
@@ -152,6 +152,8 @@ class Run:
     def _content(self) -> dict[str, Any]:
         with self.trainer.evaluated_weights():
             weights = self.model.state_dict()
+        if self.config.on_nan == "stop" and not self.trainer.losses[: self.trainer.done].isfinite().all():
+            raise NonFiniteLoss(f"a loss since step {self.trainer.step - self.trainer.done} isn't finite; {REMEDY}")
         in_training = self.model.state_dict() if self.trainer.average else {}
         for tensors in (weights, in_training):
             wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -202,8 +204,12 @@ class Run:
 
     def close(self) -> None:
         """Finish the log, and let others write to the folder."""
-        self.log.close()
-        self._lock.release()
+        try:
+            self.log.close()
+        except OSError as error:
+            print(f"attention: the log in {self.folder} can't be written ({error.strerror})")
+        finally:
+            self._lock.release()
 
 
 def format_row(row: Mapping[str, float], epochs: int, is_best: bool) -> str:

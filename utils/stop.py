@@ -77,10 +77,8 @@ class held:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _state.depth -= 1
-        if _state.depth == 0 and _state.pending is not None:
-            pending, _state.pending = _state.pending, None
-            if kind is None:
-                raise pending
+        if _state.depth == 0 and _state.pending is not None and kind is None:
+            raise _state.pending
 
 
 def watch_workers() -> None:
@@ -122,9 +120,14 @@ def _stop(signum: int, _: FrameType | None) -> None:
     _raise(Stopped(signum), "\nstopping after this step; once more to leave at once\n")
 
 
+def received() -> None:
+    """What was raised has been dealt with: `held` need not raise it again."""
+    _state.pending = None
+
+
 def _raise(error: BaseException, told: str) -> None:
+    _state.pending = error  # even if it is raised now: in a destructor, Python would drop it
     if _state.depth == 0:
         raise error
-    _state.pending = error
     with suppress(OSError):  # the terminal may be what is gone
         os.write(2, told.encode())  # print could be interrupted by itself
