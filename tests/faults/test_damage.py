@@ -20,6 +20,7 @@ import torch
 import eval as evaluation
 import predict
 import train
+from nets import files
 from nets.weights import find_pretrained, read_weights
 from tests.conftest import SMALL
 from utils import checkpoint, run
@@ -158,6 +159,13 @@ class Trap:
         return (os.system, ("touch canary",))
 
 
+class Bytes:
+    """Which torch's safe opening makes, however many there are to be."""
+
+    def __reduce__(self):
+        return (bytearray, (600_000_000,))
+
+
 def write_trap(kind: str, path: Path, whole: Path) -> None:
     """A file that means harm, in the place of the checkpoint `whole`."""
     content = torch.load(whole, weights_only=True)
@@ -180,12 +188,17 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
             for entry in plain.infolist():
                 data = plain.read(entry)
                 bomb.writestr(entry.filename, bytes(1 << 28) if entry.filename.endswith("data/0") else data)
+    elif kind == "bytearray":
+        torch.save(content | {"history": [Bytes()]}, path)
     elif kind == "one number for a terabyte":
         huge = torch.zeros(1).expand(1 << 38)
         torch.save(content | {"weights": dict.fromkeys(content["weights"], huge)}, path)
 
 
-TRAPS = ("at the top", "optimizer", "model", "history", "old format", "tar", "zip bomb", "one number for a terabyte")
+TRAPS = (
+    *("at the top", "optimizer", "model", "history", "old format", "tar"),
+    *("zip bomb", "bytearray", "one number for a terabyte"),
+)
 DOORS = ("model_path", "pretrained", "resume", "eval", "predict")
 
 
@@ -263,3 +276,25 @@ def test_bytes_reach_the_disk_before_the_name_does(here, tmp_path):
     assert [call.partition("(")[0] for call in calls] == ["fsync", "rename", "fsync"]
     assert ".partial" in calls[0]
     assert f"<{here}>" in calls[2]
+
+
+def test_two_archives_in_one_file(run_copy):
+    """The end names the first directory, and another stands right before it: readers differ in which they take."""
+    whole = (run_copy / LAST).read_bytes()
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        directory, end = archive.start_dir, len(whole) - len(archive.comment) - 22
+    twice = whole[:end] + whole[directory:end] + whole[end : end + 20] + bytes(2)
+    (run_copy / LAST).write_bytes(twice)
+    with pytest.raises(ValueError, match=r"two archives|damaged"):
+        load_checkpoint(run_copy / LAST)
+
+
+@pytest.mark.parametrize("note", ["[1]", "[" * 60_000, '{"step": "x", "finished": false}', "null"])
+def test_a_note_that_means_harm(run_copy, monkeypatch, note):
+    """The note is read of every run's last checkpoint at each start."""
+    with (run_copy / "ep999-loss.pth").open("w+b") as file:
+        torch.save({}, file)
+        monkeypatch.setattr(files.json, "dumps", lambda _: note)
+        files.seal(file, {})
+    assert files.read_note(run_copy / "ep999-loss.pth") is None
+    assert load_newest(run_copy)[0].name == LAST
