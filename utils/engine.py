@@ -7,8 +7,8 @@ uint8 pixels (B, 3, height, width), `utils.freeze.ThawedPart` the features (B, N
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -245,11 +245,9 @@ class Trainer:
         if len(bad) == len(losses) and (len(losses) == recent or self.done == len(self.losses)):
             raise NonFiniteLoss(f"{told}, as were the {len(bad)} steps up to it; {REMEDY}")
 
-    @contextmanager
-    def evaluated_weights(self) -> Iterator[None]:
-        """Within it, the network has the weights that are evaluated: their average, if there is one."""
-        with self.average.in_place() if self.average else nullcontext():
-            yield
+    def evaluated_weights(self) -> AbstractContextManager:
+        """A context within which the network has the weights that are evaluated: their average, if there is one."""
+        return self.average.in_place() if self.average else nullcontext()
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
         """`val_loss` and `val_top1` over every picture of `loader`.
