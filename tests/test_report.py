@@ -12,7 +12,8 @@ from tests.conftest import SMALL
 from utils.config import TrainConfig
 from utils.freeze import plan_stages
 from utils.metrics import evaluation_metrics
-from utils.report import format_metrics, plot_bars, plot_confusion, plot_losses, write_evaluation
+from utils.plots import plot_bars, plot_confusion, plot_losses
+from utils.report import format_metrics, write_evaluation
 from utils.summary import count_flops, format_config, format_model
 
 AWKWARD = ["$x^2$", "a,b", "猫", "<script>", "\udcff", "x" * 80]

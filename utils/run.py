@@ -17,8 +17,8 @@ from utils.engine import REMEDY, NonFiniteLoss, Trainer
 from utils.files import format_bytes, free_bytes
 from utils.freeze import Stage
 from utils.lists import ImageList
-from utils.report import RunLog
 from utils.resume import FREE_FIELDS, RunFolder
+from utils.run_log import RunLog
 from utils.stop import held
 from utils.transforms import Preprocessing
 

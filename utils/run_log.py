@@ -1,0 +1,58 @@
+"""The log of a run: TensorBoard events, the losses as text, and their curve."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.plots import Row, plot_losses
+
+
+class RunLog:
+    """The log of a run in its folder: TensorBoard events, the losses as text, and their curve.
+
+    All of it is made from the history, at each epoch and anew when a run goes on, so that there is no gap and no
+    doubled point, wherever it was cut off.
+
+    Args:
+        folder: the run's folder.
+        history: the epochs so far.
+    """
+
+    def __init__(self, folder: Path, history: Sequence[Row]) -> None:
+        self.folder = folder
+        older = list(folder.glob("events.out.tfevents.*"))
+        self.writer = SummaryWriter(str(folder))
+        for row in history:
+            self._add_scalars(row)
+        self.writer.flush()
+        for path in older:
+            path.unlink()
+
+    def _add_scalars(self, row: Row) -> None:
+        for name, value in row.items():
+            if name not in ("step", "time"):
+                self.writer.add_scalar(name, value, row["step"], walltime=row["time"])
+
+    def log_pictures(self, network: nn.Module, pixels: Tensor) -> None:
+        """Show TensorBoard some training pictures (B, 3, height, width) uint8, and the graph of `network`."""
+        self.writer.add_images("train/augmented", pixels[:16], 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracing warns of every shape that Python looks at
+            self.writer.add_graph(network.eval(), pixels[:1].to(next(network.parameters()).device))
+
+    def log_epoch(self, history: Sequence[Row]) -> None:
+        """Write what is known after an epoch, the last row of `history`."""
+        self._add_scalars(history[-1])
+        self.writer.flush()
+        for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
+            (self.folder / name).write_text("".join(f"{row[key]}\n" for row in history), encoding="utf-8")
+        plot_losses(history).savefig(self.folder / "epoch_loss.png")
+
+    def close(self) -> None:
+        """Finish the event file."""
+        self.writer.close()
