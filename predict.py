@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
-from PIL import Image, ImageDraw
-from torch import Tensor
+from tqdm import tqdm
 
 from utils import cli
+from utils.calibration import Rejection
 from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier
 from utils.config import Device
-from utils.images import ImageError, open_image
-from utils.parallel import map_ahead
+from utils.images import open_image
+from utils.labelled import copy_into, save_labelled
+from utils.prediction import Answer, Failure, Prediction, csv_header, shorten, to_bars, to_csv, to_json, to_line, to_row
 from utils.scan import is_demo, pictures_below
 
 BATCH = 32
+EXPLAINED = "explained"
+"""Where pictures go that are to be explained, if `--save` names no folder."""
 
 
 def main(
@@ -34,41 +34,130 @@ def main(
     model_path: str = "",
     top_k: int = 3,
     json_lines: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    csv_lines: Annotated[bool, tyro.conf.arg(name="csv")] = False,
     save: str = "",
+    explain: bool = False,
+    sort_into: str = "",
+    reject_below: str = "",
+    max_error: float = 0.05,
+    tta: bool = False,
+    raw: bool = False,
     device: Device = "auto",
 ) -> int:
     """Name what is in pictures.
 
     Args:
-        paths: files, folders (with all below them) and globs; none: ask for one after the other.
+        paths: files, folders (with all below them) and globs; "-": paths from the standard input, one a line; none: ask
+            for one after the other.
         model_path: a checkpoint or a run's folder; empty: the best of the newest run in logs/.
         top_k: how many classes to give.
-        json_lines: print one JSON object a line, with path and predictions, or error.
-        save: folder that gets the pictures with their labels written on them.
+        json_lines: print one JSON object a line, with path, label and predictions, or error.
+        csv_lines: print a table of comma-separated values.
+        save: folder that gets the pictures with their labels written below them.
+        explain: save them (in "explained" if save names no folder) with maps of what the network looked at beside them.
+        sort_into: folder that gets a copy of each picture in a folder named after its class; nothing is overwritten.
+        reject_below: answer "unknown" where the probability is below this (0 to 1), or the picture is unlike all
+            classes. "auto": below what validation showed to be needed for max_error.
+        max_error: with reject_below=auto, the part of the accepted answers that may be wrong.
+        tta: average over several views of each picture: five to ten times the time, often a little better.
+        raw: give probabilities as the network does, without the temperature fitted after training.
         device: auto, cuda, cpu or mps.
 
     Returns:
         The exit status: 1 if a picture couldn't be read.
     """
+    check(top_k, json_lines, csv_lines, save, sort_into)
+    checkpoint = find_checkpoint(model_path)
+    classifier = load_classifier(checkpoint, device, raw)
+    print(f"checkpoint {checkpoint}", file=sys.stderr)
+    rejection = choose_rejection(classifier, reject_below, max_error)
+    top_k = min(top_k, len(classifier.class_names))
+    given = list(expand(paths)) if paths and "-" not in paths else None
+    pictures = given if given is not None else expand(read_lines() if "-" in paths else ask())
+    tell = choose_format(classifier, json_lines, csv_lines, top_k, single=not paths or len(given or ()) == 1)
+    if csv_lines:
+        print(csv_header(top_k))
+    save = save or (EXPLAINED if explain else "")
+    counts: Counter[str] = Counter()
+    answers = classifier.stream(pictures, top_k, BATCH if paths else 1, tta, rejection)
+    many = given is not None and len(given) > BATCH
+    with tqdm(total=len(given or ()), unit="picture", leave=False, disable=None if many else True) as bar:
+        for answer in answers:
+            tqdm.write(tell(answer), file=sys.stdout)
+            sys.stdout.flush()
+            bar.update()
+            if isinstance(answer, Failure):
+                counts[""] += 1
+                continue
+            counts[answer.label] += 1
+            if save:
+                keep(classifier, answer, Path(save), explain)
+            if sort_into:
+                copy_into(answer, Path(sort_into))
+    if sum(counts.values()) > 1:
+        print(summarise(counts), file=sys.stderr)
+    return 1 if counts[""] else 0
+
+
+def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: str) -> None:
+    """Raise a ValueError that names what can't work."""
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: give a whole number from 1 up")
-    if save and Path(save).exists() and not Path(save).is_dir():
-        raise ValueError(f"save={save!r}: it is a file; give a folder")
-    checkpoint = find_checkpoint(model_path)
-    classifier = load_classifier(checkpoint, device)
-    print(f"checkpoint {checkpoint}", file=sys.stderr)
-    failures = 0
-    # Asked for one by one, pictures are answered one by one; else the next are read while the network is at work.
-    batch_size, ahead = (BATCH, 2 * BATCH) if paths else (1, 1)
-    pictures = map_ahead(partial(load, classifier), expand(paths or ask()), ahead)
-    while batch := list(islice(pictures, batch_size)):
-        for path, answer in predict_batch(classifier, batch, top_k):
-            print(json.dumps({"path": path} | answer) if json_lines else format_answer(path, answer), flush=True)
-            failures += "error" in answer
-            if save and "predictions" in answer:
-                image = open_image(path, classifier.preprocessing.max_pixels, classifier.preprocessing.allow_truncated)
-                save_labelled(image, answer["predictions"][0], Path(path).name, Path(save))
-    return 1 if failures else 0
+    if json_lines and csv_lines:
+        raise ValueError("json and csv: choose one of them")
+    for name, folder in (("save", save), ("sort_into", sort_into)):
+        if folder and Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"{name}={folder!r}: it is a file; give a folder")
+
+
+def choose_rejection(classifier: Classifier, reject_below: str, max_error: float) -> Rejection | None:
+    """Which answers to reject, and what that costs, which is printed; None: none.
+
+    Raises:
+        ValueError: it isn't "auto" or a number from 0 to 1, or "auto" can't be had.
+    """
+    if not reject_below:
+        return None
+    calibration = classifier.calibration
+    if reject_below == "auto":
+        if not 0 <= max_error < 1:
+            raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
+        if calibration is None or classifier.raw:
+            why = "raw is set" if classifier.raw else "this one's run hasn't come to its end: python train.py goes on"
+            raise ValueError(f"reject_below=auto needs a calibrated checkpoint, and {why}; or give a number, 0 to 1")
+        rejection = calibration.choose_rejection(max_error)
+    else:
+        try:
+            least = float(reject_below)
+        except ValueError:
+            least = -1.0
+        if not 0 <= least <= 1:
+            raise ValueError(f"reject_below={reject_below!r}: give auto, or a number from 0 to 1")
+        rejection = Rejection(least, calibration.farthest if calibration else float("inf"))
+    if calibration is None:
+        print(f"rejected below {rejection.least_probability:.1%}; nothing is known of distances", file=sys.stderr)
+    else:
+        print(
+            f"rejected below {rejection.least_probability:.1%}: {rejection.format_cost(calibration)}", file=sys.stderr
+        )
+    return rejection
+
+
+def choose_format(
+    classifier: Classifier, json_lines: bool, csv_lines: bool, top_k: int, single: bool
+) -> Callable[[Answer], str]:
+    """How answers are printed: in a terminal as bars for one picture and as a table that fits its width for many."""
+    if json_lines:
+        return to_json
+    if csv_lines:
+        return lambda answer: to_csv(answer, top_k)
+    if not sys.stdout.isatty():
+        return to_line
+    width = shutil.get_terminal_size().columns
+    if single:
+        return lambda answer: to_bars(answer, width)
+    longest = max(len(name) for name in (*classifier.class_names, "unknown"))
+    return lambda answer: to_row(answer, width, min(longest, width // 3))
 
 
 def expand(paths: Iterable[str]) -> Iterator[str]:
@@ -87,6 +176,13 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
                 yield match
 
 
+def read_lines() -> Iterator[str]:
+    """The lines of the standard input that aren't empty; bytes that are no UTF-8 as file names have them."""
+    for line in sys.stdin.buffer:
+        if name := line.rstrip(b"\r\n"):
+            yield os.fsdecode(name)
+
+
 def ask() -> Iterator[str]:
     """Paths typed in, until the input ends or a line is empty; quotes around one are taken off."""
     while True:
@@ -97,59 +193,25 @@ def ask() -> Iterator[str]:
         yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
 
 
-def load(classifier: Classifier, path: str) -> tuple[str, Tensor | ImageError]:
-    """The path, and the picture as the network wants it or why it can't be read."""
-    try:
-        return path, classifier.load(path)
-    except ImageError as error:
-        return path, error
+def keep(classifier: Classifier, answer: Prediction, folder: Path, explained: bool) -> None:
+    """Save a picture with its label, and with maps of what the network looked at if it is to be explained."""
+    image = open_image(answer.path, classifier.preprocessing.max_pixels, classifier.preprocessing.allow_truncated)
+    maps = []
+    if explained:
+        from utils.explain import explain_one  # slow to import
+
+        likeliest = classifier.class_names.index(answer.classes[0][0])
+        maps = explain_one(classifier, classifier.load(answer.path), likeliest, image.height)
+    save_labelled(image, answer, folder, maps)
 
 
-def predict_batch(
-    classifier: Classifier, pictures: Sequence[tuple[str, Tensor | ImageError]], top_k: int
-) -> Iterator[tuple[str, dict]]:
-    """For each of what `load` gave, in order: the path, and `predictions` or `error` as `--json` prints them."""
-    readable = [pixels for _, pixels in pictures if isinstance(pixels, Tensor)]
-    ranked = iter(())
-    if readable:
-        values, ids = classifier.probabilities(torch.stack(readable)).topk(min(top_k, len(classifier.class_names)))
-        ranked = zip(values.tolist(), ids.tolist(), strict=True)
-    for path, pixels in pictures:
-        if isinstance(pixels, ImageError):
-            yield path, {"error": str(pixels)}
-        else:
-            best = zip(*next(ranked), strict=True)
-            yield path, {"predictions": [{"class": classifier.class_names[k], "probability": p} for p, k in best]}
-
-
-def format_answer(path: str, answer: dict) -> str:
-    """A line for people: path, label and probability, then the next classes."""
-    if "error" in answer:
-        return f"{path}: error: {answer['error']}"
-    best, *others = (f"{row['class']} {row['probability']:.1%}" for row in answer["predictions"])
-    return f"{path}: {best}" + (f"  ({', '.join(others)})" if others else "")
-
-
-def save_labelled(image: Image.Image, prediction: dict, name: str, folder: Path) -> None:
-    """Save `image` in `folder` with its label in a bar below it; tiny pictures are enlarged so that it can be read.
-
-    A name that is taken gets a number, so that nothing is overwritten.
-    """
-    from utils.fonts import label_font  # brings matplotlib, which nothing else here needs
-
-    folder.mkdir(parents=True, exist_ok=True)
-    scale = max(1, -(-224 // min(image.size)))
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    size = max(14, image.width // 24)
-    bar = Image.new("RGB", (image.width, image.height + 2 * size))
-    bar.paste(image)
-    label = cli.printable(f"{prediction['class']}  {prediction['probability']:.1%}")
-    font = label_font(label, size, image.width - size)
-    ImageDraw.Draw(bar).text((size // 2, image.height + size), label, "white", font, anchor="lm")
-    stem, number = Path(name).stem, 1
-    while (target := folder / (f"{stem}.png" if number == 1 else f"{stem}_{number}.png")).exists():
-        number += 1
-    bar.save(target)
+def summarise(counts: Counter[str]) -> str:
+    """How many pictures got which label."""
+    failed = counts[""]
+    labels = ", ".join(f"{shorten(name, 40)} {count}" for name, count in counts.most_common(8) if name)
+    more = len(counts.keys() - {""}) - 8
+    told = f"{sum(counts.values())} pictures: {labels}{f' and {more} more labels' if more > 0 else ''}"
+    return told + (f"; {failed} can't be read" if failed else "")
 
 
 if __name__ == "__main__":

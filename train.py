@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset, balanced_class_weights, eval_loader, train_loader
 from utils.device import choose_precision, pick_device
 from utils.engine import Trainer
+from utils.finish import calibrate_checkpoint
 from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.optim import WeightAverage, build_optimizer
@@ -208,6 +210,7 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
                 numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate, run.after_step)
                 run.finish_epoch(numbers | trainer.validate(val_loader))
                 report_unreadable(train_set, val_set)
+        run.finish(partial(calibrate_checkpoint, data.train_images, data.val_images, config))
 
 
 def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:

@@ -28,8 +28,9 @@ def build_model(
     Returns:
         A module from pictures (B, 3, height, width) to logits (B, num_classes), with `forward_features`,
         `forward_head`, `freeze_backbone` and `unfreeze_backbone`, and the two parts that these divide it into,
-        `forward_frozen` and `forward_thawed`. Its attribute `arguments` holds what this function needs to build it
-        again.
+        `forward_frozen` and `forward_thawed`; `forward_embedding` gives what its linear layer `head` takes, and
+        `map_layer` is the last module whose output has a place for each part of the picture. Its attribute `arguments`
+        holds what this function needs to build it again.
 
     Raises:
         ValueError: the name isn't known, or the network can't take that input shape.

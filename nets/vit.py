@@ -278,6 +278,18 @@ class VisionTransformer(nn.Module):
             x = part(x)
         return self.forward_head(x)
 
+    def forward_embedding(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) to what the head takes, (B, C): the normalised class token."""
+        for part in self._parts():
+            x = part(x)
+        return x[:, 0]
+
+    @property
+    def map_layer(self) -> nn.Module:
+        """The last module that the whole picture goes through: each token of its output (B, N, C), but for the first,
+        is of one patch."""
+        return self.blocks[-1].norm1
+
     def _parts(self) -> list[Callable[[Tensor], Tensor]]:
         """All but the head, in the order in which it can be frozen."""
         return [self.embed, *self.blocks[:-1], partial(self.blocks[-1], num_queries=1), self.norm]

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from utils import checkpoint
-from utils.checkpoint import BEST, KEYS, LAST, SaveError, find_checkpoint, load_checkpoint, save_checkpoint
+from utils.checkpoint import (
+    BEST,
+    FORMAT_VERSION,
+    KEYS,
+    LAST,
+    SaveError,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def content(**changes):
@@ -63,7 +72,7 @@ def test_code_in_a_checkpoint_is_not_run(here):
         (lambda: torch.save({"w": torch.ones(1)}, "a.pth"), "none of Thaw's checkpoints"),
         (lambda: torch.save(content(format_version=99), "a.pth"), "format 99"),
         (
-            lambda: torch.save({"format_version": 2, "weights": {}}, "a.pth"),
+            lambda: torch.save({"format_version": FORMAT_VERSION, "weights": {}}, "a.pth"),
             "can't be used: it lacks arithmetic, best_val_loss",
         ),
     ],

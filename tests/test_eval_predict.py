@@ -24,7 +24,9 @@ from utils.classifier import cast_products, load_classifier
 from utils.data import FileSource, ImageDataset, eval_loader
 from utils.engine import compute_logits
 from utils.images import open_image
+from utils.labelled import save_labelled
 from utils.lists import read_list
+from utils.prediction import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,11 +41,13 @@ def run(script: str, *args: str, env: dict | None = None, **options) -> subproce
 def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
     """The three ways to a probability: the training loop's validation, eval.py's loader, predict.py's pictures."""
     checkpoint = find_checkpoint("")
-    evaluation.main(data="cls_val.txt", out=str(tmp_path), batch_size=3)
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
     row = load_checkpoint(checkpoint)["history"][load_checkpoint(checkpoint)["epoch"] - 1]
-    assert metrics["loss"] == pytest.approx(row["val_loss"], rel=1e-5)
-    assert metrics["top1"] == row["val_top1"]
+    for raw in (True, False):
+        evaluation.main(data="cls_val.txt", out=str(tmp_path), batch_size=3, raw=raw)
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert metrics["raw"]["log_loss"] == pytest.approx(row["val_loss"], rel=1e-5)
+        assert (metrics["log_loss"] == metrics["raw"]["log_loss"]) == raw
+        assert metrics["top1"] == row["val_top1"]
 
     classifier = load_classifier(checkpoint, "cpu")
     images = read_list("cls_val.txt", 2)
@@ -54,7 +58,7 @@ def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
     one_by_one = torch.cat([classifier.probabilities(classifier.load(path)[None]) for path in paths])
     in_memory = classifier.probabilities(classifier.transform(open_image(paths[0]))[None])
     torch.testing.assert_close(in_memory, one_by_one[:1], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(logits.softmax(1), one_by_one, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close((logits / classifier.temperature).softmax(1), one_by_one, atol=1e-6, rtol=1e-5)
 
     capsys.readouterr()
     predict.main(tuple(paths), json_lines=True)
@@ -72,20 +76,28 @@ def test_eval_command(trained, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["pictures"] == 11
     assert [row["support"] for row in metrics["per_class"]] == [6, 5]
-    assert f"top-1 {metrics['top1']:.2%}" in result.stdout
+    low, high = metrics["intervals"]["top1"]
+    assert f"top-1 {metrics['top1']:.2%} [{100 * low:.2f}, {100 * high:.2f}]" in result.stdout
     rows = list(csv.reader((tmp_path / "confusion_matrix.csv").open()))
     assert rows[0] == ["true \\ predicted", "dark", "light"]
     counts = np.array([[int(v) for v in row[1:]] for row in rows[1:]])
     assert counts.sum(axis=1).tolist() == [6, 5]
     assert counts.trace() / 11 == pytest.approx(metrics["top1"])
-    for name in ("recall.png", "precision.png", "confusion_matrix.png"):
-        assert min(Image.open(tmp_path / name).size) > 100
+    assert min(Image.open(tmp_path / "confusion_matrix.png").size) > 100
+    predictions = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert len(predictions) == 11
+    right = [row["truth"] == row["prediction"] for row in predictions]
+    assert sum(right) / 11 == pytest.approx(metrics["top1"])
+    for row in predictions:
+        assert float(row["probability"]) + float(row["probability_2"]) == pytest.approx(1, abs=1e-5)
+        assert float(row["margin"]) == pytest.approx(float(row["probability"]) - float(row["probability_2"]), abs=1e-5)
 
 
 def test_evaluating_a_folder_and_a_list_is_the_same(trained, tmp_path):
     evaluation.main(data="datasets/test", out=str(tmp_path / "folder"))
     evaluation.main(data="cls_test.txt", out=str(tmp_path / "list"))
     read = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("folder", "list")]
+    assert [metrics.pop("data") for metrics in read] == ["datasets/test", "cls_test.txt"]
     assert read[0] == read[1]
 
 
@@ -124,6 +136,7 @@ def test_predict_command_on_files_folders_and_globs(trained):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 1 + 5 + 4
+    assert "10 pictures: " in result.stderr
     assert lines[0].startswith("datasets/test/dark/00.png: dark ")
     assert lines[1].startswith("datasets/test/light/00.png: light ")
     assert BEST in result.stderr
@@ -136,7 +149,7 @@ def test_predict_json_and_unreadable_files(trained, tmp_path):
     )
     assert result.returncode == 1
     answers = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [set(answer) for answer in answers] == [{"path", "error"}] * 2 + [{"path", "predictions"}]
+    assert [set(answer) for answer in answers] == [{"path", "error"}] * 2 + [{"path", "label", "predictions"}]
     assert "none.jpg can't be read" in answers[0]["error"]
     assert [p["class"] for p in answers[2]["predictions"]] == ["light"]
 
@@ -204,7 +217,7 @@ def test_saved_pictures_carry_a_label_and_overwrite_nothing(trained, tmp_path):
 def test_labels_fit_and_tell_classes_apart(here, name):
     image = Image.new("RGB", (224, 224), "white")
     for label in (name, "other"):
-        predict.save_labelled(image, {"class": label, "probability": 0.5}, f"{label}.png", here)
+        save_labelled(image, Prediction(f"{label}.png", label, 0.5, ((label, 0.5),)), here)
     bars = [np.asarray(Image.open(path))[224:] for path in sorted(here.iterdir())]
     assert not np.array_equal(*bars)
     assert all(bar[:, -4:].max() == 0 for bar in bars)

@@ -13,7 +13,7 @@ import train
 from tests.conftest import SMALL, write_back, write_picture
 from utils import lock
 from utils.annotation import annotate
-from utils.checkpoint import LAST, load_checkpoint
+from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.lists import compare_lists, list_in_memory, read_list, write_list
 from utils.lock import FolderLock, InUse
@@ -177,7 +177,7 @@ def test_a_lock_dies_with_its_process_but_not_before(here):
 def test_killed_before_the_last_of_all_saves(trained, cut_off, rounds):
     """The farthest checkpoint becomes the last: the run is at its end, and the next start begins another."""
     (source,) = (trained / "logs").iterdir()
-    for farther in source.glob("ep004-*"):
+    for farther in (*source.glob("ep004-*"), source / BEST):
         shutil.copy(farther, cut_off)
     for _ in range(rounds):
         train.main(TrainConfig(**SMALL))

@@ -12,7 +12,7 @@ from torch import Tensor
 from nets.files import check_seal, is_sealed, open_safely, read_note, seal
 from utils.files import format_bytes, free_bytes, write_whole
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LAST = "last_epoch_weights.pth"
 BEST = "best_epoch_weights.pth"
 PERIODIC = re.compile(r"ep(\d+)-loss.*\.pth")
@@ -23,6 +23,7 @@ WHAT_IT_IS: dict[str, type] = {
     "class_names": list,
     "preprocessing": dict,
     "config": dict,
+    "calibration": dict,
 }
 HOW_FAR_IT_IS: dict[str, type] = {
     "weights_in_training": dict,

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from nets import TRANSFORMERS, build_model
+from utils.calibration import UNKNOWN, Calibration, Rejection
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import DTYPES, autocast, choose_precision, pick_device, tune_kernels
-from utils.transforms import EvalTransform, Normalise, Preprocessing
+from utils.images import ImageError, upright_rgb
+from utils.parallel import map_ahead
+from utils.prediction import Failure, Prediction
+from utils.transforms import EvalTransform, Normalise, Preprocessing, Transform
+from utils.views import Views
+
+Picture = str | os.PathLike | Image.Image | np.ndarray
+"""What a classifier takes: a path, a picture of Pillow's, or an array, see `Classifier.predict`."""
+
+MOST_VIEWS = 64
+"""Views that go through the network at a time."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,9 @@ class Classifier:
         class_names: name of each class id.
         device: where the network is.
         precision: the arithmetic: what the run was set to, as far as this device has it.
+        calibration: what the validation pictures told of it; None: its run hasn't come to its end.
+        raw: whether probabilities are as the network gives them, not divided by the temperature.
+        config: the settings of its run, as in `TrainConfig.as_dict`.
     """
 
     network: nn.Module
@@ -34,6 +55,14 @@ class Classifier:
     class_names: list[str]
     device: torch.device
     precision: str
+    calibration: Calibration | None = None
+    raw: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by to become probabilities."""
+        return 1.0 if self.raw or self.calibration is None else self.calibration.temperature
 
     def load(self, path: str) -> Tensor:
         """A picture as the network wants it, uint8 (3, height, width). For one in memory there is `transform`.
@@ -44,11 +73,104 @@ class Classifier:
         return self.transform.resize(self.preprocessing.read(path, self.transform))
 
     @torch.inference_mode()
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, C), what the head takes, and logits (B, classes) of pictures (B, 3, height, width) uint8; both
+        fp32 on the CPU."""
+        normalise, model = self.network
+        with autocast(self.device, self.precision):
+            embeddings = model.forward_embedding(normalise(pixels.to(self.device, non_blocking=True)))
+            logits = model.head(embeddings)
+        return embeddings.float().cpu(), logits.float().cpu()
+
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Probabilities (B, classes), fp32 on the CPU, of pictures (B, 3, height, width) uint8."""
-        with autocast(self.device, self.precision):
-            logits = self.network(pixels.to(self.device))
-        return logits.float().softmax(dim=1).cpu()
+        _, logits = self.forward(pixels)
+        return (logits / self.temperature).softmax(dim=1)
+
+    def predict(
+        self,
+        images: Picture | Iterable[Picture],
+        top_k: int = 5,
+        batch_size: int = 32,
+        tta: bool = False,
+        rejection: Rejection | None = None,
+    ) -> list[Prediction]:
+        """Say what is in pictures.
+
+        >>> classifier = load_classifier("logs/2026-01-01_12-00-00")  # doctest: +SKIP
+        >>> classifier.predict(["cat.jpg", Image.open("dog.png"), array])[0].label  # doctest: +SKIP
+        'cat'
+
+        Args:
+            images: one picture or several; a path, a picture of Pillow's (turned upright by its EXIF orientation), or
+                an array of uint8, (height, width, 3) in RGB or (height, width) in grey.
+            top_k: how many classes to give.
+            batch_size: pictures that go through the network at a time.
+            tta: average over the centre, the corners and, if training mirrored, their mirror images: five or ten times
+                the time.
+            rejection: which answers to reject, from `calibration.choose_rejection`.
+
+        Returns:
+            A prediction for each picture, in order.
+
+        Raises:
+            ImageError: a file can't be read; names it. `stream` goes on instead.
+            ValueError: an array is of another type or shape.
+        """
+        several = [images] if isinstance(images, Picture) else images
+        answers = []
+        for answer in self.stream(several, top_k, batch_size, tta, rejection):
+            if isinstance(answer, Failure):
+                raise ImageError(answer.error, answer.path)
+            answers.append(answer)
+        return answers
+
+    def stream(
+        self,
+        images: Iterable[Picture],
+        top_k: int = 5,
+        batch_size: int = 32,
+        tta: bool = False,
+        rejection: Rejection | None = None,
+    ) -> Iterator[Prediction | Failure]:
+        """As `predict`, of any number of pictures, an answer as soon as it is there; a file that can't be read becomes
+        a `Failure`. Pictures are read ahead while the network is at work."""
+        transform = Views(self.preprocessing, self.config.get("horizontal_flip", 0) > 0) if tta else self.transform
+        # Asked for one by one, pictures are answered one by one.
+        loaded = map_ahead(partial(self._load, transform), images, 2 * batch_size if batch_size > 1 else 1)
+        while batch := list(islice(loaded, batch_size)):
+            readable = [views for _, views in batch if isinstance(views, Tensor)]
+            answers = self._answer(torch.stack(readable), top_k, rejection) if readable else iter(())
+            for path, views in batch:
+                yield Failure(path, views) if isinstance(views, str) else replace(next(answers), path=path)
+
+    def _load(self, transform: Transform, image: Picture) -> tuple[str, Tensor | str]:
+        """The path, and a picture's views (views, 3, height, width) or what is wrong with the file."""
+        if isinstance(image, str | os.PathLike):
+            path = os.fspath(image)
+            try:
+                views = transform.resize(self.preprocessing.read(path, transform))
+            except ImageError as error:
+                return path, str(error)
+        else:
+            path, views = "", transform(upright_rgb(image))
+        return path, views.reshape(-1, *views.shape[-3:])
+
+    def _answer(self, views: Tensor, top_k: int, rejection: Rejection | None) -> Iterator[Prediction]:
+        """For each of pictures (B, views, 3, height, width)."""
+        num_views = views.shape[1]
+        parts = [self.forward(part) for part in views.flatten(0, 1).split(MOST_VIEWS)]
+        embeddings, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        probabilities = (logits / self.temperature).softmax(dim=1).unflatten(0, (-1, num_views)).mean(dim=1)
+        if rejection and self.calibration:
+            distances = self.calibration.distances(embeddings[::num_views])  # of what evaluation shows
+        else:
+            distances = torch.zeros(len(views))
+        values, ids = probabilities.topk(min(top_k, len(self.class_names)))
+        for p, k, distance in zip(values.tolist(), ids.tolist(), distances.tolist(), strict=True):
+            classes = tuple((self.class_names[i], value) for i, value in zip(k, p, strict=True))
+            reason = rejection.reason(p[0], distance) if rejection else ""
+            yield Prediction("", UNKNOWN if reason else classes[0][0], p[0], classes, reason)
 
 
 def pixel_network(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
@@ -72,8 +194,13 @@ def cast_products(network: nn.Module, precision: str) -> nn.Module:
     return network
 
 
-def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
+def load_classifier(path: str | Path, device: str = "auto", raw: bool = False) -> Classifier:
     """Open a checkpoint, or the best one in a run's folder; nothing else is needed.
+
+    Args:
+        path: the file or folder.
+        device: auto, cuda, cpu or mps.
+        raw: give probabilities as the network does, without the temperature that was fitted after training.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -87,6 +214,7 @@ def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
         model.load_state_dict(checkpoint["weights"], assign=True)
         preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
         precision, _ = choose_precision(checkpoint["config"]["precision"], place)
+        calibration = Calibration.from_dict(checkpoint["calibration"])
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} can't be used: its parts don't fit together ({error})") from error
     return Classifier(
@@ -96,4 +224,7 @@ def load_classifier(path: str | Path, device: str = "auto") -> Classifier:
         class_names=checkpoint["class_names"],
         device=place,
         precision=precision,
+        calibration=calibration,
+        raw=raw,
+        config=checkpoint["config"],
     )

@@ -206,6 +206,23 @@ def _decode_jpeg(path: str | Path, reduction: int, orientation: int) -> np.ndarr
     return UPRIGHT[orientation](pixels) if orientation in UPRIGHT else pixels
 
 
+def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """A picture in memory as `open_image` gives one from a file: of Pillow's, or an array of uint8, (height, width, 3)
+    in RGB or (height, width) in grey.
+
+    Raises:
+        ValueError: the array is of another type or shape.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
+            raise ValueError(
+                f"an array of {image.dtype} and shape {image.shape}: give uint8 from 0 to 255, (height, width, 3) in "
+                f"RGB or (height, width)"
+            )
+        image = Image.fromarray(image)
+    return _upright_rgb(image.copy())
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     ImageOps.exif_transpose(image, in_place=True)

@@ -83,7 +83,24 @@ def write_left_out(path: str | Path, reasons: Mapping[str, str]) -> None:
 
 def list_in_memory(entries: Iterable[tuple[int, str]]) -> ImageList:
     """A list of `(class_id, path)` pairs that was never a file."""
-    return _parse(np.frombuffer(_format(entries), np.uint8), "", "the list")
+    return parse_list(np.frombuffer(_format(entries), np.uint8), "the list")
+
+
+def parse_list(buffer: np.ndarray, source: str | Path) -> ImageList:
+    """A list out of its bytes, uint8 (n,), whose relative paths start from the working folder.
+
+    Raises:
+        ValueError: a line, named as one of `source`, isn't `class_id;path`.
+    """
+    return _parse(buffer, "", str(source))
+
+
+def sample_list(images: ImageList, most: int, seed: int) -> ImageList:
+    """`images` if there are no more than `most`, else so many of them, drawn at random, in their order."""
+    if len(images) <= most:
+        return images
+    drawn = np.sort(np.random.default_rng(seed).choice(len(images), most, replace=False))
+    return list_in_memory((int(images.class_ids[i]), images.path(i)) for i in drawn)
 
 
 def read_list(path: str | Path, num_classes: int) -> ImageList:

@@ -1,4 +1,7 @@
-"""Logits and targets to plain numbers."""
+"""Logits and class ids to plain numbers, with intervals that say how sure they are.
+
+scikit-learn, slow to import, is imported where it is used: training goes without.
+"""
 
 from __future__ import annotations
 
@@ -6,64 +9,108 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.intervals import bootstrap_intervals, wilson_interval
+from utils.scores import Scores, expected_calibration_error
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> float:
+OF_A_CLASS = ("precision", "recall", "f1", "roc_auc", "average_precision")
+
+
+def cross_entropy(logits: Tensor, class_ids: Tensor) -> float:
     """Mean cross-entropy in nats of logits (N, classes) against class ids (N,)."""
-    return F.cross_entropy(logits.float(), targets).item()
+    return F.cross_entropy(logits.float(), class_ids).item()
 
 
-def top_k_accuracy(logits: Tensor, targets: Tensor, k: int) -> float:
+def true_ranks(logits: Tensor, class_ids: Tensor) -> Tensor:
+    """How many classes come before the true one (N,), by logits (N, classes); of equal ones the lower id is first."""
+    of_truth = logits.gather(1, class_ids[:, None])  # (N, 1)
+    lower_id = torch.arange(logits.shape[1]) < class_ids[:, None]  # (N, classes)
+    return ((logits > of_truth) | ((logits == of_truth) & lower_id)).sum(dim=1)
+
+
+def top_k_accuracy(logits: Tensor, class_ids: Tensor, k: int) -> float:
     """The part of the pictures, 0 to 1, whose class is among the `k` of highest logit."""
-    hits = logits.topk(k, dim=1).indices == targets[:, None]  # (N, k)
-    return hits.any(dim=1).double().mean().item()
+    return (true_ranks(logits, class_ids) < k).double().mean().item()
 
 
-def confusion_matrix(logits: Tensor, targets: Tensor) -> np.ndarray:
+def confusion_matrix(scores: Scores) -> np.ndarray:
     """Counts (classes, classes): row the true class, column the predicted one."""
     import sklearn.metrics
 
-    predicted = logits.argmax(dim=1).numpy()
-    return sklearn.metrics.confusion_matrix(targets.numpy(), predicted, labels=range(logits.shape[1]))
+    return sklearn.metrics.confusion_matrix(scores.class_ids, scores.predicted, labels=range(scores.num_classes))
 
 
-def evaluation_metrics(logits: Tensor, targets: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """What `metrics.json` holds; its keys are described in the README.
+def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
+    """What `metrics.json` holds of the pictures; its keys are described in the README.
 
     Precision of a class that was never predicted counts as 0. Means over classes are taken over those that have
-    pictures; a class without any has no recall, precision and F1 (None) and is named under `absent_classes`.
+    pictures; a class without any has no figures of its own (None) and is named under `absent_classes`.
 
     Args:
-        logits: (N, classes).
-        targets: (N,) class ids.
+        scores: of the pictures.
         class_names: name of each class id.
     """
-    import sklearn.metrics
-
-    predicted = logits.argmax(dim=1).numpy()
-    precision, recall, f1, support = sklearn.metrics.precision_recall_fscore_support(
-        targets.numpy(), predicted, labels=range(len(class_names)), zero_division=0
-    )
+    n, support = len(scores), scores.support
+    logits = torch.from_numpy(scores.probabilities)
+    ranks = true_ranks(logits, torch.from_numpy(scores.class_ids))
+    top = {f"top{k}": int((ranks < k).sum()) for k in (1, 5) if k == 1 or len(class_names) > k}
+    by_class = class_figures(scores)
+    precision, recall, f1, roc_auc, average_precision = (by_class[name] for name in OF_A_CLASS)
     present = support > 0
-    per_class = [
-        {
-            "class": name,
-            "precision": float(precision[i]) if present[i] else None,
-            "recall": float(recall[i]) if present[i] else None,
-            "f1": float(f1[i]) if present[i] else None,
-            "support": int(support[i]),
-        }
-        for i, name in enumerate(class_names)
-    ]
-    metrics: dict[str, Any] = {"pictures": len(targets), "top1": top_k_accuracy(logits, targets, 1)}
-    if len(class_names) > 5:
-        metrics["top5"] = top_k_accuracy(logits, targets, 5)
-    return metrics | {
-        "loss": cross_entropy(logits, targets),
-        "mean_recall": float(recall[present].mean()),
-        "mean_precision": float(precision[present].mean()),
-        "absent_classes": [name for i, name in enumerate(class_names) if not present[i]],
-        "per_class": per_class,
+    spread, f1_intervals = bootstrap_intervals(scores)
+    return {
+        "pictures": n,
+        **{name: hits / n for name, hits in top.items()},
+        "balanced_accuracy": float(recall[present].mean()),
+        "macro_precision": float(precision[present].mean()),
+        "macro_recall": float(recall[present].mean()),
+        "macro_f1": float(f1[present].mean()),
+        "log_loss": float(scores.losses.mean()),
+        "brier": float(scores.briers.mean()),
+        "ece": float(expected_calibration_error(scores)),
+        "roc_auc": _mean(roc_auc),
+        "average_precision": _mean(average_precision),
+        "intervals": {name: list(wilson_interval(hits, n)) for name, hits in top.items()} | spread,
+        "absent_classes": [name for name, there in zip(class_names, present, strict=True) if not there],
+        "per_class": [
+            {"class": name, "support": int(support[k])} | _class_row(scores, by_class, f1_intervals, k)
+            for k, name in enumerate(class_names)
+        ],
     }
+
+
+def class_figures(scores: Scores) -> dict[str, np.ndarray]:
+    """Each of `OF_A_CLASS`, (classes,); the areas are those of a class against the rest, NaN where there are no
+    pictures of it or of no other."""
+    from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
+
+    precision, recall, f1, support = precision_recall_fscore_support(
+        scores.class_ids, scores.predicted, labels=range(scores.num_classes), zero_division=0
+    )
+    roc_auc, average_precision = np.full((2, scores.num_classes), np.nan)
+    for k in np.flatnonzero((support > 0) & (support < len(scores))):
+        positive, score = scores.class_ids == k, scores.probabilities[:, k]
+        roc_auc[k] = roc_auc_score(positive, score)
+        average_precision[k] = average_precision_score(positive, score)
+    return dict(zip(OF_A_CLASS, (precision, recall, f1, roc_auc, average_precision), strict=True))
+
+
+def _class_row(
+    scores: Scores, by_class: dict[str, np.ndarray], f1_intervals: np.ndarray, k: int
+) -> dict[str, float | list[float] | None]:
+    """The figures of class `k`; all None if it has no pictures."""
+    of_it, said = scores.class_ids == k, scores.predicted == k
+    hits, support, predicted = (int(mask.sum()) for mask in (of_it & said, of_it, said))
+    row: dict[str, Any] = {"predicted": predicted}
+    row |= {name: None if np.isnan(values[k]) else float(values[k]) for name, values in by_class.items()}
+    row["precision_interval"] = list(wilson_interval(hits, predicted))
+    row["recall_interval"] = list(wilson_interval(hits, support))
+    row["f1_interval"] = f1_intervals[k].tolist()
+    return row if support else dict.fromkeys(row) | {"predicted": predicted}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return None if np.isnan(values).all() else float(np.nanmean(values))

@@ -18,6 +18,10 @@ Row = dict[str, float]
 out), seconds, and time (at its end, in seconds since 1970)."""
 
 
+MOST_CLASSES = 40
+"""Classes that a confusion matrix shows: with more, nobody can read it."""
+
+
 def plot_losses(history: Sequence[Row]) -> Figure:
     """The curves of training and validation loss, and of validation accuracy."""
     figure = Figure(figsize=(9, 4), layout="constrained")
@@ -33,37 +37,45 @@ def plot_losses(history: Sequence[Row]) -> Figure:
     return figure
 
 
-def plot_bars(class_names: Sequence[str], values: Sequence[float | None], title: str) -> Figure:
-    """One bar a class, from 0 to 1; a class without a value is marked as such."""
-    figure = Figure(figsize=(7, 1.2 + 0.28 * len(values)), layout="constrained")
-    axes = figure.subplots()
-    places = np.arange(len(values))
-    axes.barh(places, [value or 0 for value in values], color="#4477aa")
-    for place, value in zip(places, values, strict=True):
-        text = "no pictures" if value is None else f"{value:.2f}"
-        axes.text((value or 0) + 0.01, place, text, va="center", fontsize=8)
-    axes.set(yticks=places, yticklabels=_labels(class_names), xlim=(0, 1.12), title=title)
-    axes.invert_yaxis()
-    return figure
+def arrange_classes(confusion: np.ndarray, most: int = MOST_CLASSES) -> np.ndarray:
+    """The classes to show of a confusion matrix (classes, classes), in an order in which those that are taken for each
+    other stand together: all of them, or the `most` with the most mistakes."""
+    from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
+    from scipy.spatial.distance import squareform
+
+    n = len(confusion)
+    mistakes = confusion - np.diag(np.diag(confusion))
+    busiest = np.argsort(-(mistakes.sum(axis=0) + mistakes.sum(axis=1)), kind="stable")
+    shown = np.sort(busiest[: min(n, most)])
+    if len(shown) < 3 or not mistakes.any():
+        return shown
+    part = mistakes / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    closeness = (part + part.T)[np.ix_(shown, shown)]
+    distance = squareform(1 - closeness / max(closeness.max(), 1e-9), checks=False)
+    return shown[leaves_list(linkage(distance, "average", optimal_ordering=True))]
 
 
 def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """The confusion matrix (classes, classes), coloured by the part of each true class; counts where they fit."""
-    n = len(confusion)
-    side = min(max(4.5, 1.8 + 0.45 * n), 24)
+    """The confusion matrix (classes, classes), coloured by the part of each true class; of more than `MOST_CLASSES`
+    those with the most mistakes. Counts where they fit."""
+    shown = arrange_classes(confusion)
+    n = len(shown)
+    side = max(4.5, 1.8 + 0.35 * n)
     figure = Figure(figsize=(side, side * 0.92), layout="constrained")
     axes = figure.subplots()
-    part = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    part = (confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1))[np.ix_(shown, shown)]
     image = axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="part of the true class")
-    axes.set(xlabel="predicted", ylabel="true", title="confusion matrix")
-    if n <= 50:
-        axes.set_xticks(range(n), _labels(class_names), rotation=90)
-        axes.set_yticks(range(n), _labels(class_names))
-    if n <= 25:
-        for row, column in zip(*np.nonzero(confusion), strict=True):
-            colour = "white" if part[row, column] > 0.5 else "black"
-            axes.text(column, row, confusion[row, column], ha="center", va="center", color=colour, fontsize=8)
+    left_out = f"; the {n} of {len(confusion)} classes with the most mistakes" if n < len(confusion) else ""
+    axes.set(xlabel="predicted", ylabel="true", title=f"confusion matrix{left_out}")
+    names = _labels([class_names[k] for k in shown])
+    axes.set_xticks(range(n), names, rotation=90)
+    axes.set_yticks(range(n), names)
+    counts = confusion[np.ix_(shown, shown)]
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        colour = "white" if part[row, column] > 0.5 else "black"
+        size = 8 if counts[row, column] < 1000 else 6
+        axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=size)
     return figure
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from utils.checkpoint import BEST, LAST, count_bytes, prune_periodic, save_checkpoint
+from utils.checkpoint import BEST, LAST, count_bytes, load_checkpoint, prune_periodic, save_checkpoint
 from utils.config import TrainConfig
 from utils.engine import REMEDY, NonFiniteLoss, Trainer
 from utils.files import format_bytes, free_bytes
@@ -32,6 +33,7 @@ class Run:
     Attributes:
         folder: the run's folder.
         history: a row of numbers for each finished epoch.
+        finished: whether nothing is left to do, calibration included.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class Run:
             },
         }
         self.history: list[dict[str, float]] = []
+        self.finished = False
         self._resumed = folder.checkpoint
         if self._resumed:
             self.trainer.load_state_dict(self._resumed)
             self.history = self._resumed["history"]
+            self.finished = self._resumed["finished"]
             self._say_how_it_goes_on(self._resumed)
         self._check_room()
         self._saved_step = trainer.step if self._resumed else -1
@@ -172,7 +176,8 @@ class Run:
                 "epoch": self.epoch,
                 "best_val_loss": min((row["val_loss"] for row in self.history), default=math.inf),
                 "history": self.history,
-                "finished": self.epoch == self.config.unfreeze_epoch,
+                "calibration": {},
+                "finished": False,
             }
         )
 
@@ -193,8 +198,24 @@ class Run:
             self._log()
             names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}.pth"]
             periodic = names if self.config.keep_periodic and self.epoch % self.config.save_period == 0 else []
-            self._save(content, *periodic, *([BEST] if is_best else []), LAST)
+            # The best first: whichever of them a killed run goes on from, it is there.
+            self._save(content, *([BEST] if is_best else []), *periodic, LAST)
             prune_periodic(self.folder, self.config.keep_periodic)
+
+    def finish(self, calibrate: Callable[[Path], dict[str, Any]]) -> None:
+        """Store in the best checkpoint what `calibrate` makes of it, in the last one too if it is the same state, and
+        that the run is finished."""
+        if self.finished:
+            return
+        best = self.folder / BEST
+        calibration = calibrate(best)
+        with held():
+            content = load_checkpoint(best) | {"calibration": calibration}
+            save_checkpoint(best, content)
+            last = load_checkpoint(self.folder / LAST)
+            same = {"calibration": calibration} if content["step"] == last["step"] else {}
+            save_checkpoint(self.folder / LAST, last | same | {"finished": True})
+        self.finished = True
 
     def _log(self) -> None:
         try:

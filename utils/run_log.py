@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.plots import Row, plot_losses
+
+EPOCHS = "epochs.csv"
 
 
 class RunLog:
@@ -51,6 +54,10 @@ class RunLog:
         self.writer.flush()
         for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
             (self.folder / name).write_text("".join(f"{row[key]}\n" for row in history), encoding="utf-8")
+        with (self.folder / EPOCHS).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, history[-1].keys())
+            writer.writeheader()
+            writer.writerows(history)
         plot_losses(history).savefig(self.folder / "epoch_loss.png")
 
     def close(self) -> None:

@@ -105,7 +105,8 @@ def outcome(folder: Path) -> dict[str, str]:
     found = {}
     for name in (BEST, LAST):
         content = load_checkpoint(run_folder(folder) / name)
-        keys = ("weights", "weights_in_training", "optimizer", "step", "epoch", "best_val_loss", "scaler", "finished")
+        keys = ("weights", "weights_in_training", "optimizer", "step", "epoch", "best_val_loss", "scaler")
+        keys += ("calibration", "finished")
         rows = [{k: v for k, v in row.items() if k not in ("seconds", "time")} for row in content["history"]]
         found[name] = digest([{key: content[key] for key in keys}, rows])
     return found | {"steps": digest(sorted(steps(folder).items()))}

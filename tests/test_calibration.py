@@ -1,0 +1,219 @@
+"""utils/calibration.py against scipy, against scikit-learn, and on pictures that are of no class."""
+
+import copy
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from sklearn.covariance import LedoitWolf
+
+import train
+from tests.conftest import SMALL, write_picture
+from utils.calibration import FAR, Calibration, fit_calibration, fit_temperature
+from utils.checkpoint import BEST, LAST, load_checkpoint
+from utils.classifier import load_classifier
+from utils.config import TrainConfig
+from utils.demo import write_demo
+from utils.finish import EMBEDDINGS, read_embeddings
+from utils.lists import list_in_memory, read_list
+from utils.outputs import compute_outputs
+
+
+def overconfident(n: int, factor: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `factor` times too large, and classes drawn from what they should have said."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(n, 5, generator=generator) * 1.5
+    return logits * factor, logits.softmax(1).multinomial(1, generator=generator)[:, 0]
+
+
+def fitted(n: int = 60, m: int = 90, width: int = 6) -> Calibration:
+    """A calibration of random embeddings around three means."""
+    generator = torch.Generator().manual_seed(0)
+    means = 4 * torch.randn(3, width, generator=generator)
+    class_ids, train_ids = torch.arange(n) % 3, torch.arange(m) % 3
+    embeddings = means[class_ids] + torch.randn(n, width, generator=generator)
+    train_embeddings = means[train_ids] + torch.randn(m, width, generator=generator)
+    logits = -torch.cdist(embeddings, means) + torch.randn(n, 3, generator=generator)
+    return fit_calibration(logits, embeddings, class_ids, train_embeddings, train_ids)
+
+
+def test_the_temperature_is_the_one_that_scipy_finds():
+    logits, class_ids = overconfident(500)
+
+    def loss(log_temperature):
+        scaled = logits.double().numpy() / math.exp(log_temperature)
+        log_norm = np.log(np.exp(scaled).sum(axis=1))
+        return (log_norm - scaled[np.arange(500), class_ids]).sum() + log_temperature**2 / 2
+
+    expected = math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9}).x)
+    assert fit_temperature(logits, class_ids) == pytest.approx(expected, rel=1e-4)
+
+
+def test_many_pictures_outweigh_the_prior():
+    assert fit_temperature(*overconfident(20_000)) == pytest.approx(3.0, rel=0.03)
+
+
+def test_a_handful_named_right_do_not_ask_for_certainty():
+    temperature = fit_temperature(torch.eye(3) * 2, torch.arange(3))
+    assert 0.2 < temperature < 1
+    assert fit_temperature(torch.eye(3).repeat(2000, 1) * 2, torch.arange(3).repeat(2000)) < temperature
+
+
+def test_a_worthless_network_gets_a_high_temperature():
+    logits = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)) * 10
+    assert 10 < fit_temperature(logits, torch.arange(400) % 4) < 1e4
+
+
+def test_distances_are_angles_under_the_shrunk_covariance_of_scikit_learn():
+    generator = torch.Generator().manual_seed(2)
+    x, class_ids = torch.randn(50, 8, generator=generator) * torch.arange(1.0, 9.0), torch.arange(50) % 2
+    calibration = fit_calibration(torch.randn(50, 2, generator=generator), x, class_ids, x, class_ids)
+    means = np.stack([x[class_ids == k].double().numpy().mean(0) for k in (0, 1)])
+    covariance = LedoitWolf(assume_centered=True).fit(x.double().numpy() - means[class_ids])
+    seen, towards = x.double().numpy() - means.mean(0), means - means.mean(0)
+    inner = seen @ covariance.precision_ @ towards.T
+    lengths = [np.sqrt(np.einsum("nc,cd,nd->n", v, covariance.precision_, v)) for v in (seen, towards)]
+    angles = np.degrees(np.arccos(inner / np.outer(*lengths)))
+    assert np.allclose(calibration.distance, angles.min(axis=1), atol=1e-2)
+
+
+def test_equal_embeddings_and_absent_classes_are_no_trouble():
+    class_ids = torch.tensor([0, 0, 3, 3])
+    x = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    calibration = fit_calibration(torch.zeros(4, 5), x, class_ids, x, class_ids)
+    assert calibration.directions.shape == (2, 2)
+    assert calibration.distance.isfinite().all()
+
+
+def test_rejection_by_hand():
+    probability = torch.tensor([0.95, 0.9, 0.9, 0.8, 0.7, 0.6, 0.99])
+    correct = torch.tensor([True, True, False, True, True, False, False])
+    distance = torch.tensor([1.0, 1, 1, 1, 1, 1, 9])  # the last is too far, so it doesn't count
+    calibration = Calibration(1.0, torch.zeros(2), torch.eye(2), torch.eye(2), probability, correct, distance)
+    # sorted: 1/1, then the two of 0.9 together 2/3, 3/4, 4/5, 4/6 right
+    for max_error, expected in ((0.0, 0.95), (0.19, 0.95), (0.2, 0.7), (0.3, 0.7), (0.34, 0.6)):
+        assert calibration.choose_rejection(max_error).least_probability == pytest.approx(expected)
+    rejection = calibration.choose_rejection(0.2)
+    assert rejection.accepts(probability, distance).tolist() == [True] * 5 + [False] * 2
+    assert "71.4% are accepted, 20.0% of them wrong (95 % interval 3.6% to 62.4%)" in rejection.format_cost(calibration)
+    assert rejection.reason(0.95, 1) == ""
+    assert rejection.reason(0.65, 1) == "not sure enough: 65.0% is below 70.0%"
+    assert rejection.reason(0.99, 9).startswith("unlike all classes: 9° from the nearest, where 95% of the")
+
+
+def test_what_cannot_be_had_is_said():
+    calibration = Calibration(
+        *(1.0, torch.zeros(2), torch.eye(2), torch.eye(2)),
+        *(torch.tensor([0.9, 0.8]), torch.tensor([False, True]), torch.ones(2)),
+    )
+    rejection = calibration.choose_rejection(0.05)
+    assert math.isinf(rejection.least_probability)
+    assert rejection.reason(1.0, 1) == "not sure enough: 100.0% is below any"
+    assert "none of the 2 validation pictures is accepted" in rejection.format_cost(calibration)
+
+
+def test_the_part_that_is_far_is_the_one_that_is_stated():
+    calibration = fitted(n=1000)
+    assert (calibration.distance > calibration.farthest).float().mean() == pytest.approx(1 - FAR, abs=0.002)
+
+
+def test_a_calibration_goes_through_a_checkpoint_and_damage_is_seen():
+    calibration = fitted()
+    again = Calibration.from_dict(copy.deepcopy(calibration.as_dict()))
+    assert again.temperature == calibration.temperature
+    assert torch.equal(again.distances(torch.ones(2, 6)), calibration.distances(torch.ones(2, 6)))
+    assert Calibration.from_dict({}) is None
+    for wrong in (
+        {"temperature": 0.0},
+        {"temperature": math.nan},
+        {"temperature": None},
+        {"whitening": torch.zeros(6, 5)},
+        {"directions": torch.zeros(3, 5)},
+        {"directions": torch.zeros(0, 6)},
+        {"centre": torch.zeros(5)},
+        {"distance": torch.zeros(3)},
+        {"probability": torch.full((60,), math.nan)},
+        {"correct": None},
+    ):
+        with pytest.raises(TypeError, match="calibration"):
+            Calibration.from_dict(calibration.as_dict() | wrong)
+
+
+def test_a_finished_run_is_calibrated(trained):
+    (run,) = trained.glob("logs/*")
+    best, last = (load_checkpoint(run / name) for name in (BEST, LAST))
+    assert last["finished"]
+    assert bool(last["calibration"]) == (best["step"] == last["step"])
+    classifier = load_classifier(run, "cpu")
+    images = read_list("cls_val.txt", 2)
+    outputs = compute_outputs(classifier, images, num_workers=0)
+    calibration = classifier.calibration
+    assert calibration.temperature == pytest.approx(fit_temperature(outputs.logits, outputs.class_ids), rel=1e-4)
+    torch.testing.assert_close(calibration.distance, calibration.distances(outputs.embeddings), rtol=1e-3, atol=1e-3)
+    raw = load_classifier(run, "cpu", raw=True)
+    pixels = raw.load(images.path(0))[None]
+    assert torch.allclose(raw.probabilities(pixels), outputs.logits[:1].softmax(1), atol=1e-6)
+    tempered = (outputs.logits[:1] / calibration.temperature).softmax(1)
+    assert torch.allclose(classifier.probabilities(pixels), tempered, atol=1e-6)
+
+
+def test_embeddings_of_training_pictures_are_kept(trained, tmp_path, capsys):
+    (run,) = trained.glob("logs/*")
+    train_images = read_list("cls_train.txt", 2)
+    kept = read_embeddings(run / BEST)
+    assert [kept.images.path(i) for i in range(len(train_images))] == [train_images.path(i) for i in range(36)]
+    outputs = compute_outputs(load_classifier(run, "cpu"), train_images, num_workers=0)
+    torch.testing.assert_close(kept.embeddings, outputs.embeddings, atol=2e-3, rtol=2e-3)
+    assert read_embeddings(run / LAST) is None
+    (tmp_path / EMBEDDINGS).write_bytes((run / EMBEDDINGS).read_bytes()[:1000])
+    assert read_embeddings(tmp_path / BEST) is None
+    assert "no training pictures are shown" in capsys.readouterr().out
+
+
+def test_a_class_left_out_of_training_is_rejected_far_more_often(here):
+    """Two classes are trained; pictures of a third, of a brightness between theirs, are held against new ones of the
+    two."""
+    for name, level in (("dark", 60), ("light", 190)):
+        for i in range(120):
+            write_picture(here / "datasets" / "train" / name / f"{i:02d}.png", level, seed=i)
+    train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 6}))
+    classifier = load_classifier(next(here.glob("logs/*")), "cpu")
+    rejection = classifier.calibration.choose_rejection(0.05)
+
+    def rejected(level: int) -> float:
+        paths = [write_picture(here / f"{level}" / f"{i}.png", level, seed=1000 + i) for i in range(40)]
+        images = list_in_memory((0, str(path)) for path in paths)
+        outputs = compute_outputs(classifier, images, num_workers=0)
+        probability = (outputs.logits / classifier.temperature).softmax(1).amax(1)
+        distance = classifier.calibration.distances(outputs.embeddings)
+        return 1 - rejection.accepts(probability, distance).float().mean().item()
+
+    known = (rejected(60) + rejected(190)) / 2
+    assert known < 0.25
+    assert rejected(125) > 0.75
+
+
+@pytest.mark.slow
+def test_a_digit_left_out_of_training_is_rejected_far_more_often(here):
+    write_demo(here / "datasets")
+    for split in ("train", "test"):
+        shutil.move(here / "datasets" / split / "4", here / f"four_{split}")
+    train.main(train.CONFIG)
+    classifier = load_classifier(next(here.glob("logs/*")), "cpu")
+    rejection = classifier.calibration.choose_rejection(0.05)
+
+    def rejected(paths: list[Path]) -> float:
+        outputs = compute_outputs(classifier, list_in_memory((0, str(path)) for path in paths), num_workers=0)
+        probability = (outputs.logits / classifier.temperature).softmax(1).amax(1)
+        distance = classifier.calibration.distances(outputs.embeddings)
+        return 1 - rejection.accepts(probability, distance).float().mean().item()
+
+    known = rejected(sorted((here / "datasets" / "test").rglob("*.png")))
+    unknown = rejected(sorted((here / "four_test").iterdir()))
+    print(f"rejected: {known:.1%} of known digits, {unknown:.1%} of those left out")
+    assert known < 0.3
+    assert unknown > max(0.6, 3 * known)

@@ -1,0 +1,148 @@
+"""utils/explain.py against another library's Grad-CAM, timm's attention, and a picture whose place is known."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+
+from nets import build_model
+from utils.classifier import Classifier, pixel_network
+from utils.config import TrainConfig
+from utils.explain import attention_rollout, explain, overlay, shown
+from utils.transforms import EvalTransform, Preprocessing
+
+CPU = torch.device("cpu")
+SHAPE = (32, 48)
+
+
+def make_classifier(model: nn.Module, shape: tuple[int, int] = SHAPE) -> Classifier:
+    preprocessing = Preprocessing.from_dict(TrainConfig(input_shape=shape).as_dict())
+    network = pixel_network(model, preprocessing, CPU).eval()
+    return Classifier(network, preprocessing, EvalTransform(preprocessing), ["a", "b", "c"], CPU, "fp32")
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("vit_xs_4", 3, SHAPE)
+
+
+def pixels(n: int = 2, shape: tuple[int, int] = SHAPE) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+class SmallCnn(nn.Module):
+    """A network of convolutions behind the interface of `nets`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(16, 3)
+        self.map_layer = self.features[-1]
+        self.arguments = {"name": "small_cnn"}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("make", [vit, SmallCnn])
+def test_the_map_of_a_class_is_that_of_grad_cam(make):
+    model = make().eval()
+    classifier = make_classifier(model)
+    batch, class_ids = pixels(), torch.tensor([2, 0])
+    maps = explain(classifier, batch, class_ids)
+    grid = tuple(maps.cam.shape[1:])
+    assert grid == (8, 12)
+
+    def to_map(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens if tokens.ndim == 4 else tokens[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
+
+    with GradCAM(model, [model.map_layer], reshape_transform=to_map) as peer:
+        normalised = classifier.network[0](batch)
+        expected = peer(normalised, [ClassifierOutputTarget(int(k)) for k in class_ids])  # (B, height, width)
+    ours = np.stack(
+        [np.asarray(torch.nn.functional.interpolate(m[None, None], SHAPE, mode="bilinear")[0, 0]) for m in maps.cam]
+    )
+    assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.99
+    assert (maps.rollout is None) == isinstance(model, SmallCnn)
+
+
+def test_rollout_is_that_of_timms_attention():
+    """timm's blocks keep their attention weights when told to take the products apart; the product is taken here with
+    numpy."""
+    model = vit().eval()
+    classifier = make_classifier(model)
+    peer = timm.create_model(
+        "vit_tiny_patch16_224", img_size=SHAPE, patch_size=4, depth=6, num_classes=3, act_layer=lambda: nn.GELU("tanh")
+    ).eval()
+    peer.load_state_dict(model.state_dict())
+    weights = []
+    for block in peer.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda _, __, output: weights.append(output.detach().numpy()))
+    batch = pixels()
+    peer(classifier.network[0](batch))
+    rolled = np.eye(97)
+    for w in weights:
+        mixed = 0.5 * w.mean(axis=1) + 0.5 * np.eye(97)
+        rolled = mixed / mixed.sum(axis=-1, keepdims=True) @ rolled
+    expected = rolled[:, 0, 1:].reshape(2, 8, 12)
+    low, high = expected.min((1, 2), keepdims=True), expected.max((1, 2), keepdims=True)
+    maps = explain(classifier, batch, torch.tensor([0, 1]))
+    assert np.allclose(maps.rollout, (expected - low) / (high - low), atol=1e-3)
+
+
+def test_rollout_by_hand():
+    """Two tokens; in each of two blocks the first attends to the second only, and that to itself."""
+    weights = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+    assert attention_rollout([weights, weights]).tolist() == [[[0.25, 0.75], [0.0, 1.0]]]
+
+
+def test_the_map_points_to_what_decides():
+    """A network that has learned to tell by one bright patch whether it is there looks at that patch."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = build_model("vit_xs_4", 2, (16, 16), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0)
+    classifier = make_classifier(model, (16, 16))
+
+    def batch(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        pictures = torch.randint(0, 60, (n, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        class_ids, places = torch.arange(n) % 2, torch.randint(16, (n,), generator=generator)
+        for i in torch.nonzero(class_ids).flatten().tolist():
+            row, column = divmod(int(places[i]), 4)
+            pictures[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 250
+        return pictures, class_ids, places
+
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-4)
+    model.train()
+    for _ in range(60):
+        pictures, class_ids, _ = batch(32)
+        nn.functional.cross_entropy(classifier.network(pictures), class_ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    pictures, class_ids, places = batch(64)
+    bright = class_ids == 1
+    assert (classifier.network(pictures).argmax(1) == class_ids).float().mean() > 0.95
+    maps = explain(classifier, pictures[bright], class_ids[bright])
+    found = maps.rollout.flatten(1).argmax(1) == places[bright]
+    assert found.float().mean() > 0.6  # by chance 1 in 16
+
+
+def test_overlays_are_pictures_of_what_was_shown():
+    picture = pixels(1)[0]
+    assert shown(picture, 96).size == (96, 64)
+    laid = overlay(picture, torch.eye(8, 12), 96)
+    assert laid.size == (96, 64)
+    red, blue = (np.asarray(laid, float)[..., c] for c in (0, 2))
+    assert red[4, 4] > red[60, 10] or blue[4, 4] < blue[60, 10]
+
+
+def test_hooks_leave_nothing_behind():
+    model = vit().eval()
+    explain(make_classifier(model), pixels(), torch.tensor([0, 1]))
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,125 @@
+"""A checkpoint held against a list: everything that there is to report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from utils.calibration import Rejection
+from utils.classifier import Classifier
+from utils.corruptions import CORRUPTIONS, corrupt
+from utils.data import FileSource, ImageDataset, eval_loader, fetch
+from utils.intervals import wilson_interval
+from utils.lists import ImageList, sample_list
+from utils.metrics import evaluation_metrics
+from utils.outputs import BATCH, Outputs
+from utils.scores import Scores, expected_calibration_error
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What there is to report of a checkpoint on a list.
+
+    Attributes:
+        checkpoint: the file.
+        data: what it was evaluated on, a list or a folder.
+        classifier: what the file holds.
+        images: the pictures.
+        outputs: of the network for them.
+        corrupted: corruption -> right answers and pictures, of a part of them; "none": of the same as they are.
+        strangers: outputs for pictures that are of no class; None: there are none.
+        max_error: the part of the accepted answers that may be wrong, where the report speaks of rejection.
+    """
+
+    checkpoint: Path
+    data: str
+    classifier: Classifier
+    images: ImageList
+    outputs: Outputs
+    corrupted: Mapping[str, tuple[int, int]]
+    strangers: Outputs | None
+    max_error: float
+
+    @cached_property
+    def scores(self) -> Scores:
+        """By the probabilities that the classifier gives."""
+        return Scores.of(self.outputs.logits, self.outputs.class_ids, self.classifier.temperature)
+
+    @cached_property
+    def raw_scores(self) -> Scores:
+        """By those of the network."""
+        return Scores.of(self.outputs.logits, self.outputs.class_ids)
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """What `metrics.json` holds."""
+        raw = self.raw_scores
+        return {
+            "checkpoint": str(self.checkpoint),
+            "data": self.data,
+            "temperature": self.classifier.temperature,
+            **evaluation_metrics(self.scores, self.classifier.class_names),
+            "raw": {
+                "log_loss": float(raw.losses.mean()),
+                "brier": float(raw.briers.mean()),
+                "ece": expected_calibration_error(raw),
+            },
+            "rejection": self.rejection(self.max_error) if self.can_reject else None,
+            "corruptions": {name: hits / n for name, (hits, n) in self.corrupted.items()},
+        }
+
+    @property
+    def can_reject(self) -> bool:
+        """Whether the classifier knows which of its answers to reject."""
+        return self.classifier.calibration is not None and not self.classifier.raw
+
+    def rejection(self, max_error: float) -> dict[str, float | int | list[float] | None]:
+        """What becomes of these pictures, and of the strangers, if validation allows the part `max_error` of errors
+        among the accepted."""
+        calibration = self.classifier.calibration
+        rejection = calibration.choose_rejection(max_error)
+        accepted = self.accepted(self.outputs, rejection)
+        n, count, wrong = len(accepted), int(accepted.sum()), int((accepted & ~self.scores.correct).sum())
+        row: dict[str, Any] = {
+            "max_error": max_error,
+            "least_probability": None if math.isinf(rejection.least_probability) else rejection.least_probability,
+            "farthest": rejection.farthest,
+            "accepted": count / n,
+            "error": wrong / count if count else None,
+            "error_interval": list(wilson_interval(wrong, count)),
+        }
+        if self.strangers is not None:
+            row["strangers"] = len(self.strangers.logits)
+            row["strangers_rejected"] = float(1 - self.accepted(self.strangers, rejection).mean())
+        return row
+
+    def accepted(self, outputs: Outputs, rejection: Rejection) -> np.ndarray:
+        """Which answers (n,) are accepted."""
+        probability = (outputs.logits / self.classifier.temperature).softmax(dim=1).amax(dim=1)
+        return rejection.accepts(probability, self.classifier.calibration.distances(outputs.embeddings)).numpy()
+
+
+def evaluate_corrupted(
+    classifier: Classifier, images: ImageList, most: int, num_workers: int
+) -> dict[str, tuple[int, int]]:
+    """Right answers and pictures under each corruption, and under "none", of up to `most` pictures drawn at random."""
+    if most == 0:
+        return {}
+    drawn = sample_list(images, most, seed=0)
+    dataset = ImageDataset(FileSource(drawn, classifier.preprocessing), classifier.transform, seed=0)
+    hits = dict.fromkeys(["none", *CORRUPTIONS], 0)
+    loader = eval_loader(dataset, BATCH, num_workers)
+    bar = tqdm(fetch(loader), "corrupting", len(loader), unit="batch", leave=False, disable=None)
+    for number, (pixels, class_ids) in enumerate(bar):
+        for name in hits:
+            changed = corrupt(pixels, CORRUPTIONS[name], number) if name != "none" else pixels
+            _, logits = classifier.forward(changed)
+            hits[name] += int((logits.argmax(dim=1) == class_ids).sum())
+    return {name: (count, len(drawn)) for name, count in hits.items()}

@@ -1,0 +1,127 @@
+"""What the network looks at, as maps over what it was shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from utils.classifier import Classifier
+from utils.device import autocast
+
+
+class Maps(NamedTuple):
+    """Of a batch, each with values from 0 to 1.
+
+    Attributes:
+        cam: (B, rows, columns), which parts speak for the class: Grad-CAM.
+        rollout: (B, rows, columns), from which parts attention gathers, whatever the class; None: the network has none.
+    """
+
+    cam: Tensor
+    rollout: Tensor | None
+
+
+def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
+    """What the network looks at in pictures (B, 3, height, width) uint8.
+
+    Grad-CAM (Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391): the features of the last layer that has places,
+    weighed by the class's mean gradient. Rollout (Abnar and Zuidema, 2020, https://arxiv.org/abs/2005.00928): the
+    product over the blocks of the mean attention of all heads, half of each being the shortcut.
+
+    Args:
+        classifier: whose network it is.
+        pixels: as its transform gives them.
+        class_ids: (B,), which class each map of Grad-CAM is for.
+    """
+    normalise, model = classifier.network
+    has_attention = hasattr(model, "blocks")
+    projections = [block.attn.qkv for block in model.blocks] if has_attention else []
+    with torch.enable_grad(), kept_outputs([model.map_layer, *projections]) as outputs:
+        with autocast(classifier.device, classifier.precision):
+            logits = model(normalise(pixels.to(classifier.device)))
+        features, *qkvs = outputs
+        of_class = logits.float().gather(1, class_ids.to(logits.device)[:, None]).sum()
+        (gradient,) = torch.autograd.grad(of_class, features)
+    features, gradient = features.detach().float(), gradient.float()
+    if features.ndim == 3:  # tokens (B, N, C), the class token first
+        grid = model.grid
+        cam = (features[:, 1:] * gradient[:, 1:].mean(dim=1, keepdim=True)).sum(dim=2).unflatten(1, grid)
+    else:  # (B, C, rows, columns)
+        cam = (features * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1)
+    if not has_attention:
+        return Maps(_scaled(cam.relu()), None)
+    weights = [
+        _attention_weights(qkv.detach().float(), block.attn) for qkv, block in zip(qkvs, model.blocks, strict=True)
+    ]
+    return Maps(_scaled(cam.relu()), _scaled(attention_rollout(weights)[:, 0, 1:].unflatten(1, grid)))
+
+
+@contextmanager
+def kept_outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """The outputs of `modules`, in their order, once a forward has gone through them."""
+    outputs: list[Tensor] = [torch.empty(0)] * len(modules)
+
+    def keep(place: int) -> None:
+        def hook(_: nn.Module, __: tuple, output: Tensor) -> None:
+            outputs[place] = output
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(i)) for i, module in enumerate(modules)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attention_weights(qkv: Tensor, attention: nn.Module) -> Tensor:
+    """Mean weights over the heads (B, N, N) from a projection (B, N, 3C)."""
+    q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D)
+    return (q * attention.scale @ k.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)
+
+
+def attention_rollout(weights: list[Tensor]) -> Tensor:
+    """How much of each token (B, N, N) of the first block is in each of the last, given the attention weights (B, N, N)
+    of each block."""
+    rolled = torch.eye(weights[0].shape[-1], device=weights[0].device)
+    shortcut = rolled
+    for block in weights:
+        rolled = (block + shortcut) / 2 @ rolled
+    return rolled
+
+
+def _scaled(maps: Tensor) -> Tensor:
+    """Maps (B, rows, columns) from 0 to 1, each by its own range; all 0 where there is none."""
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    return ((maps - low) / (high - low).clamp_min(1e-12)).cpu()
+
+
+def overlay(pixels: Tensor, heat: Tensor, side: int) -> Image.Image:
+    """A map (rows, columns) in colours, from blue for 0 to red for 1, laid over what the network was shown (3, height,
+    width) uint8, with `side` pixels on the longer side."""
+    picture = shown(pixels, side)
+    levels = (heat.numpy() * 255).round().astype(np.uint8)
+    colours = cv2.applyColorMap(cv2.resize(levels, picture.size, interpolation=cv2.INTER_CUBIC), cv2.COLORMAP_TURBO)
+    return Image.blend(picture, Image.fromarray(cv2.cvtColor(colours, cv2.COLOR_BGR2RGB)), 0.45)
+
+
+def shown(pixels: Tensor, side: int) -> Image.Image:
+    """What the network was shown (3, height, width) uint8 as a picture with `side` pixels on the longer side."""
+    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR)
+
+
+def explain_one(classifier: Classifier, pixels: Tensor, class_id: int, side: int) -> list[Image.Image]:
+    """The maps of one picture (3, height, width) uint8 as overlays, `side` pixels on the longer side."""
+    maps = explain(classifier, pixels[None], torch.tensor([class_id]))
+    return [overlay(pixels, heat[0], side) for heat in maps if heat is not None]

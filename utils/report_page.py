@@ -1,0 +1,330 @@
+"""The page of an evaluation: what it shows, put together for `report_page.html`."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from utils.calibration import FAR
+from utils.cli import printable
+from utils.evaluation import Evaluation
+from utils.explain import Maps, explain, overlay, shown
+from utils.finish import TrainEmbeddings
+from utils.images import Box, ImageError, read_region
+from utils.intervals import wilson_interval
+from utils.metrics import confusion_matrix
+from utils.mistakes import (
+    Slice,
+    accuracy_by,
+    confused_pairs,
+    label_errors,
+    least_certain,
+    nearest,
+    read_sizes,
+    worst_mistakes,
+)
+from utils.plots import MOST_CLASSES, arrange_classes
+from utils.report import format_figure
+from utils.run_log import EPOCHS
+from utils.scores import reliability
+
+WORST, UNCERTAIN, LABELS, PAIRS, OF_A_PAIR = 24, 12, 24, 8, 3
+"""Pictures of each kind that are shown; pairs of classes, and pictures of each."""
+THUMBNAIL = 160
+"""Pixels on the longer side of a picture on the page."""
+ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
+MOST_CLASS_ROWS = 1000
+MOST_PAIR_ROWS = 50
+
+
+class Gallery:
+    """The pictures on the page, each thumbnail made once.
+
+    Args:
+        evaluation: whose pictures they are.
+        train: training pictures to show the nearest of beside a mistake, if there are any.
+    """
+
+    def __init__(self, evaluation: Evaluation, train: TrainEmbeddings | None) -> None:
+        self.evaluation = evaluation
+        self.train = train
+        self.preprocessing = evaluation.classifier.preprocessing
+        self._thumbnails: dict[str, str] = {}
+
+    def thumbnail(self, path: str) -> str:
+        """A small JPEG of a file as a data URI; empty if it can't be read."""
+        if path not in self._thumbnails:
+            try:
+                self._thumbnails[path] = to_uri(self._read(path))
+            except ImageError:
+                self._thumbnails[path] = ""
+        return self._thumbnails[path]
+
+    def _read(self, path: str) -> Image.Image:
+        def whole(width: int, height: int) -> tuple[Box, tuple[int, int]]:
+            scale = THUMBNAIL / max(width, height)
+            return (0, 0, width, height), (max(1, round(height * scale)), max(1, round(width * scale)))
+
+        region = read_region(path, whole, self.preprocessing.max_pixels, self.preprocessing.allow_truncated)
+        image = Image.fromarray(region.pixels)
+        scale = THUMBNAIL / max(image.size)
+        size = tuple(max(1, round(side * scale)) for side in image.size)
+        return image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR)
+
+    def figure(self, index: int) -> dict[str, Any]:
+        """What is shown of an evaluated picture."""
+        scores, names = self.evaluation.scores, self.evaluation.classifier.class_names
+        truth, predicted = int(scores.class_ids[index]), int(scores.predicted[index])
+        path = self.evaluation.images.path(index)
+        return {
+            "path": printable(path),
+            "picture": self.thumbnail(path),
+            "truth": printable(names[truth]),
+            "predicted": printable(names[predicted]),
+            "classes": f"{truth} {predicted}",
+            "right": truth == predicted,
+            "probability": float(scores.confidence[index]),
+            "of_truth": float(scores.probabilities[index, truth]),
+            "maps": [],
+            "nearest": None,
+        }
+
+    def explained(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Figures with the maps of what the network looked at, and with the nearest training picture."""
+        figures = [self.figure(index) for index in indices]
+        self._add_maps(indices, figures)
+        if self.train is not None and indices:
+            neighbours = nearest(self.evaluation.outputs.embeddings[list(indices)], self.train.embeddings)
+            for figure, neighbour in zip(figures, neighbours, strict=True):
+                path = self.train.images.path(neighbour)
+                name = self.evaluation.classifier.class_names[self.train.images.class_ids[neighbour]]
+                figure["nearest"] = {
+                    "path": printable(path),
+                    "picture": self.thumbnail(path),
+                    "class_name": printable(name),
+                }
+        return figures
+
+    def _add_maps(self, indices: Sequence[int], figures: Sequence[dict[str, Any]]) -> None:
+        classifier, images = self.evaluation.classifier, self.evaluation.images
+        for start in range(0, len(indices), 8):
+            some = list(indices[start : start + 8])
+            pixels = torch.stack([classifier.load(images.path(i)) for i in some])
+            maps = explain(classifier, pixels, torch.from_numpy(self.evaluation.scores.predicted[some]))
+            for row, figure in enumerate(figures[start : start + 8]):
+                figure["maps"] = map_figures(pixels[row], maps, row)
+
+
+def map_figures(pixels: Tensor, maps: Maps, row: int) -> list[dict[str, str]]:
+    """The maps of one picture, each with its title."""
+    figures = [{"title": "speaks for it", "picture": to_uri(overlay(pixels, maps.cam[row], THUMBNAIL))}]
+    if maps.rollout is not None:
+        figures.append({"title": "attention", "picture": to_uri(overlay(pixels, maps.rollout[row], THUMBNAIL))})
+    return figures
+
+
+def to_uri(image: Image.Image) -> str:
+    """A picture as a JPEG in a data URI."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def worst_pictures(evaluation: Evaluation) -> np.ndarray:
+    """What the network was shown of the worst mistakes, uint8 (n, height, width, 3)."""
+    classifier = evaluation.classifier
+    indices = worst_mistakes(evaluation.scores, WORST)
+    pictures = [np.asarray(shown(classifier.load(evaluation.images.path(i)), THUMBNAIL)) for i in indices]
+    return np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+
+
+def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequence[str]) -> str:
+    """The page, with everything in it.
+
+    Args:
+        evaluation: what it is about.
+        train: training pictures, to show the nearest of beside a mistake.
+        notes: what a reader should know first.
+    """
+    scores, metrics, names = evaluation.scores, evaluation.metrics, evaluation.classifier.class_names
+    gallery = Gallery(evaluation, train)
+    pairs = confused_pairs(scores)
+    epochs = read_epochs(evaluation.checkpoint.parent)
+    template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
+    return environment.from_string(template).render(
+        metrics=metrics,
+        checkpoint=printable(str(evaluation.checkpoint)),
+        data=printable(evaluation.data),
+        names=[printable(name) for name in names],
+        notes=[printable(note) for note in notes],
+        cards=cards(metrics),
+        curves=curves(epochs, evaluation.classifier.config),
+        confusion=confusion_cells(confusion_matrix(scores)),
+        most_classes=MOST_CLASSES,
+        pairs=[
+            {"truth": pair.truth, "predicted": pair.predicted, "count": len(pair.pictures)}
+            for pair in pairs[:MOST_PAIR_ROWS]
+        ],
+        num_pairs=len(pairs),
+        class_rows=list(enumerate(metrics["per_class"]))[:MOST_CLASS_ROWS],
+        reliability=reliability_plots(evaluation),
+        rejections=[evaluation.rejection(rate) for rate in ERROR_RATES] if evaluation.can_reject else [],
+        far=FAR,
+        calibrated_on=len(evaluation.classifier.calibration.correct) if evaluation.can_reject else 0,
+        worst=gallery.explained(worst_mistakes(scores, WORST)),
+        num_wrong=int((~scores.correct).sum()),
+        by_pair=[
+            {
+                "truth": printable(names[pair.truth]),
+                "predicted": printable(names[pair.predicted]),
+                "count": len(pair.pictures),
+                "figures": [gallery.figure(i) for i in pair.pictures[:OF_A_PAIR]],
+            }
+            for pair in pairs[:PAIRS]
+        ],
+        uncertain=[gallery.figure(i) for i in least_certain(scores, UNCERTAIN)],
+        labels=label_gallery(gallery),
+        slices=slices(evaluation),
+        corruptions=corruption_rows(evaluation),
+        thumbnail=THUMBNAIL,
+        has_train=train is not None,
+    )
+
+
+def label_gallery(gallery: Gallery) -> dict[str, Any]:
+    """The pictures whose label is likely wrong, and how many there are."""
+    found = label_errors(gallery.evaluation.scores)
+    return {"count": len(found), "figures": [gallery.figure(i) for i in found[:LABELS]]}
+
+
+def cards(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    """The figures at the top: name, value with its interval, and what it means."""
+    shown = [
+        ("top1", "Top-1", True, "of the pictures are named right"),
+        ("top5", "Top-5", True, "have their class among the five likeliest"),
+        ("balanced_accuracy", "Balanced accuracy", True, "every class counting alike"),
+        ("macro_f1", "Macro F1", True, "precision and recall, every class alike"),
+        ("ece", "Calibration error", True, "between what it claims and what is right (ECE, 15 bins)"),
+        ("log_loss", "Log-loss", False, "nats; lower is better"),
+        ("brier", "Brier score", False, "0 to 2; lower is better"),
+        ("roc_auc", "ROC-AUC", False, "one class against the rest, mean"),
+        ("average_precision", "Average precision", False, "one class against the rest, mean"),
+    ]
+    rows = []
+    for key, title, percent, meaning in shown:
+        if metrics.get(key) is not None:
+            value, _, interval = format_figure(metrics, key, percent).partition(" ")
+            rows.append(
+                {
+                    "title": title,
+                    "value": value,
+                    "interval": interval.strip("[]").replace(", ", " to "),
+                    "meaning": meaning,
+                }
+            )
+    return rows
+
+
+def read_epochs(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's epochs, as far as its folder has them."""
+    path = folder / EPOCHS
+    if not path.is_file():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, KeyError, csv.Error):
+        return []
+
+
+def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[str, Any] | None:
+    """The learning curves as lines of points in a box of 100 by 100, and where the backbone was thawed."""
+    keys = ("epoch", "loss", "val_loss", "top1", "val_top1")
+    if len(epochs) < 2 or not all(key in row and math.isfinite(row[key]) for row in epochs for key in keys):
+        return None
+    last = epochs[-1]["epoch"]
+    top = max(max(row["loss"], row["val_loss"]) for row in epochs)
+
+    def line(key: str, highest: float) -> str:
+        points = ((100 * (row["epoch"] - 1) / (last - 1), 100 - 100 * row[key] / highest) for row in epochs)
+        return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
+
+    thaw = config.get("freeze_epoch", 0) if config.get("freeze_train") else 0
+    best = min(epochs, key=lambda row: row["val_loss"])["epoch"]
+    return {
+        "epochs": int(last),
+        "best": int(best),
+        "best_x": 100 * (best - 1) / (last - 1),
+        "thaw": thaw if 0 < thaw < last else None,
+        "thaw_x": 100 * (thaw - 0.5) / (last - 1),
+        "plots": [
+            {"title": "Loss", "top": f"{top:.2f}", "train": line("loss", top), "val": line("val_loss", top)},
+            {"title": "Top-1", "top": "100 %", "train": line("top1", 1), "val": line("val_top1", 1)},
+        ],
+    }
+
+
+def confusion_cells(confusion: np.ndarray) -> dict[str, Any]:
+    """Of the classes that are shown: their ids, and rows of counts with the part of the true class that each is."""
+    order = arrange_classes(confusion)
+    part = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    rows = [[(int(confusion[i, j]), round(float(part[i, j]), 3)) for j in order] for i in order]
+    return {"order": order.tolist(), "rows": rows}
+
+
+def reliability_plots(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The bins of reliability, of the network and, where it is calibrated, with its temperature."""
+    plots = [{"title": "as the network gives them", "bins": reliability(evaluation.raw_scores), "key": "raw"}]
+    if evaluation.can_reject:
+        title = f"divided by the temperature {evaluation.classifier.temperature:.2f}"
+        plots.append({"title": title, "bins": reliability(evaluation.scores), "key": "calibrated"})
+    for plot, scores in zip(plots, (evaluation.raw_scores, evaluation.scores), strict=False):
+        count = max(row["count"] for row in plot["bins"])
+        plot["bins"] = [row | {"share": row["count"] / count} for row in plot["bins"]]
+        plot["ece"] = evaluation.metrics["raw"]["ece"] if plot["key"] == "raw" else evaluation.metrics["ece"]
+        plot["log_loss"] = float(scores.losses.mean())
+    return plots
+
+
+def slices(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Accuracy by size, by aspect ratio and by brightness."""
+    correct = evaluation.scores.correct
+    sizes = read_sizes(evaluation.images, evaluation.classifier.preprocessing.max_pixels)
+    long, short = sizes.max(axis=1), sizes.min(axis=1)
+    tables = [
+        ("Short side in pixels", short, "{:.0f}"),
+        ("Long side to short side", long / short, "{:.2f}"),
+        ("Brightness, 0 to 1", evaluation.outputs.brightness.double().numpy(), "{:.2f}"),
+    ]
+    return [
+        {"title": title, "rows": [_slice_row(row, form) for row in accuracy_by(values, correct)]}
+        for title, values, form in tables
+    ]
+
+
+def _slice_row(part: Slice, form: str) -> dict[str, Any]:
+    low, high = form.format(part.low), form.format(part.high)
+    told = low if low == high else f"{low} to {high}"
+    return {"range": told, "count": part.count, "accuracy": part.accuracy, "interval": part.interval}
+
+
+def corruption_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Accuracy as it is, then under each corruption."""
+    rows = []
+    for name, (hits, count) in evaluation.corrupted.items():
+        told = "as they are" if name == "none" else name
+        rows.append({"name": told, "count": count, "accuracy": hits / count, "interval": wilson_interval(hits, count)})
+    return rows
