@@ -1,81 +1,283 @@
-"""utils/report.py and utils/summary.py: what a person gets to read."""
+"""utils/report.py and report_page.py: the files of an evaluation, and its page in a real browser."""
 
 import csv
 import json
+import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import eval as evaluation_script
 from nets import build_model
-from tests.conftest import SMALL
+from tests.conftest import write_picture
+from utils.calibration import fit_calibration
+from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
+from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
-from utils.freeze import plan_stages
-from utils.metrics import evaluation_metrics
-from utils.plots import plot_bars, plot_confusion, plot_losses
-from utils.report import format_metrics, write_evaluation
-from utils.summary import count_flops, format_config, format_model
+from utils.evaluation import Evaluation
+from utils.finish import TrainEmbeddings
+from utils.lists import list_in_memory
+from utils.outputs import Outputs
+from utils.plots import MOST_CLASSES
+from utils.report import EVENTS, format_metrics, write_numbers
+from utils.report_page import LABELS, WORST, render
+from utils.run_log import EPOCHS
+from utils.transforms import EvalTransform, Preprocessing
 
-AWKWARD = ["$x^2$", "a,b", "猫", "<script>", "\udcff", "x" * 80]
+AWKWARD = [
+    "$x^2$",
+    "a,b",
+    "猫",
+    "<script>alert(1)</script>",
+    "\udcff",
+    "x" * 80,
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7 * 7 }}",
+]
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12, accuracy: float = 2.0) -> Evaluation:
+    """An evaluation of `n` pictures, of `files` files, by a network that never saw them: logits are made up."""
+    generator = torch.Generator().manual_seed(0)
+    config = TrainConfig(input_shape=(16, 16), eval_crop=1.0, freeze_epoch=3, unfreeze_epoch=8)
+    preprocessing = Preprocessing.from_dict(config.as_dict())
+    model = build_model("vit_xs_4", len(names), (16, 16))
+    class_ids = torch.arange(n) % len(names)
+    paths = [write_picture(folder / "pictures" / f"<b>{i}&.png", 20 * (i % 12), (20 + i, 16), i) for i in range(files)]
+    images = list_in_memory((int(k), str(paths[i % files])) for i, k in enumerate(class_ids))
+    logits = torch.randn(n, len(names), generator=generator) + accuracy * torch.eye(len(names))[class_ids]
+    embeddings = torch.randn(n, 192, generator=generator) + 3 * torch.eye(192)[class_ids % 192]
+    calibration = fit_calibration(logits, embeddings, class_ids, embeddings, class_ids)
+    network = pixel_network(model, preprocessing, torch.device("cpu")).eval()
+    transform = EvalTransform(preprocessing)
+    classifier = Classifier(
+        *(network, preprocessing, transform, names, torch.device("cpu"), "fp32", calibration, False),
+        config=config.as_dict(),
+    )
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    with (run / EPOCHS).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "loss", "top1", "val_loss", "val_top1"])
+        writer.writerows([e, 2 / e, 1 - 1 / e, 2.2 / e, 1 - 1.1 / e] for e in range(1, 9))
+    outputs = Outputs(logits, embeddings, class_ids, torch.rand(n, generator=generator))
+    corrupted = {"none": (9, 10), "blur": (7, 10)}
+    return Evaluation(run / BEST, "<i>list</i>.txt", classifier, images, outputs, corrupted, outputs, 0.05)
+
+
+def make_page(folder: Path, names: list[str], n: int = 60, **options) -> Path:
+    evaluation = make_evaluation(folder, names, n, **options)
+    train = TrainEmbeddings(evaluation.images, evaluation.outputs.embeddings)
+    page = folder / "report.html"
+    page.write_text(render(evaluation, train, ["A note, <b>escaped</b>"]), encoding="utf-8")
+    return page
 
 
 def test_awkward_class_names_reach_every_file(here):
-    logits = torch.eye(6)[[0, 1, 2, 3, 4, 4]] * 3
-    targets = torch.tensor([0, 1, 2, 3, 4, 0])
-    metrics = evaluation_metrics(logits, targets, AWKWARD)
-    confusion = np.eye(6, dtype=int)
-    write_evaluation("out", metrics, confusion, AWKWARD)
+    evaluation = make_evaluation(here, AWKWARD)
+    write_numbers(here / "out", evaluation)
     read = json.loads((here / "out" / "metrics.json").read_text())
     assert [row["class"] for row in read["per_class"]] == AWKWARD
     rows = list(csv.reader((here / "out" / "confusion_matrix.csv").open(encoding="utf-8")))
-    assert rows[0][1:4] == AWKWARD[:3]
-    assert np.array_equal(np.array([row[1:] for row in rows[1:]], dtype=int), confusion)
-    assert "no pictures, so not in the means" in format_metrics(metrics)
-    assert all(name in format_metrics(metrics) for name in AWKWARD)
+    assert rows[0][1:5] == AWKWARD[:4]
+    counts = np.array([row[1:] for row in rows[1:]], dtype=int)
+    assert counts.sum() == 60 and counts.trace() / 60 == pytest.approx(read["top1"])
+    predictions = list(csv.DictReader((here / "out" / "predictions.csv").open(encoding="utf-8")))
+    assert len(predictions) == 60
+    assert {"class_5", "probability_5"} <= predictions[0].keys() and "class_6" not in predictions[0]
+    told = format_metrics(read)
+    assert all(name.encode("utf-8", "backslashreplace").decode() in told for name in AWKWARD)
 
 
-@pytest.mark.parametrize("classes", [2, 30, 200])
-def test_plots_at_many_sizes(here, classes):
-    names = [f"class {i}" for i in range(classes)]
-    plot_confusion(np.eye(classes, dtype=int), names).savefig("confusion.png")
-    axes = plot_bars(names, [0.5, None] * (classes // 2), "recall").axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [0.5, 0] * (classes // 2)
+def test_what_is_rejected_is_in_the_numbers(here):
+    evaluation = make_evaluation(here, ["a", "b", "c"], n=300)
+    found = evaluation.metrics["rejection"]
+    accepted = found["accepted"]
+    assert found["max_error"] == 0.05 and 0 < accepted < 1 and found["strangers"] == 300
+    assert found["error"] <= 0.05  # they are the very pictures that it was chosen on
+    assert found["strangers_rejected"] == pytest.approx(1 - accepted)  # and the strangers too
+    easier = evaluation.rejection(0.5)
+    assert easier["accepted"] >= accepted
 
 
-def test_confusion_plot_shows_counts_with_the_truth_down():
-    axes = plot_confusion(np.array([[7, 2], [0, 5]]), ["a", "b"]).axes[0]
-    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "7", (1, 0): "2", (1, 1): "5"}
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+def test_of_many_classes_the_terminal_shows_the_worst(here):
+    told = format_metrics(make_evaluation(here, [f"class {i}" for i in range(81)], n=400).metrics).splitlines()
+    assert told[0].startswith("the 20 classes of lowest F1")
+    assert len(told) < 35
 
 
-def test_loss_curves_hold_the_history():
-    history = [{"epoch": i, "loss": 3 - i, "val_loss": 4 - i, "top1": 0.1 * i, "val_top1": 0.2 * i} for i in (1, 2)]
-    loss, top1 = plot_losses(history).axes
-    assert [line.get_ydata().tolist() for line in loss.lines] == [[2, 1], [3, 2]]
-    assert [line.get_xdata().tolist() for line in top1.lines] == [[1, 2], [1, 2]]
+def test_a_run_gets_its_report_and_tensorboard_too(trained, capsys):
+    (run,) = trained.glob("logs/*")
+    for _ in range(2):
+        evaluation_script.main(strangers="datasets/train/dark")
+    told = capsys.readouterr().out
+    assert f"open {run.relative_to(trained)}/report.html" in told
+    assert "inference" in told
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert ("is the training picture" not in page and "trained on" in page) or "Not one picture was named wrong" in page
+    events = EventAccumulator(str(run / EVENTS)).Reload()
+    assert "confusion matrix" in events.Tags()["images"]
+    metrics = json.loads((run / "metrics.json").read_text())
+    (value,) = events.Scalars("evaluation/top1")  # once, though it was evaluated twice
+    assert value.value == pytest.approx(metrics["top1"])
+    assert list(csv.DictReader((run / EPOCHS).open()))[-1]["epoch"] == "4"
 
 
-def test_flops_of_the_base_network():
-    """By hand: patches 2·196·768·768; a block 2·197·12·768² for its linears and 4·197²·768 for attention, but in the
-    last one all after queries, keys and values (3 of the 12) is for the class token only; the head."""
-    with torch.device("meta"):
-        model = build_model("vit_b_16", 1000, (224, 224))
-    by_hand = 2 * 196 * 768 * 768 + 11 * (2 * 197 * 12 * 768**2 + 4 * 197**2 * 768) + 2 * 768 * 1000
-    by_hand += 2 * (197 * 3 + 9) * 768**2 + 4 * 197 * 768
-    assert count_flops(model) == by_hand
+def test_what_a_reader_must_know_comes_first(trained, tmp_path):
+    evaluation_script.main(data="cls_train.txt", out=str(tmp_path), raw=True)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "36 of the 36 pictures were trained on" in page
+    assert "the network&#39;s own, as asked for" in page
+    evaluation_script.main(data="datasets/test", out=str(tmp_path))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "were trained on" not in page
 
 
-def test_the_model_table_counts_what_each_stage_trains():
-    with torch.device("meta"):
-        model = build_model("vit_xs_4", 2, (8, 8))
-    table = format_model(model, plan_stages(TrainConfig(**SMALL | {"freeze_blocks": "all"}), 100, transformer=True))
-    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:-1]}
-    assert rows["head"] == ["386", "386", "386"]
-    assert rows["pos_embed"] == ["960", "0", "960"]
-    total = f"{sum(p.numel() for p in model.parameters()):,}"
-    assert rows["all"] == [total, "386", total]
+def test_strangers_must_be_there(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="strangers='none'"):
+        evaluation_script.main(strangers="none", out=str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures in it"):
+        evaluation_script.main(strangers=str(tmp_path / "empty"), out=str(tmp_path))
+    with pytest.raises(ValueError, match="rejects nothing"):
+        evaluation_script.main(strangers="datasets/test", raw=True, out=str(tmp_path))
 
 
-def test_the_config_table_has_every_field():
-    table = format_config(TrainConfig())
-    assert [line.split()[0] for line in table.splitlines()] == list(TrainConfig().as_dict())
+def test_a_checkpoint_elsewhere_reports_into_the_working_folder(trained, tmp_path, monkeypatch):
+    shutil.copy(find_checkpoint(""), tmp_path / "model.pth")
+    shutil.copytree("datasets/test", tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    evaluation_script.main(data="pictures", model_path="model.pth")
+    assert (tmp_path / "metrics_out" / "report.html").is_file()
+    assert not (tmp_path / "metrics_out" / EVENTS).exists()
+
+
+def test_the_last_checkpoint_is_reported_without_neighbours(trained, tmp_path):
+    (run,) = trained.glob("logs/*")
+    evaluation_script.main(model_path=str(run / LAST), out=str(tmp_path))
+    best, last = (load_checkpoint(run / name)["step"] for name in (BEST, LAST))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ("Not calibrated" in page) == (best != last)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by playwright."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed; on Debian: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+def open_page(browser, path: Path, width: int = 1280, scheme: str = "light"):
+    """The page, its complaints, and the seconds that it took to load."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or complaints.append(request.url))
+    start = time.perf_counter()
+    page.goto(path.as_uri())
+    return page, complaints, time.perf_counter() - start
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_loads_without_a_complaint_at_two_widths(here, browser, width, scheme):
+    page, complaints, _ = open_page(browser, make_page(here, AWKWARD), width, scheme)
+    assert complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
+    assert dark == (scheme == "dark")
+    picture = page.screenshot(full_page=True)
+    assert len(picture) > 50_000
+
+
+def test_names_do_no_harm(here, browser):
+    page, complaints, _ = open_page(browser, make_page(here, AWKWARD))
+    assert complaints == []
+    assert page.locator("img[src=x]").count() == 0
+    assert page.locator("main script, main b b, header i").count() == 0
+    names = page.locator("#classes tbody td.name").all_text_contents()
+    assert names == [name.encode("utf-8", "backslashreplace").decode() for name in AWKWARD]
+    assert "<i>list</i>.txt" in page.locator("header").inner_text()
+    assert "<b>escaped</b>" in page.locator(".notes").inner_text()
+    assert "<b>" in page.locator("#mistakes .path").first.inner_text()
+
+
+def test_the_filter_and_the_sort_work_from_the_keyboard(here, browser):
+    names = [f"class {i}" for i in range(6)]
+    page, _, _ = open_page(browser, make_page(here, names))
+    page.locator("#filter").focus()
+    page.keyboard.type("class 3")
+    assert page.locator("#filter").input_value() == "3"
+    rows = page.locator("#classes tbody tr:visible")
+    assert rows.count() == 1 and "class 3" in rows.first.inner_text()
+    shown = page.locator("#mistakes figure:visible")
+    assert 0 < shown.count() < page.locator("#mistakes figure").count()
+    assert all("class 3" in text for text in shown.locator("figcaption").all_inner_texts())
+    page.locator("#filter").select_option("")
+    assert rows.count() == 6
+
+    button = page.locator("#classes th button", has_text="recall")
+    button.focus()
+    page.keyboard.press("Enter")
+    values = page.eval_on_selector_all(
+        "#classes tbody tr", "rows => rows.map(row => Number(row.cells[2].dataset.value))"
+    )
+    assert values == sorted(values, reverse=True) and len(set(values)) > 1
+    assert page.locator("#classes th[aria-sort=descending]").inner_text().strip().startswith("recall")
+    page.keyboard.press("Enter")
+    values = page.eval_on_selector_all(
+        "#classes tbody tr", "rows => rows.map(row => Number(row.cells[2].dataset.value))"
+    )
+    assert values == sorted(values)
+    page.locator("#classes th button", has_text="class").click()
+    assert [text.strip() for text in page.locator("#classes td.name").all_text_contents()] == names
+
+
+def test_ten_thousand_pictures_open_in_two_seconds_with_few_thumbnails(here, browser):
+    path = make_page(here, [f"class {i}" for i in range(81)], n=10_000, accuracy=4.0)
+    page, complaints, seconds = open_page(browser, path)
+    assert complaints == [] and seconds < 2
+    assert path.stat().st_size < 4e6
+    assert page.locator("#mistakes > .gallery").first.locator("figure").count() == WORST
+    assert page.locator("#labels figure").count() <= LABELS
+    assert "24 of" in page.locator("#mistakes").inner_text()
+    assert page.locator(".matrix tbody tr").count() == MOST_CLASSES
+    assert "The 40 classes with the most mistakes, of 81" in page.locator("#confusion").inner_text()
+
+
+def test_a_thousand_classes(here, browser):
+    page, complaints, seconds = open_page(
+        browser, make_page(here, [f"class {i}" for i in range(1000)], n=3000, accuracy=8.0)
+    )
+    assert complaints == [] and seconds < 2
+    assert page.locator("#classes tbody tr").count() == 1000
+
+
+def test_the_thaw_is_marked(here, browser):
+    page, _, _ = open_page(browser, make_page(here, ["a", "b"]))
+    assert page.locator("#training .thaw").count() == 2
+    assert "thawed after epoch 3" in page.locator("#training").inner_text()
+
+
+def test_nothing_wrong_is_said(here, browser):
+    page, complaints, _ = open_page(browser, make_page(here, ["a", "b"], accuracy=50.0))
+    assert complaints == []
+    assert "Not one picture was named wrong" in page.locator("#mistakes").inner_text()
+    assert "None was found" in page.locator("#labels").inner_text()
