@@ -84,6 +84,12 @@ def test_killed_inside_saving_in_short(tmp_path, whole):
     kill_inside_saving(tmp_path, whole, "mid-write", 3, "mnist_png")
 
 
+@pytest.mark.parametrize("number", slow_from(1, [3, 0, 1, 2, 4, 5]))
+def test_killed_while_finishing(tmp_path, whole, number):
+    """Before and after each of the three files that the end writes."""
+    kill_inside_saving(tmp_path, whole, "finishing", number, "mnist_png")
+
+
 def kill_inside_saving(tmp_path: Path, whole, point: str, number: int, data: str) -> None:
     folder = prepare(tmp_path / "run", data)
     process = start(folder, fault=point, number=number if point != "in retention" else number % 2)

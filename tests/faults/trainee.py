@@ -71,7 +71,7 @@ def plant(fault: str, number: int) -> None:
         left[0] -= 1
         return left[0] < 0
 
-    save, seal, replace, unlink = torch.save, checkpoint.seal, os.replace, Path.unlink
+    save, seal, replace, unlink, finish = torch.save, checkpoint.seal, os.replace, Path.unlink, run.Run.finish
 
     def half(content, file):
         whole = io.BytesIO()
@@ -92,6 +92,20 @@ def plant(fault: str, number: int) -> None:
         if fault == "after rename" and str(new).endswith(".pth") and now():
             die()
 
+    def finishing(self, calibrate):
+        """The files of the end are renamed one after the other: embeddings, best, last; die before or after one."""
+
+        def dying_replace(old, new):
+            if left[0] == 0:
+                die()
+            replace(old, new)
+            if left[0] == 1:
+                die()
+            left[0] -= 2
+
+        files.os.replace = dying_replace
+        finish(self, calibrate)
+
     def dying_unlink(path, missing_ok=False):
         unlink(path, missing_ok)
         if path.name.startswith("ep") and path.suffix == ".pth" and now():
@@ -105,6 +119,8 @@ def plant(fault: str, number: int) -> None:
         checkpoint.seal = before_flush
     elif fault in ("before rename", "after rename"):
         files.os.replace = around_replace
+    elif fault == "finishing":
+        run.Run.finish = finishing
     elif fault == "in retention":
         Path.unlink = dying_unlink
     if fault.startswith("plain"):
