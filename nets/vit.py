@@ -64,6 +64,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate: float = 
     # memory than the fused one. In fp32, without gradients, and on a GPU that one is faster: benchmarks/attention.py.
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate, scale=scale)
+    if q.shape[-2] == 1:  # the weights of one query are few enough to keep
+        return explicit_attention(q, k, v, scale, drop_rate)
     keep_generator = drop_rate > 0  # so that the same weights are dropped again
     return checkpoint(
         explicit_attention, q, k, v, scale, drop_rate, use_reentrant=False, preserve_rng_state=keep_generator

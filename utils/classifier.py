@@ -186,8 +186,10 @@ def pixel_network(model: nn.Module, preprocessing: Preprocessing, device: torch.
 def cast_products(network: nn.Module, precision: str) -> nn.Module:
     """`network` with the weights of its matrix products in `precision`, for inference only.
 
-    Under autocast it gives what it gave before, without casting every weight at every batch.
+    Under autocast it gives what it gave before, without casting every weight at every batch. No weight has a gradient
+    any more.
     """
+    network.requires_grad_(False)
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(DTYPES[precision])

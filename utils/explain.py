@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -41,42 +41,42 @@ def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
         class_ids: (B,), which class each map of Grad-CAM is for.
     """
     normalise, model = classifier.network
-    has_attention = hasattr(model, "blocks")
-    projections = [block.attn.qkv for block in model.blocks] if has_attention else []
-    with torch.enable_grad(), kept_outputs([model.map_layer, *projections]) as outputs:
-        with autocast(classifier.device, classifier.precision):
-            logits = model(normalise(pixels.to(classifier.device)))
-        features, *qkvs = outputs
+    blocks = getattr(model, "blocks", [])
+    features: list[Tensor] = []
+    qkvs: list[Tensor] = []
+
+    def begin_graph(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        features.append(output.detach().requires_grad_())
+        return features[0]
+
+    hooks = [(model.map_layer, begin_graph)]
+    hooks += [(block.attn.qkv, lambda _, __, output: qkvs.append(output.detach().float())) for block in blocks]
+    with torch.enable_grad(), hooked(hooks), autocast(classifier.device, classifier.precision):
+        logits = model(normalise(pixels.to(classifier.device)))
         of_class = logits.float().gather(1, class_ids.to(logits.device)[:, None]).sum()
         (gradient,) = torch.autograd.grad(of_class, features)
-    features, gradient = features.detach().float(), gradient.float()
+    cam = _grad_cam(features[0].detach().float(), gradient.float(), model)
+    if not qkvs:
+        return Maps(cam, None)
+    weights = [_attention_weights(qkv, block.attn) for qkv, block in zip(qkvs, blocks, strict=True)]
+    return Maps(cam, _scaled(attention_rollout(weights)[:, 0, 1:].unflatten(1, model.grid)))
+
+
+def _grad_cam(features: Tensor, gradient: Tensor, model: nn.Module) -> Tensor:
+    """The map (B, rows, columns) from what `model.map_layer` gave and the gradient there."""
     if features.ndim == 3:  # tokens (B, N, C), the class token first
-        grid = model.grid
-        cam = (features[:, 1:] * gradient[:, 1:].mean(dim=1, keepdim=True)).sum(dim=2).unflatten(1, grid)
+        cam = (features[:, 1:] * gradient[:, 1:].mean(dim=1, keepdim=True)).sum(dim=2).unflatten(1, model.grid)
     else:  # (B, C, rows, columns)
         cam = (features * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1)
-    if not has_attention:
-        return Maps(_scaled(cam.relu()), None)
-    weights = [
-        _attention_weights(qkv.detach().float(), block.attn) for qkv, block in zip(qkvs, model.blocks, strict=True)
-    ]
-    return Maps(_scaled(cam.relu()), _scaled(attention_rollout(weights)[:, 0, 1:].unflatten(1, grid)))
+    return _scaled(cam.relu())
 
 
 @contextmanager
-def kept_outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """The outputs of `modules`, in their order, once a forward has gone through them."""
-    outputs: list[Tensor] = [torch.empty(0)] * len(modules)
-
-    def keep(place: int) -> None:
-        def hook(_: nn.Module, __: tuple, output: Tensor) -> None:
-            outputs[place] = output
-
-        return hook
-
-    handles = [module.register_forward_hook(keep(i)) for i, module in enumerate(modules)]
+def hooked(hooks: Sequence[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Within it, each module calls its hook after its forward."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
-        yield outputs
+        yield
     finally:
         for handle in handles:
             handle.remove()
