@@ -15,11 +15,13 @@ from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
 from utils.evaluation import Evaluation, evaluate_corrupted
 from utils.finish import read_embeddings
+from utils.gallery import shown_pictures
 from utils.lists import ImageList, list_in_memory, read_classes, read_list
 from utils.metrics import confusion_matrix
+from utils.mistakes import worst_mistakes
 from utils.outputs import BATCH, Outputs, compute_outputs
 from utils.report import format_metrics, write_comparison, write_events, write_numbers
-from utils.report_page import render, worst_pictures
+from utils.report_page import WORST, render
 from utils.resume import CONFIG_FILE, LIST_FILES
 from utils.scan import SPLIT_NAMES, Scan, pictures_below, scan_classes, set_demo_aside
 from utils.scores import Scores
@@ -140,7 +142,8 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
     page = render(evaluation, read_embeddings(evaluation.checkpoint), notes(evaluation))
     (folder / PAGE).write_text(page, encoding="utf-8")
     if (folder / CONFIG_FILE).is_file():
-        write_events(folder, evaluation, confusion, worst_pictures(evaluation))
+        worst = shown_pictures(evaluation, worst_mistakes(evaluation.scores, WORST))
+        write_events(folder, evaluation, confusion, worst)
 
 
 def notes(evaluation: Evaluation) -> list[str]:

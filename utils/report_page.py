@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +10,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
 from utils.calibration import FAR
 from utils.cli import printable
 from utils.evaluation import Evaluation
-from utils.explain import Maps, explain, overlay, shown
 from utils.finish import TrainEmbeddings
-from utils.images import Box, ImageError, read_region
+from utils.gallery import THUMBNAIL, Gallery
 from utils.intervals import wilson_interval
 from utils.metrics import confusion_matrix
 from utils.mistakes import (
@@ -30,7 +24,6 @@ from utils.mistakes import (
     confused_pairs,
     label_errors,
     least_certain,
-    nearest,
     read_sizes,
     worst_mistakes,
 )
@@ -41,112 +34,9 @@ from utils.scores import reliability
 
 WORST, UNCERTAIN, LABELS, PAIRS, OF_A_PAIR = 24, 12, 24, 8, 3
 """Pictures of each kind that are shown; pairs of classes, and pictures of each."""
-THUMBNAIL = 160
-"""Pixels on the longer side of a picture on the page."""
 ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 MOST_CLASS_ROWS = 1000
 MOST_PAIR_ROWS = 50
-
-
-class Gallery:
-    """The pictures on the page, each thumbnail made once.
-
-    Args:
-        evaluation: whose pictures they are.
-        train: training pictures to show the nearest of beside a mistake, if there are any.
-    """
-
-    def __init__(self, evaluation: Evaluation, train: TrainEmbeddings | None) -> None:
-        self.evaluation = evaluation
-        self.train = train
-        self.preprocessing = evaluation.classifier.preprocessing
-        self._thumbnails: dict[str, str] = {}
-
-    def thumbnail(self, path: str) -> str:
-        """A small JPEG of a file as a data URI; empty if it can't be read."""
-        if path not in self._thumbnails:
-            try:
-                self._thumbnails[path] = to_uri(self._read(path))
-            except ImageError:
-                self._thumbnails[path] = ""
-        return self._thumbnails[path]
-
-    def _read(self, path: str) -> Image.Image:
-        def whole(width: int, height: int) -> tuple[Box, tuple[int, int]]:
-            scale = THUMBNAIL / max(width, height)
-            return (0, 0, width, height), (max(1, round(height * scale)), max(1, round(width * scale)))
-
-        region = read_region(path, whole, self.preprocessing.max_pixels, self.preprocessing.allow_truncated)
-        image = Image.fromarray(region.pixels)
-        scale = THUMBNAIL / max(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
-        return image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR)
-
-    def figure(self, index: int) -> dict[str, Any]:
-        """What is shown of an evaluated picture."""
-        scores, names = self.evaluation.scores, self.evaluation.classifier.class_names
-        truth, predicted = int(scores.class_ids[index]), int(scores.predicted[index])
-        path = self.evaluation.images.path(index)
-        return {
-            "path": printable(path),
-            "picture": self.thumbnail(path),
-            "truth": printable(names[truth]),
-            "predicted": printable(names[predicted]),
-            "classes": f"{truth} {predicted}",
-            "right": truth == predicted,
-            "probability": float(scores.confidence[index]),
-            "of_truth": float(scores.probabilities[index, truth]),
-            "maps": [],
-            "nearest": None,
-        }
-
-    def explained(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Figures with the maps of what the network looked at, and with the nearest training picture."""
-        figures = [self.figure(index) for index in indices]
-        self._add_maps(indices, figures)
-        if self.train is not None and indices:
-            neighbours = nearest(self.evaluation.outputs.embeddings[list(indices)], self.train.embeddings)
-            for figure, neighbour in zip(figures, neighbours, strict=True):
-                path = self.train.images.path(neighbour)
-                name = self.evaluation.classifier.class_names[self.train.images.class_ids[neighbour]]
-                figure["nearest"] = {
-                    "path": printable(path),
-                    "picture": self.thumbnail(path),
-                    "class_name": printable(name),
-                }
-        return figures
-
-    def _add_maps(self, indices: Sequence[int], figures: Sequence[dict[str, Any]]) -> None:
-        classifier, images = self.evaluation.classifier, self.evaluation.images
-        for start in range(0, len(indices), 8):
-            some = list(indices[start : start + 8])
-            pixels = torch.stack([classifier.load(images.path(i)) for i in some])
-            maps = explain(classifier, pixels, torch.from_numpy(self.evaluation.scores.predicted[some]))
-            for row, figure in enumerate(figures[start : start + 8]):
-                figure["maps"] = map_figures(pixels[row], maps, row)
-
-
-def map_figures(pixels: Tensor, maps: Maps, row: int) -> list[dict[str, str]]:
-    """The maps of one picture, each with its title."""
-    figures = [{"title": "speaks for it", "picture": to_uri(overlay(pixels, maps.cam[row], THUMBNAIL))}]
-    if maps.rollout is not None:
-        figures.append({"title": "attention", "picture": to_uri(overlay(pixels, maps.rollout[row], THUMBNAIL))})
-    return figures
-
-
-def to_uri(image: Image.Image) -> str:
-    """A picture as a JPEG in a data URI."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def worst_pictures(evaluation: Evaluation) -> np.ndarray:
-    """What the network was shown of the worst mistakes, uint8 (n, height, width, 3)."""
-    classifier = evaluation.classifier
-    indices = worst_mistakes(evaluation.scores, WORST)
-    pictures = [np.asarray(shown(classifier.load(evaluation.images.path(i)), THUMBNAIL)) for i in indices]
-    return np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
 
 
 def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequence[str]) -> str:
