@@ -76,10 +76,12 @@ class Gallery:
             "nearest": None,
         }
 
-    def explained(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Figures with the maps of what the network looked at, and with the nearest training picture."""
+    def figures(self, indices: Sequence[int], explained: bool = False) -> list[dict[str, Any]]:
+        """What is shown of evaluated pictures: with the nearest training picture of each, and to be explained with maps
+        of what the network looked at."""
         figures = [self.figure(index) for index in indices]
-        self._add_maps(indices, figures)
+        if explained:
+            self._add_maps(indices, figures)
         if self.train is not None and indices:
             neighbours = nearest(self.evaluation.outputs.embeddings[list(indices)], self.train.embeddings)
             for figure, neighbour in zip(figures, neighbours, strict=True):

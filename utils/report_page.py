@@ -74,14 +74,14 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequenc
         rejections=[evaluation.rejection(rate) for rate in ERROR_RATES] if evaluation.can_reject else [],
         far=FAR,
         calibrated_on=len(evaluation.classifier.calibration.correct) if evaluation.can_reject else 0,
-        worst=gallery.explained(worst_mistakes(scores, WORST)),
+        worst=gallery.figures(worst_mistakes(scores, WORST), explained=True),
         num_wrong=int((~scores.correct).sum()),
         by_pair=[
             {
                 "truth": printable(names[pair.truth]),
                 "predicted": printable(names[pair.predicted]),
                 "count": len(pair.pictures),
-                "figures": [gallery.figure(i) for i in pair.pictures[:OF_A_PAIR]],
+                "figures": gallery.figures(pair.pictures[:OF_A_PAIR]),
             }
             for pair in pairs[:PAIRS]
         ],
@@ -97,7 +97,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequenc
 def label_gallery(gallery: Gallery) -> dict[str, Any]:
     """The pictures whose label is likely wrong, and how many there are."""
     found = label_errors(gallery.evaluation.scores)
-    return {"count": len(found), "figures": [gallery.figure(i) for i in found[:LABELS]]}
+    return {"count": len(found), "figures": gallery.figures(found[:LABELS])}
 
 
 def cards(metrics: dict[str, Any]) -> list[dict[str, str]]:
