@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from utils.checkpoint import BEST, LAST, count_bytes, load_checkpoint, prune_periodic, save_checkpoint
+from utils.checkpoint import BEST, LAST, count_bytes, load_checkpoint, prune_periodic, read_note, save_checkpoint
 from utils.config import TrainConfig
 from utils.engine import REMEDY, NonFiniteLoss, Trainer
 from utils.files import format_bytes, free_bytes
@@ -208,13 +208,11 @@ class Run:
         if self.finished:
             return
         best = self.folder / BEST
-        calibration = calibrate(best)
+        found = {"calibration": calibrate(best)}
         with held():
-            content = load_checkpoint(best) | {"calibration": calibration}
-            save_checkpoint(best, content)
-            last = load_checkpoint(self.folder / LAST)
-            same = {"calibration": calibration} if content["step"] == last["step"] else {}
-            save_checkpoint(self.folder / LAST, last | same | {"finished": True})
+            same_state = read_note(best)["step"] == read_note(self.folder / LAST)["step"]
+            for name, added in ((BEST, found), (LAST, (found if same_state else {}) | {"finished": True})):
+                save_checkpoint(self.folder / name, load_checkpoint(self.folder / name) | added)
         self.finished = True
 
     def _log(self) -> None:
