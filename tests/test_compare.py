@@ -32,6 +32,11 @@ def test_a_survey_asked_twice():
     assert 1e-5 < mcnemar_p_value(150, 86) < 6e-5  # the normal one is 3.1e-5
 
 
+def test_few_pictures_without_a_difference_leave_room_for_one():
+    low, high = difference_interval(0, 0, 10)
+    assert low == -high and high > 0.1
+
+
 def test_under_chance_one_in_twenty_is_found_better_and_the_interval_holds():
     generator = np.random.default_rng(0)
     n, trials = 120, 2000

@@ -117,6 +117,7 @@ def test_top_5_by_hand_with_ties():
 def test_one_class_alone():
     metrics = evaluate(torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 0]))
     assert (metrics["top1"], metrics["balanced_accuracy"], metrics["absent_classes"]) == (0.5, 0.5, ["1"])
+    assert metrics["macro_f1"] == pytest.approx(2 / 3)
     assert metrics["roc_auc"] is None and metrics["average_precision"] is None
     assert metrics["intervals"]["roc_auc"] is None
 
@@ -145,6 +146,22 @@ def test_wilson_is_scipys(hits, n):
     hits = min(hits, n)
     expected = binomtest(hits, n).proportion_ci(method="wilson")
     assert wilson_interval(hits, n) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_wilson_ends_where_probabilities_do():
+    assert all(wilson_interval(0, n)[0] == 0 and wilson_interval(n, n)[1] == 1 for n in range(1, 2000))
+    assert wilson_interval(0, 0) == (0, 1)
+
+
+def test_the_interval_of_a_small_calibration_error_holds_it():
+    """Resampling adds gaps by chance, which are all there is in a calibrated classifier's."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(300, 4, generator=generator)
+    class_ids = logits.softmax(1).multinomial(1, generator=generator)[:, 0]
+    metrics = evaluate(logits, class_ids)
+    low, high = metrics["intervals"]["ece"]
+    assert 0 <= low <= metrics["ece"] <= high
+    assert low < metrics["ece"] - 0.005
 
 
 def test_resampled_areas_are_scikit_learns_with_weights():

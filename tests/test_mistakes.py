@@ -62,7 +62,7 @@ def test_planted_label_errors_are_found():
 
 
 def test_the_nearest_is_by_angle():
-    assert nearest(torch.tensor([[1.0, 0], [0, 5]]), torch.tensor([[0.0, 1], [9, 1], [-1, 0]])) == [1, 0]
+    assert nearest(torch.tensor([[1.0, 0], [0, 5]]), torch.tensor([[0.0, 1], [9, 2], [-1, 0]])) == [1, 0]
 
 
 def test_slices_by_hand():
