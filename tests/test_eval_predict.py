@@ -21,6 +21,7 @@ from tests.conftest import write_picture
 from utils import cli
 from utils.checkpoint import BEST, find_checkpoint, load_checkpoint
 from utils.classifier import cast_products, load_classifier
+from utils.corruptions import CORRUPTIONS
 from utils.data import FileSource, ImageDataset, eval_loader
 from utils.engine import compute_logits
 from utils.images import open_image
@@ -83,6 +84,8 @@ def test_eval_command(trained, tmp_path):
     counts = np.array([[int(v) for v in row[1:]] for row in rows[1:]])
     assert counts.sum(axis=1).tolist() == [6, 5]
     assert counts.trace() / 11 == pytest.approx(metrics["top1"])
+    assert metrics["corruptions"].keys() == {"none", *CORRUPTIONS}
+    assert metrics["corruptions"]["none"] == metrics["top1"]
     assert min(Image.open(tmp_path / "confusion_matrix.png").size) > 100
     predictions = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(predictions) == 11

@@ -13,7 +13,7 @@ import torch
 from nets.files import read_note
 from tests.faults.harness import LAST, finish, last_step, outcome, prepare, read_steps, run_folder, start
 from tests.faults.harness import steps as steps_of
-from utils.checkpoint import load_checkpoint, load_newest
+from utils.checkpoint import BEST, load_checkpoint, load_newest
 
 DATA = ("mnist_png", "sign_digits")
 INTERVAL = 2  # save_every_steps
@@ -88,6 +88,19 @@ def test_killed_inside_saving_in_short(tmp_path, whole):
 def test_killed_while_finishing(tmp_path, whole, number):
     """Before and after each of the three files that the end writes."""
     kill_inside_saving(tmp_path, whole, "finishing", number, "mnist_png")
+
+
+@pytest.mark.parametrize("number", slow_from(1, [1, 2, 3]))
+def test_killed_between_the_files_of_the_first_epoch(tmp_path, number):
+    """After the first, second and third of best, periodic and last; the beginning was saved before."""
+    settings = {"freeze_train": False, "unfreeze_epoch": 1, "save_every_steps": 0}
+    folder = prepare(tmp_path / "run", "mnist_png")
+    process = start(folder, settings, fault="after rename", number=number)
+    process.join(120)
+    assert process.exitcode == -9
+    finish(folder, settings)
+    best = load_checkpoint(run_folder(folder) / BEST)
+    assert best["epoch"] == 1 and best["calibration"]
 
 
 def kill_inside_saving(tmp_path: Path, whole, point: str, number: int, data: str) -> None:
