@@ -155,13 +155,12 @@ def test_wilson_ends_where_probabilities_do():
 
 def test_the_interval_of_a_small_calibration_error_holds_it():
     """Resampling adds gaps by chance, which are all there is in a calibrated classifier's."""
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(300, 4, generator=generator)
+    generator = torch.Generator().manual_seed(13)  # where the plain percentiles don't hold it
+    logits = 6 * torch.randn(300, 4, generator=generator)
     class_ids = logits.softmax(1).multinomial(1, generator=generator)[:, 0]
     metrics = evaluate(logits, class_ids)
     low, high = metrics["intervals"]["ece"]
     assert 0 <= low <= metrics["ece"] <= high
-    assert low < metrics["ece"] - 0.005
 
 
 def test_resampled_areas_are_scikit_learns_with_weights():
