@@ -19,7 +19,7 @@ from utils.gallery import shown_pictures
 from utils.lists import ImageList, list_in_memory, read_classes, read_list
 from utils.metrics import confusion_matrix
 from utils.mistakes import worst_mistakes
-from utils.outputs import BATCH, Outputs, compute_outputs
+from utils.outputs import BATCH, compute_outputs
 from utils.report import format_metrics, write_comparison, write_events, write_numbers
 from utils.report_page import WORST, render
 from utils.resume import CONFIG_FILE, LIST_FILES
@@ -68,49 +68,65 @@ def main(
         raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
     data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
     if compare:
-        compare_checkpoints(*map(find_checkpoint, compare), data, classes_path, Path(out or OUT), num_workers, device)
+        if model_path or strangers:
+            raise ValueError(
+                "compare names its two checkpoints, and knows no strangers: leave model_path and strangers off"
+            )
+        a, b = (load_classifier(path, device, raw) for path in map(find_checkpoint, compare))
+        images = read_images(data, classes_path, a.class_names)
+        print(f"A: {compare[0]}\nB: {compare[1]}\non {data}")
+        comparison = {"a": compare[0], "b": compare[1], "data": data}
+        compare_classifiers(a, b, images, comparison, Path(out or OUT), num_workers, batch_size)
         return
     started = time.perf_counter()
     checkpoint = find_checkpoint(model_path)
     classifier = load_classifier(checkpoint, device, raw)
     print(f"checkpoint {checkpoint} on {data}")
     images = read_images(data, classes_path, classifier.class_names)
-    loaded = time.perf_counter()
-    outputs = compute_outputs(classifier, images, num_workers, batch_size)
-    evaluation = Evaluation(
-        checkpoint,
-        data,
-        classifier,
-        images,
-        outputs,
-        evaluate_corrupted(classifier, images, corrupted, num_workers),
-        evaluate_strangers(classifier, strangers, num_workers, batch_size) if strangers else None,
-        max_error,
-    )
-    inferred = time.perf_counter()
+    stranger_images = read_strangers(classifier, strangers) if strangers else None
     folder = Path(out) if out else own_folder(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    times = [started, time.perf_counter()]
+    outputs = compute_outputs(classifier, images, num_workers, batch_size)
+    of_strangers = compute_outputs(classifier, stranger_images, num_workers, batch_size) if stranger_images else None
+    times.append(time.perf_counter())
+    worse = evaluate_corrupted(classifier, images, outputs, corrupted, num_workers, batch_size)
+    times.append(time.perf_counter())
+    evaluation = Evaluation(checkpoint, data, classifier, images, outputs, worse, of_strangers, max_error)
     write_report(folder, evaluation)
+    times.append(time.perf_counter())
     print(format_metrics(evaluation.metrics))
-    print(
-        f"loaded in {loaded - started:.1f} s, inference {inferred - loaded:.1f} s, report "
-        f"{time.perf_counter() - inferred:.1f} s; written to {folder}/, of which open {folder / PAGE}"
-    )
+    for note in notes(evaluation):
+        print(f"attention: {cli.printable(note)}")
+    parts = zip(("loading", "inference", "corruptions", "report"), times, times[1:], strict=False)
+    print(", ".join(f"{name} {end - start:.1f} s" for name, start, end in parts))
+    print(f"written to {folder}/; open {folder / PAGE}")
 
 
 def own_folder(checkpoint: Path) -> Path:
     """Where results of a checkpoint go: into its run's folder, and into metrics_out if it lies elsewhere."""
-    return checkpoint.parent if (checkpoint.parent / CONFIG_FILE).is_file() else Path(OUT)
+    return checkpoint.parent if is_run(checkpoint.parent) else Path(OUT)
 
 
-def compare_checkpoints(
-    path_a: Path, path_b: Path, data: str, classes_path: str, folder: Path, num_workers: int, device: Device
+def is_run(folder: Path) -> bool:
+    """Whether training made it."""
+    return all((folder / name).is_file() for name in (CONFIG_FILE, *LIST_FILES.values()))
+
+
+def compare_classifiers(
+    a: Classifier,
+    b: Classifier,
+    images: ImageList,
+    comparison: dict[str, str],
+    folder: Path,
+    num_workers: int,
+    batch_size: int,
 ) -> None:
-    """Evaluate two checkpoints on the same pictures; print and write whether the second is better.
+    """Put two classifiers to the same pictures; print and write whether the second is better.
 
     Raises:
         ValueError: they tell other classes apart.
     """
-    a, b = (load_classifier(path, device) for path in (path_a, path_b))
     names = a.class_names
     if set(names) != set(b.class_names):
         extra, lacking = sorted(set(names) - set(b.class_names)), sorted(set(b.class_names) - set(names))
@@ -118,17 +134,15 @@ def compare_checkpoints(
             f"compare: the two tell other classes apart (only in the first: {', '.join(extra) or 'none'}; only in the "
             f"second: {', '.join(lacking) or 'none'}), so their accuracies can't be held against each other"
         )
-    images = read_images(data, classes_path, names)
-    print(f"A: {path_a}\nB: {path_b}\non {data}")
-    outputs_a = compute_outputs(a, images, num_workers, title="A")
-    outputs_b = compute_outputs(b, images, num_workers, title="B")
-    scores_a = Scores.of(outputs_a.logits, outputs_a.class_ids, a.temperature)
+    outputs_a = compute_outputs(a, images, num_workers, batch_size, title="A")
+    outputs_b = compute_outputs(b, images, num_workers, batch_size, title="B")
     in_order = outputs_b.logits[:, [b.class_names.index(name) for name in names]]
+    scores_a = Scores.of(outputs_a.logits, outputs_a.class_ids, a.temperature)
     scores_b = Scores.of(in_order, outputs_b.class_ids, b.temperature)
-    comparison = {"a": str(path_a), "b": str(path_b), "data": data} | compare_scores(scores_a, scores_b)
+    found = comparison | compare_scores(scores_a, scores_b)
     rows = flipped_rows(scores_a, scores_b, [images.path(i) for i in range(len(images))], names)
-    write_comparison(folder, comparison, rows)
-    print(f"{format_comparison(comparison)}\n{format_flipped(rows)}".rstrip())
+    write_comparison(folder, found, rows)
+    print(f"{format_comparison(found)}\n{format_flipped(rows)}".rstrip())
     print(f"written to {folder}/comparison.json, and all pictures that only one names right to {folder}/flipped.csv")
 
 
@@ -136,12 +150,14 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
     """Write the numbers, the page, the confusion matrix as a picture and, in a run's folder, TensorBoard's events."""
     from utils.plots import plot_confusion
 
+    classifier = evaluation.classifier
     write_numbers(folder, evaluation)
-    confusion = plot_confusion(confusion_matrix(evaluation.scores), evaluation.classifier.class_names)
+    confusion = plot_confusion(confusion_matrix(evaluation.scores), classifier.class_names)
     confusion.savefig(folder / "confusion_matrix.png")
-    page = render(evaluation, read_embeddings(evaluation.checkpoint), notes(evaluation))
+    train = read_embeddings(evaluation.checkpoint, classifier.calibration, len(classifier.class_names))
+    page = render(evaluation, train, notes(evaluation))
     (folder / PAGE).write_text(page, encoding="utf-8")
-    if (folder / CONFIG_FILE).is_file():
+    if is_run(folder):
         worst = shown_pictures(evaluation, worst_mistakes(evaluation.scores, WORST))
         write_events(folder, evaluation, confusion, worst)
 
@@ -150,42 +166,55 @@ def notes(evaluation: Evaluation) -> list[str]:
     """What a reader of the figures should know first."""
     told = []
     metrics, classifier = evaluation.metrics, evaluation.classifier
-    if seen := count_trained_on(evaluation):
+    n = len(evaluation.images)
+    if seen := count_in_list(evaluation, "train"):
+        told.append(f"{seen} of the {n} pictures were trained on: with new pictures the figures would be worse")
+    if seen := count_in_list(evaluation, "val"):
         told.append(
-            f"{seen} of the {len(evaluation.images)} pictures were trained on: with new pictures the figures would be "
-            f"worse"
+            f"{seen} of the {n} pictures are of the validation list, on which the best epoch, the temperature and the "
+            f"thresholds were chosen: new pictures would do a little worse"
         )
     if metrics["absent_classes"]:
         told.append(f"No pictures, so not in the means: {', '.join(metrics['absent_classes'])}")
     if classifier.calibration is None:
-        told.append("Not calibrated, since its run was stopped before the end: probabilities are the network's own")
+        told.append(
+            "Not calibrated: only the best checkpoint of a finished run is. Probabilities are the network's own"
+        )
     elif classifier.raw:
         told.append("Probabilities are the network's own, as asked for: the fitted temperature isn't used")
     return told
 
 
-def count_trained_on(evaluation: Evaluation) -> int:
-    """How many of the pictures are in the training list that the run began with, by their paths."""
-    copy = evaluation.checkpoint.with_name(LIST_FILES["train"])
+def count_in_list(evaluation: Evaluation, key: str) -> int:
+    """How many of the pictures are in the training or validation list ("train" or "val") that the run began with, as
+    far as its folder has it."""
+    copy = evaluation.checkpoint.with_name(LIST_FILES[key])
     config, class_names = evaluation.classifier.config, evaluation.classifier.class_names
     if not copy.is_file():
         return 0
-    trained = read_list(copy, len(class_names))
-    folder = Path(config["train_annotation_path"]).parent
-    known = {os.path.normpath(folder / trained.name(i)) for i in range(len(trained))}
-    return sum(os.path.normpath(evaluation.images.path(i)) in known for i in range(len(evaluation.images)))
+    of_run = read_list(copy, len(class_names))
+    folder = Path(config[f"{key}_annotation_path"]).parent
+    known = {os.path.realpath(folder / of_run.name(i)) for i in range(len(of_run))}
+    return sum(os.path.realpath(evaluation.images.path(i)) in known for i in range(len(evaluation.images)))
 
 
-def evaluate_strangers(classifier: Classifier, folder: str, num_workers: int, batch_size: int) -> Outputs:
-    """Outputs for the pictures in a folder and below, which are of no class."""
+def read_strangers(classifier: Classifier, folder: str) -> ImageList:
+    """The pictures in a folder and below, which are of no class.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: there are no pictures in it, or the classifier rejects nothing.
+    """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"strangers={folder!r}: there is no such folder")
+    if classifier.calibration is None or classifier.raw:
+        raise ValueError(
+            "strangers: this classifier rejects nothing; take the best checkpoint of a finished run, and leave raw off"
+        )
     paths = pictures_below(folder, Counter())
     if not paths:
         raise ValueError(f"strangers={folder!r}: there are no pictures in it")
-    if classifier.calibration is None or classifier.raw:
-        raise ValueError("strangers: this classifier rejects nothing; let its run come to its end, and leave raw off")
-    return compute_outputs(classifier, list_in_memory((0, path) for path in paths), num_workers, batch_size)
+    return list_in_memory((0, path) for path in paths)
 
 
 def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageList:

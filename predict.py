@@ -15,12 +15,12 @@ import tyro
 from tqdm import tqdm
 
 from utils import cli
-from utils.calibration import Rejection
+from utils.calibration import UNKNOWN, Rejection
 from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier
 from utils.config import Device
 from utils.images import open_image
-from utils.labelled import copy_into, save_labelled
+from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
 from utils.prediction import Answer, Failure, Prediction, csv_header, shorten, to_bars, to_csv, to_json, to_line, to_row
 from utils.scan import is_demo, pictures_below
 
@@ -70,18 +70,19 @@ def main(
     checkpoint = find_checkpoint(model_path)
     classifier = load_classifier(checkpoint, device, raw)
     print(f"checkpoint {checkpoint}", file=sys.stderr)
-    rejection = choose_rejection(classifier, reject_below, max_error)
+    rejection = choose_rejection(classifier, reject_below, max_error, tta)
     top_k = min(top_k, len(classifier.class_names))
     given = list(expand(paths)) if paths and "-" not in paths else None
-    pictures = given if given is not None else expand(read_lines() if "-" in paths else ask())
+    pictures = given if given is not None else expand(paths or ask())
     tell = choose_format(classifier, json_lines, csv_lines, top_k, single=not paths or len(given or ()) == 1)
     if csv_lines:
         print(csv_header(top_k))
     save = save or (EXPLAINED if explain else "")
+    folders = folder_names([*classifier.class_names, UNKNOWN])
     counts: Counter[str] = Counter()
     answers = classifier.stream(pictures, top_k, BATCH if paths else 1, tta, rejection)
-    many = given is not None and len(given) > BATCH
-    with tqdm(total=len(given or ()), unit="picture", leave=False, disable=None if many else True) as bar:
+    many = len(given) > BATCH if given is not None else bool(paths)
+    with tqdm(total=len(given) if given else None, unit="picture", leave=False, disable=None if many else True) as bar:
         for answer in answers:
             tqdm.write(tell(answer), file=sys.stdout)
             sys.stdout.flush()
@@ -93,9 +94,11 @@ def main(
             if save:
                 keep(classifier, answer, Path(save), explain)
             if sort_into:
-                copy_into(answer, Path(sort_into))
+                copy_into(answer.path, Path(sort_into, folders[answer.label]))
     if sum(counts.values()) > 1:
         print(summarise(counts), file=sys.stderr)
+    for folder in filter(None, (save, sort_into)):
+        print(f"written to {folder}/: {sum(counts.values()) - counts['']} pictures", file=sys.stderr)
     return 1 if counts[""] else 0
 
 
@@ -110,7 +113,7 @@ def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: s
             raise ValueError(f"{name}={folder!r}: it is a file; give a folder")
 
 
-def choose_rejection(classifier: Classifier, reject_below: str, max_error: float) -> Rejection | None:
+def choose_rejection(classifier: Classifier, reject_below: str, max_error: float, tta: bool) -> Rejection | None:
     """Which answers to reject, and what that costs, which is printed; None: none.
 
     Raises:
@@ -119,11 +122,13 @@ def choose_rejection(classifier: Classifier, reject_below: str, max_error: float
     if not reject_below:
         return None
     calibration = classifier.calibration
+    if UNKNOWN in classifier.class_names:
+        raise ValueError(f"reject_below: there is a class called {UNKNOWN}, which a rejected answer would be taken for")
     if reject_below == "auto":
         if not 0 <= max_error < 1:
             raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
         if calibration is None or classifier.raw:
-            why = "raw is set" if classifier.raw else "this one's run hasn't come to its end: python train.py goes on"
+            why = "raw is set" if classifier.raw else "only the best one of a finished run is"
             raise ValueError(f"reject_below=auto needs a calibrated checkpoint, and {why}; or give a number, 0 to 1")
         rejection = calibration.choose_rejection(max_error)
     else:
@@ -134,12 +139,15 @@ def choose_rejection(classifier: Classifier, reject_below: str, max_error: float
         if not 0 <= least <= 1:
             raise ValueError(f"reject_below={reject_below!r}: give auto, or a number from 0 to 1")
         rejection = Rejection(least, calibration.farthest if calibration else float("inf"))
+    told = f"rejected below {min(rejection.least_probability, 1):.1%}"
     if calibration is None:
-        print(f"rejected below {rejection.least_probability:.1%}; nothing is known of distances", file=sys.stderr)
+        told += "; it isn't calibrated, so nothing is known of distances and of what this costs"
+    elif classifier.raw:
+        told += "; what this costs is known of calibrated probabilities only"
     else:
-        print(
-            f"rejected below {rejection.least_probability:.1%}: {rejection.format_cost(calibration)}", file=sys.stderr
-        )
+        told += f", or farther than {rejection.farthest:.0f}° from all classes: {rejection.format_cost(calibration)}"
+        told += "; with --tta probabilities are lower, so that fewer are accepted" if tta else ""
+    print(told, file=sys.stderr)
     return rejection
 
 
@@ -161,12 +169,16 @@ def choose_format(
 
 
 def expand(paths: Iterable[str]) -> Iterator[str]:
-    """Files as they are, the pictures in folders and below, and what globs match, sorted.
+    """Files as they are, the pictures in folders and below, and what globs match, sorted; for "-" those that the
+    standard input names.
 
     The built-in digits are passed over in a folder that has other pictures. A path that is none of these, and a folder
     without pictures, come out as they are: reading them gives the error.
     """
     for path in paths:
+        if path == "-":
+            yield from expand(line for line in read_lines() if line != "-")
+            continue
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]
         for match in matches:
             if os.path.isdir(match):
@@ -196,21 +208,21 @@ def ask() -> Iterator[str]:
 def keep(classifier: Classifier, answer: Prediction, folder: Path, explained: bool) -> None:
     """Save a picture with its label, and with maps of what the network looked at if it is to be explained."""
     image = open_image(answer.path, classifier.preprocessing.max_pixels, classifier.preprocessing.allow_truncated)
-    maps = []
+    maps = {}
     if explained:
         from utils.explain import explain_one  # slow to import
 
         likeliest = classifier.class_names.index(answer.classes[0][0])
-        maps = explain_one(classifier, classifier.load(answer.path), likeliest, image.height)
+        maps = explain_one(classifier, classifier.load(answer.path), likeliest, LEAST_SIDE)
     save_labelled(image, answer, folder, maps)
 
 
 def summarise(counts: Counter[str]) -> str:
     """How many pictures got which label."""
     failed = counts[""]
-    labels = ", ".join(f"{shorten(name, 40)} {count}" for name, count in counts.most_common(8) if name)
-    more = len(counts.keys() - {""}) - 8
-    told = f"{sum(counts.values())} pictures: {labels}{f' and {more} more labels' if more > 0 else ''}"
+    labels = ", ".join(f"{count} as {shorten(name, 40)}" for name, count in counts.most_common(9) if name)
+    more = len(counts) > 9
+    told = f"{sum(counts.values())} pictures: {labels}{', ...' if more else ''}"
     return told + (f"; {failed} can't be read" if failed else "")
 
 

@@ -257,7 +257,9 @@ def save_when_stopped(run: Run) -> Iterator[None]:
         yield
     except (Stopped, WorkerDied) as reason:
         received()
-        if not run.new:
+        if run.finished:
+            print(f"\n{type(reason).__name__}: {run.folder} is finished")
+        elif not run.new:
             run.save()
             how = f"--resume {run.folder}" if run.config.resume == "no" else "the same command"
             print(f"\n{type(reason).__name__}: {run.folder} is saved at step {run.trainer.step}; {how} goes on")

@@ -12,14 +12,15 @@ from scipy.optimize import minimize_scalar
 from sklearn.covariance import LedoitWolf
 
 import train
-from tests.conftest import SMALL, write_picture
+from tests.conftest import SMALL, write_picture, write_two_classes
+from utils.annotation import annotate
 from utils.calibration import FAR, Calibration, fit_calibration, fit_temperature
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.classifier import load_classifier
 from utils.config import TrainConfig
 from utils.demo import write_demo
-from utils.finish import EMBEDDINGS, read_embeddings
-from utils.lists import list_in_memory, read_list
+from utils.finish import EMBEDDINGS, calibrate_checkpoint, read_embeddings
+from utils.lists import draw, list_in_memory, read_list, take
 from utils.outputs import compute_outputs
 
 
@@ -138,6 +139,9 @@ def test_a_calibration_goes_through_a_checkpoint_and_damage_is_seen():
         {"distance": torch.zeros(3)},
         {"probability": torch.full((60,), math.nan)},
         {"correct": None},
+        {"correct": torch.zeros(60)},
+        {"distance": torch.zeros(60, dtype=torch.int64)},
+        {"temperature": 1e-310},
     ):
         with pytest.raises(TypeError, match="calibration"):
             Calibration.from_dict(calibration.as_dict() | wrong)
@@ -161,16 +165,69 @@ def test_a_finished_run_is_calibrated(trained):
     assert torch.allclose(classifier.probabilities(pixels), tempered, atol=1e-6)
 
 
+def test_a_state_of_its_own_gets_no_other_ones_calibration(here):
+    """The last state is calibrated only if it is the best one."""
+    write_two_classes(here / "datasets")
+    annotate("datasets")
+    val = (here / "cls_val.txt").read_text().splitlines()  # all labels wrong: what is learned only makes it worse
+    (here / "cls_val.txt").write_text("".join(f"{1 - int(line[0])}{line[1:]}\n" for line in val))
+    train.main(TrainConfig(**SMALL))
+    (run,) = here.glob("logs/*")
+    best, last = (load_checkpoint(run / name) for name in (BEST, LAST))
+    assert best["step"] < last["step"]
+    assert best["calibration"] and not last["calibration"]
+    assert last["finished"] and not best["finished"]
+
+
+def test_unreadable_pictures_are_left_out_of_calibration(two_classes, capsys):
+    """All validation pictures of a class and some training pictures break after training."""
+    train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 1}))
+    (run,) = Path("logs").iterdir()
+    train_images, val_images = read_list("cls_train.txt", 2), read_list("cls_val.txt", 2)
+    before = load_checkpoint(run / BEST)["calibration"]
+    broken = [val_images.path(i) for i in np.flatnonzero(val_images.class_ids == 0)] + [train_images.path(3)]
+    for path in broken:
+        Path(path).write_text("no picture")
+    after = calibrate_checkpoint(train_images, val_images, TrainConfig(**SMALL), run / BEST)
+    assert len(after["correct"]) == len(before["correct"]) - len(broken) + 1
+    kept = read_embeddings(run / BEST, Calibration.from_dict(after), 2)
+    assert len(kept.images) == len(train_images) - 1
+    assert train_images.path(3) not in [kept.images.path(i) for i in range(len(kept.images))]
+    for path in (*broken, *(val_images.path(i) for i in range(len(val_images)))):
+        Path(path).write_text("no picture")
+    assert calibrate_checkpoint(train_images, val_images, TrainConfig(**SMALL), run / BEST) == {}
+
+
+def test_rare_classes_are_drawn_too():
+    class_ids = [0] * 900 + [1] * 90 + [2] * 5
+    images = list_in_memory((k, f"{i}.png") for i, k in enumerate(class_ids))
+    drawn = draw(images, 60, seed=1, by_class=True)
+    counts = np.bincount(images.class_ids[drawn])
+    assert counts[2] == 5 and abs(counts[0] - counts[1]) <= 1 and counts.sum() == 60
+    assert (np.diff(drawn) > 0).all()
+    plain = draw(images, 60, seed=1)
+    assert np.bincount(images.class_ids[plain])[0] > 40
+    assert draw(images, 5000, seed=1).tolist() == list(range(995))
+    some = take(images, drawn)
+    assert [some.path(i) for i in range(60)] == [f"{i}.png" for i in drawn]
+
+
 def test_embeddings_of_training_pictures_are_kept(trained, tmp_path, capsys):
     (run,) = trained.glob("logs/*")
     train_images = read_list("cls_train.txt", 2)
-    kept = read_embeddings(run / BEST)
+    calibration = load_classifier(run, "cpu").calibration
+    kept = read_embeddings(run / BEST, calibration, 2)
     assert [kept.images.path(i) for i in range(len(train_images))] == [train_images.path(i) for i in range(36)]
     outputs = compute_outputs(load_classifier(run, "cpu"), train_images, num_workers=0)
     torch.testing.assert_close(kept.embeddings, outputs.embeddings, atol=2e-3, rtol=2e-3)
-    assert read_embeddings(run / LAST) is None
+    assert read_embeddings(run / BEST, fitted(), 2) is None  # of another checkpoint
+    assert read_embeddings(run / BEST, None, 2) is None
+    assert read_embeddings(tmp_path / BEST, calibration, 2) is None
+    assert capsys.readouterr().out == ""
+    assert read_embeddings(run / BEST, calibration, 1) is None  # ids of classes that there aren't
+    assert "no training pictures are shown" in capsys.readouterr().out
     (tmp_path / EMBEDDINGS).write_bytes((run / EMBEDDINGS).read_bytes()[:1000])
-    assert read_embeddings(tmp_path / BEST) is None
+    assert read_embeddings(tmp_path / BEST, calibration, 2) is None
     assert "no training pictures are shown" in capsys.readouterr().out
 
 

@@ -107,7 +107,7 @@ def test_evaluating_a_folder_and_a_list_is_the_same(trained, tmp_path):
 def test_a_folder_that_lacks_a_class_is_evaluated_and_said(trained, tmp_path, capsys):
     shutil.copytree("datasets/test/dark", tmp_path / "data" / "dark")
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
-    assert "no pictures, so not in the means: light" in capsys.readouterr().out
+    assert "No pictures, so not in the means: light" in capsys.readouterr().out
 
 
 def test_other_classes_are_refused(trained, tmp_path):
@@ -139,7 +139,7 @@ def test_predict_command_on_files_folders_and_globs(trained):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 1 + 5 + 4
-    assert "10 pictures: " in result.stderr
+    assert "10 pictures: " in result.stderr and " as dark" in result.stderr
     assert lines[0].startswith("datasets/test/dark/00.png: dark ")
     assert lines[1].startswith("datasets/test/light/00.png: light ")
     assert BEST in result.stderr

@@ -130,6 +130,9 @@ def test_all_right_and_all_wrong():
     assert (wrong["top1"], wrong["macro_f1"]) == (0, 0)
     assert right["intervals"]["top1"][1] == 1 and wrong["intervals"]["top1"][0] == 0
     assert right["intervals"]["top1"][0] > 0.85  # thirty pictures are not all there are
+    assert (
+        right["intervals"]["macro_f1"] is None and right["per_class"][0]["f1_interval"] is None
+    )  # as a bootstrap would
 
 
 def test_nothing_and_nan_are_refused():

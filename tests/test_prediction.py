@@ -17,11 +17,11 @@ from PIL import Image
 
 import predict
 from tests.conftest import write_picture
-from utils.calibration import UNKNOWN
+from utils.calibration import UNKNOWN, Calibration
 from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from utils.classifier import load_classifier
+from utils.classifier import Classifier, load_classifier
 from utils.images import ImageError, open_image
-from utils.labelled import copy_into, folder_name
+from utils.labelled import copy_into, folder_names
 from utils.prediction import Failure, Prediction, display_width, shorten, to_bars, to_csv, to_json, to_line, to_row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +66,38 @@ def test_a_picture_on_its_side_is_turned_and_left_as_it_was(classifier, tmp_path
 def test_arrays_that_mean_something_else_are_refused(classifier, array):
     with pytest.raises(ValueError, match=r"give uint8 from 0 to 255, \(height, width, 3\) in RGB or \(height, width\)"):
         classifier.predict(array)
+
+
+def test_what_is_no_picture_and_numbers_that_cannot_be(classifier, tmp_path):
+    for wrong in ([5], [None], [torch.zeros(3, 4, 4)]):
+        with pytest.raises(ValueError, match="give a path, a picture of Pillow's, or a numpy array"):
+            classifier.predict(wrong)
+    for wrong in ({"batch_size": 0}, {"top_k": 0}):
+        with pytest.raises(ValueError, match="whole numbers from 1 up"):
+            classifier.predict(DARK, **wrong)
+    (tmp_path / "half.png").write_bytes(Path(DARK).read_bytes()[:400])
+    with Image.open(tmp_path / "half.png") as half:
+        first, second = classifier.stream([half, LIGHT])
+    assert isinstance(first, Failure) and "half.png" in first.error
+    assert second.label == "light"
+
+
+def test_views_are_judged_by_the_distance_of_their_own_picture(classifier, monkeypatch):
+    """Brightness stands in for the network, and for the distance."""
+    told = []
+
+    class Noting:
+        def reason(self, probability, distance):
+            told.append(distance)
+            return ""
+
+    def brightness(_, pixels):
+        return pixels.float().mean(dim=(1, 2, 3))[:, None], torch.zeros(len(pixels), 2)
+
+    monkeypatch.setattr(Classifier, "forward", brightness)
+    monkeypatch.setattr(Calibration, "distances", lambda _, embeddings: embeddings[:, 0])
+    classifier.predict([DARK, LIGHT, DARK], tta=True, rejection=Noting())
+    assert told == pytest.approx([60, 190, 60], abs=10)
 
 
 def test_an_unreadable_file_is_an_error_or_a_failure(classifier, tmp_path):
@@ -132,6 +164,8 @@ def test_tables_and_bars_fit_the_terminal(width, name):
     assert lines[-1].endswith("end.png")
     likely, unlikely = (line.count("█") for line in lines[1:3])
     assert likely > 4 * unlikely
+    rejected = Prediction("p.png", UNKNOWN, 0.6, ((name, 0.6),), "not sure enough")
+    assert "unknown?" in to_row(rejected, width, 10) and display_width(to_row(rejected, width, 10)) <= width
     failure = Failure("x.png", "x.png can't be read as a picture " * 5)
     assert display_width(to_row(failure, width, 10)) <= width
 
@@ -157,7 +191,18 @@ def test_csv_and_a_list_on_standard_input(trained, tmp_path):
     assert [row["label"] for row in rows] == ["dark"] + ["light"] * 5 + [""]
     assert rows[0]["class_1"] == "dark" and rows[0]["class_2"] == "light"
     assert "no such file" in rows[-1]["note"]
-    assert "7 pictures: light 5, dark 1; 1 can't be read" in result.stderr
+    assert "7 pictures: 5 as light, 1 as dark; 1 can't be read" in result.stderr
+
+
+def test_standard_input_beside_other_paths(trained):
+    result = run("--json", LIGHT, "-", DARK, input="datasets/test/dark/01.png\n-\n")
+    labels = [(json.loads(line)["path"], json.loads(line)["label"]) for line in result.stdout.splitlines()]
+    assert labels == [(LIGHT, "light"), ("datasets/test/dark/01.png", "dark"), (DARK, "dark")]
+
+
+def test_a_name_with_a_line_break_is_one_row_of_csv():
+    rows = list(csv.reader(io.StringIO(to_csv(Failure("a\nb.png", "broken"), 1))))
+    assert rows == [["a\nb.png", "", "", "", "broken"]]
 
 
 def test_names_on_standard_input_may_be_any_bytes(trained, tmp_path):
@@ -223,13 +268,42 @@ def test_what_is_rejected_is_sorted_into_unknown(trained, tmp_path, capsys):
     assert "unknown, not sure enough" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("label", ["../../up", "/etc", "..", "a\\b", "C:", "", "x" * 300, "nul\x00", "猫" * 200, "."])
-def test_a_class_name_leads_nowhere_else(label, tmp_path):
+def test_a_class_name_leads_nowhere_else(tmp_path):
+    labels = [
+        "../../up",
+        "/etc",
+        "..",
+        "a\\b",
+        "a/b",
+        "a_b",
+        "A_B",
+        "C:",
+        "",
+        "x" * 300,
+        "x\x00",
+        "猫" * 200,
+        ".",
+        "con",
+        "aux.a",
+    ]
+    names = folder_names([*labels, "dark"])
+    assert names["dark"] == "dark" and names.keys() == {*labels, "dark"}
+    assert len({name.casefold() for name in names.values()}) == len(names)
+    assert names["con"] != "con"
     (tmp_path / "p.png").write_bytes(b"1")
-    copy = copy_into(Prediction(str(tmp_path / "p.png"), label, 1.0, ()), tmp_path / "out")
-    assert copy.parent.parent == tmp_path / "out"
-    assert copy.read_bytes() == b"1"
-    assert len(os.fsencode(folder_name(label))) <= 255
+    for name in names.values():
+        copy = copy_into(str(tmp_path / "p.png"), tmp_path / "out" / name)
+        assert copy.resolve().parent.parent == (tmp_path / "out").resolve()
+        assert copy.read_bytes() == b"1"
+
+
+def test_a_class_called_unknown_cannot_be_told_from_a_rejection(trained, tmp_path):
+    content = load_checkpoint(find_checkpoint(""))
+    del content["format_version"]
+    save_checkpoint(tmp_path / "model.pth", content | {"class_names": ["dark", UNKNOWN]})
+    with pytest.raises(ValueError, match="there is a class called unknown"):
+        predict.main((DARK,), model_path=str(tmp_path / "model.pth"), reject_below="0.5")
+    assert predict.main((DARK,), model_path=str(tmp_path / "model.pth")) == 0
 
 
 def test_pictures_are_explained(trained, tmp_path):
@@ -240,6 +314,9 @@ def test_pictures_are_explained(trained, tmp_path):
     assert np.array_equal(np.asarray(explained)[:224, : plain.width], np.asarray(plain)[:224])
     side = open_image(DARK).height * (plain.width // open_image(DARK).width)
     assert explained.width == plain.width + 2 * side  # two square maps beside it
+    bars = np.asarray(explained)[side:]
+    for left in (0, plain.width, plain.width + side):  # each has its title
+        assert bars[:, left : left + side].max() > 200
     assert len(list((tmp_path / "explained").iterdir())) == 2
 
 
@@ -253,7 +330,12 @@ def test_to_be_explained_is_to_be_saved(trained, tmp_path, monkeypatch):
 
 def test_rejection_auto_says_what_it_costs(trained, capsys):
     predict.main((DARK,), reject_below="auto")
-    assert "of 4 validation pictures" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "of 4 validation pictures" in told and "° from all classes" in told
+    predict.main((DARK,), reject_below="auto", tta=True)
+    assert "with --tta probabilities are lower" in capsys.readouterr().err
+    predict.main((DARK,), reject_below="0.7", raw=True)
+    assert "validation pictures" not in capsys.readouterr().err
 
 
 def test_rejection_needs_a_number_or_a_finished_run(trained, tmp_path, capsys):
@@ -267,7 +349,7 @@ def test_rejection_needs_a_number_or_a_finished_run(trained, tmp_path, capsys):
     content = load_checkpoint(find_checkpoint(""))
     del content["format_version"]
     save_checkpoint(tmp_path / "stopped.pth", content | {"calibration": {}})
-    with pytest.raises(ValueError, match="run hasn't come to its end"):
+    with pytest.raises(ValueError, match="only the best one of a finished run is"):
         predict.main((DARK,), model_path=str(tmp_path / "stopped.pth"), reject_below="auto")
     predict.main((DARK,), model_path=str(tmp_path / "stopped.pth"), reject_below="0.5")
     assert "nothing is known of distances" in capsys.readouterr().err

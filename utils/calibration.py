@@ -62,13 +62,17 @@ class Calibration:
         names = [field.name for field in fields(Calibration)]
         tensors = [values.get(name) for name in names[1:]]
         temperature = values.get("temperature")
-        usable = isinstance(temperature, float) and 0 < temperature < math.inf
-        if not usable or not all(isinstance(t, Tensor) and t.isfinite().all() for t in tensors):
+        usable = isinstance(temperature, float) and 1e-6 < temperature < 1e6
+        kinds = [torch.float32] * 4 + [torch.bool, torch.float32]
+        if not usable or not all(
+            isinstance(tensor, Tensor) and tensor.dtype == kind and tensor.isfinite().all()
+            for tensor, kind in zip(tensors, kinds, strict=True)
+        ):
             raise TypeError("its calibration isn't one")
         centre, whitening, directions, *of_validation = tensors
         width = centre.numel()
         fits = (centre.shape, whitening.shape, directions.shape[1:]) == ((width,), (width, width), (width,))
-        if not fits or not len(directions) or len({tensor.shape for tensor in of_validation}) > 1:
+        if not fits or not len(directions) or {t.shape for t in of_validation} != {(len(of_validation[0]),)}:
             raise TypeError("the parts of its calibration don't fit together")
         return Calibration(**{name: values[name] for name in names})
 

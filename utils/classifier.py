@@ -44,7 +44,7 @@ class Classifier:
         class_names: name of each class id.
         device: where the network is.
         precision: the arithmetic: what the run was set to, as far as this device has it.
-        calibration: what the validation pictures told of it; None: its run hasn't come to its end.
+        calibration: what the validation pictures told of it; None: it isn't the best of a finished run.
         raw: whether probabilities are as the network gives them, not divided by the temperature.
         config: the settings of its run, as in `TrainConfig.as_dict`.
     """
@@ -135,6 +135,13 @@ class Classifier:
     ) -> Iterator[Prediction | Failure]:
         """As `predict`, of any number of pictures, an answer as soon as it is there; a file that can't be read becomes
         a `Failure`. Pictures are read ahead while the network is at work."""
+        if top_k < 1 or batch_size < 1:
+            raise ValueError(f"top_k={top_k}, batch_size={batch_size}: give whole numbers from 1 up")
+        return self._stream(images, min(top_k, len(self.class_names)), batch_size, tta, rejection)
+
+    def _stream(
+        self, images: Iterable[Picture], top_k: int, batch_size: int, tta: bool, rejection: Rejection | None
+    ) -> Iterator[Prediction | Failure]:
         transform = Views(self.preprocessing, self.config.get("horizontal_flip", 0) > 0) if tta else self.transform
         # Asked for one by one, pictures are answered one by one.
         loaded = map_ahead(partial(self._load, transform), images, 2 * batch_size if batch_size > 1 else 1)
@@ -146,14 +153,14 @@ class Classifier:
 
     def _load(self, transform: Transform, image: Picture) -> tuple[str, Tensor | str]:
         """The path, and a picture's views (views, 3, height, width) or what is wrong with the file."""
-        if isinstance(image, str | os.PathLike):
-            path = os.fspath(image)
-            try:
+        path = os.fspath(image) if isinstance(image, str | os.PathLike) else ""
+        try:
+            if isinstance(image, str | os.PathLike):
                 views = transform.resize(self.preprocessing.read(path, transform))
-            except ImageError as error:
-                return path, str(error)
-        else:
-            path, views = "", transform(upright_rgb(image))
+            else:
+                views = transform(upright_rgb(image))
+        except ImageError as error:
+            return path, str(error)
         return path, views.reshape(-1, *views.shape[-3:])
 
     def _answer(self, views: Tensor, top_k: int, rejection: Rejection | None) -> Iterator[Prediction]:
@@ -166,7 +173,7 @@ class Classifier:
             distances = self.calibration.distances(embeddings[::num_views])  # of what evaluation shows
         else:
             distances = torch.zeros(len(views))
-        values, ids = probabilities.topk(min(top_k, len(self.class_names)))
+        values, ids = probabilities.topk(top_k)
         for p, k, distance in zip(values.tolist(), ids.tolist(), distances.tolist(), strict=True):
             classes = tuple((self.class_names[i], value) for i, value in zip(k, p, strict=True))
             reason = rejection.reason(p[0], distance) if rejection else ""
@@ -217,6 +224,8 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False) -
         preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
         precision, _ = choose_precision(checkpoint["config"]["precision"], place)
         calibration = Calibration.from_dict(checkpoint["calibration"])
+        if calibration and len(calibration.centre) != model.head.in_features:
+            raise TypeError("its calibration is of another network")
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} can't be used: its parts don't fit together ({error})") from error
     return Classifier(

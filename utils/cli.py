@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,5 +53,7 @@ def _call(main: Callable[..., Any]) -> Any:
 
 
 def printable(text: str) -> str:
-    """`text` with escapes for what no font and no UTF-8 file can hold: bytes of a file name that aren't UTF-8."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """`text` with escapes for what no font and no UTF-8 file can hold, bytes of a file name that aren't UTF-8, and for
+    what would steer a terminal."""
+    shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(f"\\x{ord(sign):02x}" if unicodedata.category(sign) == "Cc" else sign for sign in shown)

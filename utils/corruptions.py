@@ -24,8 +24,8 @@ def blur(pixels: np.ndarray, _: np.random.Generator) -> np.ndarray:
 
 def jpeg(pixels: np.ndarray, _: np.random.Generator) -> np.ndarray:
     """Compressed at quality 25."""
-    _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 25])
-    return cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 25])
+    return cv2.cvtColor(cv2.imdecode(encoded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def noise(pixels: np.ndarray, generator: np.random.Generator) -> np.ndarray:

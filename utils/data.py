@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.images import ImageError, Region
-from utils.lists import ImageList
+from utils.lists import ImageList, count_earlier
 from utils.seeds import derive_seed
 from utils.stop import WorkerDied, held, ignore_interrupt, watch_workers
 from utils.transforms import Preprocessing, Transform
@@ -229,7 +229,7 @@ class EpochSampler(Sampler):
             order = self._balanced(generator)
         else:
             order = np.arange(len(self))
-        repeats = _occurrences(order) if self.sampling == "balanced" else np.zeros(len(self), np.uint8)
+        repeats = count_earlier(order) if self.sampling == "balanced" else np.zeros(len(self), np.uint8)
         for index, repeat in zip(order[self.start :], repeats[self.start :], strict=True):
             yield self.epoch, int(index), int(repeat)
 
@@ -239,15 +239,6 @@ class EpochSampler(Sampler):
         drawn = torch.randint(len(counts), (len(self),), generator=generator).numpy()
         within = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy() * counts[drawn]
         return by_class[starts[drawn] + within.astype(np.int64)]
-
-
-def _occurrences(order: np.ndarray) -> np.ndarray:
-    """For each of `order` how often it came before."""
-    by_value = np.argsort(order, kind="stable")
-    _, starts, counts = np.unique(order[by_value], return_index=True, return_counts=True)
-    before = np.empty(len(order), np.int64)
-    before[by_value] = np.arange(len(order)) - np.repeat(starts, counts)
-    return before
 
 
 def batch_paths(loader: DataLoader, number: int) -> list[str]:

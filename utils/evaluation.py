@@ -17,9 +17,9 @@ from utils.classifier import Classifier
 from utils.corruptions import CORRUPTIONS, corrupt
 from utils.data import FileSource, ImageDataset, eval_loader, fetch
 from utils.intervals import wilson_interval
-from utils.lists import ImageList, sample_list
+from utils.lists import ImageList, draw, take
 from utils.metrics import evaluation_metrics
-from utils.outputs import BATCH, Outputs
+from utils.outputs import Outputs
 from utils.scores import Scores, expected_calibration_error
 
 
@@ -107,19 +107,20 @@ class Evaluation:
 
 
 def evaluate_corrupted(
-    classifier: Classifier, images: ImageList, most: int, num_workers: int
+    classifier: Classifier, images: ImageList, outputs: Outputs, most: int, num_workers: int, batch_size: int
 ) -> dict[str, tuple[int, int]]:
-    """Right answers and pictures under each corruption, and under "none", of up to `most` pictures drawn at random."""
+    """Right answers and pictures under each corruption of up to `most` pictures drawn at random, and under "none" of
+    the same as they are, which `outputs` has."""
     if most == 0:
         return {}
-    drawn = sample_list(images, most, seed=0)
-    dataset = ImageDataset(FileSource(drawn, classifier.preprocessing), classifier.transform, seed=0)
-    hits = dict.fromkeys(["none", *CORRUPTIONS], 0)
-    loader = eval_loader(dataset, BATCH, num_workers)
+    drawn = draw(images, most, seed=0)
+    as_they_are = (outputs.logits[drawn].argmax(dim=1) == outputs.class_ids[drawn]).sum()
+    hits = {"none": int(as_they_are)} | dict.fromkeys(CORRUPTIONS, 0)
+    source = FileSource(take(images, drawn), classifier.preprocessing)
+    loader = eval_loader(ImageDataset(source, classifier.transform, seed=0), batch_size, num_workers)
     bar = tqdm(fetch(loader), "corrupting", len(loader), unit="batch", leave=False, disable=None)
     for number, (pixels, class_ids) in enumerate(bar):
-        for name in hits:
-            changed = corrupt(pixels, CORRUPTIONS[name], number) if name != "none" else pixels
-            _, logits = classifier.forward(changed)
+        for name, corruption in CORRUPTIONS.items():
+            _, logits = classifier.forward(corrupt(pixels, corruption, number))
             hits[name] += int((logits.argmax(dim=1) == class_ids).sum())
     return {name: (count, len(drawn)) for name, count in hits.items()}

@@ -121,7 +121,15 @@ def shown(pixels: Tensor, side: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR)
 
 
-def explain_one(classifier: Classifier, pixels: Tensor, class_id: int, side: int) -> list[Image.Image]:
-    """The maps of one picture (3, height, width) uint8 as overlays, `side` pixels on the longer side."""
-    maps = explain(classifier, pixels[None], torch.tensor([class_id]))
-    return [overlay(pixels, heat[0], side) for heat in maps if heat is not None]
+def explain_one(classifier: Classifier, pixels: Tensor, class_id: int, side: int) -> dict[str, Image.Image]:
+    """The maps of one picture (3, height, width) uint8 as overlays with titles, see `titled_overlays`."""
+    return titled_overlays(pixels, explain(classifier, pixels[None], torch.tensor([class_id])), 0, side)
+
+
+def titled_overlays(pixels: Tensor, maps: Maps, row: int, side: int) -> dict[str, Image.Image]:
+    """Title -> overlay, `side` pixels on the longer side, of one picture (3, height, width) uint8 of a batch."""
+    title = "speaks for it" if maps.cam[row].any() else "no part speaks for it"
+    overlays = {title: overlay(pixels, maps.cam[row], side)}
+    if maps.rollout is not None:
+        overlays["attention"] = overlay(pixels, maps.rollout[row], side)
+    return overlays

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,16 +11,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from utils.calibration import fit_calibration
+from utils.calibration import Calibration, fit_calibration
 from utils.classifier import load_classifier
 from utils.config import TrainConfig
 from utils.files import write_whole
-from utils.lists import ImageList, list_in_memory, parse_list, sample_list
-from utils.outputs import BATCH, compute_outputs
+from utils.lists import ImageList, draw, parse_list, take
+from utils.outputs import compute_outputs
 
 EMBEDDINGS = "train_embeddings.safetensors"
-MOST_EMBEDDINGS = 5000
-"""Training pictures whose embeddings are computed after training, at most: means of classes need no more."""
+MOST_EMBEDDINGS, LEAST_OF_A_CLASS = 5000, 5
+"""Training pictures whose embeddings are computed after training, at most, but so many of each class where there are
+too many classes for that: means need no more."""
 
 
 class TrainEmbeddings(NamedTuple):
@@ -41,41 +43,50 @@ def calibrate_checkpoint(
         What the checkpoint is to hold of it.
     """
     classifier = load_classifier(checkpoint, config.device)
-    drawn = sample_list(train_images, MOST_EMBEDDINGS, config.seed)
-    # How many are unreadable was judged in training; another of the class stands in.
-    of_train = compute_outputs(classifier, drawn, config.num_workers, BATCH, 1.0, "embedding")
-    of_val = compute_outputs(classifier, val_images, config.num_workers, BATCH, 1.0, "calibrating")
+    most = max(MOST_EMBEDDINGS, LEAST_OF_A_CLASS * len(classifier.class_names))
+    drawn = take(train_images, draw(train_images, most, config.seed, by_class=True))
+    of_train = compute_outputs(classifier, drawn, config.num_workers, skip_unreadable=True, title="embedding")
+    of_val = compute_outputs(classifier, val_images, config.num_workers, skip_unreadable=True, title="calibrating")
+    if not len(of_val.indices) or not len(of_train.indices):
+        print("attention: no picture could be read to calibrate on; probabilities stay the network's own")
+        return {}
     calibration = fit_calibration(
         of_val.logits, of_val.embeddings, of_val.class_ids, of_train.embeddings, of_train.class_ids
     )
-    write_embeddings(checkpoint, TrainEmbeddings(drawn, of_train.embeddings))
-    print(f"calibrated on {len(val_images)} validation pictures: temperature {calibration.temperature:.2f}")
+    train = TrainEmbeddings(take(drawn, of_train.indices.numpy()), of_train.embeddings)
+    write_embeddings(checkpoint, train, calibration)
+    print(f"calibrated on {len(of_val.indices)} validation pictures: temperature {calibration.temperature:.2f}")
     return calibration.as_dict()
 
 
-def write_embeddings(checkpoint: Path, train: TrainEmbeddings) -> None:
+def write_embeddings(checkpoint: Path, train: TrainEmbeddings, calibration: Calibration) -> None:
     """Write what a checkpoint makes of training pictures to a file beside it, in fp16."""
-    entries = list_in_memory((int(class_id), train.images.path(i)) for i, class_id in enumerate(train.images.class_ids))
-    tensors = {"embeddings": train.embeddings.half(), "list": torch.from_numpy(entries.buffer.copy())}
+    tensors = {"embeddings": train.embeddings.half(), "list": torch.from_numpy(train.images.buffer.copy())}
     with write_whole(checkpoint.with_name(EMBEDDINGS)) as file:
-        file.write(safetensors.torch.save(tensors, {"checkpoint": checkpoint.name}))
+        file.write(safetensors.torch.save(tensors, {"of": _digest(calibration)}))
 
 
-def read_embeddings(checkpoint: Path) -> TrainEmbeddings | None:
-    """What `write_embeddings` wrote for this checkpoint; None if there is nothing, or nothing that can be used, which
-    is printed."""
+def read_embeddings(checkpoint: Path, calibration: Calibration | None, num_classes: int) -> TrainEmbeddings | None:
+    """What `write_embeddings` wrote for a checkpoint with this calibration; None if there is nothing, or nothing that
+    can be used, which is printed."""
     path = checkpoint.with_name(EMBEDDINGS)
-    if not path.is_file():
+    if calibration is None or not path.is_file():
         return None
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("checkpoint") != checkpoint.name:
+            if (file.metadata() or {}).get("of") != _digest(calibration):
                 return None
             embeddings, entries = file.get_tensor("embeddings"), file.get_tensor("list")
         images = parse_list(entries.numpy(), path)
-        if embeddings.ndim != 2 or len(embeddings) != len(images) or not embeddings.isfinite().all():
+        fits = embeddings.shape == (len(images), len(calibration.centre)) and embeddings.isfinite().all()
+        if not fits or images.class_ids.max(initial=0) >= num_classes:
             raise ValueError("its parts don't fit together")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         print(f"attention: {path} can't be used ({error}); no training pictures are shown beside mistakes")
         return None
     return TrainEmbeddings(images, embeddings.float())
+
+
+def _digest(calibration: Calibration) -> str:
+    """What no other checkpoint has."""
+    return hashlib.sha256(calibration.directions.numpy().tobytes()).hexdigest()

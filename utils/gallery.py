@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from utils.cli import printable
 from utils.evaluation import Evaluation
-from utils.explain import Maps, explain, overlay, shown
+from utils.explain import explain, shown, titled_overlays
 from utils.finish import TrainEmbeddings
 from utils.images import Box, ImageError, read_region
 from utils.mistakes import nearest
@@ -101,15 +100,8 @@ class Gallery:
             pixels = torch.stack([classifier.load(images.path(i)) for i in some])
             maps = explain(classifier, pixels, torch.from_numpy(self.evaluation.scores.predicted[some]))
             for row, figure in enumerate(figures[start : start + EXPLAINED_AT_ONCE]):
-                figure["maps"] = map_figures(pixels[row], maps, row)
-
-
-def map_figures(pixels: Tensor, maps: Maps, row: int) -> list[dict[str, str]]:
-    """The maps of one picture, each with its title."""
-    figures = [{"title": "speaks for it", "picture": to_uri(overlay(pixels, maps.cam[row], THUMBNAIL))}]
-    if maps.rollout is not None:
-        figures.append({"title": "attention", "picture": to_uri(overlay(pixels, maps.rollout[row], THUMBNAIL))})
-    return figures
+                overlays = titled_overlays(pixels[row], maps, row, THUMBNAIL)
+                figure["maps"] = [{"title": title, "picture": to_uri(image)} for title, image in overlays.items()]
 
 
 def to_uri(image: Image.Image) -> str:

@@ -211,8 +211,11 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     in RGB or (height, width) in grey.
 
     Raises:
-        ValueError: the array is of another type or shape.
+        ImageError: the file behind the picture, which Pillow reads only now, is broken.
+        ValueError: it is neither, or the array is of another type or shape.
     """
+    if not isinstance(image, np.ndarray | Image.Image):
+        raise ValueError(f"a {type(image).__name__}: give a path, a picture of Pillow's, or a numpy array")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise ValueError(
@@ -220,7 +223,10 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
                 f"RGB or (height, width)"
             )
         image = Image.fromarray(image)
-    return _upright_rgb(image.copy())
+    try:
+        return _upright_rgb(image.copy())
+    except (OSError, SyntaxError) as error:
+        raise ImageError.of(getattr(image, "filename", "") or "a picture in memory", str(error)) from error
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import filecmp
+import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -15,33 +16,28 @@ from utils.cli import printable
 from utils.prediction import Prediction
 
 LEAST_SIDE = 224
-"""Tiny pictures are enlarged to this many pixels, so that a label can be read."""
+"""Tiny pictures are enlarged to this many pixels, so that a label can be read;"""
+MOST_SIDE = 2048
+"""large ones are shrunk to this many."""
+
+RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
+"""What no file can be called on Windows."""
 
 
-def save_labelled(image: Image.Image, prediction: Prediction, folder: Path, maps: Sequence[Image.Image] = ()) -> Path:
-    """Save `image` in `folder` with its label in a bar below it, and beside it `maps` of what the network looked at.
+def save_labelled(
+    image: Image.Image, prediction: Prediction, folder: Path, maps: Mapping[str, Image.Image] | None = None
+) -> Path:
+    """Save `image` in `folder` with its label in a bar below it, and beside it `maps` with their titles.
 
     A name that is taken gets a number, so that nothing is overwritten.
 
     Returns:
         The file.
     """
-    from utils.fonts import label_font  # brings matplotlib, which nothing else here needs
-
     folder.mkdir(parents=True, exist_ok=True)
-    scale = max(1, -(-LEAST_SIDE // min(image.size)))
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    beside = [m.resize((max(1, round(m.width * image.height / m.height)), image.height)) for m in maps]
-    size = max(14, image.width // 24)
-    width = image.width + sum(m.width for m in beside)
-    sheet = Image.new("RGB", (width, image.height + 2 * size))
-    left = 0
-    for part in (image, *beside):
-        sheet.paste(part, (left, 0))
-        left += part.width
+    image = _readable(image)
     label = printable(f"{prediction.label}  {prediction.probability:.1%}")
-    font = label_font(label, size, width - size)
-    ImageDraw.Draw(sheet).text((size // 2, image.height + size), label, "white", font, anchor="lm")
+    sheet = _side_by_side({label: image} | dict(maps or {}))
     while True:
         target = free_name(folder, Path(prediction.path).stem, ".png")
         try:
@@ -52,18 +48,46 @@ def save_labelled(image: Image.Image, prediction: Prediction, folder: Path, maps
             continue
 
 
-def copy_into(prediction: Prediction, folder: Path) -> Path:
-    """Copy a picture into the folder of its label in `folder`.
+def _readable(image: Image.Image) -> Image.Image:
+    """A picture at a size at which a label can be read."""
+    if max(image.size) > MOST_SIDE:
+        image = image.copy()
+        image.thumbnail((MOST_SIDE, MOST_SIDE))
+    scale = max(1, min(-(-LEAST_SIDE // min(image.size)), MOST_SIDE // max(image.size)))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def _side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures, as high as the first, each with its title in a bar below."""
+    from utils.fonts import label_font  # brings matplotlib, which nothing else here needs
+
+    (first, *_) = pictures.values()
+    size = max(14, first.width // 24)
+    parts = {
+        title: part.resize((max(1, round(part.width * first.height / part.height)), first.height))
+        for title, part in pictures.items()
+    }
+    sheet = Image.new("RGB", (sum(part.width for part in parts.values()), first.height + 2 * size))
+    left = 0
+    for title, part in parts.items():
+        sheet.paste(part, (left, 0))
+        font = label_font(title, size, part.width - size)
+        ImageDraw.Draw(sheet).text((left + size // 2, first.height + size), title, "white", font, anchor="lm")
+        left += part.width
+    return sheet
+
+
+def copy_into(path: str, folder: Path) -> Path:
+    """Copy a file into a folder.
 
     What has its name there already stays: if it is the same file, nothing is done, else the copy gets a number.
 
     Returns:
         The copy.
     """
-    source = Path(prediction.path)
-    place = folder / folder_name(prediction.label)
-    place.mkdir(parents=True, exist_ok=True)
-    for target in _names(place, source.stem, source.suffix):
+    source = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for target in _names(folder, source.stem, source.suffix):
         if target.exists():
             if target.is_file() and filecmp.cmp(source, target, shallow=False):
                 return target
@@ -93,9 +117,18 @@ def _names(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
         number += 1
 
 
-def folder_name(label: str) -> str:
-    """A class name as the name of one folder, whatever a checkpoint calls it: nothing in it leads elsewhere."""
-    name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ") or "_"
-    while len(os.fsencode(name)) > 255:
-        name = name[:-1]
-    return name
+def folder_names(labels: Sequence[str]) -> dict[str, str]:
+    """Labels as names of folders, whatever a checkpoint calls its classes: nothing in a name leads elsewhere, each is a
+    name on any system, and no two are taken for one another."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for label in dict.fromkeys(labels):
+        plain = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ") or "_"
+        if plain.partition(".")[0].upper() in RESERVED:
+            plain = f"_{plain}"
+        while len(os.fsencode(plain)) > 240:
+            plain = plain[:-1]
+        numbered = (plain if number == 1 else f"{plain}_{number}" for number in itertools.count(1))
+        names[label] = next(name for name in numbered if name.casefold() not in taken)
+        taken.add(names[label].casefold())
+    return names

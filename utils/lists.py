@@ -95,12 +95,27 @@ def parse_list(buffer: np.ndarray, source: str | Path) -> ImageList:
     return _parse(buffer, "", str(source))
 
 
-def sample_list(images: ImageList, most: int, seed: int) -> ImageList:
-    """`images` if there are no more than `most`, else so many of them, drawn at random, in their order."""
-    if len(images) <= most:
-        return images
-    drawn = np.sort(np.random.default_rng(seed).choice(len(images), most, replace=False))
-    return list_in_memory((int(images.class_ids[i]), images.path(i)) for i in drawn)
+def draw(images: ImageList, most: int, seed: int, by_class: bool = False) -> np.ndarray:
+    """Indices (n,), rising, of up to `most` pictures drawn at random: any, or of each class as many, as far as it has
+    them."""
+    order = np.random.default_rng(seed).permutation(len(images))
+    if by_class:
+        order = order[np.argsort(count_earlier(images.class_ids[order]), kind="stable")]
+    return np.sort(order[:most])
+
+
+def count_earlier(values: np.ndarray) -> np.ndarray:
+    """For each of values (n,) how often it came before."""
+    by_value = np.argsort(values, kind="stable")
+    _, starts, counts = np.unique(values[by_value], return_index=True, return_counts=True)
+    earlier = np.empty(len(values), np.int64)
+    earlier[by_value] = np.arange(len(values)) - np.repeat(starts, counts)
+    return earlier
+
+
+def take(images: ImageList, indices: np.ndarray) -> ImageList:
+    """Some pictures of a list, as a list."""
+    return list_in_memory((int(images.class_ids[i]), images.path(i)) for i in indices)
 
 
 def read_list(path: str | Path, num_classes: int) -> ImageList:

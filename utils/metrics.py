@@ -24,11 +24,12 @@ def cross_entropy(logits: Tensor, class_ids: Tensor) -> float:
     return F.cross_entropy(logits.float(), class_ids).item()
 
 
-def true_ranks(logits: Tensor, class_ids: Tensor) -> Tensor:
-    """How many classes come before the true one (N,), by logits (N, classes); of equal ones the lower id is first."""
-    of_truth = logits.gather(1, class_ids[:, None])  # (N, 1)
-    lower_id = torch.arange(logits.shape[1]) < class_ids[:, None]  # (N, classes)
-    return ((logits > of_truth) | ((logits == of_truth) & lower_id)).sum(dim=1)
+def true_ranks(values: Tensor, class_ids: Tensor) -> Tensor:
+    """How many classes come before the true one (N,), by logits or probabilities (N, classes); of equal ones the lower
+    id is first."""
+    of_truth = values.gather(1, class_ids[:, None])  # (N, 1)
+    lower_id = torch.arange(values.shape[1]) < class_ids[:, None]  # (N, classes)
+    return ((values > of_truth) | ((values == of_truth) & lower_id)).sum(dim=1)
 
 
 def top_k_accuracy(logits: Tensor, class_ids: Tensor, k: int) -> float:
@@ -54,8 +55,7 @@ def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, 
         class_names: name of each class id.
     """
     n, support = len(scores), scores.support
-    logits = torch.from_numpy(scores.probabilities)
-    ranks = true_ranks(logits, torch.from_numpy(scores.class_ids))
+    ranks = true_ranks(torch.from_numpy(scores.probabilities), torch.from_numpy(scores.class_ids))
     top = {f"top{k}": int((ranks < k).sum()) for k in (1, 5) if k == 1 or len(class_names) > k}
     by_class = class_figures(scores)
     precision, recall, f1, roc_auc, average_precision = (by_class[name] for name in OF_A_CLASS)
@@ -99,7 +99,7 @@ def class_figures(scores: Scores) -> dict[str, np.ndarray]:
 
 
 def _class_row(
-    scores: Scores, by_class: dict[str, np.ndarray], f1_intervals: np.ndarray, k: int
+    scores: Scores, by_class: dict[str, np.ndarray], f1_intervals: list[list[float] | None], k: int
 ) -> dict[str, float | list[float] | None]:
     """The figures of class `k`; all None if it has no pictures."""
     of_it, said = scores.class_ids == k, scores.predicted == k
@@ -108,7 +108,7 @@ def _class_row(
     row |= {name: None if np.isnan(values[k]) else float(values[k]) for name, values in by_class.items()}
     row["precision_interval"] = list(wilson_interval(hits, predicted))
     row["recall_interval"] = list(wilson_interval(hits, support))
-    row["f1_interval"] = f1_intervals[k].tolist()
+    row["f1_interval"] = f1_intervals[k]
     return row if support else dict.fromkeys(row) | {"predicted": predicted}
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.classifier import Classifier
-from utils.data import FileSource, ImageDataset, eval_loader, fetch
+from utils.data import FileSource, ImageDataset, Key, eval_loader, fetch
+from utils.images import ImageError
 from utils.lists import ImageList
 
 BATCH = 32
@@ -17,19 +18,28 @@ BATCH = 32
 
 
 class Outputs(NamedTuple):
-    """Of each picture of a list, in its order, on the CPU.
+    """Of pictures of a list, in its order, on the CPU.
 
     Attributes:
         logits: (N, classes), fp32.
         embeddings: (N, C), fp32, what the head takes.
         class_ids: (N,), the truth.
         brightness: (N,), the mean level of what the network was shown, 0 to 1.
+        indices: (N,), which pictures of the list they are: all, unless unreadable ones were left out.
     """
 
     logits: Tensor
     embeddings: Tensor
     class_ids: Tensor
     brightness: Tensor
+    indices: Tensor
+
+
+class LenientDataset(ImageDataset):
+    """Pictures of which any may be unreadable: it is marked in `unreadable`, and a black one comes in its place."""
+
+    def _read_another(self, key: Key, error: ImageError) -> Tensor:
+        return torch.zeros(3, *self.transform.size, dtype=torch.uint8)
 
 
 def compute_outputs(
@@ -37,19 +47,21 @@ def compute_outputs(
     images: ImageList,
     num_workers: int,
     batch_size: int = BATCH,
-    max_bad_fraction: float | None = None,
+    skip_unreadable: bool = False,
     title: str = "evaluating",
 ) -> Outputs:
     """What `classifier` makes of the pictures of a list.
 
     Raises:
-        ImageError: a picture can't be read, or more than `max_bad_fraction`, see `utils.data.ImageDataset`.
+        ImageError: a picture can't be read, and `skip_unreadable` doesn't leave such out.
     """
     source = FileSource(images, classifier.preprocessing)
-    dataset = ImageDataset(source, classifier.transform, seed=0, max_bad_fraction=max_bad_fraction)
+    kind, allowed = (LenientDataset, 1.0) if skip_unreadable else (ImageDataset, None)
+    dataset = kind(source, classifier.transform, seed=0, max_bad_fraction=allowed)
     loader = eval_loader(dataset, batch_size, num_workers)
     parts = []
     for pixels, class_ids in tqdm(fetch(loader), title, len(loader), unit="batch", leave=False, disable=None):
         embeddings, logits = classifier.forward(pixels)
-        parts.append(Outputs(logits, embeddings, class_ids, pixels.float().mean(dim=(1, 2, 3)) / 255))
-    return Outputs(*map(torch.cat, zip(*parts, strict=True)))
+        parts.append((logits, embeddings, class_ids, pixels.float().mean(dim=(1, 2, 3)) / 255))
+    readable = ~dataset.unreadable
+    return Outputs(*(torch.cat(part)[readable] for part in zip(*parts, strict=True)), readable.nonzero()[:, 0])

@@ -84,8 +84,8 @@ def to_csv(answer: Answer, top_k: int) -> str:
 
 def _csv_line(cells: Sequence[str]) -> str:
     file = io.StringIO()
-    csv.writer(file, lineterminator="").writerow(cells)
-    return file.getvalue()
+    csv.writer(file, lineterminator="\n").writerow(cells)
+    return file.getvalue()[:-1]
 
 
 def to_line(answer: Answer) -> str:
@@ -114,12 +114,14 @@ def to_bars(answer: Answer, width: int) -> str:
 
 
 def to_row(answer: Answer, width: int, label_width: int) -> str:
-    """A picture as a row of a table, no wider than a terminal of `width`: label, probability with its bar, path."""
+    """A picture as a row of a table, no wider than a terminal of `width`, of 40 and more: class, probability with its
+    bar, or "unknown?" if the answer is rejected, path."""
     if isinstance(answer, Failure):
         return shorten(f"{pad('-', label_width)}  unreadable   {printable(answer.error)}", width)
-    label = pad(shorten(printable(answer.label), label_width), label_width)
-    bar = "█" * round(8 * answer.probability)
-    start = f"{label}  {answer.probability:>6.1%} {bar:<8}  "
+    name, p = (answer.label, answer.probability) if not answer.rejected else answer.classes[0]
+    label = pad(shorten(printable(name), label_width), label_width)
+    bar = UNKNOWN + "?" if answer.rejected else "█" * round(8 * p)
+    start = f"{label}  {p:>6.1%} {bar:<8}  "
     room = max(8, width - display_width(start))
     return start + shorten(printable(answer.path), room, keep_end=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,10 +70,11 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 
 def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np.ndarray) -> None:
     """Write for TensorBoard, in a folder of the run's: the confusion matrix, the worst mistakes, uint8 (n, height,
-    width, 3), and the settings with the figures. An earlier evaluation makes way."""
+    width, 3), and the settings with the figures. The events of an earlier evaluation make way."""
     from torch.utils.tensorboard import SummaryWriter
 
-    shutil.rmtree(run / EVENTS, ignore_errors=True)
+    for earlier in (run / EVENTS).glob("events.out.tfevents.*"):
+        earlier.unlink()
     metrics = evaluation.metrics
     figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
     settings = {
@@ -109,9 +109,18 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     }
     lines += [f"{title} {format_figure(metrics, key, percent=True)}" for key, title in titles.items() if key in metrics]
     lines.append(f"log-loss {format_figure(metrics, 'log_loss', percent=False)}")
-    if metrics["absent_classes"]:
-        lines.append(f"no pictures, so not in the means: {', '.join(map(printable, metrics['absent_classes']))}")
+    if rejection := metrics["rejection"]:
+        lines.append(
+            f"rejecting so that {rejection['max_error']:.0%} of the accepted would be wrong on validation: "
+            f"{1 - rejection['accepted']:.1%} rejected, {_percent(rejection['error'])} of the others wrong"
+        )
+        if "strangers" in rejection:
+            lines.append(f"strangers: {rejection['strangers_rejected']:.1%} of {rejection['strangers']} rejected")
     return "\n".join(lines)
+
+
+def _percent(part: float | None) -> str:
+    return "-" if part is None else f"{part:.1%}"
 
 
 def format_figure(metrics: dict[str, Any], key: str, percent: bool) -> str:

@@ -90,7 +90,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequenc
         slices=slices(evaluation),
         corruptions=corruption_rows(evaluation),
         thumbnail=THUMBNAIL,
-        has_train=train is not None,
+        has_train=len(train.images) if train else 0,
     )
 
 

@@ -210,10 +210,10 @@ class Run:
         best = self.folder / BEST
         found = {"calibration": calibrate(best)}
         with held():
-            same_state = read_note(best)["step"] == read_note(self.folder / LAST)["step"]
+            same_state = read_note(best) == read_note(self.folder / LAST)
             for name, added in ((BEST, found), (LAST, (found if same_state else {}) | {"finished": True})):
                 save_checkpoint(self.folder / name, load_checkpoint(self.folder / name) | added)
-        self.finished = True
+            self.finished = True
 
     def _log(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch.nn.functional as F
@@ -41,10 +42,11 @@ class Scores:
         if bad:
             raise ValueError(f"the network's outputs for {bad} of {len(logits)} pictures aren't finite; train it anew")
         scaled = logits.double() / temperature
+        probabilities = scaled.softmax(dim=1).numpy()
         return Scores(
             class_ids.numpy(),
-            scaled.softmax(dim=1).numpy(),
-            logits.numpy().argmax(axis=1),
+            probabilities,
+            probabilities.argmax(axis=1),
             F.cross_entropy(scaled, class_ids, reduction="none").numpy(),
         )
 
@@ -56,22 +58,22 @@ class Scores:
         """Classes of the classifier, with pictures or without."""
         return self.probabilities.shape[1]
 
-    @property
+    @cached_property
     def correct(self) -> np.ndarray:
         """(N,) bool."""
         return self.predicted == self.class_ids
 
-    @property
+    @cached_property
     def confidence(self) -> np.ndarray:
         """(N,), the probability of the predicted class."""
         return self.probabilities.max(axis=1)
 
-    @property
+    @cached_property
     def support(self) -> np.ndarray:
         """(classes,), the pictures of each."""
         return np.bincount(self.class_ids, minlength=self.num_classes)
 
-    @property
+    @cached_property
     def briers(self) -> np.ndarray:
         """(N,), the squared error of the probabilities, summed over the classes: 0 to 2 (Brier, 1950)."""
         of_truth = self.probabilities[np.arange(len(self)), self.class_ids]
