@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from pathlib import Path
 
 from utils import cli
@@ -13,17 +12,17 @@ from utils.classifier import Classifier, load_classifier
 from utils.compare import compare as compare_scores
 from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
+from utils.eval_data import read_images, read_strangers
 from utils.evaluation import Evaluation, evaluate_corrupted
 from utils.finish import read_embeddings
 from utils.gallery import shown_pictures
-from utils.lists import ImageList, list_in_memory, read_classes, read_list
+from utils.lists import ImageList, read_list
 from utils.metrics import confusion_matrix
 from utils.mistakes import worst_mistakes
 from utils.outputs import BATCH, compute_outputs
 from utils.report import format_metrics, write_comparison, write_events, write_numbers
 from utils.report_page import WORST, render
 from utils.resume import CONFIG_FILE, LIST_FILES
-from utils.scan import SPLIT_NAMES, Scan, pictures_below, scan_classes, set_demo_aside
 from utils.scores import Scores
 
 PAGE = "report.html"
@@ -196,73 +195,6 @@ def count_in_list(evaluation: Evaluation, key: str) -> int:
     folder = Path(config[f"{key}_annotation_path"]).parent
     known = {os.path.realpath(folder / of_run.name(i)) for i in range(len(of_run))}
     return sum(os.path.realpath(evaluation.images.path(i)) in known for i in range(len(evaluation.images)))
-
-
-def read_strangers(classifier: Classifier, folder: str) -> ImageList:
-    """The pictures in a folder and below, which are of no class.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: there are no pictures in it, or the classifier rejects nothing.
-    """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"strangers={folder!r}: there is no such folder")
-    if classifier.calibration is None or classifier.raw:
-        raise ValueError(
-            "strangers: this classifier rejects nothing; take the best checkpoint of a finished run, and leave raw off"
-        )
-    paths = pictures_below(folder, Counter())
-    if not paths:
-        raise ValueError(f"strangers={folder!r}: there are no pictures in it")
-    return list_in_memory((0, path) for path in paths)
-
-
-def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageList:
-    """The pictures of a list, or in a folder of class folders, whose classes are those of the checkpoint."""
-    if not Path(data).exists():
-        raise FileNotFoundError(f"there is no list or folder {data}; a list is written by python txt_annotation.py")
-    if Path(data).is_dir():
-        return list_folder(data, class_names)
-    if Path(classes_path).is_file():
-        check_classes(read_classes(classes_path), class_names, classes_path)
-    return read_list(data, len(class_names))
-
-
-def list_folder(folder: str, class_names: list[str]) -> ImageList:
-    """The pictures in `folder`, whose folders are named after classes; what is passed over is printed.
-
-    Raises:
-        ValueError: it has a folder that is no class of the checkpoint, or no pictures.
-    """
-    scan = Scan()
-    scan_classes(Path(folder), scan, "test")
-    set_demo_aside(scan)
-    pictures = scan.pictures["test"]
-    if pictures.keys() <= SPLIT_NAMES.keys() - set(class_names):
-        such_as = f", such as {folder}/test" if Path(folder, "test").is_dir() else ""
-        raise ValueError(f"{folder} has no folders of pictures named after classes; give the one that has{such_as}")
-    check_classes(list(pictures), class_names, folder, may_lack=True)
-    for name, reasons in scan.skipped.items():
-        for reason, count in reasons.items():
-            print(f"passed over: {count} {reason}{f' ({name})' if name else ''}")
-    return list_in_memory(
-        (class_id, path) for class_id, name in enumerate(class_names) for path in pictures.get(name, ())
-    )
-
-
-def check_classes(names: list[str], class_names: list[str], source: str, may_lack: bool = False) -> None:
-    """Raise a ValueError that names the difference, unless `names`, from `source`, are the checkpoint's classes."""
-    extra = sorted(set(names) - set(class_names))
-    lacking = [] if may_lack else sorted(set(class_names) - set(names))
-    moved = not may_lack and not extra and not lacking and names != class_names
-    if extra or lacking or moved:
-        told = [f"only in {source}: {', '.join(extra)}"] if extra else []
-        told += [f"only in the checkpoint: {', '.join(lacking)}"] if lacking else []
-        raise ValueError(
-            f"{source} has other classes than the checkpoint was trained on ("
-            f"{'the same in another order' if moved else '; '.join(told)}); rename them, or give the data or the "
-            f"checkpoint that goes with it"
-        )
 
 
 if __name__ == "__main__":
