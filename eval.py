@@ -59,23 +59,17 @@ def main(
         num_workers: processes that load pictures; 0: none besides the main one.
         device: auto, cuda, cpu or mps.
     """
-    if batch_size < 1 or num_workers < 0 or corrupted < 0:
-        raise ValueError(
-            f"batch_size={batch_size}, num_workers={num_workers}, corrupted={corrupted}: give 1 or more, 0 or more"
-        )
-    if not 0 <= max_error < 1:
-        raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
+    check(batch_size, num_workers, corrupted, max_error)
     data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
     if compare:
         if model_path or strangers:
             raise ValueError(
-                "compare names its two checkpoints, and knows no strangers: leave model_path and strangers off"
+                "compare names its two checkpoints and knows no strangers: leave model_path, strangers off"
             )
         a, b = (load_classifier(path, device, raw) for path in map(find_checkpoint, compare))
         images = read_images(data, classes_path, a.class_names)
-        print(f"A: {compare[0]}\nB: {compare[1]}\non {data}")
-        comparison = {"a": compare[0], "b": compare[1], "data": data}
-        compare_classifiers(a, b, images, comparison, Path(out or OUT), num_workers, batch_size)
+        what = dict(zip(("a", "b", "data"), (*compare, data), strict=True))
+        compare_classifiers(a, b, images, what, Path(out or OUT), num_workers, batch_size)
         return
     started = time.perf_counter()
     checkpoint = find_checkpoint(model_path)
@@ -102,6 +96,16 @@ def main(
     print(f"written to {folder}/; open {folder / PAGE}")
 
 
+def check(batch_size: int, num_workers: int, corrupted: int, max_error: float) -> None:
+    """Raise a ValueError that names what can't work."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give 1 or more")
+    if num_workers < 0 or corrupted < 0:
+        raise ValueError(f"num_workers={num_workers}, corrupted={corrupted}: give 0 or more")
+    if not 0 <= max_error < 1:
+        raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
+
+
 def own_folder(checkpoint: Path) -> Path:
     """Where results of a checkpoint go: into its run's folder, and into metrics_out if it lies elsewhere."""
     return checkpoint.parent if is_run(checkpoint.parent) else Path(OUT)
@@ -116,12 +120,21 @@ def compare_classifiers(
     a: Classifier,
     b: Classifier,
     images: ImageList,
-    comparison: dict[str, str],
+    what: dict[str, str],
     folder: Path,
     num_workers: int,
     batch_size: int,
 ) -> None:
     """Put two classifiers to the same pictures; print and write whether the second is better.
+
+    Args:
+        a: the first.
+        b: the second.
+        images: the pictures.
+        what: how the two, and the data, are called.
+        folder: where to write.
+        num_workers: processes that load pictures.
+        batch_size: pictures that go through a network at a time.
 
     Raises:
         ValueError: they tell other classes apart.
@@ -133,12 +146,13 @@ def compare_classifiers(
             f"compare: the two tell other classes apart (only in the first: {', '.join(extra) or 'none'}; only in the "
             f"second: {', '.join(lacking) or 'none'}), so their accuracies can't be held against each other"
         )
+    print("A: {a}\nB: {b}\non {data}".format(**what))
     outputs_a = compute_outputs(a, images, num_workers, batch_size, title="A")
     outputs_b = compute_outputs(b, images, num_workers, batch_size, title="B")
     in_order = outputs_b.logits[:, [b.class_names.index(name) for name in names]]
     scores_a = Scores.of(outputs_a.logits, outputs_a.class_ids, a.temperature)
     scores_b = Scores.of(in_order, outputs_b.class_ids, b.temperature)
-    found = comparison | compare_scores(scores_a, scores_b)
+    found = what | compare_scores(scores_a, scores_b)
     rows = flipped_rows(scores_a, scores_b, [images.path(i) for i in range(len(images))], names)
     write_comparison(folder, found, rows)
     print(f"{format_comparison(found)}\n{format_flipped(rows)}".rstrip())
