@@ -8,7 +8,7 @@ from pathlib import Path
 
 from utils import cli
 from utils.checkpoint import find_checkpoint
-from utils.classifier import Classifier, load_classifier
+from utils.classifier import BATCH, Classifier, load_classifier
 from utils.compare import compare as compare_scores
 from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
@@ -17,9 +17,8 @@ from utils.evaluation import Evaluation, evaluate_corrupted
 from utils.finish import read_embeddings
 from utils.gallery import shown_pictures
 from utils.lists import ImageList, read_list
-from utils.metrics import confusion_matrix
 from utils.mistakes import worst_mistakes
-from utils.outputs import BATCH, compute_outputs
+from utils.outputs import compute_outputs
 from utils.report import format_metrics, write_comparison, write_events, write_numbers
 from utils.report_page import WORST, render
 from utils.resume import CONFIG_FILE, LIST_FILES
@@ -86,10 +85,11 @@ def main(
     worse = evaluate_corrupted(classifier, images, outputs, corrupted, num_workers, batch_size)
     times.append(time.perf_counter())
     evaluation = Evaluation(checkpoint, data, classifier, images, outputs, worse, of_strangers, max_error)
-    write_report(folder, evaluation)
+    told = notes(evaluation)
+    write_report(folder, evaluation, told)
     times.append(time.perf_counter())
     print(format_metrics(evaluation.metrics))
-    for note in notes(evaluation):
+    for note in told:
         print(f"attention: {cli.printable(note)}")
     parts = zip(("loading", "inference", "corruptions", "report"), times, times[1:], strict=False)
     print(", ".join(f"{name} {end - start:.1f} s" for name, start, end in parts))
@@ -159,16 +159,17 @@ def compare_classifiers(
     print(f"written to {folder}/comparison.json, and all pictures that only one names right to {folder}/flipped.csv")
 
 
-def write_report(folder: Path, evaluation: Evaluation) -> None:
-    """Write the numbers, the page, the confusion matrix as a picture and, in a run's folder, TensorBoard's events."""
+def write_report(folder: Path, evaluation: Evaluation, told: list[str]) -> None:
+    """Write the numbers, the page with what is `told` first, the confusion matrix as a picture and, in a run's folder,
+    TensorBoard's events."""
     from utils.plots import plot_confusion
 
     classifier = evaluation.classifier
     write_numbers(folder, evaluation)
-    confusion = plot_confusion(confusion_matrix(evaluation.scores), classifier.class_names)
+    confusion = plot_confusion(evaluation.scores.confusion, classifier.class_names)
     confusion.savefig(folder / "confusion_matrix.png")
     train = read_embeddings(evaluation.checkpoint, classifier.calibration, len(classifier.class_names))
-    page = render(evaluation, train, notes(evaluation))
+    page = render(evaluation, train, told)
     (folder / PAGE).write_text(page, encoding="utf-8")
     if is_run(folder):
         worst = shown_pictures(evaluation, worst_mistakes(evaluation.scores, WORST))

@@ -17,14 +17,13 @@ from tqdm import tqdm
 from utils import cli
 from utils.calibration import UNKNOWN, Rejection
 from utils.checkpoint import find_checkpoint
-from utils.classifier import Classifier, load_classifier
+from utils.classifier import BATCH, Classifier, load_classifier
 from utils.config import Device
 from utils.images import open_image
 from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
 from utils.prediction import Answer, Failure, Prediction, csv_header, shorten, to_bars, to_csv, to_json, to_line, to_row
 from utils.scan import is_demo, pictures_below
 
-BATCH = 32
 EXPLAINED = "explained"
 """Where pictures go that are to be explained, if `--save` names no folder."""
 
@@ -127,7 +126,7 @@ def choose_rejection(classifier: Classifier, reject_below: str, max_error: float
     if reject_below == "auto":
         if not 0 <= max_error < 1:
             raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
-        if calibration is None or classifier.raw:
+        if not classifier.can_reject:
             why = "raw is set" if classifier.raw else "only the best one of a finished run is"
             raise ValueError(f"reject_below=auto needs a calibrated checkpoint, and {why}; or give a number, 0 to 1")
         rejection = calibration.choose_rejection(max_error)
@@ -164,7 +163,7 @@ def choose_format(
     width = shutil.get_terminal_size().columns
     if single:
         return lambda answer: to_bars(answer, width)
-    longest = max(len(name) for name in (*classifier.class_names, "unknown"))
+    longest = max(len(name) for name in (*classifier.class_names, UNKNOWN))
     return lambda answer: to_row(answer, width, min(longest, width // 3))
 
 

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from sklearn.calibration import calibration_curve
 
 from utils.intervals import bootstrap_intervals, resampled_rank_figures, wilson_interval
-from utils.metrics import confusion_matrix, cross_entropy, evaluation_metrics, top_k_accuracy
+from utils.metrics import cross_entropy, evaluation_metrics, top_k_accuracy
 from utils.scores import Scores, reliability
 
 # Six pictures of classes a, b, c; none of d. Predictions: a b a b c d.
@@ -56,7 +56,7 @@ def test_worked_example():
 
 
 def test_confusion_has_the_truth_in_rows():
-    confusion = confusion_matrix(Scores.of(LOGITS, CLASS_IDS))
+    confusion = Scores.of(LOGITS, CLASS_IDS).confusion
     assert confusion.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
 
 

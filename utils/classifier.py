@@ -28,6 +28,9 @@ from utils.views import Views
 Picture = str | os.PathLike | Image.Image | np.ndarray
 """What a classifier takes: a path, a picture of Pillow's, or an array, see `Classifier.predict`."""
 
+BATCH = 32
+"""Pictures that go through the network at a time, unless told."""
+
 MOST_VIEWS = 64
 """Views that go through the network at a time."""
 
@@ -64,6 +67,11 @@ class Classifier:
         """What logits are divided by to become probabilities."""
         return 1.0 if self.raw or self.calibration is None else self.calibration.temperature
 
+    @property
+    def can_reject(self) -> bool:
+        """Whether what was fitted after training says which of its answers to reject."""
+        return self.calibration is not None and not self.raw
+
     def load(self, path: str) -> Tensor:
         """A picture as the network wants it, uint8 (3, height, width). For one in memory there is `transform`.
 
@@ -91,7 +99,7 @@ class Classifier:
         self,
         images: Picture | Iterable[Picture],
         top_k: int = 5,
-        batch_size: int = 32,
+        batch_size: int = BATCH,
         tta: bool = False,
         rejection: Rejection | None = None,
     ) -> list[Prediction]:
@@ -129,7 +137,7 @@ class Classifier:
         self,
         images: Iterable[Picture],
         top_k: int = 5,
-        batch_size: int = 32,
+        batch_size: int = BATCH,
         tta: bool = False,
         rejection: Rejection | None = None,
     ) -> Iterator[Prediction | Failure]:

@@ -19,7 +19,7 @@ def read_strangers(classifier: Classifier, folder: str) -> ImageList:
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"strangers={folder!r}: there is no such folder")
-    if classifier.calibration is None or classifier.raw:
+    if not classifier.can_reject:
         raise ValueError(
             "strangers: this classifier rejects nothing; take the best checkpoint of a finished run, and leave raw off"
         )

@@ -9,10 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
-from utils.calibration import Rejection
 from utils.classifier import Classifier
 from utils.corruptions import CORRUPTIONS, corrupt
 from utils.data import FileSource, ImageDataset, eval_loader, fetch
@@ -71,21 +70,15 @@ class Evaluation:
                 "brier": float(raw.briers.mean()),
                 "ece": expected_calibration_error(raw),
             },
-            "rejection": self.rejection(self.max_error) if self.can_reject else None,
+            "rejection": self.rejection(self.max_error) if self.classifier.can_reject else None,
             "corruptions": {name: hits / n for name, (hits, n) in self.corrupted.items()},
         }
-
-    @property
-    def can_reject(self) -> bool:
-        """Whether the classifier knows which of its answers to reject."""
-        return self.classifier.calibration is not None and not self.classifier.raw
 
     def rejection(self, max_error: float) -> dict[str, float | int | list[float] | None]:
         """What becomes of these pictures, and of the strangers, if validation allows the part `max_error` of errors
         among the accepted."""
-        calibration = self.classifier.calibration
-        rejection = calibration.choose_rejection(max_error)
-        accepted = self.accepted(self.outputs, rejection)
+        rejection = self.classifier.calibration.choose_rejection(max_error)
+        accepted = rejection.accepts(*self.judged).numpy()
         n, count, wrong = len(accepted), int(accepted.sum()), int((accepted & ~self.scores.correct).sum())
         row: dict[str, Any] = {
             "max_error": max_error,
@@ -97,13 +90,22 @@ class Evaluation:
         }
         if self.strangers is not None:
             row["strangers"] = len(self.strangers.logits)
-            row["strangers_rejected"] = float(1 - self.accepted(self.strangers, rejection).mean())
+            row["strangers_rejected"] = 1 - rejection.accepts(*self.judged_strangers).numpy().mean()
         return row
 
-    def accepted(self, outputs: Outputs, rejection: Rejection) -> np.ndarray:
-        """Which answers (n,) are accepted."""
+    @cached_property
+    def judged(self) -> tuple[Tensor, Tensor]:
+        """Of each picture the probability of its likeliest class and its distance from all, by which it is rejected."""
+        return self._judge(self.outputs)
+
+    @cached_property
+    def judged_strangers(self) -> tuple[Tensor, Tensor]:
+        """The same of the strangers."""
+        return self._judge(self.strangers)
+
+    def _judge(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
         probability = (outputs.logits / self.classifier.temperature).softmax(dim=1).amax(dim=1)
-        return rejection.accepts(probability, self.classifier.calibration.distances(outputs.embeddings)).numpy()
+        return probability, self.classifier.calibration.distances(outputs.embeddings)
 
 
 def evaluate_corrupted(

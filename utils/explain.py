@@ -115,7 +115,11 @@ def overlay(pixels: Tensor, heat: Tensor, side: int) -> Image.Image:
 
 def shown(pixels: Tensor, side: int) -> Image.Image:
     """What the network was shown (3, height, width) uint8 as a picture with `side` pixels on the longer side."""
-    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return fit(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), side)
+
+
+def fit(picture: Image.Image, side: int) -> Image.Image:
+    """A picture with `side` pixels on the longer side; tiny ones are enlarged to plain squares."""
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from utils.cli import printable
 from utils.evaluation import Evaluation
-from utils.explain import explain, shown, titled_overlays
+from utils.explain import explain, fit, shown, titled_overlays
 from utils.finish import TrainEmbeddings
 from utils.images import Box, ImageError, read_region
 from utils.mistakes import nearest
@@ -52,10 +52,7 @@ class Gallery:
             return (0, 0, width, height), (max(1, round(height * scale)), max(1, round(width * scale)))
 
         region = read_region(path, whole, self.preprocessing.max_pixels, self.preprocessing.allow_truncated)
-        image = Image.fromarray(region.pixels)
-        scale = THUMBNAIL / max(image.size)
-        size = tuple(max(1, round(side * scale)) for side in image.size)
-        return image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR)
+        return fit(Image.fromarray(region.pixels), THUMBNAIL)
 
     def figure(self, index: int) -> dict[str, Any]:
         """What is shown of an evaluated picture."""

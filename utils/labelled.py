@@ -38,14 +38,15 @@ def save_labelled(
     image = _readable(image)
     label = printable(f"{prediction.label}  {prediction.probability:.1%}")
     sheet = _side_by_side({label: image} | dict(maps or {}))
-    while True:
-        target = free_name(folder, Path(prediction.path).stem, ".png")
+    for name in _numbered(Path(prediction.path).stem):
+        target = folder / f"{name}.png"
         try:
             with target.open("xb") as file:
                 sheet.save(file, "PNG")
-            return target
-        except FileExistsError:  # another process took it meanwhile
+        except FileExistsError:
             continue
+        return target
+    raise AssertionError("names never end")
 
 
 def _readable(image: Image.Image) -> Image.Image:
@@ -87,7 +88,8 @@ def copy_into(path: str, folder: Path) -> Path:
     """
     source = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    for target in _names(folder, source.stem, source.suffix):
+    for name in _numbered(source.stem):
+        target = folder / f"{name}{source.suffix}"
         if target.exists():
             if target.is_file() and filecmp.cmp(source, target, shallow=False):
                 return target
@@ -105,16 +107,10 @@ def copy_into(path: str, folder: Path) -> Path:
     raise AssertionError("names never end")
 
 
-def free_name(folder: Path, stem: str, suffix: str) -> Path:
-    """A name in `folder` that isn't taken."""
-    return next(target for target in _names(folder, stem, suffix) if not target.exists())
-
-
-def _names(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
-    number = 1
-    while True:
-        yield folder / (f"{stem}{suffix}" if number == 1 else f"{stem}_{number}{suffix}")
-        number += 1
+def _numbered(name: str) -> Iterator[str]:
+    """The name, then the name with 2, 3 and so on."""
+    yield name
+    yield from (f"{name}_{number}" for number in itertools.count(2))
 
 
 def folder_names(labels: Sequence[str]) -> dict[str, str]:
@@ -128,7 +124,6 @@ def folder_names(labels: Sequence[str]) -> dict[str, str]:
             plain = f"_{plain}"
         while len(os.fsencode(plain)) > 240:
             plain = plain[:-1]
-        numbered = (plain if number == 1 else f"{plain}_{number}" for number in itertools.count(1))
-        names[label] = next(name for name in numbered if name.casefold() not in taken)
+        names[label] = next(name for name in _numbered(plain) if name.casefold() not in taken)
         taken.add(names[label].casefold())
     return names

@@ -37,13 +37,6 @@ def top_k_accuracy(logits: Tensor, class_ids: Tensor, k: int) -> float:
     return (true_ranks(logits, class_ids) < k).double().mean().item()
 
 
-def confusion_matrix(scores: Scores) -> np.ndarray:
-    """Counts (classes, classes): row the true class, column the predicted one."""
-    import sklearn.metrics
-
-    return sklearn.metrics.confusion_matrix(scores.class_ids, scores.predicted, labels=range(scores.num_classes))
-
-
 def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
     """What `metrics.json` holds of the pictures; its keys are described in the README.
 
@@ -102,8 +95,8 @@ def _class_row(
     scores: Scores, by_class: dict[str, np.ndarray], f1_intervals: list[list[float] | None], k: int
 ) -> dict[str, float | list[float] | None]:
     """The figures of class `k`; all None if it has no pictures."""
-    of_it, said = scores.class_ids == k, scores.predicted == k
-    hits, support, predicted = (int(mask.sum()) for mask in (of_it & said, of_it, said))
+    confusion = scores.confusion
+    hits, support, predicted = (int(count) for count in (confusion[k, k], confusion[k].sum(), confusion[:, k].sum()))
     row: dict[str, Any] = {"predicted": predicted}
     row |= {name: None if np.isnan(values[k]) else float(values[k]) for name, values in by_class.items()}
     row["precision_interval"] = list(wilson_interval(hits, predicted))

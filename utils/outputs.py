@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.classifier import Classifier
+from utils.classifier import BATCH, Classifier
 from utils.data import FileSource, ImageDataset, Key, eval_loader, fetch
 from utils.images import ImageError
 from utils.lists import ImageList
-
-BATCH = 32
-"""Pictures that go through the network at a time, unless told."""
 
 
 class Outputs(NamedTuple):

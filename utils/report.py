@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from utils.cli import printable
 from utils.evaluation import Evaluation
 from utils.files import write_whole
-from utils.metrics import confusion_matrix
 from utils.mistakes import margins
 
 EVENTS = "evaluation"
@@ -29,9 +28,8 @@ def write_numbers(folder: Path, evaluation: Evaluation) -> None:
     with write_whole(folder / "metrics.json") as file:
         file.write((json.dumps(evaluation.metrics, indent=2, allow_nan=False) + "\n").encode())
     names = evaluation.classifier.class_names
-    confusion = confusion_matrix(evaluation.scores)
     header = ["true \\ predicted", *names]
-    rows = ([name, *map(int, row)] for name, row in zip(names, confusion, strict=True))
+    rows = ([name, *map(int, row)] for name, row in zip(names, evaluation.scores.confusion, strict=True))
     write_csv(folder / "confusion_matrix.csv", [header, *rows])
     write_csv(folder / "predictions.csv", prediction_rows(evaluation))
 

@@ -15,9 +15,8 @@ from utils.calibration import FAR
 from utils.cli import printable
 from utils.evaluation import Evaluation
 from utils.finish import TrainEmbeddings
-from utils.gallery import THUMBNAIL, Gallery
+from utils.gallery import Gallery
 from utils.intervals import wilson_interval
-from utils.metrics import confusion_matrix
 from utils.mistakes import (
     Slice,
     accuracy_by,
@@ -27,10 +26,10 @@ from utils.mistakes import (
     read_sizes,
     worst_mistakes,
 )
-from utils.plots import MOST_CLASSES, arrange_classes
+from utils.plots import arrange_classes
 from utils.report import format_figure
 from utils.run_log import EPOCHS
-from utils.scores import reliability
+from utils.scores import expected_calibration_error, reliability
 
 WORST, UNCERTAIN, LABELS, PAIRS, OF_A_PAIR = 24, 12, 24, 8, 3
 """Pictures of each kind that are shown; pairs of classes, and pictures of each."""
@@ -62,8 +61,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequenc
         notes=[printable(note) for note in notes],
         cards=cards(metrics),
         curves=curves(epochs, evaluation.classifier.config),
-        confusion=confusion_cells(confusion_matrix(scores)),
-        most_classes=MOST_CLASSES,
+        confusion=confusion_cells(scores.confusion),
         pairs=[
             {"truth": pair.truth, "predicted": pair.predicted, "count": len(pair.pictures)}
             for pair in pairs[:MOST_PAIR_ROWS]
@@ -71,9 +69,9 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequenc
         num_pairs=len(pairs),
         class_rows=list(enumerate(metrics["per_class"]))[:MOST_CLASS_ROWS],
         reliability=reliability_plots(evaluation),
-        rejections=[evaluation.rejection(rate) for rate in ERROR_RATES] if evaluation.can_reject else [],
+        rejections=[evaluation.rejection(rate) for rate in ERROR_RATES] if evaluation.classifier.can_reject else [],
         far=FAR,
-        calibrated_on=len(evaluation.classifier.calibration.correct) if evaluation.can_reject else 0,
+        calibrated_on=len(evaluation.classifier.calibration.correct) if evaluation.classifier.can_reject else 0,
         worst=gallery.figures(worst_mistakes(scores, WORST), explained=True),
         num_wrong=int((~scores.correct).sum()),
         by_pair=[
@@ -89,7 +87,6 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequenc
         labels=label_gallery(gallery),
         slices=slices(evaluation),
         corruptions=corruption_rows(evaluation),
-        thumbnail=THUMBNAIL,
         has_train=len(train.images) if train else 0,
     )
 
@@ -177,15 +174,21 @@ def confusion_cells(confusion: np.ndarray) -> dict[str, Any]:
 
 def reliability_plots(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The bins of reliability, of the network and, where it is calibrated, with its temperature."""
-    plots = [{"title": "as the network gives them", "bins": reliability(evaluation.raw_scores), "key": "raw"}]
-    if evaluation.can_reject:
-        title = f"divided by the temperature {evaluation.classifier.temperature:.2f}"
-        plots.append({"title": title, "bins": reliability(evaluation.scores), "key": "calibrated"})
-    for plot, scores in zip(plots, (evaluation.raw_scores, evaluation.scores), strict=False):
-        count = max(row["count"] for row in plot["bins"])
-        plot["bins"] = [row | {"share": row["count"] / count} for row in plot["bins"]]
-        plot["ece"] = evaluation.metrics["raw"]["ece"] if plot["key"] == "raw" else evaluation.metrics["ece"]
-        plot["log_loss"] = float(scores.losses.mean())
+    sides = [("as the network gives them", evaluation.raw_scores)]
+    if evaluation.classifier.can_reject:
+        sides.append((f"divided by the temperature {evaluation.classifier.temperature:.2f}", evaluation.scores))
+    plots = []
+    for title, scores in sides:
+        bins = reliability(scores)
+        most = max(row["count"] for row in bins)
+        plots.append(
+            {
+                "title": title,
+                "bins": [row | {"share": row["count"] / most} for row in bins],
+                "ece": expected_calibration_error(scores),
+                "log_loss": float(scores.losses.mean()),
+            }
+        )
     return plots
 
 

@@ -74,6 +74,13 @@ class Scores:
         return np.bincount(self.class_ids, minlength=self.num_classes)
 
     @cached_property
+    def confusion(self) -> np.ndarray:
+        """Counts (classes, classes): row the true class, column the predicted one."""
+        from sklearn.metrics import confusion_matrix  # slow to import, and predicting goes without
+
+        return confusion_matrix(self.class_ids, self.predicted, labels=range(self.num_classes))
+
+    @cached_property
     def briers(self) -> np.ndarray:
         """(N,), the squared error of the probabilities, summed over the classes: 0 to 2 (Brier, 1950)."""
         of_truth = self.probabilities[np.arange(len(self)), self.class_ids]
