@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nets.freezing import FreezableNetwork, Part
 from nets.weights import find_pretrained, load_weights, read_weights
 
 
@@ -184,7 +185,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, 3, h, w) -> (B, N, C)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(FreezableNetwork):
     """A Vision Transformer whose backbone can be frozen and thawed.
 
     Args:
@@ -237,7 +238,6 @@ class VisionTransformer(nn.Module):
         )
         self.norm = norm_layer(num_features)
         self.head = nn.Linear(num_features, num_classes)
-        self._num_frozen_parts = 0
 
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -260,90 +260,22 @@ class VisionTransformer(nn.Module):
         """Tokens (B, N, C) to logits (B, classes), by the class token."""
         return self.head(x[:, 0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to logits (B, classes): `forward_head` of `forward_features`, but for the
-        tokens that the head doesn't look at, which the last block leaves out."""
-        return self.forward_thawed(self.forward_frozen(x))
-
-    def forward_frozen(self, x: Tensor) -> Tensor:
-        """Pictures to the output of what is frozen: (B, N, C), with nothing frozen the pictures themselves.
-
-        For a given picture it is always the same. N is 1, the class token, once the last block is frozen.
-        """
-        for part in self._parts()[: self._num_frozen_parts]:
-            x = part(x)
-        return x
-
-    def forward_thawed(self, x: Tensor) -> Tensor:
-        """The output of `forward_frozen` to logits (B, classes)."""
-        for part in self._parts()[self._num_frozen_parts :]:
-            x = part(x)
-        return self.forward_head(x)
-
-    def forward_embedding(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to what the head takes, (B, C): the normalised class token."""
-        for part in self._parts():
-            x = part(x)
-        return x[:, 0]
+    def parts(self) -> list[Part]:
+        """Embeddings, blocks, norm. The last block leaves out the tokens that the head doesn't look at, so that behind
+        it N is 1, and behind the norm there is the class token alone, (B, C)."""
+        *blocks, last = self.blocks
+        return [
+            Part(self.embed, (self.patch_embed, self.pos_drop, self.cls_token, self.pos_embed)),
+            *(Part(block, (block,)) for block in blocks),
+            Part(partial(last, num_queries=1), (last,)),
+            Part(lambda x: self.norm(x)[:, 0], (self.norm,)),
+        ]
 
     @property
     def map_layer(self) -> nn.Module:
         """The last module that the whole picture goes through: each token of its output (B, N, C), but for the first,
         is of one patch."""
         return self.blocks[-1].norm1
-
-    def _parts(self) -> list[Callable[[Tensor], Tensor]]:
-        """All but the head, in the order in which it can be frozen."""
-        return [self.embed, *self.blocks[:-1], partial(self.blocks[-1], num_queries=1), self.norm]
-
-    @property
-    def num_layers(self) -> int:
-        """How many layers `layer_of` tells apart below that of the head."""
-        return len(self.blocks) + 1
-
-    def layer_of(self, name: str) -> int:
-        """The layer of a parameter: 0 for the embeddings, then the blocks, at last `num_layers` for norm and head."""
-        part, _, rest = name.partition(".")
-        if part == "blocks":
-            return 1 + int(rest.partition(".")[0])
-        return self.num_layers if part in ("norm", "head") else 0
-
-    def freeze_backbone(self, blocks: int | str = 8) -> None:
-        """Freeze the embeddings and the first `blocks` blocks; with "all", everything but the head.
-
-        A frozen part has no gradient and stays in eval mode whatever `train()` is told, so its output for a given
-        picture never changes. What an earlier call froze is thawed first.
-
-        Raises:
-            ValueError: there are fewer blocks than that.
-        """
-        if blocks != "all" and not (isinstance(blocks, int) and 0 <= blocks <= len(self.blocks)):
-            depth = len(self.blocks)
-            raise ValueError(f'freeze_blocks={blocks!r}: this network has {depth} blocks; give 0 to {depth}, or "all"')
-        self.unfreeze_backbone()
-        self._num_frozen_parts = len(self._parts()) if blocks == "all" else 1 + blocks
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-        self.cls_token.requires_grad_(False)
-        self.pos_embed.requires_grad_(False)
-        self.train(self.training)
-
-    def unfreeze_backbone(self) -> None:
-        """Give every parameter its gradient back."""
-        self._num_frozen_parts = 0
-        self.requires_grad_(True)
-        self.train(self.training)
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        modules = [nn.ModuleList([self.patch_embed, self.pos_drop]), *self.blocks, self.norm]
-        return modules[: self._num_frozen_parts]
-
-    def train(self, mode: bool = True) -> VisionTransformer:
-        """Like `nn.Module.train`, but a frozen part stays in eval mode."""
-        super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        return self
 
 
 def vit(
@@ -379,7 +311,6 @@ def vit(
     )
     if source:
         load_weights(model, read_weights(source.path))
-    # What `nets.build_model` needs to build this network again; a checkpoint carries it.
     model.arguments = {
         "name": name,
         "num_classes": num_classes,

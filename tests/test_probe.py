@@ -29,9 +29,7 @@ def features_of(class_ids, seed, views=1, noise=1.5):
     centres = np.random.default_rng(99).normal(size=(5, 12))
     x = centres[class_ids] + noise * generator.normal(size=(views, len(class_ids), 12))
     x = 7 + x * np.logspace(-1, 1, 12)
-    return FeatureDataset(
-        torch.from_numpy(x).float()[:, :, None], list_in_memory((int(i), "picture") for i in class_ids), seed=0
-    )
+    return FeatureDataset(torch.from_numpy(x).float(), list_in_memory((int(i), "picture") for i in class_ids), seed=0)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -42,7 +40,7 @@ def test_it_is_scikit_learns_with_the_best_penalty(num_classes, balanced):
     features, val_features = features_of(ids, 1, views=2), features_of(val_ids, 2)
     probe = fit_probe(features, val_features, num_classes, balanced)
 
-    x, val_x = features.rows[:, 0].numpy(), val_features.rows[:, 0].numpy()
+    x, val_x = features.rows.numpy(), val_features.rows.numpy()
     losses = {}
     for c in INVERSE_PENALTIES:
         peer = LogisticRegression(C=c, max_iter=1000, class_weight="balanced" if balanced else None)
@@ -63,7 +61,7 @@ def test_a_class_without_pictures_is_the_least_likely():
     ids = np.array([0, 1, 3] * 20)
     for val_ids in (ids, np.array([0, 1, 2, 3] * 10)):
         probe = fit_probe(features_of(ids, 1), val := features_of(val_ids, 2), num_classes=5, balanced=False)
-        logits = val.rows[:, 0] @ probe.weight.T + probe.bias
+        logits = val.rows @ probe.weight.T + probe.bias
         assert not probe.weight[[2, 4]].any()
         known = logits[:, [0, 1, 3]]
         assert (logits[:, [2, 4]] < known.median()).all()

@@ -29,11 +29,13 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     dimension. Each layer, from the head down to the embeddings, learns `layer_decay` times as fast as the one above
     (Bao et al., "BEiT", 2022, https://arxiv.org/abs/2106.08254).
     """
+    layers = model.layers() if layer_decay < 1 else {}
+    top = max(layers.values(), default=0)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim <= 1 or name.split(".")[-1] in UNDECAYED
-            lr_scale = 1.0 if layer_decay == 1 else layer_decay ** (model.num_layers - model.layer_of(name))
+            lr_scale = layer_decay ** (top - layers.get(name, top))
             groups.setdefault((lr_scale, 0.0 if plain else weight_decay), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}

@@ -65,7 +65,7 @@ def init_head(
 
 
 def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classes: int, balanced: bool) -> Probe:
-    """The logistic regression on `features`, each (1, C), whose penalty gives the lowest loss on `val_features`.
+    """The logistic regression on `features`, each (C,), whose penalty gives the lowest loss on `val_features`.
 
     It is fitted to features of mean 0 and deviation 1, which the penalty is meant for, and taken back to features as
     they are. A class without pictures gets the lowest logit that any other has for the pictures of `features`.
@@ -95,7 +95,7 @@ def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classe
 
 def _arrays(dataset: FeatureDataset) -> tuple[np.ndarray, np.ndarray]:
     """All views one after the other: features (views · n, C) and class ids (views · n,)."""
-    return dataset.rows[:, 0].float().numpy(), dataset.targets.repeat(dataset.num_views).numpy()
+    return dataset.rows.float().numpy(), dataset.targets.repeat(dataset.num_views).numpy()
 
 
 def _unscaled(

@@ -1,0 +1,114 @@
+"""What all networks here have in common: parts in a row, the first few of which can be frozen, and a head."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+Network = TypeVar("Network", bound="FreezableNetwork")
+
+
+class Part(NamedTuple):
+    """A step on the way from pictures to what the head takes.
+
+    Attributes:
+        forward: the step; the first one takes pictures (B, 3, height, width), the last one gives (B, C).
+        owned: the modules and parameters that are frozen with it.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    owned: tuple[nn.Module | nn.Parameter, ...]
+
+
+class FreezableNetwork(nn.Module):
+    """A network whose backbone can be frozen up to any of its parts, and thawed.
+
+    Attributes:
+        head: the linear layer from what the backbone makes of a picture, (B, C), to logits (B, classes).
+        arguments: what `nets.build_model` needs to build this network again; a checkpoint carries it.
+    """
+
+    head: nn.Linear
+    arguments: dict[str, Any]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_frozen_parts = 0
+
+    @abstractmethod
+    def parts(self) -> list[Part]:
+        """All but the head, in the order in which it can be frozen: embeddings or stem, the blocks, and what makes one
+        vector of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) to logits (B, classes)."""
+        return self.forward_thawed(self.forward_frozen(x))
+
+    def forward_frozen(self, x: Tensor) -> Tensor:
+        """Pictures to the output of what is frozen, with nothing frozen the pictures themselves.
+
+        For a given picture it is always the same.
+        """
+        for part in self.parts()[: self._num_frozen_parts]:
+            x = part.forward(x)
+        return x
+
+    def forward_thawed(self, x: Tensor) -> Tensor:
+        """The output of `forward_frozen` to logits (B, classes)."""
+        for part in self.parts()[self._num_frozen_parts :]:
+            x = part.forward(x)
+        return self.head(x)
+
+    def forward_embedding(self, x: Tensor) -> Tensor:
+        """Pictures (B, 3, height, width) to what the head takes, (B, C)."""
+        for part in self.parts():
+            x = part.forward(x)
+        return x
+
+    def layers(self) -> dict[str, int]:
+        """The layer of each parameter by its name: the number of its part; the head's is that of the last part."""
+        parts = self.parts()
+        numbers = {id(parameter): number for number, part in enumerate(parts) for parameter in _parameters(part)}
+        return {name: numbers.get(id(parameter), len(parts) - 1) for name, parameter in self.named_parameters()}
+
+    def freeze_backbone(self, blocks: int | str = 8) -> None:
+        """Freeze the first part and the `blocks` after it; with "all", everything but the head.
+
+        A frozen part has no gradient and stays in eval mode whatever `train()` is told, so its output for a given
+        picture never changes. What an earlier call froze is thawed first.
+
+        Raises:
+            ValueError: there are fewer blocks than that.
+        """
+        parts = self.parts()
+        depth = len(parts) - 2
+        if blocks != "all" and not (isinstance(blocks, int) and 0 <= blocks <= depth):
+            raise ValueError(f'freeze_blocks={blocks!r}: this network has {depth} blocks; give 0 to {depth}, or "all"')
+        self.unfreeze_backbone()
+        self._num_frozen_parts = len(parts) if blocks == "all" else 1 + blocks
+        for part in parts[: self._num_frozen_parts]:
+            for owned in part.owned:
+                owned.requires_grad_(False)
+        self.train(self.training)
+
+    def unfreeze_backbone(self) -> None:
+        """Give every parameter its gradient back."""
+        self._num_frozen_parts = 0
+        self.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self: Network, mode: bool = True) -> Network:
+        """Like `nn.Module.train`, but a frozen part stays in eval mode."""
+        super().train(mode)
+        for part in self.parts()[: self._num_frozen_parts]:
+            for owned in part.owned:
+                if isinstance(owned, nn.Module):
+                    owned.eval()
+        return self
+
+
+def _parameters(part: Part) -> list[nn.Parameter]:
+    return [p for owned in part.owned for p in ([owned] if isinstance(owned, nn.Parameter) else owned.parameters())]
