@@ -7,7 +7,7 @@ The backbone is frozen first and thawed at `freeze_epoch`. What each field means
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -17,8 +17,11 @@ import tyro
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nets import TRANSFORMERS, build_model
-from nets.weights import load_weights, read_weights
+from nets import build_model, draw_model, expected_preprocessing
+from nets.backbones import RATES
+from nets.freezing import FreezableNetwork
+from nets.pretrained import find_pretrained
+from nets.weights import Weights, load_weights, read_weights
 from utils import cli
 from utils.annotation import ensure_lists
 from utils.cache import open_cache
@@ -36,7 +39,7 @@ from utils.run import Run
 from utils.seeds import derive_seed
 from utils.stop import Stopped, WorkerDied, received, stop_signals
 from utils.summary import format_config, format_model, format_stages, warn_of_small_input
-from utils.transforms import EvalTransform, Preprocessing, TrainTransform
+from utils.transforms import EvalTransform, Preprocessing, TrainTransform, settle_preprocessing
 
 # As it stands, for the built-in handwritten digits: a small network from scratch in one to five minutes of two cores.
 CONFIG = TrainConfig(
@@ -79,10 +82,10 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
         summary: print what would be trained, and leave.
     """
     device = pick_device(config.device)
-    draw_network(config, num_classes=2)
+    transformer = draw_network(config, num_classes=2).transformer
     print(f"config\n{format_config(config)}")
     data = load_data(config)
-    stages = plan_stages(config, len(data.train_images), config.backbone in TRANSFORMERS)
+    stages = plan_stages(config, len(data.train_images), transformer)
     precision, reason = choose_precision(config.precision, device)
     print(f"precision: {config.precision} -> {precision}, {reason}")
     drawn = draw_network(config, len(data.class_names))
@@ -92,10 +95,10 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
         return
     lists = {"train": data.train_images, "val": data.val_images}
     folder = open_run(config, data.class_names, lists)
-    model = make_model(config, len(data.class_names), folder.checkpoint)
+    config, model, origin = make_model(config, len(data.class_names), folder.checkpoint)
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
     trainer = make_trainer(config, network, precision, data, folder.checkpoint)
-    run = Run(config, model, trainer, data.class_names, lists, folder)
+    run = Run(config, model, trainer, data.class_names, lists, folder, origin)
     del folder  # the checkpoint is as large as the run
     train_stages(run, stages, data)
     elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
@@ -104,11 +107,11 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
     print(f"  python predict.py{elsewhere} {shlex.quote(example)}")
 
 
-def draw_network(config: TrainConfig, num_classes: int) -> nn.Module:
+def draw_network(config: TrainConfig, num_classes: int) -> FreezableNetwork:
     """The network without its weights, on the meta device: nothing is computed, but what can't be built or frozen
     like that is a ValueError."""
-    with torch.device("meta"):
-        model = build_model(config.backbone, num_classes, config.input_shape)
+    options = {} if config.activation == "auto" else {"activation": config.activation}
+    model = draw_model(config.backbone, num_classes, config.input_shape, **options)
     if config.freeze_train:
         model.freeze_backbone(config.freeze_blocks)
     return model
@@ -133,32 +136,51 @@ def load_data(config: TrainConfig) -> Data:
     return Data(class_names, train_images, val_images)
 
 
-def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | None = None) -> nn.Module:
-    """The network with the weights that the run starts from: new, pretrained, from a file, or those of the checkpoint
-    that it goes on from."""
-    weights = read_weights(config.model_path) if config.model_path and not resumed else None
-    source = resumed["model"] if resumed else (weights.arguments if weights else None)
-    activation = source["activation"] if source else config.activation
-    if activation != config.activation:
-        print(f"activation: {config.activation} -> {activation}, as the weights have it")
+class Beginning(NamedTuple):
+    """What a run begins with, or goes on with: the settings, with what they left open of the preprocessing; the
+    network; and where its weights were from, see `nets.weights.Weights.origin`."""
+
+    config: TrainConfig
+    model: FreezableNetwork
+    origin: Mapping[str, str]
+
+
+def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | None = None) -> Beginning:
+    """The network with the weights that the run starts from, random ones if there are none, or with those of the
+    checkpoint that it goes on from; and what follows from them."""
+    weights = None if resumed else find_weights(config)
+    expected = expected_preprocessing(config.backbone) | dict(weights.preprocessing) if weights else {}
+    settled = settle_preprocessing(config, resumed["preprocessing"] if resumed else expected)
+    for name in expected:
+        if getattr(settled, name) != getattr(config, name):
+            print(f"{name}: {getattr(settled, name)}, as the weights expect")
+    arguments = {"name": config.backbone, "num_classes": num_classes, "input_shape": config.input_shape}
+    arguments |= weights.variant if weights else {}
+    arguments |= {} if config.activation == "auto" else {"activation": config.activation}
+    rates = {rate: getattr(config, rate) for rate in RATES}
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model = build_model(
-        config.backbone,
-        num_classes,
-        config.input_shape,
-        pretrained=config.pretrained and not resumed,
-        activation=activation,
-        drop_rate=config.drop_rate,
-        attn_drop_rate=config.attn_drop_rate,
-        drop_path_rate=config.drop_path_rate,
-    )
+    model = build_model(**(resumed["model"] if resumed else arguments), **rates)
+    for rate in model.ignored_rates:
+        if rates[rate]:
+            print(f"{rate}: {rates[rate]} -> 0, {config.backbone} has no place for it")
     if resumed:
         model.load_state_dict(resumed["weights_in_training"] or resumed["weights"])
-    elif weights:
+        return Beginning(settled, model, resumed["origin"])
+    if weights:
         load_weights(model, weights)
-    elif config.freeze_train and not config.pretrained:
+        return Beginning(settled, model, weights.origin)
+    return Beginning(settled, model, {})
+
+
+def find_weights(config: TrainConfig) -> Weights | None:
+    """The weights that a new run starts from; None: random ones."""
+    if config.model_path:
+        return read_weights(config.model_path)
+    if config.pretrained:
+        return read_weights(find_pretrained(config.backbone, config.pretrained))
+    if config.freeze_train:
         print("attention: freeze_train without pretrained weights freezes a backbone that has learned nothing yet")
-    return model
+    return None
 
 
 def make_trainer(

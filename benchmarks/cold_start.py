@@ -44,6 +44,8 @@ def write_checkpoint(path: Path) -> None:
         "class_names": [f"class {i}" for i in range(10)],
         "preprocessing": Preprocessing.from_dict(config.as_dict()).as_dict(),
         "config": config.as_dict(),
+        "calibration": {},
+        "origin": {},
         "weights_in_training": {},
         "optimizer": optimizer.state_dict(),
         "scaler": {},

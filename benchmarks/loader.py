@@ -35,9 +35,9 @@ from utils.data import FileSource, ImageDataset, train_loader
 from utils.images import open_image
 from utils.lists import list_in_memory
 from utils.scan import pictures_below
-from utils.transforms import Normalise, Preprocessing, TrainTransform
+from utils.transforms import Normalise, Preprocessing, TrainTransform, settle_preprocessing
 
-CONFIG = TrainConfig()
+CONFIG = settle_preprocessing(TrainConfig(), {})
 BATCH = 20
 
 

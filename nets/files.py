@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import io
 import json
+import math
 import os
 import pickletools
 import re
@@ -11,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,8 +80,8 @@ def read_note(path: Path) -> dict[str, Any] | None:
 
 
 def open_safely(path: str | Path) -> Any:
-    """What a `.safetensors` file or a file of `torch.save` holds, on the CPU. Nothing in the file is executed, and no
-    more memory is taken than the file has bytes.
+    """What a `.safetensors` file, an `.npz` of numpy's or a file of `torch.save` holds, on the CPU; which of them it is
+    tells its beginning, not its name. Nothing in the file is executed, and no more memory is taken than it has bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -86,15 +90,20 @@ def open_safely(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    if zipfile.is_zipfile(path):
+    archived = zipfile.is_zipfile(path)
+    if archived:
         _check_archive(path)
     try:
-        if path.suffix == ".safetensors":
+        if archived and _is_npz(path):
+            content = _load_npz(path)
+        elif not archived and _is_safetensors(path):
             from safetensors.torch import load_file
 
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Meta's checkpoints have the command line beside the weights, as plain attributes.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a broken file makes the readers raise nearly every type there is
@@ -131,6 +140,40 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path} is damaged: its archive can't be read ({error})") from error
     if broken:
         raise ValueError(f"{path} is damaged: the checksum of {broken} in it doesn't match")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether it begins as such a file: the length of a header, in 8 bytes, and the header's brace."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _is_npz(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _load_npz(path: Path) -> dict[str, Tensor]:
+    """The arrays of numbers in a file of numpy's, of which `_check_archive` has seen that all of it is there.
+
+    Raises:
+        ValueError: one is no array of numbers, or claims to be larger than it is.
+    """
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            content = archive.read(entry)
+            with io.BytesIO(content) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, by_columns, dtype = read(file)
+                start = file.tell()
+            if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(content) - start:
+                raise ValueError(f"{entry.filename} is no array of numbers, or not all of it is there")
+            array = np.frombuffer(content, dtype, offset=start).reshape(shape, order="F" if by_columns else "C")
+            arrays[entry.filename.removesuffix(".npy")] = torch.from_numpy(array.copy())
+    return arrays
 
 
 def _directory_offset(path: Path, comment: int) -> int:
@@ -173,6 +216,12 @@ def _parts(file: BinaryIO) -> tuple[int, bytes, bytes]:
     file.seek(max(0, body - len(MARK)))
     mark = file.read(min(len(MARK), body))
     return body, mark, file.read()
+
+
+def digest_file(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return _sha256(file, path.stat().st_size).decode()
 
 
 def _sha256(file: BinaryIO, size: int) -> bytes:

@@ -29,13 +29,19 @@ class FreezableNetwork(nn.Module):
     Attributes:
         head: the linear layer from what the backbone makes of a picture, (B, C), to logits (B, classes).
         arguments: what `nets.build_model` needs to build this network again; a checkpoint carries it.
+        ignored_rates: those of its `drop_rate`, `attn_drop_rate` and `drop_path_rate` that it has no place for.
+
+    Args:
+        head_drop_rate: dropout before the head.
     """
 
     head: nn.Linear
     arguments: dict[str, Any]
+    ignored_rates: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, head_drop_rate: float = 0.0) -> None:
         super().__init__()
+        self.head_drop = nn.Dropout(head_drop_rate) if head_drop_rate else nn.Identity()
         self._num_frozen_parts = 0
 
     @abstractmethod
@@ -52,7 +58,7 @@ class FreezableNetwork(nn.Module):
 
         For a given picture it is always the same.
         """
-        for part in self.parts()[: self._num_frozen_parts]:
+        for part in self._frozen_parts():
             x = part.forward(x)
         return x
 
@@ -60,7 +66,7 @@ class FreezableNetwork(nn.Module):
         """The output of `forward_frozen` to logits (B, classes)."""
         for part in self.parts()[self._num_frozen_parts :]:
             x = part.forward(x)
-        return self.head(x)
+        return self.head(self.head_drop(x))
 
     def forward_embedding(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, height, width) to what the head takes, (B, C)."""
@@ -68,11 +74,35 @@ class FreezableNetwork(nn.Module):
             x = part.forward(x)
         return x
 
+    def adopt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict as others publish it of this network, under the names that it has here."""
+        return state
+
+    @property
+    def transformer(self) -> bool:
+        """Whether it is trained as transformers are: those that have layer norms are."""
+        return any(isinstance(module, nn.LayerNorm) for module in self.modules())
+
+    @property
+    @abstractmethod
+    def map_layer(self) -> nn.Module:
+        """The last module whose output has a place for each part of the picture."""
+
+    @abstractmethod
+    def to_map(self, x: Tensor) -> Tensor:
+        """What `map_layer` gives as a map (B, C, rows, columns)."""
+
     def layers(self) -> dict[str, int]:
         """The layer of each parameter by its name: the number of its part; the head's is that of the last part."""
         parts = self.parts()
         numbers = {id(parameter): number for number, part in enumerate(parts) for parameter in _parameters(part)}
         return {name: numbers.get(id(parameter), len(parts) - 1) for name, parameter in self.named_parameters()}
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """The parameters and buffers that are frozen, by name."""
+        frozen = {id(tensor) for part in self._frozen_parts() for tensor in (*_parameters(part), *_buffers(part))}
+        named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name: tensor for name, tensor in named.items() if id(tensor) in frozen}
 
     def freeze_backbone(self, blocks: int | str = 8) -> None:
         """Freeze the first part and the `blocks` after it; with "all", everything but the head.
@@ -89,7 +119,7 @@ class FreezableNetwork(nn.Module):
             raise ValueError(f'freeze_blocks={blocks!r}: this network has {depth} blocks; give 0 to {depth}, or "all"')
         self.unfreeze_backbone()
         self._num_frozen_parts = len(parts) if blocks == "all" else 1 + blocks
-        for part in parts[: self._num_frozen_parts]:
+        for part in self._frozen_parts():
             for owned in part.owned:
                 owned.requires_grad_(False)
         self.train(self.training)
@@ -100,10 +130,13 @@ class FreezableNetwork(nn.Module):
         self.requires_grad_(True)
         self.train(self.training)
 
+    def _frozen_parts(self) -> list[Part]:
+        return self.parts()[: self._num_frozen_parts]
+
     def train(self: Network, mode: bool = True) -> Network:
         """Like `nn.Module.train`, but a frozen part stays in eval mode."""
         super().train(mode)
-        for part in self.parts()[: self._num_frozen_parts]:
+        for part in self._frozen_parts():
             for owned in part.owned:
                 if isinstance(owned, nn.Module):
                     owned.eval()
@@ -112,3 +145,7 @@ class FreezableNetwork(nn.Module):
 
 def _parameters(part: Part) -> list[nn.Parameter]:
     return [p for owned in part.owned for p in ([owned] if isinstance(owned, nn.Parameter) else owned.parameters())]
+
+
+def _buffers(part: Part) -> list[Tensor]:
+    return [buffer for owned in part.owned if isinstance(owned, nn.Module) for buffer in owned.buffers()]

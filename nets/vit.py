@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nets.freezing import FreezableNetwork, Part
-from nets.weights import find_pretrained, load_weights, read_weights
+from nets.pretrained import find_pretrained
+from nets.weights import load_weights, read_weights
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,16 @@ class Size:
 
 # Base, large and huge: table 1 of the ViT paper. Tiny and small: table 1 of DeiT, https://arxiv.org/abs/2012.12877.
 # Patch 4 is for pictures of about 16 to 64 pixels, where a patch of 16 would leave hardly any tokens; vit_xs is
-# vit_t with half its blocks. Patch 14 is DINOv2's.
+# vit_t with half its blocks. Patch 8 is DINO's, patch 14 DINOv2's.
 SIZES: dict[str, Size] = {
     "vit_xs_4": Size(patch_size=4, num_features=192, depth=6, num_heads=3),
     "vit_t_4": Size(patch_size=4, num_features=192, depth=12, num_heads=3),
     "vit_s_4": Size(patch_size=4, num_features=384, depth=12, num_heads=6),
+    "vit_s_8": Size(patch_size=8, num_features=384, depth=12, num_heads=6),
+    "vit_b_8": Size(patch_size=8, num_features=768, depth=12, num_heads=12),
     "vit_s_14": Size(patch_size=14, num_features=384, depth=12, num_heads=6),
+    "vit_b_14": Size(patch_size=14, num_features=768, depth=12, num_heads=12),
+    "vit_l_14": Size(patch_size=14, num_features=1024, depth=24, num_heads=16),
     "vit_t_16": Size(patch_size=16, num_features=192, depth=12, num_heads=3),
     "vit_s_16": Size(patch_size=16, num_features=384, depth=12, num_heads=6),
     "vit_b_16": Size(patch_size=16, num_features=768, depth=12, num_heads=12),
@@ -54,8 +59,9 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
 }
 
-# The paper's authors' epsilon, not torch's 1e-5.
-LAYER_NORM: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6)
+NORM_EPS = 1e-6
+"""Of the norms: the paper's authors', not torch's 1e-5. Some projects' weights go with another."""
+LAYER_NORM: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=NORM_EPS)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate: float = 0.0) -> Tensor:
@@ -203,6 +209,8 @@ class VisionTransformer(FreezableNetwork):
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         norm_layer: makes a norm from a width.
         act_layer: makes an activation; `nn.GELU` for weights of projects that use the exact one.
+        num_registers: learned tokens without a place, between the class token and the patches, in which the network
+            keeps notes (Darcet et al., 2024, https://arxiv.org/abs/2309.16588); DINOv2 has 4 or none.
 
     Raises:
         ValueError: the patch doesn't divide the input shape, or the heads don't divide the width.
@@ -224,6 +232,7 @@ class VisionTransformer(FreezableNetwork):
         drop_path_rate: float = 0.1,
         norm_layer: Callable[[int], nn.Module] = LAYER_NORM,
         act_layer: Callable[[], nn.Module] = ACTIVATIONS["gelu_tanh"],
+        num_registers: int = 0,
     ) -> None:
         super().__init__()
         check_input_shape(input_shape, patch_size)
@@ -231,6 +240,8 @@ class VisionTransformer(FreezableNetwork):
         self.patch_embed = PatchEmbed(patch_size, in_chans, num_features)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, num_features))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], num_features))
+        self.reg_token = nn.Parameter(torch.zeros(1, num_registers, num_features)) if num_registers else None
+        self.num_prefix_tokens = 1 + num_registers
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
             Block(num_features, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, rate, norm_layer, act_layer)
@@ -239,15 +250,17 @@ class VisionTransformer(FreezableNetwork):
         self.norm = norm_layer(num_features)
         self.head = nn.Linear(num_features, num_classes)
 
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for tokens in filter(lambda tokens: tokens is not None, (self.cls_token, self.pos_embed, self.reg_token)):
+            nn.init.trunc_normal_(tokens, std=0.02)
         self.apply(_init_weights)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to tokens (B, N, C), the class token first."""
+        """Pictures (B, 3, height, width) to tokens (B, N, C): the class token, registers, patches."""
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.pos_drop(x + self.pos_embed)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        if self.reg_token is not None:
+            x = torch.cat([x[:, :1], self.reg_token.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
+        return self.pos_drop(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, height, width) to normalised tokens (B, N, C), the class token first."""
@@ -264,8 +277,9 @@ class VisionTransformer(FreezableNetwork):
         """Embeddings, blocks, norm. The last block leaves out the tokens that the head doesn't look at, so that behind
         it N is 1, and behind the norm there is the class token alone, (B, C)."""
         *blocks, last = self.blocks
+        embeddings = (self.patch_embed, self.pos_drop, self.cls_token, self.pos_embed, self.reg_token)
         return [
-            Part(self.embed, (self.patch_embed, self.pos_drop, self.cls_token, self.pos_embed)),
+            Part(self.embed, tuple(part for part in embeddings if part is not None)),
             *(Part(block, (block,)) for block in blocks),
             Part(partial(last, num_queries=1), (last,)),
             Part(lambda x: self.norm(x)[:, 0], (self.norm,)),
@@ -273,9 +287,12 @@ class VisionTransformer(FreezableNetwork):
 
     @property
     def map_layer(self) -> nn.Module:
-        """The last module that the whole picture goes through: each token of its output (B, N, C), but for the first,
-        is of one patch."""
+        """The last module that the whole picture goes through."""
         return self.blocks[-1].norm1
+
+    def to_map(self, x: Tensor) -> Tensor:
+        """What `map_layer` gives, (B, N, C), as a map (B, C, rows, columns) of the patches."""
+        return x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
 
 
 def vit(
@@ -285,38 +302,39 @@ def vit(
     *,
     name: str = "vit_b_16",
     activation: str = "gelu_tanh",
+    norm_eps: float = NORM_EPS,
+    num_registers: int = 0,
     drop_rate: float = 0.1,
     attn_drop_rate: float = 0.1,
     drop_path_rate: float = 0.1,
 ) -> VisionTransformer:
     """A ViT of one of the `SIZES`, base with patch 16 unless told.
 
-    `pretrained` starts from published weights (see `nets.weights.find_pretrained`), whose kind of GELU then takes the
-    place of `activation`; their head is kept if it has `num_classes` outputs.
+    `pretrained` starts from published weights (see `nets.pretrained.find_pretrained`); their kind of GELU, epsilon and
+    registers then take the place of `activation`, `norm_eps` and `num_registers`, and their head is kept if it has
+    `num_classes` outputs.
 
     >>> vit(input_shape=[224, 224], num_classes=12).head.out_features
     12
     """
-    source = find_pretrained(name) if pretrained else None
-    if source:
-        activation = source.activation
+    variant = {"activation": activation, "norm_eps": norm_eps, "num_registers": num_registers}
+    weights = read_weights(find_pretrained(name)) if pretrained else None
+    if weights:
+        variant |= weights.variant
     model = VisionTransformer(
         input_shape,
         num_classes=num_classes,
         drop_rate=drop_rate,
         attn_drop_rate=attn_drop_rate,
         drop_path_rate=drop_path_rate,
-        act_layer=ACTIVATIONS[activation],
+        norm_layer=partial(nn.LayerNorm, eps=variant["norm_eps"]),
+        act_layer=ACTIVATIONS[variant["activation"]],
+        num_registers=variant["num_registers"],
         **vars(SIZES[name]),
     )
-    if source:
-        load_weights(model, read_weights(source.path))
-    model.arguments = {
-        "name": name,
-        "num_classes": num_classes,
-        "input_shape": list(input_shape),
-        "activation": activation,
-    }
+    if weights:
+        load_weights(model, weights)
+    model.arguments = {"name": name, "num_classes": num_classes, "input_shape": list(input_shape)} | variant
     return model
 
 

@@ -1,97 +1,59 @@
-"""Pretrained weights: where they are, and how they get into our networks."""
+"""Files of weights, whoever wrote them, into our networks: all of them, or an error."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from nets.files import open_safely
-
-# timm's weights of the same networks on the Hugging Face hub. The names say what they learned from: ImageNet-21k,
-# and most of them ImageNet-1k after it; DINOv2's learned from 142 million pictures without labels.
-HUB_REPOS: dict[str, str] = {
-    "vit_t_16": "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
-    "vit_s_14": "timm/vit_small_patch14_dinov2.lvd142m",
-    "vit_s_16": "timm/vit_small_patch16_224.augreg_in21k_ft_in1k",
-    "vit_b_16": "timm/vit_base_patch16_224.augreg2_in21k_ft_in1k",
-    "vit_l_16": "timm/vit_large_patch16_224.augreg_in21k_ft_in1k",
-    "vit_b_32": "timm/vit_base_patch32_224.augreg_in21k_ft_in1k",
-    "vit_l_32": "timm/vit_large_patch32_384.orig_in21k_ft_in1k",
-    "vit_h_14": "timm/vit_huge_patch14_224.orig_in21k",
-}
-HUB_FILE = "model.safetensors"
-
-# The file that users of this layout have, made for the tanh GELU; everything else here comes from timm.
-LAYOUT_FILES: dict[str, str] = {"vit_b_16": "vit-patch_16.pth"}
-
-
-@dataclass(frozen=True)
-class PretrainedSource:
-    """A file of weights, and the kind of GELU (a key of `nets.vit.ACTIVATIONS`) that they were trained with."""
-
-    path: Path
-    activation: str
-
-
-def find_pretrained(name: str, folder: str | Path = "model_data") -> PretrainedSource:
-    """The pretrained weights of the network `name`: from `folder`, else from the hub's cache, else downloaded to it.
-
-    In `folder` it looks for this layout's `vit-patch_16.pth` (base only), then for timm's weights as
-    `<name>.safetensors` or `<name>.pth`.
-
-    Raises:
-        ValueError: no weights are published for `name`.
-        FileNotFoundError: not in `folder`, and the hub can't be reached; says what to put where.
-    """
-    folder = Path(folder)
-    if name in LAYOUT_FILES and (folder / LAYOUT_FILES[name]).is_file():
-        return PretrainedSource(folder / LAYOUT_FILES[name], "gelu_tanh")
-    for suffix in (".safetensors", ".pth"):
-        if (folder / f"{name}{suffix}").is_file():
-            return PretrainedSource(folder / f"{name}{suffix}", "gelu")
-    if name not in HUB_REPOS:
-        raise ValueError(
-            f"pretrained=True: no weights are published for backbone={name!r}, only for {', '.join(HUB_REPOS)}; "
-            f"choose one of them, or set pretrained=False"
-        )
-    return PretrainedSource(_download(HUB_REPOS[name], folder / f"{name}.safetensors"), "gelu")
-
-
-def _download(repo: str, fallback: Path) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.hf_hub_download(repo_id=repo, filename=HUB_FILE))
-    except Exception as error:  # the hub's client lets through whatever its HTTP library raises
-        raise FileNotFoundError(
-            f"pretrained=True: {HUB_FILE} of {repo} could not be fetched from the Hugging Face hub ({error}). "
-            f"Fetch it where there is a network and put it at {fallback}, or set pretrained=False"
-        ) from error
+from nets.description import known_fields, read_description
+from nets.files import digest_file, open_safely
+from nets.freezing import FreezableNetwork
+from nets.hub import Found
+from nets.sources import State, recognise, to_our_names, unwrap
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, and, where the file is a checkpoint of Thaw, the arguments that built their network."""
+    """Tensors by name, and what is known of the network that they are of.
+
+    Attributes:
+        path: the file.
+        source: whose they are, for messages.
+        state: under the names of the networks here, if they are a ViT's, else under their own.
+        variant: how their network differs from ours by default: arguments of `nets.vit.vit`.
+        preprocessing: what they expect of pictures, by the names of the config's fields, as far as it is known.
+        input_shape: height and width of the pictures that they are for; None: a square.
+        resampling: how their position embedding is resampled, as arguments of `F.interpolate`.
+        left_out: names of tensors that a classifier has no use for.
+        origin: where they are from: file, SHA-256, and repository and revision of what was downloaded.
+    """
 
     path: Path
-    state: dict[str, Tensor]
-    arguments: dict[str, Any] | None
+    source: str
+    state: State
+    variant: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    input_shape: tuple[int, int] | None = None
+    resampling: Mapping[str, bool] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def grid(self) -> tuple[int, int]:
-        """Patches down and across that the position embedding is for: a square, unless the arguments tell.
+        """Patches down and across that the position embedding is for: a square, unless the input shape tells.
 
         Raises:
             ValueError: nothing tells, and they are no square.
         """
-        if self.arguments:
+        if self.input_shape:
             patch = self.state["patch_embed.proj.weight"].shape[-1]
-            return (self.arguments["input_shape"][0] // patch, self.arguments["input_shape"][1] // patch)
+            return (self.input_shape[0] // patch, self.input_shape[1] // patch)
         patches = self.state["pos_embed"].shape[1] - 1
         side = math.isqrt(patches)
         if side * side != patches:
@@ -102,50 +64,86 @@ class Weights:
         return (side, side)
 
 
-def read_weights(path: str | Path) -> Weights:
-    """The weights in a `.safetensors` file, a state dict saved by torch, or a checkpoint of Thaw.
+# This layout's file, made for the tanh GELU. Its tensors have timm's names, so that only its own name tells it.
+LAYOUT_FILE = "vit-patch_16.pth"
+
+
+def read_weights(file: str | Path | Found) -> Weights:
+    """The weights in a file, recognised by the names of its tensors: a checkpoint of Thaw, or a file of one of
+    `nets.sources.SOURCES` (`.safetensors`, `.npz`, or saved by torch), or of any other network under its own names.
+
+    Args:
+        file: the file, and where it was downloaded from. A `config.json` and `preprocessor_config.json` beside it, as
+            timm and Hugging Face write them, say what the weights expect.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it can't be opened, would run code, or holds no tensors by name.
+        ValueError: it can't be opened, would run code, holds no tensors by name, or is of a network that has what ours
+            hasn't.
     """
+    path, downloaded = (file.path, file.origin) if isinstance(file, Found) else (Path(file), {})
     content = open_safely(path)
-    arguments = None
+    origin = {"file": str(path), "sha256": digest_file(path), **downloaded}
     if isinstance(content, dict) and isinstance(content.get("weights"), dict):
-        content, arguments = content["weights"], content.get("model")
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no state dict (tensors by name)")
-    return Weights(Path(path), fold_layer_scale(content), arguments)
+        return _of_checkpoint(path, content, origin)
+    try:
+        state, wrapped = unwrap(content)
+        source = recognise(state, wrapped)
+        if source is None:
+            return Weights(path, "a network's own names", state, origin=origin)
+        state, left_out = to_our_names(state, source)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be used: {error}") from error
+    variant = dict(source.variant)
+    if path.name == LAYOUT_FILE:
+        variant["activation"] = "gelu_tanh"
+    if "reg_token" in state:
+        variant["num_registers"] = state["reg_token"].shape[1]
+    told_variant, told_preprocessing = read_description(path.parent)
+    return Weights(
+        path,
+        source.name if path.name != LAYOUT_FILE else f"this layout's {LAYOUT_FILE}",
+        state,
+        variant | told_variant,
+        dict(source.preprocessing) | told_preprocessing,
+        resampling=source.resampling,
+        left_out=tuple(left_out),
+        origin=origin,
+    )
 
 
-def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without LayerScale (Touvron et al., 2021; DINOv2 has it), which gives the same outputs.
+def _of_checkpoint(path: Path, content: dict[str, Any], origin: Mapping[str, str]) -> Weights:
+    arguments, preprocessing = content.get("model"), content.get("preprocessing", {})
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("input_shape"), list):
+        raise ValueError(f"{path} can't be used: it is no checkpoint of Thaw, though it has weights as one has them")
+    variant = {name: arguments[name] for name in ("activation", "norm_eps", "num_registers") if name in arguments}
+    return Weights(
+        path,
+        "a checkpoint of Thaw",
+        content["weights"],
+        variant,
+        known_fields(preprocessing),
+        input_shape=tuple(arguments["input_shape"]),
+        origin=origin,
+    )
 
-    LayerScale multiplies what a residual branch adds, channel by channel. So does multiplying the rows of the linear
-    layer that the branch ends with, and its bias.
-    """
-    folded = {name: tensor for name, tensor in state.items() if not name.endswith((".ls1.gamma", ".ls2.gamma"))}
-    for branch, last_layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
-        for name in [name for name in state if name.endswith(f".{branch}.gamma")]:
-            gamma = state[name].float()
-            layer = name.removesuffix(f"{branch}.gamma") + last_layer
-            folded[f"{layer}.weight"] = state[f"{layer}.weight"].float() * gamma[:, None]
-            folded[f"{layer}.bias"] = state[f"{layer}.bias"].float() * gamma
-    return folded
 
-
-def load_weights(model: nn.Module, weights: Weights) -> None:
-    """Load `weights` into a ViT, strictly but for two things, each of which is printed.
+def load_weights(model: FreezableNetwork, weights: Weights) -> None:
+    """Load `weights` into a network of `nets`, strictly but for three things, each of which is printed.
 
     A position embedding made for another grid of patches is resampled; a head for another number of classes is left
-    out, and the model keeps its own.
+    out, and the model keeps its own; tensors that a classifier has no use for are left out.
 
     Raises:
         ValueError: names or shapes differ in anything else; the message lists the first of them.
     """
-    own, state = model.state_dict(), dict(weights.state)
-    if {"pos_embed", "patch_embed.proj.weight"} <= state.keys() and weights.grid() != model.grid:
-        state["pos_embed"] = resample_pos_embed(state["pos_embed"], weights.grid(), model.grid)
+    own, state = model.state_dict(), model.adopt(dict(weights.state))
+    print(f"{weights.path}: {weights.source}")
+    if weights.left_out:
+        named = ", ".join(weights.left_out[:3]) + (", ..." if len(weights.left_out) > 3 else "")
+        print(f"{weights.path}: {len(weights.left_out)} tensors that a classifier doesn't need are left out: {named}")
+    if {"pos_embed", "patch_embed.proj.weight"} <= state.keys() & own.keys() and weights.grid() != model.grid:
+        state["pos_embed"] = resample_pos_embed(state["pos_embed"], weights.grid(), model.grid, **weights.resampling)
         print(f"{weights.path}: position embedding resampled to {model.grid[0]} x {model.grid[1]} patches")
     head = {name for name in own if name.startswith("head.")}
     if any(name not in state or state[name].shape != own[name].shape for name in head):
@@ -153,6 +151,12 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
         ours = own["head.bias"].shape[0]
         print(f"{weights.path}: its head of {outputs} classes is left out, ours starts anew with {ours}")
         state = {name: value for name, value in state.items() if name not in head} | {name: own[name] for name in head}
+    check_fit(own, state, weights.path)
+    model.load_state_dict(state)
+
+
+def check_fit(own: State, state: State, path: Path) -> None:
+    """Raise a ValueError that lists the first differences in names and shapes, if there are any."""
     faults = {
         "missing": [name for name in own if name not in state],
         "not ours": [name for name in state if name not in own],
@@ -164,16 +168,16 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
     }
     if any(faults.values()):
         told = "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in faults.items() if names)
-        raise ValueError(f"{weights.path} doesn't fit this network ({told}): check backbone and input_shape")
-    model.load_state_dict(state)
+        raise ValueError(f"{path} doesn't fit this network ({told}): check backbone and input_shape")
 
 
-def resample_pos_embed(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+def resample_pos_embed(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int], **options: bool) -> Tensor:
     """Resample a position embedding (1, 1 + h * w, C) from the grid of patches `source` = (h, w) to `target`.
 
-    Bicubic, the class token's entry stays as it is; see section 3.2 of the ViT paper.
+    Bicubic, the class token's entry stays as it is; see section 3.2 of the ViT paper. `options` go to `F.interpolate`:
+    projects differ in them.
     """
     class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
     patches = patches.unflatten(1, source).permute(0, 3, 1, 2)  # (1, h * w, C) -> (1, C, h, w)
-    patches = F.interpolate(patches.float(), size=target, mode="bicubic", align_corners=False).to(pos_embed.dtype)
+    patches = F.interpolate(patches.float(), size=target, mode="bicubic", **options).to(pos_embed.dtype)
     return torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)

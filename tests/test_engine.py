@@ -262,10 +262,9 @@ def test_the_loss_scaler_is_restored():
 
 def test_only_convolutional_networks_have_their_channels_last():
     preprocessing = Preprocessing.from_dict(CONFIG.as_dict())
-    for name, channels_last in (("vit_xs_4", False), ("some_resnet", True)):
-        convolution = nn.Conv2d(3, 5, 3)
-        convolution.arguments = {"name": name}
-        weight = pixel_network(convolution, preprocessing, CPU)[1].weight
+    for name, channels_last in (("vit_xs_4", False), ("resnet18", True)):
+        model = pixel_network(build_model(name, 2, (8, 8)), preprocessing, CPU)[1]
+        weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
         assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 

@@ -24,50 +24,50 @@ def make_classifier(model: nn.Module, shape: tuple[int, int] = SHAPE) -> Classif
     return Classifier(network, preprocessing, EvalTransform(preprocessing), ["a", "b", "c"], CPU, "fp32")
 
 
-def vit() -> nn.Module:
+def vit(shape: tuple[int, int] = SHAPE) -> nn.Module:
     torch.manual_seed(0)
-    return build_model("vit_xs_4", 3, SHAPE)
+    return build_model("vit_xs_4", 3, shape)
 
 
 def pixels(n: int = 2, shape: tuple[int, int] = SHAPE) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-class SmallCnn(nn.Module):
-    """A network of convolutions behind the interface of `nets`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
-        self.head = nn.Linear(16, 3)
-        self.map_layer = self.features[-1]
-        self.arguments = {"name": "small_cnn"}
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(x).mean(dim=(2, 3)))
+def resnet(shape: tuple[int, int]) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("resnet18", 3, shape)
 
 
-@pytest.mark.parametrize("make", [vit, SmallCnn])
-def test_the_map_of_a_class_is_that_of_grad_cam(make):
-    model = make().eval()
-    classifier = make_classifier(model)
-    batch, class_ids = pixels(), torch.tensor([2, 0])
+def swin(shape: tuple[int, int]) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model("swin_transformer_tiny", 3, shape)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "expected_grid"),
+    [(vit, SHAPE, (8, 12)), (resnet, (128, 160), (4, 5)), (swin, (128, 160), (4, 5))],
+)
+def test_the_map_of_a_class_is_that_of_grad_cam(make, shape, expected_grid):
+    model = make(shape).eval()
+    classifier = make_classifier(model, shape)
+    batch, class_ids = pixels(shape=shape), torch.tensor([2, 0])
     maps = explain(classifier, batch, class_ids)
     grid = tuple(maps.cam.shape[1:])
-    assert grid == (8, 12)
+    assert grid == expected_grid
 
-    def to_map(tokens: torch.Tensor) -> torch.Tensor:
-        return tokens if tokens.ndim == 4 else tokens[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
+    def to_map(x: torch.Tensor) -> torch.Tensor:
+        if make is swin:
+            return x.permute(0, 3, 1, 2)
+        return x if x.ndim == 4 else x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
 
     with GradCAM(model, [model.map_layer], reshape_transform=to_map) as peer:
         normalised = classifier.network[0](batch)
         expected = peer(normalised, [ClassifierOutputTarget(int(k)) for k in class_ids])  # (B, height, width)
     ours = np.stack(
-        [np.asarray(torch.nn.functional.interpolate(m[None, None], SHAPE, mode="bilinear")[0, 0]) for m in maps.cam]
+        [np.asarray(torch.nn.functional.interpolate(m[None, None], shape, mode="bilinear")[0, 0]) for m in maps.cam]
     )
     assert np.corrcoef(ours.ravel(), expected.ravel())[0, 1] > 0.99
-    assert (maps.rollout is None) == isinstance(model, SmallCnn)
+    assert (maps.rollout is None) == (make is not vit)
 
 
 def test_rollout_is_that_of_timms_attention():

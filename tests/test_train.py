@@ -21,6 +21,7 @@ from utils.config import TrainConfig
 from utils.engine import NonFiniteLoss
 from utils.lists import read_list
 from utils.resume import new_run_folder, open_run
+from utils.transforms import settle_preprocessing
 
 
 def only_run(folder: Path = Path()) -> Path:
@@ -53,7 +54,8 @@ def test_what_a_checkpoint_holds(trained):
     last = load_checkpoint(only_run() / LAST)
     assert last["class_names"] == ["dark", "light"]
     assert (last["epoch"], last["step"]) == (4, 36 // 8 + 3 * (36 // 6))
-    assert last["config"] == TrainConfig(**SMALL).as_dict()
+    assert last["config"] == settle_preprocessing(TrainConfig(**SMALL), {}).as_dict()
+    assert last["origin"] == {}
     assert last["preprocessing"]["input_shape"] == [8, 8]
     build_model(**last["model"]).load_state_dict(last["weights"], strict=True)
     assert [row["epoch"] for row in last["history"]] == [1, 2, 3, 4]
@@ -87,7 +89,7 @@ def test_tensorboard_has_scalars_pictures_and_the_graph(trained):
 def test_frozen_then_thawed(two_classes):
     """In stage 1 the frozen part stays as it was built; in stage 2 it moves."""
     config = TrainConfig(**SMALL | {"save_period": 1})
-    start = {name: value.clone() for name, value in train.make_model(config, 2).state_dict().items()}
+    start = {name: value.clone() for name, value in train.make_model(config, 2).model.state_dict().items()}
     train.main(config)
     first, second = (load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2))
     for name in start:
@@ -165,13 +167,14 @@ def test_resuming_from_an_older_checkpoint_is_refused(trained):
         train.main(TrainConfig(**SMALL, resume=str(older)))
 
 
-def test_resuming_needs_no_pretrained_weights_and_keeps_their_gelu(trained, monkeypatch, capsys):
+def test_resuming_needs_no_pretrained_weights_and_keeps_their_gelu(trained):
     resumed = load_checkpoint(only_run() / LAST)
     resumed["model"]["activation"] = "gelu"
+    resumed["preprocessing"]["interpolation"] = "bicubic"
     config = TrainConfig(**SMALL, pretrained=True)
-    model = train.make_model(config, 2, resumed)
+    settled, model, _ = train.make_model(config, 2, resumed)
     assert model.blocks[0].mlp.act.approximate == "none"
-    assert "activation: gelu_tanh -> gelu, as the weights have it" in capsys.readouterr().out
+    assert settled.interpolation == "bicubic"
     assert all(torch.equal(value, resumed["weights"][name]) for name, value in model.state_dict().items())
 
 
@@ -184,7 +187,7 @@ def test_resuming_a_finished_run_does_nothing(trained, capsys):
 
 def test_starting_from_weights(trained, tmp_path, capsys):
     best = only_run() / BEST
-    model = train.make_model(TrainConfig(**SMALL, model_path=str(best)), 2)
+    _, model, _ = train.make_model(TrainConfig(**SMALL, model_path=str(best)), 2)
     weights = load_checkpoint(best)["weights"]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     train.make_model(TrainConfig(**SMALL, model_path=str(best)), 3)
@@ -195,7 +198,7 @@ def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
     checkpoint = load_checkpoint(only_run() / BEST)
     checkpoint["model"]["activation"] = "gelu"
     torch.save(checkpoint, tmp_path / "w.pth")
-    model = train.make_model(TrainConfig(**SMALL, model_path=str(tmp_path / "w.pth")), 2)
+    _, model, _ = train.make_model(TrainConfig(**SMALL, model_path=str(tmp_path / "w.pth")), 2)
     assert model.blocks[0].mlp.act.approximate == "none"
 
 
@@ -203,7 +206,7 @@ def test_the_config_reaches_the_network():
     config = TrainConfig(
         **SMALL, drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4, activation="gelu", freeze_train=False
     )
-    block = train.make_model(config, 2).blocks[-1]
+    block = train.make_model(config, 2).model.blocks[-1]
     assert (block.mlp.drop1.p, block.attn.attn_drop_rate, block.drop_path.drop_rate) == pytest.approx((0.2, 0.3, 0.4))
     assert block.mlp.act.approximate == "none"
     with pytest.raises(ValueError, match="pretrained=True: no weights are published"):
@@ -211,7 +214,7 @@ def test_the_config_reaches_the_network():
 
 
 def test_another_seed_gives_other_weights():
-    one, same, other = (train.make_model(TrainConfig(**SMALL, seed=seed), 2).head.weight for seed in (1, 1, 2))
+    one, same, other = (train.make_model(TrainConfig(**SMALL, seed=seed), 2).model.head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -219,7 +222,7 @@ def test_another_seed_gives_other_weights():
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"backbone": "resnet50"}, "backbone='resnet50'"),
+        ({"backbone": "resnet51"}, "backbone='resnet51'"),
         ({"input_shape": (9, 8)}, "input_shape"),
         ({"freeze_blocks": 8}, "freeze_blocks=8: this network has 6 blocks"),
     ],
@@ -242,7 +245,7 @@ def test_summary_prints_and_leaves(two_classes, capsys):
     assert not Path("logs").exists()
     model = build_model("vit_xs_4", 2, (8, 8))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in told
-    assert "stage 1: epochs 1 to 1, frozen: embeddings and 4 blocks; 4 steps of 8 pictures" in told
+    assert "stage 1: epochs 1 to 1, frozen: embeddings or stem, and 4 blocks; 4 steps of 8 pictures" in told
     assert "stage 2: epochs 2 to 4, frozen: nothing; 6 steps of 6 pictures an epoch; learning" in told
     assert "attention: the pictures have" not in told
 

@@ -8,11 +8,12 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+from nets.pretrained import HUB_REPOS, find_pretrained
 from nets.vit import vit
-from nets.weights import HUB_REPOS, find_pretrained, load_weights, read_weights, resample_pos_embed
+from nets.weights import load_weights, read_weights, resample_pos_embed
 
 
 def tiny(num_classes=4, input_shape=(16, 16), **options):
@@ -35,8 +36,10 @@ def hub(here, monkeypatch):
     save_file(peer.state_dict(), here / "cached.safetensors")
     asked = []
 
-    def hf_hub_download(repo_id, filename):
-        asked.append((repo_id, filename))
+    def hf_hub_download(repo_id, filename, revision=None):
+        if filename != "model.safetensors":
+            raise EntryNotFoundError("no such file")
+        asked.append(repo_id)
         return str(here / "cached.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
@@ -45,7 +48,7 @@ def hub(here, monkeypatch):
 
 def test_pretrained_from_the_hub_equals_timm(hub, capsys):
     model = vit(input_shape=[224, 224], pretrained=True, num_classes=1000, name="vit_t_16").eval()
-    assert hub.asked == [("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "model.safetensors")]
+    assert hub.asked == ["timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), hub.peer(x), atol=1e-4, rtol=0)
@@ -76,8 +79,8 @@ def test_model_data_comes_before_the_hub(hub, here):
 
 def test_the_layouts_file_goes_with_its_gelu(here):
     (here / "model_data" / "vit-patch_16.pth").touch()
-    source = find_pretrained("vit_b_16")
-    assert (source.path.name, source.activation) == ("vit-patch_16.pth", "gelu_tanh")
+    torch.save(tiny().state_dict(), find_pretrained("vit_b_16").path)
+    assert read_weights("model_data/vit-patch_16.pth").variant == {"activation": "gelu_tanh"}
 
 
 class ReadError(Exception):
@@ -86,7 +89,7 @@ class ReadError(Exception):
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError, ReadError])
 def test_no_network_says_what_to_put_where(here, monkeypatch, error):
-    def offline(repo_id, filename):
+    def offline(repo_id, filename, revision=None):
         raise error("no connection")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
@@ -102,8 +105,10 @@ def test_network_without_published_weights(here):
 @pytest.mark.parametrize("grid", [(24, 24), (10, 14), (7, 7), (14, 14)])
 def test_resampling_equals_timms(grid):
     pos_embed = torch.randn(1, 1 + 14 * 14, 8, generator=torch.Generator().manual_seed(0))
-    peer = timm.layers.resample_abs_pos_embed(pos_embed, list(grid), antialias=False)
-    torch.testing.assert_close(resample_pos_embed(pos_embed, (14, 14), grid), peer, atol=1e-6, rtol=0)
+    for antialias in (False, True):
+        peer = timm.layers.resample_abs_pos_embed(pos_embed, list(grid), antialias=antialias)
+        own = resample_pos_embed(pos_embed, (14, 14), grid, antialias=antialias)
+        torch.testing.assert_close(own, peer, atol=1e-6, rtol=0)
 
 
 def test_resampling_from_a_grid_that_is_not_square():

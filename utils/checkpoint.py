@@ -12,7 +12,7 @@ from torch import Tensor
 from nets.files import check_seal, is_sealed, open_safely, read_note, seal
 from utils.files import format_bytes, free_bytes, write_whole
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 LAST = "last_epoch_weights.pth"
 BEST = "best_epoch_weights.pth"
 PERIODIC = re.compile(r"ep(\d+)-loss.*\.pth")
@@ -24,6 +24,7 @@ WHAT_IT_IS: dict[str, type] = {
     "preprocessing": dict,
     "config": dict,
     "calibration": dict,
+    "origin": dict,
 }
 HOW_FAR_IT_IS: dict[str, type] = {
     "weights_in_training": dict,

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from nets import TRANSFORMERS, build_model
+from nets import restore_model
+from nets.freezing import FreezableNetwork
 from utils.calibration import UNKNOWN, Calibration, Rejection
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import DTYPES, autocast, choose_precision, pick_device, tune_kernels
@@ -188,10 +189,10 @@ class Classifier:
             yield Prediction("", UNKNOWN if reason else classes[0][0], p[0], classes, reason)
 
 
-def pixel_network(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
+def pixel_network(model: FreezableNetwork, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
     """`model` behind the normalisation that it expects: uint8 pixels (B, 3, height, width) to logits. On `device`, in
     the order of memory and with the kernels that suit it there."""
-    convolutional = model.arguments["name"] not in TRANSFORMERS
+    convolutional = not model.transformer
     tune_kernels(device, convolutional)
     normalise = Normalise(preprocessing.image_mean, preprocessing.image_std)
     memory_format = torch.channels_last if convolutional else torch.preserve_format
@@ -226,20 +227,19 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False) -
     place = pick_device(device)
     checkpoint = load_checkpoint(find_checkpoint(str(path)))
     try:
-        with torch.device("meta"):  # no time is spent on weights that are replaced at once
-            model = build_model(**checkpoint["model"])
-        model.load_state_dict(checkpoint["weights"], assign=True)
+        model = restore_model(checkpoint["model"], checkpoint["weights"])
         preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
+        transform = EvalTransform(preprocessing)
         precision, _ = choose_precision(checkpoint["config"]["precision"], place)
         calibration = Calibration.from_dict(checkpoint["calibration"])
         if calibration and len(calibration.centre) != model.head.in_features:
             raise TypeError("its calibration is of another network")
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} can't be used: its parts don't fit together ({error})") from error
     return Classifier(
         network=cast_products(pixel_network(model, preprocessing, place), precision).eval(),
         preprocessing=preprocessing,
-        transform=EvalTransform(preprocessing),
+        transform=transform,
         class_names=checkpoint["class_names"],
         device=place,
         precision=precision,

@@ -29,20 +29,25 @@ class TrainConfig:
     """List of the validation pictures, which choose the best epoch; never the test pictures."""
 
     backbone: str = "vit_b_16"
-    """Network: vit_t_16, vit_s_14, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14 for photos; vit_xs_4,
-    vit_t_4 or vit_s_4 for pictures of about 16 to 64 pixels. Larger is slower and more accurate if there are pictures
-    enough."""
+    """Network. For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14; with DINOv2's
+    weights vit_s_14, vit_b_14 or vit_l_14; for fine detail, and slow, vit_s_8 or vit_b_8. Or another: resnet18, 34, 50,
+    101 or 152; mobilenetv2; vgg11, 13 or 16, also with _bn; swin_transformer_tiny, _small or _base; or timm/<name>, any
+    of timm's if that is installed. For pictures of about 16 to 64 pixels: vit_xs_4, vit_t_4 or vit_s_4. Larger is
+    slower and more accurate if there are pictures enough."""
 
     input_shape: tuple[int, int] = (224, 224)
     """Height and width in pixels that pictures are brought to, multiples of the network's patch. Larger shows finer
     detail; the time grows faster than the area."""
 
-    pretrained: bool = False
-    """Start from published weights of the backbone: from `model_data/`, else downloaded. With fewer than some ten
-    thousand pictures this decides how good the result is."""
+    pretrained: bool | str = False
+    """Start from published weights. True: those of the backbone, from `model_data/`, else downloaded. Or others for the
+    same network: a file, or a repository on the Hugging Face hub, such as "facebook/dinov2-small", with "@" and a
+    revision to have the same again later. With fewer than some ten thousand pictures this decides how good the result
+    is."""
 
     model_path: str = ""
-    """Start from the weights in this file (a checkpoint of Thaw or a state dict) instead. Empty: don't."""
+    """Start from the weights in this file instead: a checkpoint of Thaw, or a file of timm, torchvision, Hugging Face,
+    Google or Meta, which its tensors' names tell. Empty: don't."""
 
     resume: str = "auto"
     """What to go on with. `auto`: the newest run in `save_dir` with these settings that isn't finished, else a new one;
@@ -52,9 +57,10 @@ class TrainConfig:
     """Go on with a run though pictures were added, removed, renamed or relabelled in its lists since. It is then not
     what a run without interruption would have become."""
 
-    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
-    """GELU by its tanh approximation, this layout's, or exact, as in timm's and torchvision's weights. `pretrained`
-    sets it by itself; touch it when `model_path` holds weights of another project."""
+    activation: Literal["auto", "gelu_tanh", "gelu"] = "auto"
+    """A ViT's GELU: by its tanh approximation, or exact. `auto`: as the weights have it that training starts from;
+    without any the approximation, this layout's. Touch it for weights that don't tell, such as this layout's under
+    another file name than `vit-patch_16.pth`."""
 
     drop_rate: float = 0.1
     """Dropout in the network, 0 to below 1. Towards 0 for small networks, short runs and pretrained weights."""
@@ -73,8 +79,8 @@ class TrainConfig:
     """Epoch at which the backbone is thawed, at most `unfreeze_epoch`."""
 
     freeze_blocks: int | Literal["all"] = 8
-    """How many blocks, from the first, are frozen in the first stage, besides the embeddings; "all": everything but the
-    head. More is faster and safer with few pictures, fewer adapts better."""
+    """How many blocks, from the first, are frozen in the first stage, besides embeddings or stem; "all": everything but
+    the head. More is faster and safer with few pictures, fewer adapts better."""
 
     cache_features: bool = True
     """Compute what the frozen part makes of the pictures once, before the first stage, which then trains on that. With
@@ -154,8 +160,9 @@ class TrainConfig:
     """How evaluation brings a picture to `input_shape`. False: resize the short side and cut out the centre. True:
     show all of it, with grey (128) bars; for when what matters may lie at the border."""
 
-    eval_crop: float = 0.875
-    """The part of each side that the centre crop keeps, above 0 to 1. 1 for pictures that fill their frame."""
+    eval_crop: float | None = None
+    """The part of each side that the centre crop keeps, above 0 to 1. None: as the weights expect that training starts
+    from, without any 0.875. 1 for pictures that fill their frame."""
 
     train_crop: float = 0.08
     """The least area that a random training crop keeps, above 0 to 1. Towards 1 if a crop can cut off what matters."""
@@ -194,12 +201,15 @@ class TrainConfig:
     cache_dir: str = "cache"
     """Folder for what can be made again, such as that file. On a fast disk."""
 
-    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of red, green and blue (0 to 1) that is subtracted: ImageNet's, which DINOv2's weights (vit_s_14) expect.
-    timm's other ViT weights expect 0.5 0.5 0.5."""
+    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    """How pictures are resized. `auto`: as the weights expect, without any bilinear."""
 
-    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Deviation of red, green and blue that is divided by: ImageNet's, as above, or 0.5 0.5 0.5."""
+    image_mean: tuple[float, float, float] | None = None
+    """Mean of red, green and blue (0 to 1) that is subtracted. None: as the weights expect, without any ImageNet's,
+    0.485 0.456 0.406. Touch it for weights that don't tell (DeiT's have AugReg's names and ImageNet's mean)."""
+
+    image_std: tuple[float, float, float] | None = None
+    """Deviation of red, green and blue that is divided by. None: likewise, without any 0.229 0.224 0.225."""
 
     save_period: int = 10
     """Keep the checkpoint of every so many epochs by itself, besides the best and the last."""
@@ -236,7 +246,8 @@ class TrainConfig:
         for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum", "ema_decay"):
             check(field, 0 <= getattr(self, field) < 1, "give a number from 0 to below 1")
         for field in ("eval_crop", "train_crop", "layer_decay"):
-            check(field, 0 < getattr(self, field) <= 1, "give a number above 0, at most 1")
+            value = getattr(self, field)
+            check(field, value is None or 0 < value <= 1, "give a number above 0, at most 1")
         for field in ("horizontal_flip", "max_bad_fraction"):
             check(field, 0 <= getattr(self, field) <= 1, "give a number from 0 to 1")
         check(
@@ -267,8 +278,9 @@ class TrainConfig:
             f"the backbone is thawed by unfreeze_epoch ({self.unfreeze_epoch}) at the latest; lower it or raise that",
         )
         check("input_shape", min(self.input_shape) > 0, "give height and width in pixels")
-        check("image_std", min(self.image_std) > 0, "give three numbers above 0")
+        check("image_std", self.image_std is None or min(self.image_std) > 0, "give three numbers above 0")
         check("resume", self.resume != "", "give auto, no, or a run's folder")
+        check("pretrained", self.pretrained != "", "give True, False, a file, or a name on the Hugging Face hub")
         check("pretrained", not (self.pretrained and self.model_path), "set either pretrained or model_path, not both")
 
     def as_dict(self) -> dict[str, Any]:

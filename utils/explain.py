@@ -59,15 +59,13 @@ def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
     if not qkvs:
         return Maps(cam, None)
     weights = [_attention_weights(qkv, block.attn) for qkv, block in zip(qkvs, blocks, strict=True)]
-    return Maps(cam, _scaled(attention_rollout(weights)[:, 0, 1:].unflatten(1, model.grid)))
+    return Maps(cam, _scaled(attention_rollout(weights)[:, 0, model.num_prefix_tokens :].unflatten(1, model.grid)))
 
 
 def _grad_cam(features: Tensor, gradient: Tensor, model: nn.Module) -> Tensor:
     """The map (B, rows, columns) from what `model.map_layer` gave and the gradient there."""
-    if features.ndim == 3:  # tokens (B, N, C), the class token first
-        cam = (features[:, 1:] * gradient[:, 1:].mean(dim=1, keepdim=True)).sum(dim=2).unflatten(1, model.grid)
-    else:  # (B, C, rows, columns)
-        cam = (features * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1)
+    features, gradient = model.to_map(features), model.to_map(gradient)  # (B, C, rows, columns)
+    cam = (features * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1)
     return _scaled(cam.relu())
 
 

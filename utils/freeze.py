@@ -207,7 +207,7 @@ class FeatureCache:
     def _place(self, dataset: ImageDataset, list_path: str, num_views: int) -> tuple[Path, str]:
         """The file, and a glob of those whose place it takes."""
         model = self.frozen.model
-        frozen = {name: value for name, value in model.named_parameters() if not value.requires_grad}
+        frozen = model.frozen_state()
         of_list = digest([os.path.abspath(list_path), str(num_views), *frozen])
         of_content = digest(
             [
@@ -217,7 +217,6 @@ class FeatureCache:
                 dataset.class_ids.tobytes(),
                 *describe_files(dataset.source.images),
                 *(part for name, value in frozen.items() for part in (name, _bytes(value))),
-                *(part for name, value in model.named_buffers() for part in (name, _bytes(value))),
             ]
         )
         return Path(self.config.cache_dir, f"features-{of_list}-{of_content}.bin"), f"features-{of_list}-*.bin"

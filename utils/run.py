@@ -34,6 +34,15 @@ class Run:
         folder: the run's folder.
         history: a row of numbers for each finished epoch.
         finished: whether nothing is left to do, calibration included.
+
+    Args:
+        config: the settings.
+        model: the network.
+        trainer: what trains it.
+        class_names: name of each class id.
+        lists: the pictures, by the keys of `utils.resume.LIST_FILES`.
+        folder: the run's, from `utils.resume.open_run`.
+        origin: where the weights that it began with were from.
     """
 
     def __init__(
@@ -44,6 +53,7 @@ class Run:
         class_names: list[str],
         lists: Mapping[str, ImageList],
         folder: RunFolder,
+        origin: Mapping[str, str],
     ) -> None:
         self.config = config
         self.model = model
@@ -56,6 +66,7 @@ class Run:
             "class_names": class_names,
             "preprocessing": Preprocessing.from_dict(config.as_dict()).as_dict(),
             "config": config.as_dict(),
+            "origin": dict(origin),
             "lists": {key: images.digest() for key, images in lists.items()},
             "arithmetic": {
                 "torch": str(torch.__version__),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nets.backbones import OWN
 from utils.config import TrainConfig
 from utils.freeze import Stage
 from utils.images import ImageError, read_header
@@ -39,7 +40,7 @@ def format_model(model: nn.Module, stages: list[Stage]) -> str:
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        parts.setdefault(name.split(".")[0], []).append(parameter)
+        parts.setdefault(name.removeprefix(OWN).split(".")[0], []).append(parameter)
     table = {"parameters": [sum(p.numel() for p in part) for part in parts.values()]}
     for number, stage in enumerate(stages, start=1):
         stage.freeze(model)
@@ -57,7 +58,7 @@ def format_stages(stages: list[Stage], num_pictures: int) -> str:
     lines = []
     for number, stage in enumerate(stages, start=1):
         part = {"all": "all but the head", "nothing": "nothing"}.get(
-            stage.frozen, f"embeddings and {stage.frozen} blocks"
+            stage.frozen, f"embeddings or stem, and {stage.frozen} blocks"
         )
         steps, left = divmod(num_pictures, stage.batch_size)
         sitting_out = f" ({left} sit out, others each time)" if left else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,30 @@ from utils.augment import GREY, AutoAugment, random_box
 from utils.config import TrainConfig
 from utils.images import Box, Region, read_region
 
+# Where neither the settings nor the weights say anything.
+DEFAULTS: dict[str, Any] = {
+    "eval_crop": 0.875,
+    "interpolation": "bilinear",
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+}
+UNSET = (None, "auto")
+
+
+def settle_preprocessing(config: TrainConfig, expected: Mapping[str, Any]) -> TrainConfig:
+    """`config` with what it leaves open of `DEFAULTS` as the weights have it that training starts from, or else by
+    default.
+
+    Args:
+        config: the settings.
+        expected: what the weights expect, by the names of the fields; nothing without weights.
+
+    Raises:
+        ValueError: a field can't have the value that is expected.
+    """
+    opened = [name for name in DEFAULTS if getattr(config, name) in UNSET]
+    return dataclasses.replace(config, **{name: expected.get(name, DEFAULTS[name]) for name in opened})
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -28,14 +52,16 @@ class Preprocessing:
     input_shape: tuple[int, int]
     letterbox_image: bool
     eval_crop: float
+    interpolation: str
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocessing:
-        """Take the fields out of a checkpoint's preprocessing or a config; other keys are passed over."""
+        """Take the fields out of a checkpoint's preprocessing or a config; other keys are passed over, and fields that
+        are left open get their default."""
         names = [field.name for field in dataclasses.fields(Preprocessing)]
-        plain = {name: values[name] for name in names}
+        plain = {name: DEFAULTS[name] if values[name] in UNSET else values[name] for name in names}
         return Preprocessing(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
 
     def read(self, path: str, transform: Transform) -> Region:
@@ -87,6 +113,7 @@ class TrainTransform(Transform):
 
     def __init__(self, config: TrainConfig) -> None:
         self.size = config.input_shape
+        self.interpolation = Preprocessing.from_dict(config.as_dict()).interpolation
         self.least_area = config.train_crop
         self.horizontal_flip = config.horizontal_flip
         self.auto_augment = AutoAugment() if config.auto_augment else nn.Identity()
@@ -100,7 +127,7 @@ class TrainTransform(Transform):
         left, top, right, bottom = map(round, region.box)
         part = torch.from_numpy(region.pixels)[None, top : max(bottom, top + 1), left : max(right, left + 1)]
         # In this order of memory torch resizes uint8 as it is, several times as fast as Pillow.
-        return F.interpolate(part.permute(0, 3, 1, 2), self.size, mode="bilinear", antialias=True)[0]
+        return F.interpolate(part.permute(0, 3, 1, 2), self.size, mode=self.interpolation, antialias=True)[0]
 
     def augment(self, pixels: Tensor) -> Tensor:
         """Mirrored or not, then AutoAugment."""
@@ -120,6 +147,7 @@ class EvalTransform(Transform):
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.size = preprocessing.input_shape
         self.crop = preprocessing.eval_crop
+        self.filter = Image.Resampling[preprocessing.interpolation.upper()]
         self.letterbox = preprocessing.letterbox_image
 
     def choose_box(self, width: int, height: int) -> Box:
@@ -135,9 +163,9 @@ class EvalTransform(Transform):
         """The part, or all of it and grey, resized."""
         image, size = Image.fromarray(region.pixels), self.size[::-1]
         if self.letterbox:
-            image = ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=GREY)
+            image = ImageOps.pad(image, size, self.filter, color=GREY)
         else:
-            image = image.resize(size, Image.Resampling.BILINEAR, box=region.box)
+            image = image.resize(size, self.filter, box=region.box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

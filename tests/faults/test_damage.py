@@ -21,7 +21,8 @@ import eval as evaluation
 import predict
 import train
 from nets import files
-from nets.weights import find_pretrained, read_weights
+from nets.pretrained import find_pretrained
+from nets.weights import read_weights
 from tests.conftest import SMALL
 from utils import checkpoint, run
 from utils.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, save_checkpoint

@@ -1,0 +1,86 @@
+"""What timm and Hugging Face write beside a file of weights: how the network differs, and what pictures it expects."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Hugging Face's names for kinds of GELU, and ours."""
+FILTERS = {2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers for its filters, which Hugging Face's files have."""
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 < value <= 1
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_share, value))
+
+
+PREPROCESSING: dict[str, Callable[[Any], bool]] = {
+    "image_mean": _is_colour,
+    "image_std": _is_colour,
+    "interpolation": lambda value: value in FILTERS.values(),
+    "eval_crop": _is_share,
+}
+"""What a description may say of pictures, as the config calls it, and which values are taken."""
+
+
+def read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `config.json` (timm's, Hugging Face's) and `preprocessor_config.json` (Hugging Face's) in `folder` say.
+
+    Returns:
+        Of the network, arguments of `nets.vit.vit`; of pictures, the fields in `PREPROCESSING`. What can't be read, or
+        makes no sense, says nothing.
+    """
+    config, processor = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
+    variant: dict[str, Any] = {}
+    if isinstance(kind := config.get("hidden_act"), str) and kind in ACTIVATIONS:
+        variant["activation"] = ACTIVATIONS[kind]
+    if _is_share(epsilon := config.get("layer_norm_eps")):
+        variant["norm_eps"] = float(epsilon)
+    return variant, known_fields(_of_hugging_face(processor) | _of_timm(config.get("pretrained_cfg")))
+
+
+def known_fields(found: dict[str, Any]) -> dict[str, Any]:
+    """Those of `found` that are in `PREPROCESSING` and make sense, as plain types."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.items()
+        if name in PREPROCESSING and PREPROCESSING[name](value)
+    }
+
+
+def _of_hugging_face(processor: dict[str, Any]) -> dict[str, Any]:
+    size, crop = _short_side(processor.get("size")), _short_side(processor.get("crop_size"))
+    found = {"image_mean": processor.get("image_mean"), "image_std": processor.get("image_std")}
+    if (number := processor.get("resample")) in (2, 3):
+        found["interpolation"] = FILTERS[number]
+    if size:
+        found["eval_crop"] = crop / size if crop and processor.get("do_center_crop", True) else 1.0
+    return found
+
+
+def _of_timm(pretrained_cfg: Any) -> dict[str, Any]:
+    names = {"mean": "image_mean", "std": "image_std", "interpolation": "interpolation", "crop_pct": "eval_crop"}
+    known = pretrained_cfg if isinstance(pretrained_cfg, dict) else {}
+    return {names[name]: value for name, value in known.items() if name in names}
+
+
+def _short_side(size: Any) -> float | None:
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    return size if isinstance(size, int | float) and size > 0 else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
