@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nets.conversion import to_our_names, unwrap
 from nets.description import known_fields, read_description
 from nets.files import digest_file, open_safely
 from nets.freezing import FreezableNetwork
 from nets.hub import Found
-from nets.sources import State, recognise, to_our_names, unwrap
+from nets.sources import State, recognise
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def read_weights(file: str | Path | Found) -> Weights:
         if source is None:
             return Weights(path, "a network's own names", state, origin=origin)
         state, left_out = to_our_names(state, source)
-    except ValueError as error:
+    except (ValueError, IndexError, RuntimeError) as error:  # tensors of other shapes than their names promise
         raise ValueError(f"{path} can't be used: {error}") from error
     variant = dict(source.variant)
     if path.name == LAYOUT_FILE:

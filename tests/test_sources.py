@@ -316,6 +316,19 @@ def test_what_is_missing_is_named(here):
         load_weights(build_model("vit_t_16", 5, (SIDE, SIDE)), read_weights("w.pth"))
 
 
+def test_tensors_of_other_shapes_than_their_names_promise(here):
+    state = build_model("vit_xs_4", 2, (8, 8)).state_dict()
+    torch.save(state | {"pos_embed": torch.zeros(5)}, "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: its position embedding has the shape \(5,\)"):
+        read_weights("w.pth")
+    of_google()
+    arrays = dict(np.load("google.npz"))
+    arrays["Transformer/encoderblock_3/MultiHeadDotProductAttention_1/query/kernel"] = np.zeros(3, np.float32)
+    np.savez("w.npz", **arrays)
+    with pytest.raises(ValueError, match=r"w\.npz can't be used"):
+        read_weights("w.npz")
+
+
 @pytest.mark.parametrize("lost", ["k_proj", "v_proj"])
 def test_queries_without_keys_or_values(here, lost):
     of_hugging_face_vit(in_memory=True)
