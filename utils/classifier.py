@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nets import TRANSFORMERS, build_model
-from utils.calibration import UNKNOWN, Calibration, Rejection
+from utils.calibration import Calibration, Rejection
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import DTYPES, autocast, choose_precision, pick_device, tune_kernels
 from utils.images import ImageError, upright_rgb
 from utils.parallel import map_ahead
-from utils.prediction import Failure, Prediction
+from utils.prediction import Failure, Prediction, answer_with
 from utils.transforms import EvalTransform, Normalise, Preprocessing, Transform
 from utils.views import Views
 
@@ -184,8 +184,7 @@ class Classifier:
         values, ids = probabilities.topk(top_k)
         for p, k, distance in zip(values.tolist(), ids.tolist(), distances.tolist(), strict=True):
             classes = tuple((self.class_names[i], value) for i, value in zip(k, p, strict=True))
-            reason = rejection.reason(p[0], distance) if rejection else ""
-            yield Prediction("", UNKNOWN if reason else classes[0][0], p[0], classes, reason)
+            yield answer_with("", classes, rejection, distance)
 
 
 def pixel_network(model: nn.Module, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
@@ -211,13 +210,14 @@ def cast_products(network: nn.Module, precision: str) -> nn.Module:
     return network
 
 
-def load_classifier(path: str | Path, device: str = "auto", raw: bool = False) -> Classifier:
+def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, precision: str = "") -> Classifier:
     """Open a checkpoint, or the best one in a run's folder; nothing else is needed.
 
     Args:
         path: the file or folder.
         device: auto, cuda, cpu or mps.
         raw: give probabilities as the network does, without the temperature that was fitted after training.
+        precision: "fp32", "bf16" or "fp16"; empty: what the run was set to. Either as far as this device has it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -230,19 +230,19 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False) -
             model = build_model(**checkpoint["model"])
         model.load_state_dict(checkpoint["weights"], assign=True)
         preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
-        precision, _ = choose_precision(checkpoint["config"]["precision"], place)
+        arithmetic, _ = choose_precision(precision or checkpoint["config"]["precision"], place)
         calibration = Calibration.from_dict(checkpoint["calibration"])
         if calibration and len(calibration.centre) != model.head.in_features:
             raise TypeError("its calibration is of another network")
     except (TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} can't be used: its parts don't fit together ({error})") from error
     return Classifier(
-        network=cast_products(pixel_network(model, preprocessing, place), precision).eval(),
+        network=cast_products(pixel_network(model, preprocessing, place), arithmetic).eval(),
         preprocessing=preprocessing,
         transform=EvalTransform(preprocessing),
         class_names=checkpoint["class_names"],
         device=place,
-        precision=precision,
+        precision=arithmetic,
         calibration=calibration,
         raw=raw,
         config=checkpoint["config"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shutil
@@ -12,6 +13,9 @@ from typing import BinaryIO
 
 PARTIAL = ".partial"
 """Suffix of files that aren't whole yet. One that nobody writes to was left by a killed process and can go."""
+
+BLOCK = 1 << 22
+"""Bytes that are read at a time."""
 
 
 @contextmanager
@@ -45,6 +49,15 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            found.update(block)
+    return found.hexdigest()
 
 
 def free_bytes(folder: Path) -> int:
