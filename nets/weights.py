@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def _download(repo: str, fallback: Path) -> Path:
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, and, where the file is a checkpoint of Thaw, the arguments that built their network."""
+    """Tensors by name, and, where Thaw wrote the file, the arguments that built their network."""
 
     path: Path
     state: dict[str, Tensor]
@@ -110,12 +111,29 @@ def read_weights(path: str | Path) -> Weights:
         ValueError: it can't be opened, would run code, or holds no tensors by name.
     """
     content = open_safely(path)
-    arguments = None
+    arguments = read_arguments(Path(path)) if Path(path).suffix == ".safetensors" else None
     if isinstance(content, dict) and isinstance(content.get("weights"), dict):
         content, arguments = content["weights"], content.get("model")
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict (tensors by name)")
     return Weights(Path(path), fold_layer_scale(content), arguments)
+
+
+def read_arguments(path: Path) -> dict[str, Any] | None:
+    """The arguments that a `.safetensors` file of Thaw's holds in its header; None if it is somebody else's."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("model")
+    if text is None:
+        return None
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    sides = arguments.get("input_shape") if isinstance(arguments, dict) else None
+    usable = isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)
+    return arguments if usable and isinstance(arguments.get("activation"), str) else None
 
 
 def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
