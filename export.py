@@ -15,6 +15,7 @@ from utils.export_facts import ExportFacts
 from utils.export_formats import FORMATS, STEMS, write_card
 from utils.files import format_bytes, sha256_of, write_whole
 from utils.lists import ImageList, draw, take
+from utils.model_card import CHECKED, write_model_card
 
 
 def main(
@@ -25,6 +26,7 @@ def main(
     data: str = "",
     classes_path: str = "model_data/cls_classes.txt",
     pictures: int = 500,
+    card: bool = False,
 ) -> None:
     """Make one file of a checkpoint, and check on real pictures that it gives what the checkpoint gives.
 
@@ -37,6 +39,8 @@ def main(
         data: a list, or a folder with a folder of pictures per class, to check with; empty: the run's validation list.
         classes_path: names the class ids of a list that data names, to be held against the checkpoint's classes.
         pictures: how many pictures to check with, drawn evenly from the classes.
+        card: also write a model card, README.md, beside it: classes, counts, what eval.py found, limits, how to load,
+            and the hashes of all exported files there.
     """
     check(format, precision, pictures)
     checkpoint = find_checkpoint(model_path)
@@ -51,6 +55,8 @@ def main(
     if format == "safetensors":
         write_card(path, facts)
     print(f"written to {path}, {format_bytes(path.stat().st_size)}")
+    if card:
+        print(f"written to {write_model_card(path.parent, checkpoint, classifier, facts)}")
 
 
 def check(format: str, precision: str, pictures: int) -> None:
@@ -107,7 +113,7 @@ def export(classifier: Classifier, facts: ExportFacts, format: str, images: Imag
                 f"the exported file differs from the checkpoint: {fault}. {f'Worst: {worst}. ' if worst else ''}"
                 f"It isn't kept; see {failed}"
             )
-    write_report(path.with_name(f"{path.name}.check.json"), report)
+    write_report(path.with_name(path.name + CHECKED), report)
     failed.unlink(missing_ok=True)
 
 

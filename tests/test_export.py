@@ -1,7 +1,5 @@
 """export.py: what it makes gives what the checkpoint gives, is refused if it doesn't, and isn't trusted when opened."""
 
-import copy
-import functools
 import json
 import shutil
 import subprocess
@@ -17,54 +15,20 @@ from PIL import Image
 
 import export
 import predict
-from tests.conftest import write_picture
+import train
+from tests.conftest import EXPORTS, write_picture
 from tests.test_eval_predict import run
-from utils import export_check, export_formats, onnx_write
+from utils import export_check, export_formats
+from utils.annotation import annotate
 from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from utils.classifier import Classifier, load_classifier
+from utils.config import TrainConfig
 from utils.export_check import Comparison, ExportError
 from utils.export_facts import ExportFacts
 from utils.images import open_image
 from utils.lists import read_list, write_list
 from utils.onnx_classifier import OnnxClassifier, open_onnx
 from utils.onnx_file import DIGEST, digest
-
-NAMES = {
-    "fp32": ("onnx", "fp32", "model.onnx"),
-    "fp16": ("onnx", "fp16", "model_fp16.onnx"),
-    "int8": ("onnx", "int8", "model_int8.onnx"),
-    "pt2": ("pt2", "fp32", "model.pt2"),
-    "safetensors": ("safetensors", "fp32", "model.safetensors"),
-}
-
-
-@pytest.fixture(scope="session")
-def export_folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("exported")
-
-
-@pytest.fixture(scope="session")
-def traced() -> tuple[Callable, Callable]:
-    """`trace` and `convert`, which take most of the time, for the one network that there is here."""
-    trace, convert = export_formats.trace, onnx_write.convert
-    program = functools.cache(lambda: trace(load_classifier(find_checkpoint(""), "cpu", precision="fp32")))
-    model = functools.cache(lambda: convert(program()))
-    return lambda _: program(), lambda _: copy.deepcopy(model())
-
-
-@pytest.fixture
-def exported(trained, export_folder, traced, monkeypatch) -> Callable[[str], Path]:
-    """The exported file of the trained network by the key of `NAMES`, made once."""
-    monkeypatch.setattr(export_formats, "trace", traced[0])
-    monkeypatch.setattr(onnx_write, "convert", traced[1])
-
-    def make(key: str) -> Path:
-        format, precision, name = NAMES[key]
-        if not (export_folder / name).exists():
-            export.main(format=format, precision=precision, out=str(export_folder))
-        return export_folder / name
-
-    return make
 
 
 @pytest.fixture
@@ -85,7 +49,7 @@ def of_checkpoint(classifier: Classifier, pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("key", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-3), ("int8", 2e-2), ("pt2", 1e-6)])
 def test_any_picture_gives_what_the_checkpoint_gives(exported, classifier, key, tolerance):
-    exported_file = export_formats.FORMATS[NAMES[key][0]].open(exported(key), classifier)
+    exported_file = export_formats.FORMATS[EXPORTS[key][0]].open(exported(key), classifier)
     for pixels in pictures():
         assert exported_file(pixels) == pytest.approx(of_checkpoint(classifier, pixels), abs=tolerance)
 
@@ -458,3 +422,50 @@ def test_the_check_reads_no_more_than_it_is_told(classifier, monkeypatch, tmp_pa
     monkeypatch.setattr(export, "compare", lambda *parts: seen.append(parts[2]) or compare(*parts))
     export.main(out=str(tmp_path), data="datasets/test", pictures=6)
     assert np.bincount(seen[0].class_ids).tolist() == [3, 3]
+
+
+@pytest.fixture
+def trashnet(shared, here) -> Path:
+    """The run of a small DINOv2 fine-tuned on trashnet, briefly, in the working folder."""
+    annotate(shared / "data" / "trashnet", audit=False)
+    weights = shared / "models" / "dinov2_vits14_saliency_fp16.safetensors"
+    train.main(
+        TrainConfig(
+            backbone="vit_s_14",
+            model_path=str(weights),
+            activation="gelu",
+            input_shape=(112, 112),
+            image_mean=(0.485, 0.456, 0.406),
+            image_std=(0.229, 0.224, 0.225),
+            head_init="probe",
+            freeze_epoch=1,
+            freeze_blocks="all",
+            unfreeze_epoch=2,
+            unfreeze_batch_size=32,
+            optimizer_type="adamw",
+            init_lr=1e-4,  # times 32 of 256
+            min_lr=1e-6,
+            layer_decay=0.75,
+            num_workers=2,
+        )
+    )
+    return here
+
+
+@pytest.mark.slow
+def test_round_trip_of_real_weights_on_real_pictures(trashnet, shared, capsys):
+    checkpoint = find_checkpoint("")
+    for format, precision, name in EXPORTS.values():
+        export.main(format=format, precision=precision, data="cls_test.txt")
+        report = json.loads((checkpoint.parent / "export" / f"{name}.check.json").read_text())
+        print(
+            name, {key: report[key] for key in ("pictures", "largest_difference", "top1_checkpoint", "top1_exported")}
+        )
+        assert report["passed"]
+    classifier = load_classifier(checkpoint, "cpu", precision="fp32")
+    images = read_list("cls_test.txt", 6)
+    paths = [images.path(i) for i in range(len(images))]
+    found = list(open_onnx(checkpoint.parent / "export" / "model.onnx").stream(paths, top_k=6))
+    for expected, answer in zip(classifier.stream(paths, top_k=6), found, strict=True):
+        assert answer.label == expected.label
+        assert dict(answer.classes) == pytest.approx(dict(expected.classes), abs=1e-3)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET = 18
-LEAST_CAST = 256
-"""Tensors of fewer numbers stay fp32 in an fp16 file: there is nothing to be saved."""
 
 
 def make_onnx(program: ExportedProgram, facts: ExportFacts) -> bytes:
@@ -56,16 +54,17 @@ def forget_traces(model: onnx.ModelProto) -> None:
 
 
 def halve_weights(model: onnx.ModelProto) -> None:
-    """Keep weights in fp16 and cast them back when they are used, so that all arithmetic stays fp32.
+    """Keep matrices in fp16 and cast them back when they are used, so that all arithmetic stays fp32.
 
     ONNX Runtime casts them once, when it opens the file. Arithmetic in fp16 would gain nothing on a processor, where it
-    has few kernels for it, and lose digits.
+    has few kernels for it, and lose digits. Biases and norms are small, and rounding them costs as much as rounding all
+    matrices does.
     """
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= LEAST_CAST:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
             name = tensor.name
             half = numpy_helper.to_array(tensor).astype(np.float16)
             tensor.CopyFrom(numpy_helper.from_array(half, f"{name}_fp16"))
