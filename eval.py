@@ -12,11 +12,11 @@ from utils.classifier import BATCH, Classifier, load_classifier
 from utils.compare import compare as compare_scores
 from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
-from utils.eval_data import read_images, read_strangers
+from utils.eval_data import read_images, read_run_list, read_strangers
 from utils.evaluation import Evaluation, evaluate_corrupted
 from utils.finish import read_embeddings
 from utils.gallery import shown_pictures
-from utils.lists import ImageList, read_list
+from utils.lists import ImageList
 from utils.mistakes import worst_mistakes
 from utils.outputs import compute_outputs
 from utils.report import format_metrics, write_comparison, write_events, write_numbers
@@ -202,13 +202,11 @@ def notes(evaluation: Evaluation) -> list[str]:
 def count_in_list(evaluation: Evaluation, key: str) -> int:
     """How many of the pictures are in the training or validation list ("train" or "val") that the run began with, as
     far as its folder has it."""
-    copy = evaluation.checkpoint.with_name(LIST_FILES[key])
-    config, class_names = evaluation.classifier.config, evaluation.classifier.class_names
-    if not copy.is_file():
+    classifier = evaluation.classifier
+    of_run = read_run_list(evaluation.checkpoint, classifier.config, classifier.class_names, key)
+    if of_run is None:
         return 0
-    of_run = read_list(copy, len(class_names))
-    folder = Path(config[f"{key}_annotation_path"]).parent
-    known = {os.path.realpath(folder / of_run.name(i)) for i in range(len(of_run))}
+    known = {os.path.realpath(of_run.path(i)) for i in range(len(of_run))}
     return sum(os.path.realpath(evaluation.images.path(i)) in known for i in range(len(evaluation.images)))
 
 

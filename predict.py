@@ -21,8 +21,11 @@ from utils.classifier import BATCH, Classifier, load_classifier
 from utils.config import Device
 from utils.images import open_image
 from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
+from utils.onnx_classifier import OnnxClassifier, is_exported, open_onnx
 from utils.prediction import Answer, Failure, Prediction, csv_header, shorten, to_bars, to_csv, to_json, to_line, to_row
 from utils.scan import is_demo, pictures_below
+
+Model = Classifier | OnnxClassifier
 
 EXPLAINED = "explained"
 """Where pictures go that are to be explained, if `--save` names no folder."""
@@ -47,8 +50,9 @@ def main(
 
     Args:
         paths: files, folders (with all below them) and globs; "-": paths from the standard input, one a line; none: ask
-            for one after the other.
-        model_path: a checkpoint or a run's folder; empty: the best of the newest run in logs/.
+            for one after the other. If the first is an exported .onnx file, it is the model.
+        model_path: a checkpoint, a run's folder, or an .onnx file of export.py; empty: the best of the newest run in
+            logs/.
         top_k: how many classes to give.
         json_lines: print one JSON object a line, with path, label and predictions, or error.
         csv_lines: print a table of comma-separated values.
@@ -66,9 +70,8 @@ def main(
         The exit status: 1 if a picture couldn't be read.
     """
     check(top_k, json_lines, csv_lines, save, sort_into)
-    checkpoint = find_checkpoint(model_path)
-    classifier = load_classifier(checkpoint, device, raw)
-    print(f"checkpoint {checkpoint}", file=sys.stderr)
+    model_path, paths = choose_model(model_path, paths)
+    classifier = open_model(model_path, device, raw, explain, reject_below)
     rejection = choose_rejection(classifier, reject_below, max_error, tta)
     top_k = min(top_k, len(classifier.class_names))
     given = list(expand(paths)) if paths and "-" not in paths else None
@@ -112,7 +115,42 @@ def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: s
             raise ValueError(f"{name}={folder!r}: it is a file; give a folder")
 
 
-def choose_rejection(classifier: Classifier, reject_below: str, max_error: float, tta: bool) -> Rejection | None:
+def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Which model, and the paths of the pictures: an exported file among these, which comes first, is the model."""
+    if not paths or not is_exported(paths[0]):
+        return model_path, paths
+    if model_path:
+        raise ValueError(
+            f"there are two models, {model_path} and {paths[0]}: leave model_path off, or give pictures only"
+        )
+    return paths[0], paths[1:]
+
+
+def open_model(model_path: str, device: Device, raw: bool, explain: bool, reject_below: str) -> Model:
+    """Open a checkpoint or an exported file, and say which.
+
+    Raises:
+        ValueError: something is asked of an exported file that takes a checkpoint.
+    """
+    if not is_exported(model_path):
+        checkpoint = find_checkpoint(model_path)
+        print(f"checkpoint {checkpoint}", file=sys.stderr)
+        return load_classifier(checkpoint, device, raw)
+    asked = {
+        "explain": explain,
+        "raw": raw,
+        "reject_below=auto": reject_below == "auto",
+        f"device={device}": device not in ("auto", "cpu"),
+    }
+    if wrong := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(
+            f"{', '.join(wrong)}: {model_path} is an exported file and can't; take its checkpoint for that"
+        )
+    print(f"exported file {model_path}", file=sys.stderr)
+    return open_onnx(model_path)
+
+
+def choose_rejection(classifier: Model, reject_below: str, max_error: float, tta: bool) -> Rejection | None:
     """Which answers to reject, and what that costs, which is printed; None: none.
 
     Raises:
@@ -140,7 +178,7 @@ def choose_rejection(classifier: Classifier, reject_below: str, max_error: float
         rejection = Rejection(least, calibration.farthest if calibration else float("inf"))
     told = f"rejected below {min(rejection.least_probability, 1):.1%}"
     if calibration is None:
-        told += "; it isn't calibrated, so nothing is known of distances and of what this costs"
+        told += "; nothing is known of distances and of what this costs: that takes a calibrated checkpoint"
     elif classifier.raw:
         told += "; what this costs is known of calibrated probabilities only"
     else:
@@ -151,7 +189,7 @@ def choose_rejection(classifier: Classifier, reject_below: str, max_error: float
 
 
 def choose_format(
-    classifier: Classifier, json_lines: bool, csv_lines: bool, top_k: int, single: bool
+    classifier: Model, json_lines: bool, csv_lines: bool, top_k: int, single: bool
 ) -> Callable[[Answer], str]:
     """How answers are printed: in a terminal as bars for one picture and as a table that fits its width for many."""
     if json_lines:
@@ -204,7 +242,7 @@ def ask() -> Iterator[str]:
         yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
 
 
-def keep(classifier: Classifier, answer: Prediction, folder: Path, explained: bool) -> None:
+def keep(classifier: Model, answer: Prediction, folder: Path, explained: bool) -> None:
     """Save a picture with its label, and with maps of what the network looked at if it is to be explained."""
     image = open_image(answer.path, classifier.preprocessing.max_pixels, classifier.preprocessing.allow_truncated)
     maps = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from nets.conversion import to_our_names, unwrap
 from nets.description import known_fields, read_description
-from nets.files import digest_file, open_safely
+from nets.files import digest_file, open_safely, read_header
 from nets.freezing import FreezableNetwork
 from nets.hub import Found
 from nets.sources import State, recognise
@@ -86,7 +87,9 @@ def read_weights(file: str | Path | Found) -> Weights:
     content = open_safely(path)
     origin = {"file": str(path), "sha256": digest_file(path), **downloaded}
     if isinstance(content, dict) and isinstance(content.get("weights"), dict):
-        return _of_checkpoint(path, content, origin)
+        return _of_thaw(path, content["weights"], content, origin)
+    if described := _read_export(path):
+        return _of_thaw(path, content, described, origin)
     try:
         state, wrapped = unwrap(content)
         source = recognise(state, wrapped)
@@ -113,20 +116,30 @@ def read_weights(file: str | Path | Found) -> Weights:
     )
 
 
-def _of_checkpoint(path: Path, content: dict[str, Any], origin: Mapping[str, str]) -> Weights:
-    arguments, preprocessing = content.get("model"), content.get("preprocessing", {})
-    if not isinstance(arguments, dict) or not isinstance(arguments.get("input_shape"), list):
+def _of_thaw(path: Path, state: State, described: Mapping[str, Any], origin: Mapping[str, str]) -> Weights:
+    """Those of a checkpoint, or of an export of one, which say what network and what pictures they are for."""
+    arguments, preprocessing = described.get("model"), described.get("preprocessing")
+    sides = arguments.get("input_shape") if isinstance(arguments, dict) else None
+    if not (isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)):
         raise ValueError(f"{path} can't be used: it is no checkpoint of Thaw, though it has weights as one has them")
-    variant = {name: arguments[name] for name in ("activation", "norm_eps", "num_registers") if name in arguments}
     return Weights(
         path,
-        "a checkpoint of Thaw",
-        content["weights"],
-        variant,
-        known_fields(preprocessing),
-        input_shape=tuple(arguments["input_shape"]),
+        "Thaw's",
+        state,
+        {name: arguments[name] for name in ("activation", "norm_eps", "num_registers") if name in arguments},
+        known_fields(preprocessing) if isinstance(preprocessing, dict) else {},
+        input_shape=(sides[0], sides[1]),
         origin=origin,
     )
+
+
+def _read_export(path: Path) -> dict[str, Any]:
+    """What a `.safetensors` file of export.py says in its header, as a checkpoint has it; nothing, of any other."""
+    header = read_header(path)
+    try:
+        return {name: json.loads(header[name]) for name in ("model", "preprocessing")}
+    except (KeyError, ValueError, RecursionError):
+        return {}
 
 
 def load_weights(model: FreezableNetwork, weights: Weights) -> None:

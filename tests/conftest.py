@@ -1,6 +1,9 @@
 """Fixtures that several tests share."""
 
+import copy
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import export
 import train
-from utils.checkpoint import LAST
+from utils import export_formats, onnx_write
+from utils.checkpoint import LAST, find_checkpoint
+from utils.classifier import load_classifier
 from utils.config import TrainConfig
 
 # The networks here are so small that a second thread costs more than it does; and on one, sums have one order.
@@ -102,3 +108,42 @@ def trained(trained_folder, monkeypatch) -> Path:
     """The trained folder as the working folder."""
     monkeypatch.chdir(trained_folder)
     return trained_folder
+
+
+EXPORTS = {
+    "fp32": ("onnx", "fp32", "model.onnx"),
+    "fp16": ("onnx", "fp16", "model_fp16.onnx"),
+    "int8": ("onnx", "int8", "model_int8.onnx"),
+    "pt2": ("pt2", "fp32", "model.pt2"),
+    "safetensors": ("safetensors", "fp32", "model.safetensors"),
+}
+"""Format, precision and file name of all that export.py makes."""
+
+
+@pytest.fixture(scope="session")
+def export_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="session")
+def traced() -> tuple[Callable, Callable]:
+    """`trace` and `convert`, which take most of the time, for the one network that there is here."""
+    trace, convert = export_formats.trace, onnx_write.convert
+    program = functools.cache(lambda: trace(load_classifier(find_checkpoint(""), "cpu", precision="fp32")))
+    model = functools.cache(lambda: convert(program()))
+    return lambda _: program(), lambda _: copy.deepcopy(model())
+
+
+@pytest.fixture
+def exported(trained, export_folder, traced, monkeypatch) -> Callable[[str], Path]:
+    """The exported file of the trained network by the key of `EXPORTS`, made once."""
+    monkeypatch.setattr(export_formats, "trace", traced[0])
+    monkeypatch.setattr(onnx_write, "convert", traced[1])
+
+    def make(key: str) -> Path:
+        format, precision, name = EXPORTS[key]
+        if not (export_folder / name).exists():
+            export.main(format=format, precision=precision, out=str(export_folder))
+        return export_folder / name
+
+    return make

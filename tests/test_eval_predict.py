@@ -316,7 +316,19 @@ def test_predicting_imports_nothing_that_it_does_not_need(trained):
     command = [sys.executable, "-c", script, str(Path(predict.__file__).parent)]
     *_, modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert {"torch", "PIL"} <= set(modules.split())
-    unneeded = {"tensorboard", "matplotlib", "sklearn", "scipy", "torchvision", "pandas", "imagehash", "jinja2", "timm"}
+    unneeded = {
+        "onnx",
+        "onnxruntime",
+        "tensorboard",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "torchvision",
+        "pandas",
+        "imagehash",
+        "jinja2",
+        "timm",
+    }
     assert unneeded.isdisjoint(modules.split())
 
 

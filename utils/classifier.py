@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from nets import restore_model
 from nets.freezing import FreezableNetwork
-from utils.calibration import UNKNOWN, Calibration, Rejection
+from utils.calibration import Calibration, Rejection
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import DTYPES, autocast, choose_precision, pick_device, tune_kernels
 from utils.images import ImageError, upright_rgb
 from utils.parallel import map_ahead
-from utils.prediction import Failure, Prediction
+from utils.prediction import Failure, Prediction, answer_with
 from utils.transforms import EvalTransform, Normalise, Preprocessing, Transform
 from utils.views import Views
 
@@ -51,6 +51,7 @@ class Classifier:
         calibration: what the validation pictures told of it; None: it isn't the best of a finished run.
         raw: whether probabilities are as the network gives them, not divided by the temperature.
         config: the settings of its run, as in `TrainConfig.as_dict`.
+        origin: where the weights that its run began with were from, see `nets.weights.Weights`; empty: random ones.
     """
 
     network: nn.Module
@@ -62,6 +63,7 @@ class Classifier:
     calibration: Calibration | None = None
     raw: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def temperature(self) -> float:
@@ -185,8 +187,7 @@ class Classifier:
         values, ids = probabilities.topk(top_k)
         for p, k, distance in zip(values.tolist(), ids.tolist(), distances.tolist(), strict=True):
             classes = tuple((self.class_names[i], value) for i, value in zip(k, p, strict=True))
-            reason = rejection.reason(p[0], distance) if rejection else ""
-            yield Prediction("", UNKNOWN if reason else classes[0][0], p[0], classes, reason)
+            yield answer_with("", classes, rejection, distance)
 
 
 def pixel_network(model: FreezableNetwork, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
@@ -212,13 +213,14 @@ def cast_products(network: nn.Module, precision: str) -> nn.Module:
     return network
 
 
-def load_classifier(path: str | Path, device: str = "auto", raw: bool = False) -> Classifier:
+def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, precision: str = "") -> Classifier:
     """Open a checkpoint, or the best one in a run's folder; nothing else is needed.
 
     Args:
         path: the file or folder.
         device: auto, cuda, cpu or mps.
         raw: give probabilities as the network does, without the temperature that was fitted after training.
+        precision: "fp32", "bf16" or "fp16"; empty: what the run was set to. Either as far as this device has it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -230,20 +232,21 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False) -
         model = restore_model(checkpoint["model"], checkpoint["weights"])
         preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
         transform = EvalTransform(preprocessing)
-        precision, _ = choose_precision(checkpoint["config"]["precision"], place)
+        arithmetic, _ = choose_precision(precision or checkpoint["config"]["precision"], place)
         calibration = Calibration.from_dict(checkpoint["calibration"])
         if calibration and len(calibration.centre) != model.head.in_features:
             raise TypeError("its calibration is of another network")
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} can't be used: its parts don't fit together ({error})") from error
     return Classifier(
-        network=cast_products(pixel_network(model, preprocessing, place), precision).eval(),
+        network=cast_products(pixel_network(model, preprocessing, place), arithmetic).eval(),
         preprocessing=preprocessing,
         transform=transform,
         class_names=checkpoint["class_names"],
         device=place,
-        precision=precision,
+        precision=arithmetic,
         calibration=calibration,
         raw=raw,
         config=checkpoint["config"],
+        origin={str(name): str(value) for name, value in checkpoint["origin"].items()},
     )

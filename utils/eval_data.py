@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from utils.classifier import Classifier
 from utils.lists import ImageList, list_in_memory, read_classes, read_list
+from utils.resume import LIST_FILES
 from utils.scan import SPLIT_NAMES, Scan, pictures_below, scan_classes, set_demo_aside
 
 
@@ -38,6 +43,15 @@ def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageLi
     if Path(classes_path).is_file():
         check_classes(read_classes(classes_path), class_names, classes_path)
     return read_list(data, len(class_names))
+
+
+def read_run_list(checkpoint: Path, config: Mapping[str, Any], class_names: list[str], key: str) -> ImageList | None:
+    """The training or validation list ("train" or "val") that a checkpoint's run began with, as its folder has it; None
+    if it hasn't. `config` is the run's, which tells what relative paths start from."""
+    copy = checkpoint.with_name(LIST_FILES[key])
+    if not copy.is_file():
+        return None
+    return replace(read_list(copy, len(class_names)), folder=os.path.dirname(config[f"{key}_annotation_path"]))
 
 
 def list_folder(folder: str, class_names: list[str]) -> ImageList:

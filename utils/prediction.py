@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from utils.calibration import UNKNOWN
+from utils.calibration import UNKNOWN, Rejection
 from utils.cli import printable
 
 
@@ -52,6 +52,16 @@ class Failure:
 
 
 Answer = Prediction | Failure
+
+
+def answer_with(
+    path: str, classes: tuple[tuple[str, float], ...], rejection: Rejection | None, distance: float = 0.0
+) -> Prediction:
+    """The answer whose likeliest classes are these, best first, rejected where `rejection` says so; `distance`, in
+    degrees, is to the nearest class."""
+    name, probability = classes[0]
+    reason = rejection.reason(probability, distance) if rejection else ""
+    return Prediction(path, UNKNOWN if reason else name, probability, classes, reason)
 
 
 def to_json(answer: Answer) -> str:

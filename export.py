@@ -1,0 +1,139 @@
+"""Make one file of a checkpoint that takes pixels and needs none of this code: `python export.py`, see `--help`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from nets.files import digest_file
+from utils import cli
+from utils.checkpoint import find_checkpoint
+from utils.classifier import Classifier, load_classifier
+from utils.eval_data import read_images, read_run_list
+from utils.export_check import Comparison, ExportError, compare
+from utils.export_facts import ExportFacts
+from utils.export_formats import FORMATS, STEMS, write_card
+from utils.files import format_bytes, write_whole
+from utils.lists import ImageList, draw, take
+from utils.model_card import CHECKED, write_model_card
+
+
+def main(
+    model_path: str = "",
+    format: Literal["onnx", "pt2", "safetensors"] = "onnx",
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    out: str = "",
+    data: str = "",
+    classes_path: str = "model_data/cls_classes.txt",
+    pictures: int = 500,
+    card: bool = False,
+) -> None:
+    """Make one file of a checkpoint, and check on real pictures that it gives what the checkpoint gives.
+
+    Args:
+        model_path: a checkpoint or a run's folder; empty: the best of the newest run in logs/.
+        format: onnx: for ONNX Runtime and whatever else reads it; pt2: for torch alone, torch.export; safetensors: the
+            weights, with a JSON card, for train.py's model_path.
+        precision: fp16: the weights take half the room; int8: a quarter, at some cost in accuracy. Of onnx only.
+        out: folder for what is written; empty: "export" in the checkpoint's folder.
+        data: a list, or a folder with a folder of pictures per class, to check with; empty: the run's validation list.
+        classes_path: names the class ids of a list that data names, to be held against the checkpoint's classes.
+        pictures: how many pictures to check with, drawn evenly from the classes.
+        card: also write a model card, README.md, beside it: classes, counts, what eval.py found, limits, how to load,
+            and the hashes of all exported files there.
+    """
+    check(format, precision, pictures)
+    checkpoint = find_checkpoint(model_path)
+    classifier = load_classifier(checkpoint, "cpu", precision="fp32")
+    images = pictures_to_check(checkpoint, classifier, data, classes_path)
+    drawn = take(images, draw(images, pictures, seed=0, by_class=True))
+    facts = ExportFacts.of(classifier, checkpoint, precision)
+    path = Path(out or checkpoint.parent / "export", STEMS[precision] + FORMATS[format].suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"checkpoint {checkpoint}, to {path}")
+    export(classifier, facts, format, drawn, path)
+    if format == "safetensors":
+        write_card(path, facts)
+    print(f"written to {path}, {format_bytes(path.stat().st_size)}")
+    if card:
+        print(f"written to {write_model_card(path.parent, checkpoint, classifier, facts)}")
+
+
+def check(format: str, precision: str, pictures: int) -> None:
+    """Raise a ValueError that names what can't work."""
+    if format != "onnx" and precision != "fp32":
+        raise ValueError(f"precision={precision} is of format=onnx only: leave one of the two off")
+    if pictures < 1:
+        raise ValueError(f"pictures={pictures}: give 1 or more; nothing is exported unchecked")
+
+
+def pictures_to_check(checkpoint: Path, classifier: Classifier, data: str, classes_path: str) -> ImageList:
+    """The pictures of `data`; if it is empty, of the run's validation list, in its folder or where its settings say.
+
+    Raises:
+        FileNotFoundError: there is no such list.
+        ValueError: its classes aren't the checkpoint's.
+    """
+    config, names = classifier.config, classifier.class_names
+    if data:
+        return read_images(data, classes_path, names)
+    of_run = read_run_list(checkpoint, config, names, "val")
+    if of_run is not None:
+        return of_run
+    listed = config["val_annotation_path"]
+    if not Path(listed).is_file():
+        raise FileNotFoundError(
+            f"neither {checkpoint.parent} nor {listed} has the run's validation list, and nothing is exported "
+            f"unchecked: name a list or a folder of class folders with --data"
+        )
+    return read_images(listed, classes_path, names)
+
+
+def export(classifier: Classifier, facts: ExportFacts, format: str, images: ImageList, path: Path) -> None:
+    """Write a classifier to `path`, which gets the name only if it gives what the classifier gives, and a report beside
+    it. If it doesn't, the report is called `.failed.json`, and what had the name before is as it was.
+
+    Raises:
+        ExportError: it gives something else.
+    """
+    kind = "weights" if format == "safetensors" else facts.provenance["precision"]
+    failed = path.with_name(f"{path.name}.failed.json")
+    with write_whole(path) as file:
+        FORMATS[format].write(classifier, facts, file)
+        file.flush()
+        unfinished = Path(file.name)
+        comparison = compare(classifier, FORMATS[format].open(unfinished, classifier), images)
+        report = {"file": path.name, "sha256": digest_file(unfinished), "format": format}
+        report |= facts.provenance | comparison.as_dict(kind)
+        print(format_comparison(comparison))
+        if fault := comparison.fault(kind):
+            write_report(failed, report)
+            worst = ", ".join(f"{name} ({off:.2g})" for name, off in comparison.worst()[:3])
+            raise ExportError(
+                f"the exported file differs from the checkpoint: {fault}. {f'Worst: {worst}. ' if worst else ''}"
+                f"It isn't kept; see {failed}"
+            )
+    write_report(path.with_name(path.name + CHECKED), report)
+    failed.unlink(missing_ok=True)
+
+
+def write_report(path: Path, report: dict) -> None:
+    """Write what the check found."""
+    with write_whole(path) as file:
+        file.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """What the check found, as lines for people."""
+    n, before, after = len(comparison.paths), *comparison.accuracy
+    told = [f"left out: {cli.printable(error)}" for error in comparison.unreadable]
+    told.append(
+        f"{n} pictures: the same class for {comparison.same_top1.sum()}, probabilities within "
+        f"{comparison.difference.max():.1e}; top-1 {before:.2%} before, {after:.2%} exported"
+    )
+    return "\n".join(told)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,474 @@
+"""export.py: what it makes gives what the checkpoint gives, is refused if it doesn't, and isn't trusted when opened."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import export
+import predict
+import train
+from tests.conftest import EXPORTS, write_picture
+from tests.test_eval_predict import run
+from utils import export_check, export_formats
+from utils.annotation import annotate
+from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from utils.classifier import Classifier, load_classifier
+from utils.config import TrainConfig
+from utils.export_check import Comparison, ExportError
+from utils.export_facts import ExportFacts
+from utils.images import open_image
+from utils.lists import read_list, write_list
+from utils.onnx_classifier import OnnxClassifier, open_onnx
+from utils.onnx_file import DIGEST, digest
+
+
+@pytest.fixture
+def classifier(trained) -> Classifier:
+    return load_classifier(find_checkpoint(""), "cpu", precision="fp32")
+
+
+def pictures() -> list[np.ndarray]:
+    """Of the sizes of real ones, and of odd ones."""
+    generator = np.random.default_rng(0)
+    sizes = [(16, 20), (8, 8), (1, 1), (1, 90), (333, 250), (3, 7)]
+    return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def of_checkpoint(classifier: Classifier, pixels: np.ndarray) -> np.ndarray:
+    return classifier.probabilities(classifier.transform(Image.fromarray(pixels))[None])[0].numpy()
+
+
+@pytest.mark.parametrize(("key", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-3), ("int8", 2e-2), ("pt2", 1e-6)])
+def test_any_picture_gives_what_the_checkpoint_gives(exported, classifier, key, tolerance):
+    exported_file = export_formats.FORMATS[EXPORTS[key][0]].open(exported(key), classifier)
+    for pixels in pictures():
+        assert exported_file(pixels) == pytest.approx(of_checkpoint(classifier, pixels), abs=tolerance)
+
+
+def test_a_batch_is_of_any_number(exported, classifier):
+    model = open_onnx(exported("fp32"))
+    batch = np.random.default_rng(1).integers(0, 256, (5, 17, 31, 3), dtype=np.uint8)
+    expected = np.stack([of_checkpoint(classifier, pixels) for pixels in batch])
+    assert model.probabilities(batch) == pytest.approx(expected, abs=1e-6)
+    assert model.probabilities(batch[:1]) == pytest.approx(expected[:1], abs=1e-6)
+
+
+def test_sizes_arithmetic_and_reports(exported):
+    sizes = {key: exported(key).stat().st_size for key in ("fp32", "fp16", "int8")}
+    assert sizes["fp16"] < 0.55 * sizes["fp32"]
+    assert sizes["int8"] < 0.35 * sizes["fp32"]
+    for key, precision in (("fp32", "fp32"), ("int8", "int8")):
+        report = json.loads(exported(key).with_name(f"{exported(key).name}.check.json").read_text())
+        assert (report["passed"], report["precision"], report["pictures"]) == (True, precision, 4)
+        assert report["top1_exported"] == report["top1_checkpoint"] == 1
+    types = {node.op_type for node in onnx.load(exported("fp32")).graph.node}
+    assert "MatMulInteger" not in types
+    quantised = onnx.load(exported("int8")).graph.node
+    assert sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in quantised) >= 24
+    assert sum(node.op_type == "MatMul" for node in quantised) == 2 + 2 * 6  # the resize's and attention's
+
+
+def test_it_names_no_folder_of_this_machine(exported):
+    root = str(Path(export.__file__).parent).encode()
+    for key in ("fp32", "pt2"):
+        assert root not in exported(key).read_bytes()
+
+
+def test_what_a_file_says_of_itself(exported, classifier):
+    strings = {entry.key: entry.value for entry in onnx.load(exported("fp32")).metadata_props}
+    said = {key: json.loads(value) for key, value in strings.items() if key != DIGEST}
+    assert said["class_names"] == ["dark", "light"]
+    assert said["input"]["shape"] == ["batch", "height", "width", 3]
+    assert said["temperature"] == classifier.temperature != 1
+    assert said["preprocessing"] == classifier.preprocessing.as_dict()
+    assert said["provenance"]["run"] == find_checkpoint("").parent.name
+    extra = {key: "" for key in strings if key != DIGEST}
+    torch.export.load(exported("pt2"), extra_files=extra)
+    assert json.loads(extra["class_names"]) == ["dark", "light"]
+
+
+def test_weights_and_their_card(exported, classifier, monkeypatch, tmp_path):
+    from nets import build_model
+    from nets.weights import load_weights, read_weights
+
+    path = exported("safetensors")
+    card = json.loads(path.with_suffix(".json").read_text())
+    assert card["model"] == classifier.network[1].arguments
+    weights = read_weights(path)
+    model = build_model(**card["model"]).eval()
+    load_weights(model, weights)
+    assert weights.source == "Thaw's"
+    assert weights.variant == {name: card["model"][name] for name in ("activation", "norm_eps", "num_registers")}
+    assert weights.preprocessing["eval_crop"] == card["preprocessing"]["eval_crop"]
+    pixels = torch.rand(3, 3, 8, 8)
+    assert torch.equal(model(pixels), classifier.network[1](pixels))
+
+
+def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, trained, tmp_path, capsys):
+    model = exported("fp32")
+    shutil.copy(model, tmp_path / "Copy.ONNX")
+    (tmp_path / "broken.jpg").write_text("no picture")
+    write_picture(tmp_path / "large.jpg", size=(90, 70), seed=5)
+    paths = ("datasets/test", str(tmp_path / "large.jpg"), str(tmp_path / "broken.jpg"))
+    answers = []
+    for options in (
+        {"paths": paths},
+        {"paths": (str(tmp_path / "Copy.ONNX"), *paths)},
+        {"paths": paths, "model_path": str(model)},
+    ):
+        assert predict.main(**options, json_lines=True) == 1
+        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    of_the_checkpoint, *of_the_file = answers
+    assert len(of_the_checkpoint) == 13
+    for answer in of_the_file:
+        for expected, found in zip(of_the_checkpoint, answer, strict=True):
+            assert found.keys() == expected.keys()
+            assert found.get("label") == expected.get("label")
+            assert found.get("error") == expected.get("error")
+            pairs = zip(expected.get("predictions", ()), found.get("predictions", ()), strict=True)
+            assert all(a["probability"] == pytest.approx(b["probability"], abs=1e-3) for a, b in pairs)
+
+
+def test_an_exported_file_saves_sorts_rejects_and_writes_tables(exported, tmp_path, capsys):
+    paths = (str(exported("fp32")), "datasets/test/dark/00.png", "datasets/test/light/00.png")
+    predict.main(paths, csv_lines=True, top_k=50, save=str(tmp_path / "saved"), sort_into=str(tmp_path / "sorted"))
+    assert capsys.readouterr().out.startswith("path,label,class_1,probability_1,class_2,probability_2,note\n")
+    assert len(list((tmp_path / "saved").iterdir())) == 2
+    assert len(list((tmp_path / "sorted").glob("*/*.png"))) == 2
+    predict.main(paths, reject_below="1.0", json_lines=True)
+    assert [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()] == ["unknown"] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tta": True}, "tta"),
+        ({"explain": True}, "explain"),
+        ({"raw": True}, "raw"),
+        ({"reject_below": "auto"}, "reject_below=auto"),
+        ({"device": "cuda"}, "device=cuda"),
+    ],
+)
+def test_what_takes_a_checkpoint_is_refused_by_name(exported, options, named):
+    with pytest.raises(ValueError, match=rf"{named}.*take.* checkpoint"):
+        predict.main(("datasets/test/dark/00.png",), model_path=str(exported("fp32")), **options)
+
+
+def test_pictures_in_memory(exported, classifier):
+    model = open_onnx(exported("fp32"))
+    pixels = np.asarray(open_image("datasets/test/dark/00.png"))
+    for image in (pixels, Image.fromarray(pixels), Path("datasets/test/dark/00.png")):
+        (answer,) = model.stream([image])
+        assert answer.probability == pytest.approx(of_checkpoint(classifier, pixels).max(), abs=1e-6)
+
+
+def test_two_models_are_one_too_many(exported):
+    with pytest.raises(ValueError, match="two models"):
+        predict.main((str(exported("fp32")), "a.png"), model_path="logs/x")
+
+
+def fake(classifier: Classifier, shift: float, flip: bool = False) -> export_formats.Format:
+    """A format whose files are off by `shift`, for dark pictures, or name the other class."""
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        right = of_checkpoint(classifier, pixels)
+        if flip:
+            return right[::-1].copy()
+        return right + np.array([shift, -shift], np.float32) * (pixels.mean() < 128)
+
+    return export_formats.Format(".onnx", lambda *parts: parts[-1].write(b"x"), lambda *_: run)
+
+
+@pytest.mark.parametrize(
+    ("shift", "flip", "precision", "told"),
+    [
+        (2e-3, False, "fp32", "a probability is off by 0.002, and 1e-03 is allowed"),
+        (2e-3, False, "fp16", "a probability is off by 0.002"),
+        (0, True, "fp32", "it names another class for 4 of 4 pictures"),
+        (0, True, "int8", "it names 0.0% of the pictures right, the checkpoint 100.0%"),
+        (np.nan, False, "int8", "aren't finite"),
+    ],
+)
+def test_an_export_that_differs_is_not_kept(classifier, tmp_path, monkeypatch, shift, flip, precision, told):
+    monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, shift, flip))
+    name = export_formats.STEMS[precision] + ".onnx"
+    with pytest.raises(ExportError, match=told):
+        export.main(precision=precision, out=str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.failed.json"]
+    report = json.loads((tmp_path / f"{name}.failed.json").read_text())
+    assert not report["passed"]
+    assert told in report["fault"]
+    if shift == 2e-3:
+        assert {Path(entry["path"]).parent.name for entry in report["worst"]} == {"dark"}
+        monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, 5e-4))
+        export.main(precision=precision, out=str(tmp_path))
+        assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.check.json"}
+
+
+def test_int8_may_lose_a_point():
+    truth = np.zeros(200, np.int64)
+    expected = np.tile(np.array([0.9, 0.1], np.float32), (200, 1))
+    for wrong, passes in ((2, True), (3, False)):
+        found = expected.copy()
+        found[:wrong] = found[:wrong, ::-1]
+        comparison = Comparison(["x"] * 200, truth, expected, found, [])
+        assert (comparison.fault("int8") == "") == passes
+
+
+def test_the_command_fails_with_a_line(trained, tmp_path):
+    result = run("export.py", "--format", "pt2", "--precision", "int8", "--out", str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr == "error: precision=int8 is of format=onnx only: leave one of the two off\n"
+
+
+def test_unreadable_pictures_are_named_and_left_out(classifier, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, 0))
+    (tmp_path / "broken.png").write_text("no picture")
+    write_list(tmp_path / "list.txt", [(0, str(Path("datasets/test/dark/00.png").resolve())), (1, "broken.png")])
+    export.main(out=str(tmp_path / "out"), data=str(tmp_path / "list.txt"))
+    assert "left out: " in capsys.readouterr().out
+    write_list(tmp_path / "list.txt", [(1, "broken.png")])
+    with pytest.raises(ValueError, match=r"none of the 1 pictures .* with --data"):
+        export.main(out=str(tmp_path / "out"), data=str(tmp_path / "list.txt"))
+
+
+def test_which_pictures_check_it(classifier, tmp_path, monkeypatch):
+    checkpoint = find_checkpoint("")
+    val = read_list("cls_val.txt", 2)
+    assert export.pictures_to_check(checkpoint, classifier, "", "").path(0) == val.path(0)
+    shutil.copy(checkpoint, tmp_path / "model.pth")
+    assert export.pictures_to_check(tmp_path / "model.pth", classifier, "", "").path(0) == val.path(0)
+    assert len(export.pictures_to_check(checkpoint, classifier, "datasets/test", "")) == 11
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="with --data"):
+        export.pictures_to_check(tmp_path / "model.pth", classifier, "", "")
+
+
+def test_too_large_for_one_file_is_said_before_time_is_spent(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_formats, "MOST_BYTES", 8_000_000)  # 2.7 million weights
+    monkeypatch.setattr(export_formats, "make_onnx", lambda *_: b"reached")
+    facts = ExportFacts.of(classifier, find_checkpoint(""), "fp32")
+    with (tmp_path / "x").open("wb") as file, pytest.raises(ValueError, match="take --precision fp16"):
+        export_formats.write_onnx(classifier, facts, file)
+    facts.provenance["precision"] = "fp16"
+    with (tmp_path / "x").open("wb") as file:
+        export_formats.write_onnx(classifier, facts, file)
+
+
+HOSTILE_NAMES = ["a|b", "two\nlines", "<script>alert(1)</script>", "\x1b[31mred", "\udcff", "猫", "`x`", "[a](b)"]
+
+
+def test_class_names_go_through_metadata(classifier):
+    facts = ExportFacts(HOSTILE_NAMES, classifier.preprocessing, 1.5, {"precision": "fp32"}, {})
+    again = ExportFacts.from_strings(facts.as_strings(), "x")
+    assert again == facts
+    for value in facts.as_strings().values():
+        value.encode("ascii")
+
+
+def rewrite(path: Path, target: Path, change: Callable[[onnx.ModelProto], None], seal: bool = True) -> Path:
+    """A copy of an exported file, changed, whose checksum is right again if it is to be."""
+    model = onnx.load(path)
+    change(model)
+    if seal:
+        for entry in model.metadata_props:
+            if entry.key == DIGEST:
+                entry.value = digest(model)
+    target.write_bytes(model.SerializeToString())
+    return target
+
+
+def say(key: str, value: object) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for entry in model.metadata_props:
+            if entry.key == key:
+                entry.value = value if isinstance(value, str) else json.dumps(value)
+
+    return change
+
+
+PREPROCESSING = {
+    **{"max_pixels": 100, "allow_truncated": False, "input_shape": [8, 8], "letterbox_image": False},
+    **{"eval_crop": 1.0, "interpolation": "bilinear", "image_mean": [0, 0, 0], "image_std": [1, 1, 1]},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("class_names", ["dark"], "class_names can't be"),
+        ("class_names", ["dark", "dark"], "class_names can't be"),
+        ("class_names", ["dark", 1], "class_names can't be"),
+        ("class_names", {"dark": 0}, "class_names can't be"),
+        ("class_names", ["a", "b", "c"], "its 3 classes"),
+        ("class_names", "[" * 100_000, "metadata can't be read"),
+        ("class_names", "not json", "metadata can't be read"),
+        ("temperature", 0, "temperature can't be"),
+        ("temperature", float("nan"), "temperature can't be"),
+        ("temperature", "[]", "temperature can't be"),
+        ("preprocessing", [], "metadata can't be read"),
+        ("preprocessing", {}, "metadata can't be read"),
+        ("preprocessing", PREPROCESSING | {"input_shape": [8, 10**9]}, "preprocessing can't be"),
+        ("preprocessing", PREPROCESSING | {"input_shape": 8}, "preprocessing can't be"),
+        ("preprocessing", PREPROCESSING | {"max_pixels": "many"}, "preprocessing can't be"),
+        ("preprocessing", PREPROCESSING | {"eval_crop": -1}, "preprocessing can't be"),
+        ("preprocessing", PREPROCESSING | {"interpolation": "nearest"}, "preprocessing can't be"),
+        ("provenance", ["x"], "provenance can't be"),
+        ("thaw_export", 2, "export format 2"),
+    ],
+)
+def test_metadata_that_lies_is_refused(exported, tmp_path, key, value, told):
+    with pytest.raises(ValueError, match=told):
+        open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", say(key, value)))
+
+
+def test_damage_is_seen(exported, tmp_path):
+    content = exported("fp32").read_bytes()
+    for damaged in (content[: len(content) // 2], content[:100], b"", b"no onnx at all", content[:-1]):
+        (tmp_path / "x.onnx").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"x\.onnx (can't be opened as ONNX|is damaged|is none of Thaw's exports)"):
+            open_onnx(tmp_path / "x.onnx")
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    (tmp_path / "x.onnx").write_bytes(flipped)
+    with pytest.raises(ValueError, match="checksum doesn't match"):
+        open_onnx(tmp_path / "x.onnx")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        open_onnx(tmp_path / "none.onnx")
+
+
+def test_weights_in_other_files_are_refused(exported, tmp_path):
+    def point_elsewhere(tensor: onnx.TensorProto) -> None:
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="../../etc/passwd")
+
+    def in_a_nested_graph(model: onnx.ModelProto) -> None:
+        node = model.graph.node.add(op_type="If", input=["x"], output=["y"])
+        attribute = node.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH)
+        constant = attribute.g.node.add(op_type="Constant", output=["z"]).attribute.add(name="value")
+        point_elsewhere(constant.t)
+
+    def in_the_graph(model: onnx.ModelProto) -> None:
+        point_elsewhere(model.graph.initializer[0])
+
+    for change in (in_the_graph, in_a_nested_graph):
+        with pytest.raises(ValueError, match="weights lie in other files"):
+            open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", change))
+
+
+def test_other_peoples_files_and_graphs(exported, tmp_path):
+    def no_metadata(model: onnx.ModelProto) -> None:
+        del model.metadata_props[:]
+
+    def another_input(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 4
+
+    def unknown_operation(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "NoSuchThing"
+
+    for change, told in (
+        (no_metadata, "none of Thaw's exports"),
+        (another_input, "its graph isn't one|can't be opened by ONNX Runtime"),
+        (unknown_operation, "can't be opened by ONNX Runtime"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", change))
+
+
+def test_answers_that_are_no_probabilities_are_refused(exported):
+    model = open_onnx(exported("fp32"))
+
+    class Session:
+        def run(self, *_):
+            return [np.full((1, 2), np.nan, np.float32)]
+
+    with pytest.raises(ValueError, match="gives no probabilities"):
+        OnnxClassifier(model.path, Session(), model.facts).probabilities(np.zeros((1, 4, 4, 3), np.uint8))
+
+
+def test_names_of_another_checkpoint(trained, tmp_path):
+    """Everything of the exported file comes from the checkpoint, not from files beside it."""
+    content = load_checkpoint(find_checkpoint(""))
+    content.pop("format_version")
+    save_checkpoint(tmp_path / "model.pth", content | {"class_names": HOSTILE_NAMES[:2]})
+    facts = ExportFacts.of(load_classifier(tmp_path / "model.pth", "cpu"), tmp_path / "model.pth", "fp32")
+    assert facts.class_names == HOSTILE_NAMES[:2]
+
+
+def test_precision_of_a_classifier(trained):
+    assert load_classifier(find_checkpoint(""), "cpu", precision="fp32").precision == "fp32"
+    bf16 = load_classifier(find_checkpoint(""), "cpu", precision="bf16")
+    assert bf16.network[1].head.weight.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[bf16.precision]
+
+
+def test_starting_imports_nothing_that_it_does_not_need():
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import export, predict\nprint(*sorted(sys.modules))"
+    command = [sys.executable, "-c", script, str(Path(export.__file__).parent)]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert {"onnx", "onnxruntime", "onnxscript", "jinja2", "sklearn"}.isdisjoint(modules)
+
+
+def test_the_check_reads_no_more_than_it_is_told(classifier, monkeypatch, tmp_path):
+    monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, 0))
+    seen = []
+    compare = export_check.compare
+    monkeypatch.setattr(export, "compare", lambda *parts: seen.append(parts[2]) or compare(*parts))
+    export.main(out=str(tmp_path), data="datasets/test", pictures=6)
+    assert np.bincount(seen[0].class_ids).tolist() == [3, 3]
+
+
+@pytest.fixture
+def trashnet(shared, here) -> Path:
+    """The run of a small DINOv2 fine-tuned on trashnet, briefly, in the working folder."""
+    annotate(shared / "data" / "trashnet", audit=False)
+    weights = shared / "models" / "dinov2_vits14_saliency_fp16.safetensors"
+    train.main(
+        TrainConfig(
+            backbone="vit_s_14",
+            model_path=str(weights),
+            activation="gelu",
+            input_shape=(112, 112),
+            image_mean=(0.485, 0.456, 0.406),
+            image_std=(0.229, 0.224, 0.225),
+            head_init="probe",
+            freeze_epoch=1,
+            freeze_blocks="all",
+            unfreeze_epoch=2,
+            unfreeze_batch_size=32,
+            optimizer_type="adamw",
+            init_lr=1e-4,  # times 32 of 256
+            min_lr=1e-6,
+            layer_decay=0.75,
+            num_workers=2,
+        )
+    )
+    return here
+
+
+@pytest.mark.slow
+def test_round_trip_of_real_weights_on_real_pictures(trashnet, shared, capsys):
+    checkpoint = find_checkpoint("")
+    for format, precision, name in EXPORTS.values():
+        export.main(format=format, precision=precision, data="cls_test.txt")
+        report = json.loads((checkpoint.parent / "export" / f"{name}.check.json").read_text())
+        print(
+            name, {key: report[key] for key in ("pictures", "largest_difference", "top1_checkpoint", "top1_exported")}
+        )
+        assert report["passed"]
+    classifier = load_classifier(checkpoint, "cpu", precision="fp32")
+    images = read_list("cls_test.txt", 6)
+    paths = [images.path(i) for i in range(len(images))]
+    found = list(open_onnx(checkpoint.parent / "export" / "model.onnx").stream(paths, top_k=6))
+    for expected, answer in zip(classifier.stream(paths, top_k=6), found, strict=True):
+        assert answer.label == expected.label
+        assert dict(answer.classes) == pytest.approx(dict(expected.classes), abs=1e-3)

@@ -1,0 +1,139 @@
+"""The model card that export.py writes."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import eval as evaluation
+from nets.files import digest_file
+from tests.conftest import write_picture
+from utils.checkpoint import find_checkpoint
+from utils.classifier import load_classifier
+from utils.export_facts import ExportFacts
+from utils.model_card import CARD, escape, write_model_card
+
+NAMES = ["a|b", "two\nlines", "<script>alert(1)</script>", "\x1b[31mred", "\udcff", "猫", "`x`", "[a](b)", "{{ 1 }}"]
+
+
+@pytest.fixture
+def own_run(trained, tmp_path):
+    """A copy of the trained run, to write in."""
+    run = tmp_path / "run"
+    shutil.copytree(find_checkpoint("").parent, run)
+    return find_checkpoint(str(run))
+
+
+def card_of(checkpoint, folder, **changes) -> str:
+    classifier = dataclasses.replace(load_classifier(checkpoint, "cpu", precision="fp32"), **changes)
+    facts = ExportFacts.of(classifier, checkpoint, "fp32")
+    return write_model_card(folder, checkpoint, classifier, facts).read_text(encoding="utf-8")
+
+
+def test_counts_figures_and_hashes(own_run, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    page = card_of(own_run, folder)
+    assert "Not measured" in page
+    evaluation.main(model_path=str(own_run), data="datasets/test", corrupted=0)
+    (folder / "model.onnx").write_bytes(b"exported")
+    digest = digest_file(own_run)
+    report = {"checkpoint_sha256": digest, "sha256": digest_file(folder / "model.onnx")}
+    for name in ("model.onnx", "gone.pt2"):
+        (folder / f"{name}.check.json").write_text(json.dumps(report))
+    page = card_of(own_run, folder)
+    assert "| dark | 22 | 2 |" in page
+    assert "| light | 14 | 2 |" in page
+    metrics = json.loads(own_run.with_name("metrics.json").read_text())
+    low, high = metrics["intervals"]["top1"]
+    assert f"| top-1 | {metrics['top1']:.3f} ({low:.3f} to {high:.3f}) |" in page
+    assert digest in page
+    assert f"| model&#46;onnx | 0.00 MB | `{report['sha256']}` |" in page
+    assert "gone" not in page
+
+
+@pytest.mark.parametrize(
+    ("origin", "told"),
+    [
+        ({}, "was trained from scratch."),
+        ({"file": "/home/me/w.pth"}, "began with weights that were trained elsewhere, out of a file, SHA-256 `abc`."),
+        ({"file": "x", "repository": "a<b", "revision": "1"}, "elsewhere: a&#60;b, revision 1, SHA-256 `abc`."),
+        ({"file": "x", "url": "x|y"}, "elsewhere: x&#124;y, SHA-256 `abc`."),
+    ],
+)
+def test_where_it_began(own_run, tmp_path, origin, told):
+    page = card_of(own_run, tmp_path, origin=origin | {"sha256": "abc"} if origin else {})
+    assert told in page
+    assert "/home" not in page
+
+
+def test_files_and_figures_of_another_checkpoint_are_left_out(own_run, tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"exported")
+    report = {"checkpoint_sha256": "another", "sha256": digest_file(tmp_path / "model.onnx")}
+    (tmp_path / "model.onnx.check.json").write_text(json.dumps(report))
+    own_run.with_name("metrics.json").write_text(json.dumps({"checkpoint": "logs/x/last_epoch_weights.pth"}))
+    page = card_of(own_run, tmp_path)
+    assert "Not measured" in page
+    assert report["sha256"] not in page
+
+
+def test_broken_reports_are_named(own_run, tmp_path):
+    own_run.with_name("metrics.json").write_text('{"checkpoint": "best_epoch_weights.pth", "intervals": []}')
+    with pytest.raises(ValueError, match=r"metrics\.json isn't what eval\.py writes"):
+        card_of(own_run, tmp_path)
+    (tmp_path / "model.onnx.check.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"check\.json isn't what export\.py writes"):
+        card_of(own_run, tmp_path)
+
+
+def test_a_checkpoint_without_its_run(own_run, tmp_path):
+    alone = tmp_path / "alone" / "model.pth"
+    alone.parent.mkdir()
+    shutil.copy(own_run, alone)
+    assert "| dark | not known | not known |" in card_of(alone, tmp_path)
+
+
+def test_class_names_break_nothing(own_run, tmp_path):
+    for name in ("train_list.txt", "val_list.txt"):
+        own_run.with_name(name).unlink()
+    page = card_of(own_run, tmp_path, class_names=NAMES)
+    assert "<" not in page.replace("<this checkpoint>", "")
+    assert "\x1b" not in page
+    table = page.partition("| class | training")[2].splitlines()[2 : 2 + len(NAMES)]
+    assert [len(re.findall(r"\|", line)) for line in table] == [4] * len(NAMES)
+    assert re.fullmatch(r"[A-Za-z0-9 &#;]+", "".join(map(escape, NAMES)))
+    assert escape("a|b") == "a&#124;b"
+
+
+@pytest.mark.parametrize("letterbox", [False, True])
+def test_what_it_says_of_the_network(own_run, tmp_path, letterbox):
+    classifier = load_classifier(own_run, "cpu")
+    preprocessing = dataclasses.replace(classifier.preprocessing, letterbox_image=letterbox)
+    page = card_of(own_run, tmp_path, preprocessing=preprocessing)
+    assert ("grey bars" in page, "what lies at the edge isn't seen" in page) == (letterbox, not letterbox)
+    assert "was trained from scratch" in page
+    assert f"divided by {classifier.temperature:.3f}" in page
+    assert "calibrated" in page
+    assert "the network's own, not calibrated" in card_of(own_run, tmp_path, calibration=None)
+
+
+def test_its_code_runs_without_thaw(exported, trained, tmp_path):
+    checkpoint = find_checkpoint("")
+    model = exported("fp32")
+    for name in (model.name, f"{model.name}.check.json"):
+        shutil.copy(model.with_name(name), tmp_path)
+    page = card_of(checkpoint, tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    write_picture(tmp_path / "picture.jpg", 190, size=(70, 50))
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
+    name, probability = result.stdout.split()
+    expected = load_classifier(checkpoint, "cpu", precision="fp32").predict(str(tmp_path / "picture.jpg"))[0]
+    assert name == expected.label == "light"
+    assert float(probability) == pytest.approx(expected.probability, abs=1e-3)
+    assert (tmp_path / CARD).is_file()

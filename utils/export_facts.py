@@ -1,0 +1,153 @@
+"""What an exported file says of itself: enough to use it without its run, and never taken on trust."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nets.files import digest_file
+from utils.classifier import Classifier
+from utils.transforms import Preprocessing
+
+FORMAT_VERSION = 1
+MARK = "thaw_export"
+"""The key under which the version stands; what lacks it is none of Thaw's exports."""
+
+INPUT, OUTPUT = "pictures", "probabilities"
+INPUT_DESCRIPTION = {
+    "name": INPUT,
+    "dtype": "uint8",
+    "shape": ["batch", "height", "width", 3],
+    "content": "upright RGB pictures of any size, those of a batch of one size; nothing else is to be done to them",
+}
+OUTPUT_DESCRIPTION = {
+    "name": OUTPUT,
+    "dtype": "float32",
+    "shape": ["batch", "classes"],
+    "content": "the probability of each class, in the order of class_names",
+}
+
+MOST_CLASSES = 1_000_000
+MOST_PIXELS_A_SIDE = 1 << 14
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What an exported file says of itself.
+
+    Attributes:
+        class_names: name of each class id.
+        preprocessing: how pictures are prepared; all but reading files is inside the file.
+        temperature: what logits are divided by, inside the file too.
+        provenance: where it comes from: `checkpoint`, `checkpoint_sha256`, `run`, `torch`, `date`, `precision`.
+        model: what `nets.build_model` needs to build the network.
+    """
+
+    class_names: list[str]
+    preprocessing: Preprocessing
+    temperature: float
+    provenance: dict[str, str]
+    model: dict[str, Any]
+
+    @staticmethod
+    def of(classifier: Classifier, checkpoint: Path, precision: str) -> ExportFacts:
+        """Those of a checkpoint that is exported now."""
+        provenance = {
+            "checkpoint": checkpoint.name,
+            "checkpoint_sha256": digest_file(checkpoint),
+            "run": checkpoint.resolve().parent.name,
+            "torch": str(torch.__version__),
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "precision": precision,
+        }
+        model = classifier.network[1].arguments
+        return ExportFacts(classifier.class_names, classifier.preprocessing, classifier.temperature, provenance, model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain types, as a JSON card has them."""
+        return {
+            MARK: FORMAT_VERSION,
+            "class_names": self.class_names,
+            "input": INPUT_DESCRIPTION,
+            "output": OUTPUT_DESCRIPTION,
+            "preprocessing": self.preprocessing.as_dict(),
+            "temperature": self.temperature,
+            "provenance": self.provenance,
+            "model": self.model,
+        }
+
+    def as_strings(self) -> dict[str, str]:
+        """The same with each value as JSON, as the metadata of ONNX and torch has it."""
+        return {name: json.dumps(value) for name, value in self.as_dict().items()}
+
+    @staticmethod
+    def from_strings(strings: Mapping[str, str], source: str | Path) -> ExportFacts:
+        """What `as_strings` gave, from a file that isn't trusted.
+
+        Raises:
+            ValueError: it isn't an export of Thaw's of this version, or something in it can't be; names `source`.
+        """
+        if MARK not in strings:
+            raise ValueError(f"{source} is none of Thaw's exports: python export.py makes one of a checkpoint")
+        try:
+            version = json.loads(strings[MARK])
+            if version != FORMAT_VERSION:
+                raise ValueError(
+                    f"{source} has export format {version!r:.20}, this is for {FORMAT_VERSION}: export it anew"
+                )
+            names, values, temperature, provenance, model = (
+                json.loads(strings[key])
+                for key in ("class_names", "preprocessing", "temperature", "provenance", "model")
+            )
+            preprocessing = Preprocessing.from_dict(values)
+        except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+            raise ValueError(f"{source} can't be used: its metadata can't be read ({error!r:.80})") from error
+        wrong = [
+            name
+            for name, fits in {
+                "class_names": _are_names(names),
+                "preprocessing": _is_preprocessing(preprocessing),
+                "temperature": _is_number(temperature) and 1e-6 < temperature < 1e6,
+                "provenance": isinstance(provenance, dict) and all(isinstance(v, str) for v in provenance.values()),
+                "model": isinstance(model, dict),
+            }.items()
+            if not fits
+        ]
+        if wrong:
+            raise ValueError(f"{source} can't be used: in its metadata {', '.join(wrong)} can't be")
+        return ExportFacts(names, preprocessing, float(temperature), provenance, model)
+
+
+def _are_names(names: Any) -> bool:
+    fits = isinstance(names, list) and 2 <= len(names) <= MOST_CLASSES
+    return fits and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+
+def _is_preprocessing(values: Preprocessing) -> bool:
+    def are(numbers: Any, count: int, kind: type | tuple[type, ...]) -> bool:
+        return isinstance(numbers, tuple) and len(numbers) == count and all(type(n) in kind for n in numbers)
+
+    return (
+        type(values.max_pixels) is int
+        and values.max_pixels > 0
+        and type(values.allow_truncated) is bool
+        and type(values.letterbox_image) is bool
+        and are(values.input_shape, 2, (int,))
+        and all(1 <= side <= MOST_PIXELS_A_SIDE for side in values.input_shape)
+        and _is_number(values.eval_crop)
+        and 0 < values.eval_crop <= 1
+        and values.interpolation in ("bilinear", "bicubic")
+        and are(values.image_mean, 3, (int, float))
+        and are(values.image_std, 3, (int, float))
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -1,0 +1,110 @@
+"""The formats that a classifier is exported in: how each is written, and opened again to be checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from nets import restore_model
+from nets.files import digest_file
+from nets.weights import read_weights
+from utils.classifier import Classifier, pixel_network
+from utils.export_check import Exported, by_checkpoint
+from utils.export_facts import ExportFacts
+from utils.export_graph import trace
+from utils.files import format_bytes, write_whole
+from utils.onnx_classifier import open_onnx
+from utils.onnx_file import MOST_BYTES
+from utils.onnx_write import make_onnx
+
+STEMS = {"fp32": "model", "fp16": "model_fp16", "int8": "model_int8"}
+
+
+class Format(NamedTuple):
+    """A format.
+
+    Attributes:
+        suffix: of its files.
+        write: writes a classifier that is in fp32 on the CPU to an open file.
+        open: opens such a file, by its path, to compare it with the classifier.
+    """
+
+    suffix: str
+    write: Callable[[Classifier, ExportFacts, BinaryIO], None]
+    open: Callable[[Path, Classifier], Exported]
+
+
+def write_onnx(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
+    """One file of ONNX, in the precision that `facts` has.
+
+    Raises:
+        ValueError: it would be larger than such a file can be.
+    """
+    precision = facts.provenance["precision"]
+    size = sum(p.numel() for p in classifier.network.parameters()) * (2 if precision == "fp16" else 4)
+    if size > MOST_BYTES:
+        remedy = "--format pt2" if precision == "fp16" else "--precision fp16, which takes half, or --format pt2"
+        raise ValueError(
+            f"format=onnx: the weights take {format_bytes(size)}, and one file of ONNX holds "
+            f"{format_bytes(MOST_BYTES)}: take {remedy}"
+        )
+    file.write(make_onnx(trace(classifier), facts))
+
+
+def run_onnx(path: Path, classifier: Classifier) -> Exported:
+    """Such a file in ONNX Runtime, on the processor."""
+    exported = open_onnx(path)
+    return lambda pixels: exported.probabilities(pixels[None])[0]
+
+
+def write_pt2(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
+    """A file of `torch.export`, with what it says of itself as its extra files."""
+    torch.export.save(trace(classifier), file, extra_files=facts.as_strings())
+
+
+def run_pt2(path: Path, classifier: Classifier) -> Exported:
+    """Such a file in torch."""
+    with path.open("rb") as file:
+        network = torch.export.load(file).module()
+
+    @torch.inference_mode()
+    def run(pixels: np.ndarray) -> np.ndarray:
+        return network(torch.tensor(pixels)[None])[0].numpy()
+
+    return run
+
+
+def write_safetensors(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
+    """The weights alone, which `model_path` of train.py takes; its header holds what builds their network."""
+    weights = {name: tensor.contiguous() for name, tensor in classifier.network[1].state_dict().items()}
+    file.write(safetensors.torch.save(weights, facts.as_strings()))
+
+
+def run_safetensors(path: Path, classifier: Classifier) -> Exported:
+    """The weights as train.py reads them, in a new network."""
+    weights = read_weights(path)
+    model = restore_model(classifier.network[1].arguments | weights.variant, weights.state)
+    network = pixel_network(model, classifier.preprocessing, classifier.device).eval().requires_grad_(False)
+    reloaded = replace(classifier, network=network)
+    return lambda pixels: by_checkpoint(reloaded, pixels)
+
+
+def write_card(path: Path, facts: ExportFacts) -> None:
+    """The JSON card beside a file of weights: all that there is to know besides them."""
+    card = facts.as_dict() | {"weights": path.name, "weights_sha256": digest_file(path)}
+    with write_whole(path.with_suffix(".json")) as file:
+        file.write((json.dumps(card, indent=2) + "\n").encode())
+
+
+FORMATS: dict[str, Format] = {
+    "onnx": Format(".onnx", write_onnx, run_onnx),
+    "pt2": Format(".pt2", write_pt2, run_pt2),
+    "safetensors": Format(".safetensors", write_safetensors, run_safetensors),
+}
