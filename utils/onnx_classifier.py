@@ -131,6 +131,8 @@ def open_onnx(path: str | Path) -> OnnxClassifier:
     content, facts = read_onnx(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # what is wrong is raised
+    # Threads that wait for work would keep cores busy that read pictures.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors have nothing else in common

@@ -57,14 +57,14 @@ def halve_weights(model: onnx.ModelProto) -> None:
     """Keep matrices in fp16 and cast them back when they are used, so that all arithmetic stays fp32.
 
     ONNX Runtime casts them once, when it opens the file. Arithmetic in fp16 would gain nothing on a processor, where it
-    has few kernels for it, and lose digits. Biases and norms are small, and rounding them costs as much as rounding all
-    matrices does.
+    has few kernels for it, and lose digits. Biases, norms and the convolution that takes the picture are small, and
+    rounding them costs more than rounding all else does.
     """
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1:
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) in (2, 4) and not takes_picture(tensor):
             name = tensor.name
             half = numpy_helper.to_array(tensor).astype(np.float16)
             tensor.CopyFrom(numpy_helper.from_array(half, f"{name}_fp16"))
@@ -75,22 +75,34 @@ def halve_weights(model: onnx.ModelProto) -> None:
 
 
 def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights of matrix products in int8, a scale for each column; what they are multiplied by is brought to 8 bits
-    while it runs. Convolutions stay as they are: ONNX Runtime has no fast kernel for them in this form."""
+    """Weights of matrix products and convolutions in 8 bits, a scale for each column or channel; what they are multiplied
+    by is brought to 8 bits while it runs. The convolution that takes the picture stays as it is: it is small, and all
+    that follows rests on it."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    kernels = {tensor.name for tensor in model.graph.initializer if takes_picture(tensor)}
+    first = [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] in kernels]
+    del model.graph.value_info[:]  # shapes between the operations, which change
     logging.disable(logging.WARNING)  # it recommends a step that torch's exporter has done
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        # Only constant weights: the resize's products, whose weights are computed, are not among them.
-        quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.onnx")
+            # Only constant weights: the resize's products, whose weights are computed, are not among them.
+            quantize_dynamic(
+                model,
+                path,
+                op_types_to_quantize=["MatMul", "Conv"],
+                nodes_to_exclude=first,
+                per_channel=True,
+                weight_type=QuantType.QUInt8,  # signed ones make convolutions four times as slow
+                extra_options={"MatMulConstBOnly": True},
+            )
+            return onnx.load(path)
+    finally:
         logging.disable(logging.NOTSET)
-        return onnx.load(path)
+
+
+def takes_picture(weights: onnx.TensorProto) -> bool:
+    """Whether weights are those of a convolution of three colours."""
+    return len(weights.dims) == 4 and weights.dims[1] == 3
