@@ -97,7 +97,7 @@ def export(classifier: Classifier, facts: ExportFacts, format: str, images: Imag
     Raises:
         ExportError: it gives something else.
     """
-    kind = "weights" if format == "safetensors" else facts.provenance["precision"]
+    precision = facts.provenance["precision"]
     failed = path.with_name(f"{path.name}.failed.json")
     with write_whole(path) as file:
         FORMATS[format].write(classifier, facts, file)
@@ -105,9 +105,9 @@ def export(classifier: Classifier, facts: ExportFacts, format: str, images: Imag
         unfinished = Path(file.name)
         comparison = compare(classifier, FORMATS[format].open(unfinished, classifier), images)
         report = {"file": path.name, "sha256": digest_file(unfinished), "format": format}
-        report |= facts.provenance | comparison.as_dict(kind)
+        report |= facts.provenance | comparison.as_dict(precision)
         print(format_comparison(comparison))
-        if fault := comparison.fault(kind):
+        if fault := comparison.fault(precision):
             write_report(failed, report)
             worst = ", ".join(f"{name} ({off:.2g})" for name, off in comparison.worst()[:3])
             raise ExportError(

@@ -110,12 +110,14 @@ def test_weights_and_their_card(exported, classifier, monkeypatch, tmp_path):
     assert weights.source == "Thaw's"
     assert weights.variant == {name: card["model"][name] for name in ("activation", "norm_eps", "num_registers")}
     assert weights.preprocessing["eval_crop"] == card["preprocessing"]["eval_crop"]
-    pixels = torch.rand(3, 3, 8, 8)
-    assert torch.equal(model(pixels), classifier.network[1](pixels))
+    expected = classifier.network[1].state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, trained, tmp_path, capsys):
     model = exported("fp32")
+    capsys.readouterr()
     shutil.copy(model, tmp_path / "Copy.ONNX")
     (tmp_path / "broken.jpg").write_text("no picture")
     write_picture(tmp_path / "large.jpg", size=(90, 70), seed=5)
@@ -193,7 +195,7 @@ def fake(classifier: Classifier, shift: float, flip: bool = False) -> export_for
     ("shift", "flip", "precision", "told"),
     [
         (2e-3, False, "fp32", "a probability is off by 0.002, and 1e-03 is allowed"),
-        (2e-3, False, "fp16", "a probability is off by 0.002"),
+        (2e-2, False, "fp16", "a probability is off by 0.02, and 1e-02 is allowed"),
         (0, True, "fp32", "it names another class for 4 of 4 pictures"),
         (0, True, "int8", "it names 0.0% of the pictures right, the checkpoint 100.0%"),
         (np.nan, False, "int8", "aren't finite"),
@@ -208,7 +210,7 @@ def test_an_export_that_differs_is_not_kept(classifier, tmp_path, monkeypatch, s
     report = json.loads((tmp_path / f"{name}.failed.json").read_text())
     assert not report["passed"]
     assert told in report["fault"]
-    if shift == 2e-3:
+    if shift > 0:
         assert {Path(entry["path"]).parent.name for entry in report["worst"]} == {"dark"}
         monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, 5e-4))
         export.main(precision=precision, out=str(tmp_path))
@@ -472,7 +474,7 @@ def test_round_trip_of_real_weights_on_real_pictures(trashnet):
         print(
             name, {key: report[key] for key in ("pictures", "largest_difference", "top1_checkpoint", "top1_exported")}
         )
-        # A picture or two in hundreds tip at the least rounding of these weights: fp16 is rightly refused then.
+        # A picture or two in hundreds may tip at the least rounding: fp16 is rightly refused then.
         assert report["passed"] or (precision == "fp16" and report["same_top1"] >= 0.98 * report["pictures"])
         assert report["passed"] == (checkpoint.parent / "export" / name).exists()
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")

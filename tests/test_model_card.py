@@ -22,9 +22,9 @@ NAMES = ["a|b", "two\nlines", "<script>alert(1)</script>", "\x1b[31mred", "\udcf
 
 @pytest.fixture
 def own_run(trained, tmp_path):
-    """A copy of the trained run, to write in."""
+    """A copy of the trained run, to write in, without what other tests had eval.py write."""
     run = tmp_path / "run"
-    shutil.copytree(find_checkpoint("").parent, run)
+    shutil.copytree(find_checkpoint("").parent, run, ignore=shutil.ignore_patterns("metrics*", "export"))
     return find_checkpoint(str(run))
 
 

