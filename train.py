@@ -21,6 +21,7 @@ from nets import build_model, draw_model, expected_preprocessing
 from nets.backbones import RATES
 from nets.freezing import FreezableNetwork
 from nets.pretrained import find_pretrained
+from nets.vit import SIZES
 from nets.weights import Weights, load_weights, read_weights
 from utils import cli
 from utils.annotation import ensure_lists
@@ -149,6 +150,11 @@ def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | 
     """The network with the weights that the run starts from, random ones if there are none, or with those of the
     checkpoint that it goes on from; and what follows from them."""
     weights = None if resumed else find_weights(config)
+    if weights and weights.variant and config.backbone not in SIZES:
+        raise ValueError(
+            f"{weights.path} holds the weights of a Vision Transformer, and backbone={config.backbone!r} is another "
+            f"network: set backbone to one of {', '.join(SIZES)}"
+        )
     expected = expected_preprocessing(config.backbone) | dict(weights.preprocessing) if weights else {}
     settled = settle_preprocessing(config, resumed["preprocessing"] if resumed else expected)
     for name in expected:

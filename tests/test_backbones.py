@@ -330,3 +330,5 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
     _, model, _ = train.make_model(TrainConfig(**SMALL | changes, activation="gelu_tanh"), 2)
     assert model.arguments["activation"] == "gelu_tanh"
+    with pytest.raises(ValueError, match="weights of a Vision Transformer, and backbone='resnet18' is another network"):
+        train.make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), 2)
