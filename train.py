@@ -34,6 +34,7 @@ from utils.engine import Trainer
 from utils.finish import calibrate_checkpoint
 from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
+from utils.loss import TrainingLoss
 from utils.optim import WeightAverage, build_optimizer
 from utils.resume import open_run
 from utils.run import Run
@@ -192,17 +193,18 @@ def find_weights(config: TrainConfig) -> Weights | None:
 def make_trainer(
     config: TrainConfig, network: nn.Module, precision: str, data: Data, resumed: dict[str, Any] | None
 ) -> Trainer:
-    """What trains `network`, with the balance of the loss and the average of the weights that `config` asks for."""
+    """What trains `network`, with the loss and the average of the weights that `config` asks for."""
     weights, average = None, None
     if config.class_weights == "balanced":
         weights = balanced_class_weights(data.train_images.class_ids, len(data.class_names))
+    loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix)
     _, model = network
     if config.ema_decay:
         average = WeightAverage(model, config.ema_decay)
         if resumed:
             average.load(resumed["weights"])
     device = next(model.parameters()).device
-    return Trainer(network, device, precision, config.seed, weights, average, config.on_nan)
+    return Trainer(network, device, precision, config.seed, loss, average, config.on_nan, config.clip_grad)
 
 
 def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
@@ -259,6 +261,8 @@ def feed(
     config = cache.config
     num_views = num_cached_views(stage, config)
     if num_views:
+        if config.mixup or config.cutmix:
+            print("mixup and cutmix: not in this stage, which trains on cached features")
         network, num_workers = ThawedPart(network), 0
         train_set = cache.open(train_set, config.train_annotation_path, num_views)
         val_set = cache.open(val_set, config.val_annotation_path, num_views=1)

@@ -15,6 +15,7 @@ from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
 from utils.engine import NonFiniteLoss, OutOfMemory, Trainer, compute_logits
 from utils.lists import list_in_memory
+from utils.loss import TrainingLoss
 from utils.optim import build_optimizer
 from utils.transforms import EvalTransform, Preprocessing
 
@@ -61,7 +62,7 @@ def test_a_step_is_the_one_written_by_hand(weights):
     pixels, targets = batch()
     own = network()
     other = copy.deepcopy(own)
-    trainer = Trainer(own, CPU, "fp32", 1, weights)
+    trainer = Trainer(own, CPU, "fp32", 1, TrainingLoss(weights))
     sgd = TrainConfig(
         optimizer_type="sgd"
     )  # its step is linear in the gradient; Adam's first is its sign, noise and all
@@ -81,6 +82,20 @@ def test_a_step_is_the_one_written_by_hand(weights):
     assert trainer.step == 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gradient_is_shortened_to_the_norm_that_is_allowed(precision):
+    for clip_grad in (1e-3, 1e3):
+        own = network()
+        sgd = build_optimizer(own[1], TrainConfig(optimizer_type="sgd", momentum=0, weight_decay=0), 1.0)
+        before = torch.cat([p.detach().flatten().clone() for p in own.parameters()])
+        Trainer(own, CPU, precision, 1, clip_grad=clip_grad).train_step(*batch(), sgd)
+        moved = torch.linalg.vector_norm(torch.cat([p.detach().flatten() for p in own.parameters()]) - before).item()
+        if clip_grad == 1e-3:
+            assert moved == pytest.approx(1e-3, rel=1e-2)
+        else:
+            assert moved > 0.1
+
+
 @pytest.mark.parametrize("optimizer_type", ["sgd", "adam", "adamw"])
 def test_a_step_on_the_meta_device(optimizer_type):
     """A tensor made on another device, or a look at a value (which would make the host wait), raises there."""
@@ -89,7 +104,8 @@ def test_a_step_on_the_meta_device(optimizer_type):
     config = TrainConfig(optimizer_type=optimizer_type)
     optimizer = build_optimizer(own[1], config, 1e-3)
     pixels, targets = (tensor.to(meta) for tensor in batch())
-    loss, correct = Trainer(own, meta, "fp32", seed=1).train_step(pixels, targets, optimizer)
+    mixing = TrainingLoss(label_smoothing=0.1, mixup=0.2, cutmix=1.0)
+    loss, correct = Trainer(own, meta, "fp32", 1, mixing, clip_grad=1.0).train_step(pixels, targets, optimizer)
     assert (loss.device, loss.shape, correct.shape) == (meta, (), ())
 
 
@@ -286,7 +302,8 @@ def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_n
     weights, losses = [], []
     for narrow in (False, True):
         own = network()
-        trainer = Trainer(Narrow(own) if narrow else own, CPU, "fp32", 1, torch.tensor([0.5, 1.0, 4.0]))
+        loss = TrainingLoss(torch.tensor([0.5, 1.0, 4.0]), mixup=0.5)
+        trainer = Trainer(Narrow(own) if narrow else own, CPU, "fp32", 1, loss)
         optimizer = build_optimizer(own[1], sgd, 0.1)
         found = [trainer.train_step(pixels, targets, optimizer) for _ in range(3)]
         losses.append(torch.tensor(found))

@@ -135,6 +135,10 @@ class TrainConfig:
     """Evaluate and save an exponential moving average of the weights, which keeps this part of itself at every step; 0
     to below 1. 0.99 to 0.9999, the more the more steps the run has; smooths the end of noisy runs. 0: none."""
 
+    clip_grad: float = 0.0
+    """Largest norm of the gradient, of all weights together; a longer one is shortened to it. 1 keeps runs that jump
+    early on from losing what they know (Dosovitskiy et al., 2021, train so). 0: as long as it is."""
+
     lr_decay_type: Literal["cos", "step"] = "cos"
     """`cos`: warm-up, half a cosine, flat end. `step`: ten equal steps down."""
 
@@ -173,6 +177,19 @@ class TrainConfig:
     auto_augment: bool = True
     """AutoAugment (its ImageNet policy: colours, contrast, shear, rotation) on training pictures. False where colour or
     orientation tells the class."""
+
+    label_smoothing: float = 0.0
+    """The part of each label that is spread over all classes, 0 to below 1. 0.1 for long runs and where some labels are
+    wrong: the network is then less sure of itself (Szegedy et al., 2016)."""
+
+    mixup: float = 0.0
+    """MixUp: training pictures are blended in pairs, in parts from a Beta distribution with this parameter, and so are
+    their labels. 0.1 to 0.8, the more the longer the run (Zhang et al., 2018). A stage on cached features goes without.
+    0: none."""
+
+    cutmix: float = 0.0
+    """CutMix: a box of each training picture comes from another, and its part of the label. 1 for hundreds of epochs
+    (Yun et al., 2019); with `mixup` besides, each step draws one of the two. Likewise. 0: none."""
 
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     """`shuffle`: every training picture once an epoch. `balanced`: every class equally often, the pictures of small
@@ -243,7 +260,7 @@ class TrainConfig:
                 check(field, _fits(getattr(self, field), hint), f"choose one of {', '.join(get_args(hint))}")
             else:
                 check(field, _fits(getattr(self, field), hint), f"give a value of the type {hint}")
-        for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum", "ema_decay"):
+        for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum", "ema_decay", "label_smoothing"):
             check(field, 0 <= getattr(self, field) < 1, "give a number from 0 to below 1")
         for field in ("eval_crop", "train_crop", "layer_decay"):
             value = getattr(self, field)
@@ -266,7 +283,7 @@ class TrainConfig:
             check(field, getattr(self, field) >= 1, "give a whole number from 1 up")
         for field in (
             *("freeze_epoch", "num_workers", "seed", "weight_decay", "feature_cache_gb"),
-            *("keep_periodic", "save_every_steps", "save_every_minutes"),
+            *("keep_periodic", "save_every_steps", "save_every_minutes", "clip_grad", "mixup", "cutmix"),
         ):
             check(field, getattr(self, field) >= 0, "give 0 or more")
         check("freeze_blocks", self.freeze_blocks == "all" or self.freeze_blocks >= 0, 'give 0 or more, or "all"')

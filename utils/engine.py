@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from utils.data import batch_paths, fetch
 from utils.device import autocast
+from utils.loss import PLAIN, Batch, TrainingLoss
 from utils.metrics import cross_entropy, top_k_accuracy
 from utils.optim import WeightAverage, set_learning_rate
 from utils.seeds import derive_seed
@@ -53,9 +53,10 @@ class Trainer:
         device: where it is and where batches go.
         precision: arithmetic of the matrix products: "fp32", "fp16" or "bf16".
         seed: of what is drawn in a step; a step draws the same wherever a run was cut off.
-        class_weights: weight of each class in the training loss, (classes,); None: all alike.
+        loss: what a step descends, and how pictures are mixed before.
         average: of the weights, which then is what is evaluated; None: none.
         on_nan: "stop" or "skip", see `TrainConfig`.
+        clip_grad: largest norm of the gradient of all weights together; 0: as large as it is.
         scaler: of the loss, for fp16.
         step: optimizer updates so far.
         micro_batches: into how many parts a batch is split, one after the other, to fit into memory.
@@ -70,17 +71,19 @@ class Trainer:
         device: torch.device,
         precision: str,
         seed: int,
-        class_weights: Tensor | None = None,
+        loss: TrainingLoss = PLAIN,
         average: WeightAverage | None = None,
         on_nan: str = "stop",
+        clip_grad: float = 0.0,
     ) -> None:
         self.network = network
         self.device = device
         self.precision = precision
         self.seed = seed
-        self.class_weights = None if class_weights is None else class_weights.to(device)
+        self.loss = loss.to(device)
         self.average = average
         self.on_nan = on_nan
+        self.clip_grad = clip_grad
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = 0
         self.micro_batches = 1
@@ -104,7 +107,8 @@ class Trainer:
         """
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        while (done := self._accumulate_gradient(inputs, targets)) is None:
+        batch = self.loss.mix(inputs, targets, derive_seed(self.seed, "mix", self.step))
+        while (done := self._accumulate_gradient(batch)) is None:
             optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -112,6 +116,9 @@ class Trainer:
         if self.on_nan == "skip" and not self._is_finite(loss, optimizer):
             loss, hits = torch.full_like(loss, math.nan), torch.zeros_like(hits)
         else:
+            if self.clip_grad:
+                self.scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad)
             self.scaler.step(optimizer)
             self.scaler.update()
             if self.average:
@@ -120,43 +127,40 @@ class Trainer:
         self.step += 1
         return loss, hits
 
-    def _accumulate_gradient(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _accumulate_gradient(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Loss and hits of a batch, with the gradients in place; None if there was too little memory: then it is to be
         tried again, in smaller parts."""
         torch.manual_seed(derive_seed(self.seed, "step", self.step))
         loss, hits = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
+        size = len(batch.class_ids)
         try:
-            parts = min(self.micro_batches, len(targets))
-            for part, classes in zip(inputs.tensor_split(parts), targets.tensor_split(parts), strict=True):
-                part_loss, part_hits = self._backward(part, classes, len(targets))
+            for part in batch.split(min(self.micro_batches, size)):
+                part_loss, part_hits = self._backward(part, size)
                 loss += part_loss
                 hits += part_hits
             return loss, hits
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            if self.micro_batches >= len(targets):
+            if self.micro_batches >= size:
                 raise OutOfMemory(
                     f"{self.device.type} has too little memory for a single picture ({error}): choose a smaller "
                     f"backbone or input_shape, or freeze more blocks"
                 ) from error
-            self.micro_batches = min(2 * self.micro_batches, len(targets))
+            self.micro_batches = min(2 * self.micro_batches, size)
             print(
-                f"attention: out of memory at step {self.step + 1}: batches of {len(targets)} pictures are now worked "
+                f"attention: out of memory at step {self.step + 1}: batches of {size} pictures are now worked "
                 f"through in {self.micro_batches} parts, whose gradients are added up: they still learn together"
             )
             return None
 
-    def _backward(self, inputs: Tensor, targets: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    def _backward(self, part: Batch, batch_size: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of a part of a batch; its part of the loss and its hits."""
         with autocast(self.device, self.precision):
-            logits = self.network(inputs)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        if self.class_weights is not None:
-            losses = losses * self.class_weights[targets]  # their mean over the list is 1, so the mean is a plain one
-        loss = losses.sum() / batch_size
+            logits = self.network(part.inputs)
+        loss = self.loss(logits.float(), part).sum() / batch_size
         self.scaler.scale(loss).backward()
-        return loss.detach(), (logits.argmax(dim=1) == targets).sum()
+        return loss.detach(), (logits.argmax(dim=1) == part.largest).sum()
 
     def _is_finite(self, loss: Tensor, optimizer: Optimizer) -> bool:
         """Whether loss and gradients are; an fp16 scaler looks at the latter by itself."""
@@ -184,7 +188,8 @@ class Trainer:
             after_step: called after each step.
 
         Returns:
-            `loss` and `top1`, means over the epoch, `learning_rate`, the last one, and `skipped`, steps left out.
+            `loss` and `top1`, means over the epoch (of mixed pictures the class with the larger share counts),
+            `learning_rate`, the last one, and `skipped`, steps left out.
 
         Raises:
             NonFiniteLoss: the loss of a step isn't finite, or those of many in a row.
