@@ -69,7 +69,7 @@ CONFIG = TrainConfig(
     train_crop=0.7,  # digits fill their frame: no small crops,
     eval_crop=1.0,
     horizontal_flip=0.0,  # no mirroring
-    auto_augment=False,  # and no rotation
+    augmentation="none",  # and no rotation
     # the machine
     num_workers=0,  # tiny pictures need none; photos: the number of cores
 )

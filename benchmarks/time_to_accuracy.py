@@ -113,7 +113,7 @@ def recipe(weights: Path, side: int, seed: int, workers: int) -> TrainConfig:
         min_lr=4e-5,
         layer_decay=0.7,
         train_crop=0.3,  # a short run has no time for harder pictures
-        auto_augment=False,
+        augmentation="none",
         num_workers=workers,
         save_period=1,
         seed=seed,

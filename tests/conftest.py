@@ -34,7 +34,7 @@ SMALL = {
     "init_lr": 4e-3,
     "min_lr": 4e-5,
     "train_crop": 0.5,
-    "auto_augment": False,  # the classes differ in brightness, which it changes
+    "augmentation": "none",  # the classes differ in brightness, which it changes
     "num_workers": 0,
     "save_period": 2,
     "precision": "fp32",

@@ -23,7 +23,7 @@ from utils.data import FileSource, ImageDataset, train_loader
 from utils.lists import ImageList, list_in_memory
 from utils.transforms import Preprocessing, TrainTransform
 
-CONFIG = TrainConfig(input_shape=(32, 32), cache_images=True, auto_augment=False)
+CONFIG = TrainConfig(input_shape=(32, 32), cache_images=True, augmentation="none")
 
 
 @pytest.fixture

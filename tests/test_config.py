@@ -133,5 +133,5 @@ def test_one_schedule_over_both_stages():
 
 def test_the_config_on_top_of_train_py_trains_digits_unmirrored():
     assert train.CONFIG.horizontal_flip == 0
-    assert not train.CONFIG.auto_augment
+    assert train.CONFIG.augmentation == "none"
     assert train.CONFIG.freeze_train

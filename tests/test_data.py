@@ -74,7 +74,7 @@ def test_the_same_picture_looks_otherwise_in_another_epoch(images):
 
 
 def test_a_picture_does_not_depend_on_the_others_of_its_batch(images):
-    transform = TrainTransform(dataclasses.replace(CONFIG, auto_augment=True))
+    transform = TrainTransform(dataclasses.replace(CONFIG, augmentation="autoaugment"))
     dataset = ImageDataset(FileSource(images, PREPROCESSING), transform, seed=1)
     together = dataset.__getitems__([(0, i, 0) for i in range(23)])
     alone = [dataset[(0, i, 0)] for i in range(23)]
@@ -158,7 +158,7 @@ def two_of_three(here) -> ImageList:
 
 
 def train_set(images, max_bad_fraction=0.1) -> ImageDataset:
-    transform = TrainTransform(dataclasses.replace(CONFIG, auto_augment=False))
+    transform = TrainTransform(dataclasses.replace(CONFIG, augmentation="none"))
     return ImageDataset(FileSource(images, PREPROCESSING), transform, 1, max_bad_fraction)
 
 

@@ -455,7 +455,7 @@ def trashnet(shared, here) -> Path:
             drop_rate=0.0,
             attn_drop_rate=0.0,
             drop_path_rate=0.0,
-            auto_augment=False,
+            augmentation="none",
             num_workers=2,
         )
     )

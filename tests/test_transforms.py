@@ -77,7 +77,7 @@ def test_training_makes_uint8_of_the_input_shape():
 @pytest.mark.parametrize("side", [300, 660, 672, 1000, 1344, 2688])  # of the crop: decoded at 1, 1, 1/2, 1/2, 1/4, 1/8
 def test_the_fast_path_shows_what_the_plain_path_shows(shared, here, side):
     """Decoded at scale and resized by torch, against decoded whole and resized by Pillow: the same for the eye."""
-    config = TrainConfig(horizontal_flip=0.0, auto_augment=False)
+    config = TrainConfig(horizontal_flip=0.0, augmentation="none")
     for path in sorted((shared / "data" / "trashnet" / "test").rglob("*.jpg"))[::60]:
         width = side * 5 // 4
         Image.open(path).resize((width, width), Image.Resampling.BICUBIC).save("a.jpg", quality=90)
@@ -98,7 +98,7 @@ def drawn(config: TrainConfig, image: Image.Image, count: int = 200) -> torch.Te
     return torch.stack([transform(image) for _ in range(count)]).float()
 
 
-PLAIN = TrainConfig(input_shape=(16, 16), auto_augment=False, horizontal_flip=0.0)
+PLAIN = TrainConfig(input_shape=(16, 16), augmentation="none", horizontal_flip=0.0)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
@@ -117,13 +117,29 @@ def test_crops_follow_their_field():
     assert least_span(0.08) < 0.4
 
 
-def test_auto_augment_follows_its_field():
-    def looks(auto_augment):
-        config = dataclasses.replace(PLAIN, auto_augment=auto_augment, train_crop=1.0)
-        return len(drawn(config, gradient(16, 16), 50).unique(dim=0))
+CHANGES = [{"augmentation": name} for name in ("autoaugment", "randaugment", "trivialaugment", "augmix")]
 
-    assert looks(False) <= 5  # of a square picture, whole crops are all that is left
-    assert looks(True) > 10
+
+@pytest.mark.parametrize("fields", [*CHANGES, {"color_jitter": 0.4}, {"random_erasing": 0.5}, {}])
+def test_changes_follow_their_fields(fields):
+    pixels = drawn(dataclasses.replace(PLAIN, train_crop=1.0, **fields), gradient(16, 16), 50)
+    looks = len(pixels.unique(dim=0))
+    assert looks > 10 if fields else looks <= 5  # of a square picture, whole crops are all that is left
+
+
+def test_how_often_and_how_far_pictures_are_changed():
+    """By their definitions: grey boxes of 2 to 33 % in half the pictures; levels of a grey one within the jitter."""
+    grey = Image.new("RGB", (40, 40), (100, 100, 100))
+    plain = dataclasses.replace(PLAIN, train_crop=1.0, input_shape=(40, 40))
+    erased = (drawn(dataclasses.replace(plain, random_erasing=0.5), grey, 400) == 128).all(1).float().mean(dim=(1, 2))
+    hit = erased[erased > 0]
+    assert 150 < len(hit) < 250
+    assert hit.min() > 0.015
+    assert hit.max() < 0.35
+    levels = drawn(dataclasses.replace(plain, color_jitter=0.2), grey, 400)[:, 0, 0, 0]
+    # Brightness by up to a fifth, to the nearest levels or so; contrast and saturation leave an even grey as it is.
+    assert 77 <= levels.min() < 85
+    assert 115 < levels.max() <= 121
 
 
 def test_preprocessing_round_trip():

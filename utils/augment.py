@@ -1,4 +1,4 @@
-"""What is drawn for a training picture: its crop and its AutoAugment."""
+"""What is drawn for a training picture: its crop, and how it is changed."""
 
 from __future__ import annotations
 
@@ -42,6 +42,23 @@ def random_box(width: int, height: int, least_area: float) -> Box:
     w, h = min(width, round(height * wide)), min(height, round(width / narrow))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def make_changes(color_jitter: float, augmentation: str, random_erasing: float) -> nn.Sequential:
+    """What happens to the uint8 pixels (3, height, width) of a training picture, see `TrainConfig`; all of it draws
+    from torch's global generator."""
+    changes: list[nn.Module] = [AutoAugment()] if augmentation == "autoaugment" else []
+    if augmentation not in ("autoaugment", "none") or color_jitter or random_erasing:
+        from torchvision.transforms import v2  # takes a second, and the defaults don't need it
+
+        others = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide, "augmix": v2.AugMix}
+        if augmentation in others:
+            changes.append(others[augmentation](fill=list(GREY)))
+        if color_jitter:
+            changes.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        if random_erasing:
+            changes.append(v2.RandomErasing(random_erasing, value=list(GREY)))
+    return nn.Sequential(*changes)
 
 
 class AutoAugment(nn.Module):

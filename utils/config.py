@@ -174,9 +174,20 @@ class TrainConfig:
     horizontal_flip: float = 0.5
     """Probability of mirroring a training picture, 0 to 1. 0 where left and right matter: digits, letters, signs."""
 
-    auto_augment: bool = True
-    """AutoAugment (its ImageNet policy: colours, contrast, shear, rotation) on training pictures. False where colour or
-    orientation tells the class."""
+    color_jitter: float = 0.0
+    """Change brightness, contrast and saturation of training pictures at random, each by up to this part, 0 to 1. 0.2
+    to 0.4 where light differs from picture to picture and `augmentation` is none."""
+
+    augmentation: Literal["none", "autoaugment", "randaugment", "trivialaugment", "augmix"] = "autoaugment"
+    """Random changes of training pictures, each a mix of colours, contrast, shear, rotation and the like.
+    `autoaugment`: the policy found on ImageNet (Cubuk et al., 2019), and the fastest here. `randaugment`: two at a set
+    strength (Cubuk et al., 2020). `trivialaugment`: one of any strength (Müller and Hutter, 2021). `augmix`: chains of
+    them blended, for pictures that get worse in use (Hendrycks et al., 2020). `none` where colour or orientation tells
+    the class."""
+
+    random_erasing: float = 0.0
+    """Probability that a box of a training picture, of 2 to 33 % of its area, is made grey, 0 to 1. 0.25 where what
+    matters is partly hidden at times (Zhong et al., 2020)."""
 
     label_smoothing: float = 0.0
     """The part of each label that is spread over all classes, 0 to below 1. 0.1 for long runs and where some labels are
@@ -265,7 +276,7 @@ class TrainConfig:
         for field in ("eval_crop", "train_crop", "layer_decay"):
             value = getattr(self, field)
             check(field, value is None or 0 < value <= 1, "give a number above 0, at most 1")
-        for field in ("horizontal_flip", "max_bad_fraction"):
+        for field in ("horizontal_flip", "max_bad_fraction", "color_jitter", "random_erasing"):
             check(field, 0 <= getattr(self, field) <= 1, "give a number from 0 to 1")
         check(
             "class_weights",

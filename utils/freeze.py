@@ -121,7 +121,8 @@ def num_cached_views(stage: Stage, config: TrainConfig) -> int:
 # What features depend on, besides the pictures and the frozen weights.
 SHAPING_FIELDS = (
     *(field.name for field in dataclasses.fields(Preprocessing)),
-    *("train_crop", "horizontal_flip", "auto_augment", "cache_images", "max_bad_fraction", "seed"),
+    *("train_crop", "horizontal_flip", "color_jitter", "augmentation", "random_erasing"),
+    *("cache_images", "max_bad_fraction", "seed"),
 )
 
 

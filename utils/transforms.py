@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from utils.augment import GREY, AutoAugment, random_box
+from utils.augment import GREY, make_changes, random_box
 from utils.config import TrainConfig
 from utils.images import Box, Region, read_region
 
@@ -116,7 +116,7 @@ class TrainTransform(Transform):
         self.interpolation = Preprocessing.from_dict(config.as_dict()).interpolation
         self.least_area = config.train_crop
         self.horizontal_flip = config.horizontal_flip
-        self.auto_augment = AutoAugment() if config.auto_augment else nn.Identity()
+        self.changes = make_changes(config.color_jitter, config.augmentation, config.random_erasing)
 
     def choose_box(self, width: int, height: int) -> Box:
         """A part of random place, area and aspect ratio."""
@@ -130,10 +130,10 @@ class TrainTransform(Transform):
         return F.interpolate(part.permute(0, 3, 1, 2), self.size, mode=self.interpolation, antialias=True)[0]
 
     def augment(self, pixels: Tensor) -> Tensor:
-        """Mirrored or not, then AutoAugment."""
+        """Mirrored or not, then changed as the settings say."""
         if torch.rand(()) < self.horizontal_flip:
             pixels = pixels.flip(-1)
-        return self.auto_augment(pixels)
+        return self.changes(pixels)
 
 
 class EvalTransform(Transform):

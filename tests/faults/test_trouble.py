@@ -251,7 +251,7 @@ def test_a_picture_that_gives_a_nan_is_named(two_classes, nan_in_a_picture, caps
     from PIL import Image
 
     Image.new("RGB", (20, 16), (255, 255, 255)).save(light)
-    train.main(TrainConfig(**NAN | {"auto_augment": False}, on_nan="skip"))
+    train.main(TrainConfig(**NAN | {"augmentation": "none"}, on_nan="skip"))
     told = [line for line in capsys.readouterr().out.splitlines() if "isn't finite at step" in line]
     assert told
     assert all_finite(only_run())
