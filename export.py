@@ -43,7 +43,7 @@ def main(
         card: also write a model card, README.md, beside it: classes, counts, what eval.py found, limits, how to load,
             and the hashes of all exported files there.
     """
-    check(format, precision, pictures)
+    check(format, precision, pictures, out)
     checkpoint = find_checkpoint(model_path)
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")
     images = pictures_to_check(checkpoint, classifier, data, classes_path)
@@ -60,10 +60,12 @@ def main(
         print(f"written to {write_model_card(path.parent, checkpoint, classifier, facts)}")
 
 
-def check(format: str, precision: str, pictures: int) -> None:
+def check(format: str, precision: str, pictures: int, out: str) -> None:
     """Raise a ValueError that names what can't work."""
     if format != "onnx" and precision != "fp32":
         raise ValueError(f"precision={precision} is of format=onnx only: leave one of the two off")
+    if Path(out).is_file():
+        raise ValueError(f"out={out!r}: it is a file; give a folder")
     if pictures < 1:
         raise ValueError(f"pictures={pictures}: give 1 or more; nothing is exported unchecked")
 

@@ -18,6 +18,7 @@ from utils import cli
 from utils.calibration import UNKNOWN, Rejection
 from utils.checkpoint import find_checkpoint
 from utils.classifier import BATCH, Classifier, load_classifier
+from utils.cli import printable
 from utils.config import Device
 from utils.images import open_image
 from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
@@ -71,7 +72,7 @@ def main(
     """
     check(top_k, json_lines, csv_lines, save, sort_into)
     model_path, paths = choose_model(model_path, paths)
-    classifier = open_model(model_path, device, raw, explain, reject_below)
+    classifier = open_model(model_path, device, raw, tta, explain, reject_below)
     rejection = choose_rejection(classifier, reject_below, max_error, tta)
     top_k = min(top_k, len(classifier.class_names))
     given = list(expand(paths)) if paths and "-" not in paths else None
@@ -126,7 +127,7 @@ def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[st
     return paths[0], paths[1:]
 
 
-def open_model(model_path: str, device: Device, raw: bool, explain: bool, reject_below: str) -> Model:
+def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: bool, reject_below: str) -> Model:
     """Open a checkpoint or an exported file, and say which.
 
     Raises:
@@ -139,6 +140,7 @@ def open_model(model_path: str, device: Device, raw: bool, explain: bool, reject
     asked = {
         "explain": explain,
         "raw": raw,
+        "tta": tta,
         "reject_below=auto": reject_below == "auto",
         f"device={device}": device not in ("auto", "cpu"),
     }
@@ -257,7 +259,7 @@ def keep(classifier: Model, answer: Prediction, folder: Path, explained: bool) -
 def summarise(counts: Counter[str]) -> str:
     """How many pictures got which label."""
     failed = counts[""]
-    labels = ", ".join(f"{count} as {shorten(name, 40)}" for name, count in counts.most_common(9) if name)
+    labels = ", ".join(f"{count} as {shorten(printable(name), 40)}" for name, count in counts.most_common(9) if name)
     more = len(counts) > 9
     told = f"{sum(counts.values())} pictures: {labels}{', ...' if more else ''}"
     return told + (f"; {failed} can't be read" if failed else "")

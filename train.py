@@ -97,7 +97,11 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
         return
     lists = {"train": data.train_images, "val": data.val_images}
     folder = open_run(config, data.class_names, lists)
-    config, model, origin = make_model(config, len(data.class_names), folder.checkpoint)
+    try:
+        config, model, origin = make_model(config, len(data.class_names), folder.checkpoint)
+    except BaseException:
+        folder.discard_if_new()
+        raise
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
     trainer = make_trainer(config, network, precision, data, folder.checkpoint)
     run = Run(config, model, trainer, data.class_names, lists, folder, origin)
@@ -151,11 +155,6 @@ def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | 
     """The network with the weights that the run starts from, random ones if there are none, or with those of the
     checkpoint that it goes on from; and what follows from them."""
     weights = None if resumed else find_weights(config)
-    if weights and weights.variant and config.backbone not in SIZES:
-        raise ValueError(
-            f"{weights.path} holds the weights of a Vision Transformer, and backbone={config.backbone!r} is another "
-            f"network: set backbone to one of {', '.join(SIZES)}"
-        )
     expected = expected_preprocessing(config.backbone) | dict(weights.preprocessing) if weights else {}
     settled = settle_preprocessing(config, resumed["preprocessing"] if resumed else expected)
     for name in expected:
@@ -181,10 +180,11 @@ def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | 
 
 def find_weights(config: TrainConfig) -> Weights | None:
     """The weights that a new run starts from; None: random ones."""
+    of_vit = config.backbone in SIZES
     if config.model_path:
-        return read_weights(config.model_path)
+        return read_weights(config.model_path, of_vit)
     if config.pretrained:
-        return read_weights(find_pretrained(config.backbone, config.pretrained))
+        return read_weights(find_pretrained(config.backbone, config.pretrained), of_vit)
     if config.freeze_train:
         print("attention: freeze_train without pretrained weights freezes a backbone that has learned nothing yet")
     return None

@@ -23,7 +23,9 @@ FOREIGN_PARTS: dict[str, str] = {
 }
 
 # What other projects put around their tensors' names.
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")
+OF_TORCH = ("module.", "_orig_mod.")
+"""Of DataParallel and of torch.compile, so that they tell nothing of the project."""
+PREFIXES = (*OF_TORCH, "backbone.", "encoder.")
 WRAPPERS = ("model", "teacher", "state_dict")
 
 
@@ -40,13 +42,13 @@ def unwrap(content: Any) -> tuple[State, bool]:
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
         raise ValueError("it holds no state dict (tensors by name)")
-    prefixed = False
+    of_meta = wrapper in ("model", "teacher")
     while prefix := next((prefix for prefix in PREFIXES if _is_prefix(prefix, state)), ""):
         bare = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         if len(bare) < len(state):
             raise ValueError(f"names in it differ only by {prefix!r}")
-        state, prefixed = bare, True
-    return state, prefixed or wrapper in ("model", "teacher")
+        state, of_meta = bare, of_meta or prefix not in OF_TORCH
+    return state, of_meta
 
 
 def _is_prefix(prefix: str, state: State) -> bool:
@@ -131,10 +133,11 @@ def _fold_layer_scale(state: State) -> State:
 
 
 def _with_class_position(state: State) -> State:
-    """With a position for the class token: timm's networks with registers have it added to the token already."""
+    """With a position for the class token: some of timm's networks (those with registers, DeiT III, FlexiViT) have
+    none, or have it added to the token already."""
     pos_embed = state.get("pos_embed")
     if pos_embed is not None and pos_embed.ndim != 3:
         raise ValueError(f"its position embedding has the shape {tuple(pos_embed.shape)}, not (1, N, C)")
-    if "reg_token" in state and pos_embed is not None and math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:
+    if pos_embed is not None and pos_embed.shape[1] > 1 and math.isqrt(pos_embed.shape[1]) ** 2 == pos_embed.shape[1]:
         state["pos_embed"] = torch.cat([torch.zeros_like(pos_embed[:, :1]), pos_embed], dim=1)
     return state

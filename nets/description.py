@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 < value <= 1
+    return type(value) in (int, float) and 0 < value <= 1
 
 
 def _is_colour(value: Any) -> bool:
@@ -37,10 +36,15 @@ def read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns:
         Of the network, arguments of `nets.vit.vit`; of pictures, the fields in `PREPROCESSING`. What can't be read, or
         makes no sense, says nothing.
+
+    Raises:
+        ValueError: the network has another activation than a GELU.
     """
     config, processor = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
     variant: dict[str, Any] = {}
-    if isinstance(kind := config.get("hidden_act"), str) and kind in ACTIVATIONS:
+    if isinstance(kind := config.get("hidden_act"), str):
+        if kind not in ACTIVATIONS:
+            raise ValueError(f"{folder / 'config.json'} says hidden_act={kind!r:.40}, which the ViT here hasn't")
         variant["activation"] = ACTIVATIONS[kind]
     if _is_share(epsilon := config.get("layer_norm_eps")):
         variant["norm_eps"] = float(epsilon)

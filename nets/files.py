@@ -30,6 +30,8 @@ DIGITS = 64
 """Hexadecimal digits of a SHA-256."""
 BLOCK = 1 << 22
 """Bytes that are read at a time."""
+LEGACY_PICKLES = 5
+"""What a file of torch's before 1.6 begins with: pickles in a row, and then bare numbers."""
 
 
 def seal(file: BinaryIO, note: dict[str, Any]) -> None:
@@ -93,6 +95,8 @@ def open_safely(path: str | Path) -> Any:
     archived = zipfile.is_zipfile(path)
     if archived:
         _check_archive(path)
+    if not _is_safetensors(path):
+        _check_pickles(path)
     try:
         if archived and _is_npz(path):
             content = _load_npz(path)
@@ -126,6 +130,8 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if len({entry.filename.casefold() for entry in entries}) < len(entries):
+                raise ValueError(f"{path} can't be opened as weights: two entries in it have the same name")
             claimed = sum(entry.file_size for entry in entries)
             if claimed > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 raise ValueError(
@@ -134,7 +140,6 @@ def _check_archive(path: Path) -> None:
                 )
             if _directory_offset(path, len(archive.comment)) not in (archive.start_dir, 0xFFFFFFFF):
                 raise ValueError(f"{path} can't be opened as weights: it holds two archives, one hidden from the other")
-            _check_pickles(archive, path)
             broken = None if sealed else archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged: its archive can't be read ({error})") from error
@@ -193,15 +198,27 @@ def _directory_offset(path: Path, comment: int) -> int:
         return int.from_bytes(file.read(4), "little")
 
 
-def _check_pickles(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raise a ValueError if a pickle makes a bytearray, which torch allows, and which may be of any size."""
-    for name in archive.namelist():
-        if name.endswith(".pkl"):
-            for _, argument, _ in pickletools.genops(archive.read(name)):
-                if isinstance(argument, str) and argument.split(" ")[-1] == "bytearray":
-                    raise ValueError(
-                        f"{path} can't be opened as weights: it holds a bytearray, which weights don't need"
-                    )
+def _check_pickles(path: Path) -> None:
+    """Raise a ValueError if a pickle in a file of torch's makes a bytearray, which torch allows, of any size."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch doesn't look at the case of their names
+                entries = [entry for entry in archive.infolist() if entry.filename.casefold().endswith(".pkl")]
+                found = any(_makes_bytearray(archive.read(entry)) for entry in entries)
+        else:
+            with path.open("rb") as file:
+                found = any(_makes_bytearray(file) for _ in range(LEGACY_PICKLES))
+    except ValueError as error:
+        raise ValueError(f"{path} can't be opened as weights: it is damaged, or something else ({error})") from error
+    if found:
+        raise ValueError(f"{path} can't be opened as weights: it holds a bytearray, which weights don't need")
+
+
+def _makes_bytearray(pickled: bytes | BinaryIO) -> bool:
+    """Whether the next pickle does; raises a ValueError if there is none."""
+    arguments = (argument for _, argument, _ in pickletools.genops(pickled))
+    return any(isinstance(argument, str) and argument.split(" ")[-1] == "bytearray" for argument in arguments)
 
 
 def _check_tensors(content: Any, path: Path) -> None:

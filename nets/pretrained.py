@@ -24,6 +24,7 @@ HUB_REPOS: dict[str, str] = {
     "vit_l_32": "timm/vit_large_patch32_384.orig_in21k_ft_in1k",
     "vit_h_14": "timm/vit_huge_patch14_224.orig_in21k",
 }
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 LAYOUT_FILES: dict[str, str] = {"vit_b_16": LAYOUT_FILE}
 
 
@@ -68,11 +69,13 @@ def _find_named(wanted: str, folder: Path) -> Found:
     if Path(wanted).is_file():
         return Found(Path(wanted))
     repository, _, revision = wanted.partition("@")
-    if repository.count("/") != 1 or not all(repository.split("/")) or repository.startswith("."):
+    owner, _, stem = repository.partition("/")
+    is_path = stem.endswith(FILE_SUFFIXES) or Path(owner).is_dir()
+    if is_path or not owner or not stem or "/" in stem or owner.startswith("."):
         raise FileNotFoundError(
             f"pretrained={wanted!r}: there is no such file, and it is no name on the Hugging Face hub, owner/name"
         )
-    local = folder / f"{repository.partition('/')[2]}.safetensors"
+    local = folder / f"{stem}.safetensors"
     remedy = (
         f"Fetch its model.safetensors where there is a network, and set pretrained to where you put it, say {local}"
     )

@@ -141,7 +141,7 @@ SOURCES: tuple[Source, ...] = (
         preprocessing={**OF_INCEPTION, "interpolation": "bilinear", "eval_crop": 1.0},
     ),
     Source(
-        "DINOv2",
+        "DINOv2, or another with LayerScale",
         r"(^|\.)blocks\.0\.ls1\.gamma$",
         renames=((r"^register_tokens$", "reg_token"),),
         left_out=r"^mask_token$",

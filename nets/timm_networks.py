@@ -68,7 +68,10 @@ def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates:
     head, head_name = network.get_classifier(), network.pretrained_cfg["classifier"]
     if not isinstance(head, nn.Linear) or not isinstance(head_name, str):
         raise ValueError(f"backbone={name!r}: its head is no linear layer, which Thaw needs; choose another")
+    before = network.state_dict().keys()
     network.reset_classifier(0)
+    if others := before - network.state_dict().keys() - {f"{head_name}.weight", f"{head_name}.bias"}:
+        raise ValueError(f"backbone={name!r}: its head is no linear layer alone, it has {min(others)}; choose another")
     with torch.device("meta"):
         twin = _create(name, 0, options)
     names = find_chain(twin, input_shape, name)
@@ -144,9 +147,14 @@ def _published(name: str) -> Any:
         near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:3])
         raise ValueError(f"backbone='{TIMM}{name}': timm has no such network{f'; it has {near}' if near else ''}")
     try:
-        return timm.get_pretrained_cfg(name)
+        known = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         raise ValueError(f"backbone='{TIMM}{name}': {error}") from error
+    if known is None:
+        raise ValueError(
+            f"backbone='{TIMM}{name}': an old name; timm.create_model({name!r}) tells what it is called now"
+        )
+    return known
 
 
 def _create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nets.conversion import to_our_names, unwrap
-from nets.description import known_fields, read_description
+from nets.description import ACTIVATIONS, known_fields, read_description
 from nets.files import digest_file, open_safely, read_header
 from nets.freezing import FreezableNetwork
 from nets.hub import Found
@@ -70,13 +70,15 @@ class Weights:
 LAYOUT_FILE = "vit-patch_16.pth"
 
 
-def read_weights(file: str | Path | Found) -> Weights:
-    """The weights in a file, recognised by the names of its tensors: a checkpoint of Thaw, or a file of one of
-    `nets.sources.SOURCES` (`.safetensors`, `.npz`, or saved by torch), or of any other network under its own names.
+def read_weights(file: str | Path | Found, of_vit: bool = True) -> Weights:
+    """The weights in a file (`.safetensors`, `.npz`, or saved by torch): those of a checkpoint of Thaw, a ViT's of one
+    of `nets.sources.SOURCES`, recognised by the names of its tensors, or any other network's under its own names.
 
     Args:
         file: the file, and where it was downloaded from. A `config.json` and `preprocessor_config.json` beside it, as
             timm and Hugging Face write them, say what the weights expect.
+        of_vit: whether they are for `nets.vit`; else names stay as they are, for many networks of timm's have tensors
+            named as a ViT's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -87,15 +89,17 @@ def read_weights(file: str | Path | Found) -> Weights:
     content = open_safely(path)
     origin = {"file": str(path), "sha256": digest_file(path), **downloaded}
     if isinstance(content, dict) and isinstance(content.get("weights"), dict):
-        return _of_thaw(path, content["weights"], content, origin)
+        return _of_thaw(path, content["weights"], content, origin, of_vit)
     if described := _read_export(path):
-        return _of_thaw(path, content, described, origin)
+        return _of_thaw(path, content, described, origin, of_vit)
     try:
         state, wrapped = unwrap(content)
-        source = recognise(state, wrapped)
+        source = recognise(state, wrapped) if of_vit else None
         if source is None:
             return Weights(path, "a network's own names", state, origin=origin)
         state, left_out = to_our_names(state, source)
+        _check_dimensions(state)
+        told_variant, told_preprocessing = read_description(path.parent)
     except (ValueError, IndexError, RuntimeError) as error:  # tensors of other shapes than their names promise
         raise ValueError(f"{path} can't be used: {error}") from error
     variant = dict(source.variant)
@@ -103,7 +107,6 @@ def read_weights(file: str | Path | Found) -> Weights:
         variant["activation"] = "gelu_tanh"
     if "reg_token" in state:
         variant["num_registers"] = state["reg_token"].shape[1]
-    told_variant, told_preprocessing = read_description(path.parent)
     return Weights(
         path,
         source.name if path.name != LAYOUT_FILE else f"this layout's {LAYOUT_FILE}",
@@ -116,21 +119,60 @@ def read_weights(file: str | Path | Found) -> Weights:
     )
 
 
-def _of_thaw(path: Path, state: State, described: Mapping[str, Any], origin: Mapping[str, str]) -> Weights:
+def _of_thaw(
+    path: Path, state: State, described: Mapping[str, Any], origin: Mapping[str, str], of_vit: bool
+) -> Weights:
     """Those of a checkpoint, or of an export of one, which say what network and what pictures they are for."""
     arguments, preprocessing = described.get("model"), described.get("preprocessing")
     sides = arguments.get("input_shape") if isinstance(arguments, dict) else None
     if not (isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)):
         raise ValueError(f"{path} can't be used: it is no checkpoint of Thaw, though it has weights as one has them")
+    try:
+        _check_dimensions(state)
+        variant = {name: arguments[name] for name in VARIANT if name in arguments}
+        if wrong := [name for name, value in variant.items() if not VARIANT[name](value, state)]:
+            raise ValueError(f"it says {', '.join(f'{name}={variant[name]!r:.40}' for name in wrong)} of its network")
+        if "pos_embed" in state:
+            patch = state["patch_embed.proj.weight"].shape[-1]
+            if (sides[0] // patch) * (sides[1] // patch) != state["pos_embed"].shape[1] - 1:
+                raise ValueError(
+                    f"its position embedding isn't one for the {sides[0]} x {sides[1]} pixels that it says"
+                )
+    except ValueError as error:
+        raise ValueError(f"{path} can't be used: {error}") from error
     return Weights(
         path,
         "Thaw's",
         state,
-        {name: arguments[name] for name in ("activation", "norm_eps", "num_registers") if name in arguments},
+        variant if of_vit else {},
         known_fields(preprocessing) if isinstance(preprocessing, dict) else {},
         input_shape=(sides[0], sides[1]),
         origin=origin,
     )
+
+
+def _num_registers(state: State) -> int:
+    return state["reg_token"].shape[1] if "reg_token" in state else 0
+
+
+VARIANT: dict[str, Callable[[Any, State], bool]] = {
+    "activation": lambda value, _: value in ACTIVATIONS.values(),
+    "norm_eps": lambda value, _: type(value) is float and 0 < value < 1,
+    "num_registers": lambda value, state: type(value) is int and value == _num_registers(state),
+}
+"""What a file of Thaw's says of a ViT's network, and whether that can be so."""
+
+DIMENSIONS = {"pos_embed": 3, "reg_token": 3, "patch_embed.proj.weight": 4, "head.bias": 1}
+
+
+def _check_dimensions(state: State) -> None:
+    """Raise a ValueError if a tensor that is looked into isn't of the kind that its name promises."""
+    for name, dimensions in DIMENSIONS.items():
+        tensor = state.get(name)
+        if tensor is not None and (tensor.ndim != dimensions or 0 in tensor.shape):
+            raise ValueError(f"{name} in it has the shape {tuple(tensor.shape)}, not {dimensions} dimensions")
+    if "pos_embed" in state and (state["pos_embed"].shape[1] < 2 or "patch_embed.proj.weight" not in state):
+        raise ValueError("it has a position embedding without patches")
 
 
 def _read_export(path: Path) -> dict[str, Any]:
@@ -152,7 +194,10 @@ def load_weights(model: FreezableNetwork, weights: Weights) -> None:
         ValueError: names or shapes differ in anything else; the message lists the first of them.
     """
     own, state = model.state_dict(), model.adopt(dict(weights.state))
-    print(f"{weights.path}: {weights.source}")
+    variant = ", ".join(f"{name} {value}" for name, value in weights.variant.items())
+    print(f"{weights.path}: {weights.source}{f' ({variant})' if variant else ''}")
+    # A counter that nothing here reads; files from before torch 0.4.1 don't have it.
+    state |= {name: own[name] for name in own.keys() - state.keys() if name.endswith(".num_batches_tracked")}
     if weights.left_out:
         named = ", ".join(weights.left_out[:3]) + (", ..." if len(weights.left_out) > 3 else "")
         print(f"{weights.path}: {len(weights.left_out)} tensors that a classifier doesn't need are left out: {named}")

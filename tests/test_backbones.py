@@ -63,7 +63,7 @@ def test_the_librarys_weights_give_what_they_gave_there(here, name, shape=(96, 6
     peer = peer_of(name, shape)
     torch.save(peer.state_dict(), "w.pth")
     model = build(name, shape).eval()
-    load_weights(model, read_weights("w.pth"))
+    load_weights(model, read_weights("w.pth", of_vit=False))
     with torch.inference_mode():
         torch.testing.assert_close(model(pictures(shape=shape)), peer(pictures(shape=shape)), atol=1e-5, rtol=1e-4)
 
@@ -297,12 +297,12 @@ def test_transformers_are_told_apart():
 def test_a_weight_of_another_network_is_named(here):
     torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), "w.pth")
     with pytest.raises(ValueError, match=r"not ours: network\.layer1\.2\.conv1\.weight"):
-        load_weights(build("resnet18"), read_weights("w.pth"))
+        load_weights(build("resnet18"), read_weights("w.pth", of_vit=False))
 
 
 def test_a_head_of_other_classes_is_left_out_and_said(here, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), "w.pth")
-    load_weights(build("resnet18"), read_weights("w.pth"))
+    load_weights(build("resnet18"), read_weights("w.pth", of_vit=False))
     assert "its head of 1000 classes is left out, ours starts anew with 5" in capsys.readouterr().out
 
 
@@ -330,5 +330,37 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
     _, model, _ = train.make_model(TrainConfig(**SMALL | changes, activation="gelu_tanh"), 2)
     assert model.arguments["activation"] == "gelu_tanh"
-    with pytest.raises(ValueError, match="weights of a Vision Transformer, and backbone='resnet18' is another network"):
+    with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
         train.make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), 2)
+
+
+def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
+    """And a checkpoint of one of ours isn't taken for it."""
+    peer = timm.create_model("test_vit", num_classes=2, img_size=32)
+    torch.save(peer.state_dict(), "w.pth")
+    config = {"input_shape": (32, 32), "model_path": "w.pth", "backbone": "timm/test_vit"}
+    _, model, _ = train.make_model(TrainConfig(**SMALL | config), 2)
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(pixels), peer.eval()(pixels), atol=1e-5, rtol=0)
+    ours = build_model("vit_xs_4", 2, (32, 32))
+    torch.save({"weights": ours.state_dict(), "model": ours.arguments}, "ours.pth")
+    with pytest.raises(ValueError, match="doesn't fit this network"):
+        train.make_model(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), 2)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])
+def test_files_from_before_torch_counted_batches(name, here):
+    state = {n: t for n, t in peer_of(name, (SIDE, SIDE)).state_dict().items() if "num_batches_tracked" not in n}
+    torch.save(state, "w.pth")
+    model = build(name)
+    load_weights(model, read_weights("w.pth", of_vit=False))
+    assert torch.equal(model.head.weight, list(state.values())[-2])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("timm/xception", "an old name"), ("timm/shvit_s1", "its head is no linear layer alone")],
+)
+def test_networks_of_timms_that_cannot_be_taken(name, told):
+    with torch.device("meta"), pytest.raises(ValueError, match=told):
+        build_model(name, 2, (64, 64))

@@ -317,6 +317,8 @@ PREPROCESSING = {
         ("class_names", "not json", "metadata can't be read"),
         ("temperature", 0, "temperature can't be"),
         ("temperature", float("nan"), "temperature can't be"),
+        ("temperature", "1" + "0" * 400, "temperature can't be"),
+        ("temperature", "1" * 5000, "metadata can't be read"),
         ("temperature", "[]", "temperature can't be"),
         ("preprocessing", [], "metadata can't be read"),
         ("preprocessing", {}, "metadata can't be read"),
@@ -332,6 +334,12 @@ PREPROCESSING = {
 def test_metadata_that_lies_is_refused(exported, tmp_path, key, value, told):
     with pytest.raises(ValueError, match=told):
         open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", say(key, value)))
+
+
+def test_labels_that_were_swapped_are_seen(exported, tmp_path):
+    swapped = rewrite(exported("fp32"), tmp_path / "x.onnx", say("class_names", ["light", "dark"]), seal=False)
+    with pytest.raises(ValueError, match="it was changed after the export"):
+        open_onnx(swapped)
 
 
 def test_damage_is_seen(exported, tmp_path):

@@ -43,7 +43,8 @@ def test_counts_figures_and_hashes(own_run, tmp_path):
     (folder / "model.onnx").write_bytes(b"exported")
     digest = digest_file(own_run)
     report = {"checkpoint_sha256": digest, "sha256": digest_file(folder / "model.onnx")}
-    for name in ("model.onnx", "gone.pt2"):
+    (folder / "a`<script>.onnx").write_bytes(b"exported")  # by no name that export.py gives
+    for name in ("model.onnx", "gone.pt2", "a`<script>.onnx"):
         (folder / f"{name}.check.json").write_text(json.dumps(report))
     page = card_of(own_run, folder)
     assert "| dark | 22 | 2 |" in page
@@ -54,6 +55,7 @@ def test_counts_figures_and_hashes(own_run, tmp_path):
     assert digest in page
     assert f"| model&#46;onnx | 0.00 MB | `{report['sha256']}` |" in page
     assert "gone" not in page
+    assert "script" not in page
 
 
 @pytest.mark.parametrize(
@@ -75,14 +77,14 @@ def test_files_and_figures_of_another_checkpoint_are_left_out(own_run, tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"exported")
     report = {"checkpoint_sha256": "another", "sha256": digest_file(tmp_path / "model.onnx")}
     (tmp_path / "model.onnx.check.json").write_text(json.dumps(report))
-    own_run.with_name("metrics.json").write_text(json.dumps({"checkpoint": "logs/x/last_epoch_weights.pth"}))
+    own_run.with_name("metrics.json").write_text(json.dumps({"checkpoint_sha256": "another"}))
     page = card_of(own_run, tmp_path)
     assert "Not measured" in page
     assert report["sha256"] not in page
 
 
 def test_broken_reports_are_named(own_run, tmp_path):
-    own_run.with_name("metrics.json").write_text('{"checkpoint": "best_epoch_weights.pth", "intervals": []}')
+    own_run.with_name("metrics.json").write_text(json.dumps({"checkpoint_sha256": digest_file(own_run), "data": []}))
     with pytest.raises(ValueError, match=r"metrics\.json isn't what eval\.py writes"):
         card_of(own_run, tmp_path)
     (tmp_path / "model.onnx.check.json").write_text("[]")

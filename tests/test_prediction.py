@@ -8,6 +8,7 @@ import pty
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,13 @@ def test_answers_are_rejected_with_the_reason(classifier):
     assert answer.reason.startswith("unlike all classes: ")
     (answer,) = classifier.predict(DARK, rejection=Rejection(0.0))
     assert answer.label == "dark" and not answer.rejected
+
+
+def test_what_is_printed_steers_no_terminal():
+    answer = Prediction("a\x1b]0;x\x07.jpg", "\x1b[31mbee", 0.9, (("\x1b[31mbee", 0.9), ("ant", 0.1)))
+    told = [to_line(answer), to_line(Failure(answer.path, "\x07")), to_bars(answer, 60), to_line(answer)]
+    told.append(predict.summarise(Counter([answer.label, "ant"])))
+    assert not any(sign in line for line in told for sign in "\x1b\x07")
 
 
 def test_how_an_answer_is_told():

@@ -121,8 +121,11 @@ def test_a_file_that_is_not_the_hubs_is_refused(hub):
     assert "isn't the one that the hub told" in fetch(hub, "some/vit")["error"]
 
 
-@pytest.mark.parametrize("wanted", ["no/such/file.pth", "nothing.pth", "./a/b", "/x", "owner/", "../x"])
+@pytest.mark.parametrize(
+    "wanted", ["no/such/file.pth", "no/file.pth", "model_data/x", "nothing.pth", "/x", "owner/", "../x"]
+)
 def test_neither_a_file_nor_a_name(here, wanted):
+    Path("model_data").mkdir(exist_ok=True)
     with pytest.raises(FileNotFoundError, match="no such file, and it is no name on the Hugging Face hub"):
         find_pretrained("vit_xs_4", wanted)
 

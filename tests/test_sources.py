@@ -228,6 +228,9 @@ PEERS = {
     ),
     "timm, DINOv2": lambda: of_timm("vit_small_patch14_dinov2", "vit_s_14", "w.pth", num_classes=5),
     "timm, DINOv2 with registers": lambda: of_timm("vit_small_patch14_reg4_dinov2", "vit_s_14", "w.pth", num_classes=5),
+    "timm, DeiT III, which has no class position": lambda: of_timm(
+        "deit3_small_patch16_224", "vit_s_16", "w.pth", num_classes=5
+    ),
     "torchvision": of_torchvision,
     "torchvision, as published": of_torchvision_as_published,
     "Hugging Face, ViT": of_hugging_face_vit,

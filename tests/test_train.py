@@ -233,6 +233,12 @@ def test_what_cannot_be_built_fails_before_anything_is_written(here, changed, to
     assert list(here.iterdir()) == []
 
 
+def test_weights_that_cannot_be_had_leave_no_run_behind(two_classes):
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
+        train.main(TrainConfig(**SMALL, model_path="nowhere.pth"))
+    assert not list(Path("logs").iterdir())
+
+
 def test_two_runs_in_one_second(here):
     folders = [new_run_folder("logs") for _ in range(5)]
     assert len(set(folders)) == 5

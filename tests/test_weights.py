@@ -242,3 +242,53 @@ def test_no_such_file_and_no_state_dict(here):
     torch.save([1, 2], "list.pth")
     with pytest.raises(ValueError, match="no state dict"):
         read_weights("list.pth")
+
+
+REGISTERS = torch.zeros(1, 2, 192)
+
+
+@pytest.mark.parametrize(
+    ("said", "tensors"),
+    [
+        ({"activation": "relu"}, {}),
+        ({"activation": ["x"]}, {}),
+        ({"num_registers": 10**13}, {}),
+        ({"num_registers": -5}, {"reg_token": REGISTERS}),
+        ({"norm_eps": "x"}, {}),
+        ({"input_shape": [0, 0]}, {}),
+        ({"input_shape": [32, 32]}, {}),
+        ({}, {"patch_embed.proj.weight": torch.zeros(192, 3, 0, 0)}),
+        ({}, {"patch_embed.proj.weight": torch.tensor(1.0)}),
+        ({}, {"head.bias": torch.tensor(1.0)}),
+        ({}, {"reg_token": torch.zeros(3)}),
+        ({}, {"pos_embed": torch.zeros(1, 1, 192)}),
+        ({}, {"pos_embed": torch.zeros(1, 0, 192)}),
+    ],
+)
+def test_what_a_file_says_of_its_network_is_not_trusted(here, said, tensors):
+    model = tiny()
+    state = model.state_dict() | tensors
+    torch.save({"weights": state, "model": model.arguments | said}, "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: "):
+        load_weights(tiny(), read_weights("w.pth"))
+    if tensors:
+        torch.save(state, "w.pth")
+        with pytest.raises(ValueError, match=r"w\.pth (can't be used: |doesn't fit)"):
+            load_weights(tiny(), read_weights("w.pth"))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_torchs_own_prefixes_tell_nothing_of_the_project(here, prefix):
+    torch.save({f"{prefix}{name}": tensor for name, tensor in tiny().state_dict().items()}, "w.pth")
+    weights = read_weights("w.pth")
+    assert (weights.source, weights.preprocessing["image_mean"]) == ("timm's ViT", (0.5, 0.5, 0.5))
+
+
+def test_an_activation_that_ours_has_not_is_refused(here, capsys):
+    torch.save(tiny().state_dict(), "w.pth")
+    Path("config.json").write_text('{"hidden_act": "quick_gelu"}')
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: .*config\.json says hidden_act='quick_gelu'"):
+        read_weights("w.pth")
+    Path("config.json").write_text('{"hidden_act": "gelu", "layer_norm_eps": 1' + "0" * 400 + "}")
+    load_weights(tiny(), read_weights("w.pth"))
+    assert "timm's ViT (activation gelu)" in capsys.readouterr().out

@@ -234,6 +234,8 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         transform = EvalTransform(preprocessing)
         arithmetic, _ = choose_precision(precision or checkpoint["config"]["precision"], place)
         calibration = Calibration.from_dict(checkpoint["calibration"])
+        if preprocessing.input_shape != tuple(model.arguments["input_shape"]):
+            raise TypeError("its pictures have another size than its network's")
         if calibration and len(calibration.centre) != model.head.in_features:
             raise TypeError("its calibration is of another network")
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:

@@ -16,6 +16,7 @@ from utils.images import ImageError
 from utils.stop import Stopped, leave, stop_signals
 
 PROJECT = Path(__file__).resolve().parents[1]
+NEW_LINE = "\n"
 OWN_FOLDERS = (PROJECT, PROJECT / "nets", PROJECT / "utils")
 
 
@@ -48,12 +49,16 @@ def _call(main: Callable[..., Any]) -> Any:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if raised_in.parent not in OWN_FOLDERS and not isinstance(error, ImageError):  # which a worker passes on
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error), keep=NEW_LINE)}", file=sys.stderr)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} isn't installed: pip install -r requirements.txt", file=sys.stderr)
         sys.exit(1)
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "") -> str:
     """`text` with escapes for what no font and no UTF-8 file can hold, bytes of a file name that aren't UTF-8, and for
-    what would steer a terminal."""
+    what would steer a terminal, but for what is in `keep`."""
     shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(f"\\x{ord(sign):02x}" if unicodedata.category(sign) == "Cc" else sign for sign in shown)
+    steers = {sign for sign in shown if unicodedata.category(sign) == "Cc"} - set(keep)
+    return "".join(f"\\x{ord(sign):02x}" if sign in steers else sign for sign in shown)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from nets.files import digest_file
 from utils.classifier import Classifier
 from utils.corruptions import CORRUPTIONS, corrupt
 from utils.data import FileSource, ImageDataset, eval_loader, fetch
@@ -62,6 +63,7 @@ class Evaluation:
         raw = self.raw_scores
         return {
             "checkpoint": str(self.checkpoint),
+            "checkpoint_sha256": digest_file(self.checkpoint),
             "data": self.data,
             "temperature": self.classifier.temperature,
             **evaluation_metrics(self.scores, self.classifier.class_names),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -35,6 +34,7 @@ OUTPUT_DESCRIPTION = {
 }
 
 MOST_CLASSES = 1_000_000
+MOST_NUMBER = 1e9
 MOST_PIXELS_A_SIDE = 1 << 14
 
 
@@ -96,18 +96,17 @@ class ExportFacts:
         """
         if MARK not in strings:
             raise ValueError(f"{source} is none of Thaw's exports: python export.py makes one of a checkpoint")
+        if strings[MARK] != str(FORMAT_VERSION):
+            raise ValueError(
+                f"{source} has export format {strings[MARK]:.20}, this is for {FORMAT_VERSION}: export it anew"
+            )
         try:
-            version = json.loads(strings[MARK])
-            if version != FORMAT_VERSION:
-                raise ValueError(
-                    f"{source} has export format {version!r:.20}, this is for {FORMAT_VERSION}: export it anew"
-                )
             names, values, temperature, provenance, model = (
                 json.loads(strings[key])
                 for key in ("class_names", "preprocessing", "temperature", "provenance", "model")
             )
             preprocessing = Preprocessing.from_dict(values)
-        except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, RecursionError, OverflowError, ValueError) as error:
             raise ValueError(f"{source} can't be used: its metadata can't be read ({error!r:.80})") from error
         wrong = [
             name
@@ -150,4 +149,4 @@ def _is_preprocessing(values: Preprocessing) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -MOST_NUMBER < value < MOST_NUMBER

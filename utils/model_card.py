@@ -14,6 +14,7 @@ from utils.classifier import Classifier
 from utils.cli import printable
 from utils.eval_data import read_run_list
 from utils.export_facts import ExportFacts
+from utils.export_formats import FORMATS, STEMS
 from utils.files import format_bytes, write_whole
 
 CARD = "README.md"
@@ -53,7 +54,7 @@ def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, fac
         shape=classifier.preprocessing.input_shape,
         counts=count_pictures(checkpoint, classifier),
         calibrated=classifier.calibration is not None,
-        metrics=read_metrics(checkpoint),
+        metrics=read_metrics(checkpoint, facts.provenance["checkpoint_sha256"]),
         files=[(path.name, format_bytes(path.stat().st_size), digest_file(path)) for path in files],
         onnx=next((path.name for path in files if path.suffix == ".onnx"), ""),
     )
@@ -69,8 +70,10 @@ def exported_files(folder: Path, facts: ExportFacts) -> list[Path]:
         ValueError: a report isn't what export.py writes.
     """
     found = []
-    for path in sorted(folder.glob(f"*{CHECKED}")):
-        file = path.with_name(path.name.removesuffix(CHECKED))
+    for file in (folder / f"{stem}{form.suffix}" for form in FORMATS.values() for stem in STEMS.values()):
+        path = file.with_name(file.name + CHECKED)
+        if not path.is_file():
+            continue
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             of_this = report["checkpoint_sha256"] == facts.provenance["checkpoint_sha256"]
@@ -100,9 +103,10 @@ def count_pictures(checkpoint: Path, classifier: Classifier) -> list[dict[str, A
     return rows
 
 
-def read_metrics(checkpoint: Path) -> dict[str, Any] | None:
+def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | None:
     """What eval.py wrote of this checkpoint: on how many pictures of what, and rows of figure, value and interval, and
-    of class, support and recall with its interval. None if it wasn't run, or for another checkpoint of the run.
+    of class, support and recall with its interval. None if it wasn't run, or for another checkpoint, or an earlier
+    state of this one.
 
     Raises:
         ValueError: the file isn't what eval.py writes.
@@ -112,11 +116,11 @@ def read_metrics(checkpoint: Path) -> dict[str, Any] | None:
         return None
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        if Path(metrics["checkpoint"]).name != checkpoint.name:
+        if metrics["checkpoint_sha256"] != checkpoint_sha256:
             return None
         rows = [(name, metrics[key], metrics["intervals"].get(key)) for key, name in FIGURES.items()]
         classes = [
-            (row["class"], row["support"], row["recall"], row["recall_interval"]) for row in metrics["per_class"]
+            (str(row["class"]), row["support"], row["recall"], row["recall_interval"]) for row in metrics["per_class"]
         ]
         return {
             "data": str(metrics["data"]),
@@ -124,7 +128,7 @@ def read_metrics(checkpoint: Path) -> dict[str, Any] | None:
             "rows": [(name, format_value(value, interval)) for name, value, interval in rows],
             "classes": [(name, int(n), format_value(value, interval)) for name, n, value, interval in classes],
         }
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} isn't what eval.py writes ({error!r:.80}): run python eval.py again") from error
 
 

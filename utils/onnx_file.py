@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +15,16 @@ if TYPE_CHECKING:
 
 MOST_BYTES = (1 << 31) - (1 << 24)
 """What one file of ONNX can hold, by protobuf's limit, with some room for the graph itself."""
-DIGEST = "graph_sha256"
+DIGEST = "content_sha256"
 """The key of the checksum in a file's metadata."""
 
 
 def digest(model: onnx.ModelProto) -> str:
-    """SHA-256 of the graph with its weights, by which damage is seen."""
-    return hashlib.sha256(model.graph.SerializeToString(deterministic=True)).hexdigest()
+    """SHA-256 of the graph with its weights, and of all else that the metadata say, by which damage is seen."""
+    said = sorted((entry.key, entry.value) for entry in model.metadata_props if entry.key != DIGEST)
+    found = hashlib.sha256(json.dumps(said).encode())
+    found.update(model.graph.SerializeToString(deterministic=True))
+    return found.hexdigest()
 
 
 def read_onnx(path: Path) -> tuple[bytes, ExportFacts]:

@@ -30,8 +30,9 @@ def make_onnx(program: ExportedProgram, facts: ExportFacts) -> bytes:
         halve_weights(model)
     elif precision == "int8":
         model = quantise(model)
-    for name, value in (facts.as_strings() | {DIGEST: digest(model)}).items():
+    for name, value in facts.as_strings().items():
         model.metadata_props.add(key=name, value=value)
+    model.metadata_props.add(key=DIGEST, value=digest(model))
     return model.SerializeToString()
 
 

@@ -101,11 +101,11 @@ def _csv_line(cells: Sequence[str]) -> str:
 def to_line(answer: Answer) -> str:
     """A line for people and for grep: path, label and probability, then the next classes."""
     if isinstance(answer, Failure):
-        return f"{answer.path}: error: {answer.error}"
+        return printable(f"{answer.path}: error: {answer.error}")
     best, *others = (f"{name} {p:.1%}" for name, p in answer.classes)
     if answer.rejected:
-        return f"{answer.path}: {UNKNOWN}, {answer.reason}  (else {', '.join([best, *others])})"
-    return f"{answer.path}: {best}" + (f"  ({', '.join(others)})" if others else "")
+        return printable(f"{answer.path}: {UNKNOWN}, {answer.reason}  (else {', '.join([best, *others])})")
+    return printable(f"{answer.path}: {best}" + (f"  ({', '.join(others)})" if others else ""))
 
 
 def to_bars(answer: Answer, width: int) -> str:

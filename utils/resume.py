@@ -43,6 +43,12 @@ class RunFolder:
     lock: FolderLock
     checkpoint: dict[str, Any] | None
 
+    def discard_if_new(self) -> None:
+        """Remove the folder of a run that can't begin; one that goes on stays as it is."""
+        self.lock.release()
+        if self.checkpoint is None:
+            shutil.rmtree(self.path)
+
 
 def open_run(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
     """The folder of the run that `config.resume` means, and what is said of it.

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -191,6 +192,19 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
                 bomb.writestr(entry.filename, bytes(1 << 28) if entry.filename.endswith("data/0") else data)
     elif kind == "bytearray":
         torch.save(content | {"history": [Bytes()]}, path)
+    elif kind == "bytearray in the old format":
+        torch.save(content | {"history": [Bytes()]}, path, _use_new_zipfile_serialization=False)
+    elif kind in ("bytearray, then a second pickle", "bytearray in capitals"):
+        torch.save(content | {"history": [Bytes()]}, path)
+        with zipfile.ZipFile(path) as bad, zipfile.ZipFile(whole) as good:
+            bad_entries = [(entry.filename, bad.read(entry)) for entry in bad.infolist()]
+            (pickled,) = (good.read(name) for name in good.namelist() if name.endswith(".pkl"))
+        with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+            for name, data in bad_entries:
+                is_pickle = name.endswith(".pkl")
+                archive.writestr(name.replace(".pkl", ".PKL") if kind.endswith("capitals") else name, data)
+                if is_pickle and kind.endswith("second pickle"):
+                    archive.writestr(name, pickled)
     elif kind == "one number for a terabyte":
         huge = torch.zeros(1).expand(1 << 38)
         torch.save(content | {"weights": dict.fromkeys(content["weights"], huge)}, path)
@@ -199,6 +213,7 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
 TRAPS = (
     *("at the top", "optimizer", "model", "history", "old format", "tar"),
     *("zip bomb", "bytearray", "one number for a terabyte"),
+    *("bytearray in the old format", "bytearray, then a second pickle", "bytearray in capitals"),
 )
 DOORS = ("model_path", "pretrained", "resume", "eval", "predict")
 

@@ -197,8 +197,8 @@ def nan_at_step(monkeypatch):
     def plant(*steps: int) -> None:
         backward = Trainer._backward
 
-        def poisoned(self, inputs, targets, batch_size):
-            loss, hits = backward(self, inputs, targets, batch_size)
+        def poisoned(self, part, batch_size):
+            loss, hits = backward(self, part, batch_size)
             return (loss * math.nan if self.step in steps else loss), hits
 
         monkeypatch.setattr(Trainer, "_backward", poisoned)
