@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from utils.finish import calibrate_checkpoint
 from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.loss import TrainingLoss
-from utils.optim import WeightAverage, build_optimizer
+from utils.optim import WeightAverage, batch_scale, build_optimizer
 from utils.resume import open_run
 from utils.run import Run
 from utils.seeds import derive_seed
@@ -76,12 +77,15 @@ CONFIG = TrainConfig(
 
 
 @stop_signals()
-def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summary: bool = False) -> None:
+def main(
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summary: bool = False, find_lr: bool = False
+) -> None:
     """Train an image classifier: first with a frozen backbone, then all of it.
 
     Args:
         config: the settings.
         summary: print what would be trained, and leave.
+        find_lr: try all learning rates on a few hundred steps, plot the losses, suggest an init_lr, and leave.
     """
     device = pick_device(config.device)
     transformer = draw_network(config, num_classes=2).transformer
@@ -94,6 +98,9 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
     print(f"{config.backbone} on {device} in {precision}\n{format_model(drawn, stages)}")
     print(format_stages(stages, len(data.train_images)))
     if summary:
+        return
+    if find_lr:
+        suggest_learning_rate(config, data, stages[-1], device, precision)
         return
     lists = {"train": data.train_images, "val": data.val_images}
     folder = open_run(config, data.class_names, lists)
@@ -191,7 +198,7 @@ def find_weights(config: TrainConfig) -> Weights | None:
 
 
 def make_trainer(
-    config: TrainConfig, network: nn.Module, precision: str, data: Data, resumed: dict[str, Any] | None
+    config: TrainConfig, network: nn.Module, precision: str, data: Data, resumed: dict[str, Any] | None = None
 ) -> Trainer:
     """What trains `network`, with the loss and the average of the weights that `config` asks for."""
     weights, average = None, None
@@ -205,6 +212,29 @@ def make_trainer(
             average.load(resumed["weights"])
     device = next(model.parameters()).device
     return Trainer(network, device, precision, config.seed, loss, average, config.on_nan, config.clip_grad)
+
+
+def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device: torch.device, precision: str) -> None:
+    """Print the `init_lr` at which the loss falls fastest in `stage`, and plot how it falls at others."""
+    from utils.find_lr import run_range_test
+    from utils.plots import plot_range_test  # brings matplotlib
+
+    config, model, _ = make_model(config, len(data.class_names))
+    trainer = make_trainer(
+        config, pixel_network(model, Preprocessing.from_dict(config.as_dict()), device), precision, data
+    )
+    stage.freeze(model)
+    train_set, _ = make_datasets(data, config)
+    loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
+    found = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
+    path = Path(config.save_dir, "learning_rates.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_range_test(found.rates, found.losses, found.suggestion).savefig(path)
+    init_lr = found.suggestion / batch_scale(stage.batch_size, model.transformer)
+    print(
+        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} pictures: "
+        f"init_lr={init_lr:.1e}; see {path}"
+    )
 
 
 def train_stages(run: Run, stages: list[Stage], data: Data) -> None:

@@ -56,16 +56,20 @@ def build_optimizer(model: nn.Module, config: TrainConfig, learning_rate: float)
     return kind(groups, learning_rate, betas=(config.momentum, 0.999), fused=fused)
 
 
+def batch_scale(batch_size: int, transformer: bool) -> float:
+    """What `init_lr` is multiplied by for this batch size."""
+    return batch_size / (REFERENCE_BATCH_TRANSFORMER if transformer else REFERENCE_BATCH)
+
+
 def scale_learning_rate(config: TrainConfig, batch_size: int, transformer: bool) -> tuple[float, float]:
     """`init_lr` and `min_lr` for this batch size: in proportion to it, then kept within the layout's limits.
 
     `init_lr` is meant for 64 pictures a step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
     for transformers) and 5e-4 to 1e-1 for SGD; those of `min_lr` are a hundredth of them.
     """
-    reference = REFERENCE_BATCH_TRANSFORMER if transformer else REFERENCE_BATCH
     limits = LIMITS_TRANSFORMER if transformer else LIMITS
     low, high = limits["sgd" if config.optimizer_type == "sgd" else "adam"]
-    scale = batch_size / reference
+    scale = batch_scale(batch_size, transformer)
     init_lr = min(max(config.init_lr * scale, low), high)
     min_lr = min(max(config.min_lr * scale, low / 100), high / 100)
     return init_lr, min_lr

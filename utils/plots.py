@@ -37,6 +37,20 @@ def plot_losses(history: Sequence[Row]) -> Figure:
     return figure
 
 
+def plot_range_test(rates: Sequence[float], losses: Sequence[float], suggestion: float) -> Figure:
+    """The loss over the learning rate of a step, and the rate that is suggested."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(rates, losses)
+    axes.axvline(suggestion, color="tab:red", linestyle="--", label=f"falls fastest: {suggestion:.1e}")
+    lowest, first = min(losses), losses[0]
+    axes.set(xscale="log", xlabel="learning rate of the step", ylabel="training loss, smoothed")
+    axes.set_ylim(lowest - 0.1 * (first - lowest), first + 0.5 * (first - lowest))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def arrange_classes(confusion: np.ndarray, most: int = MOST_CLASSES) -> np.ndarray:
     """The classes to show of a confusion matrix (classes, classes), in an order in which those that are taken for each
     other stand together: all of them, or the `most` with the most mistakes."""

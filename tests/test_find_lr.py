@@ -1,0 +1,57 @@
+"""The learning-rate range test: on curves whose answer is known, and as a command."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from tests.conftest import SMALL
+from utils.config import TrainConfig
+from utils.find_lr import suggest
+
+RATES = np.geomspace(1e-7, 1.0, 140)
+
+
+@pytest.mark.parametrize("steepest", [1e-5, 3e-4, 1e-2])
+def test_the_steepest_rate_of_a_curve_is_found(steepest):
+    """A fall whose slope is greatest at a known rate, and a rise a hundred times further that is steeper still."""
+    fall = -1 / (1 + np.exp(-2 * np.log(RATES / steepest)))
+    rise = 20 / (1 + np.exp(-4 * np.log(RATES / (100 * steepest))))
+    found = suggest(RATES.tolist(), (3 + fall + rise).tolist())
+    assert found == pytest.approx(steepest, rel=0.15)
+
+
+@pytest.mark.parametrize("losses", [[], [1.0, 2.0, 3.0], [2.0, 1.0, 3.0]])
+def test_a_loss_that_does_not_fall_suggests_nothing(losses):
+    with pytest.raises(ValueError, match="the loss fell at no learning rate"):
+        suggest(RATES[: len(losses)].tolist(), losses)
+
+
+def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
+    config = TrainConfig(**SMALL)
+    told = []
+    for _ in range(2):
+        train.main(config, find_lr=True)
+        (init_lr,) = re.findall(r"init_lr=([\d.e-]+); see logs/learning_rates\.png", capsys.readouterr().out)
+        told.append(float(init_lr))
+    assert told[0] == told[1]  # seeded
+    assert 1e-5 < told[0] < 1
+    assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
+
+
+def test_it_ends_where_the_loss_grows(two_classes, monkeypatch):
+    """At rates that break the network no step is lost on more, and NaN is no answer."""
+    from utils import find_lr
+
+    found = []
+    run = find_lr.run_range_test
+    monkeypatch.setattr(find_lr, "HIGHEST", 1e9)
+    monkeypatch.setattr(find_lr, "run_range_test", lambda *parts: found.append(run(*parts)) or found[0])
+    train.main(TrainConfig(**SMALL | {"optimizer_type": "sgd"}), find_lr=True)
+    assert len(found[0].rates) < find_lr.STEPS
+    assert torch.tensor(found[0].losses).isfinite().all()
+    losses = found[0].losses
+    assert max(losses) <= max(losses[0], find_lr.DIVERGED * min(losses))

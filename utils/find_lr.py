@@ -1,0 +1,91 @@
+"""The learning-rate range test: how fast the loss falls at every rate, and where it begins to rise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from utils.data import fetch
+from utils.engine import Trainer
+from utils.optim import set_learning_rate
+
+LOWEST, HIGHEST = 1e-7, 1.0
+DECADE = 20
+"""Steps to a rate ten times as high; over fewer, noise would pass for a fall."""
+STEPS = 7 * DECADE
+SMOOTHING = 0.9
+"""Part of the running mean of the losses that each step keeps."""
+DIVERGED = 4.0
+"""Times the lowest loss, and above the first, at which the test ends: nothing is to be learned beyond."""
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """What a range test found.
+
+    Attributes:
+        rates: learning rate of each step, rising.
+        losses: training loss of each step, smoothed.
+        suggestion: the rate at which it falls fastest.
+    """
+
+    rates: list[float]
+    losses: list[float]
+    suggestion: float
+
+
+def run_range_test(trainer: Trainer, loader: DataLoader, optimizer: Optimizer) -> RangeTest:
+    """Train for up to `STEPS` steps, each at a rate higher than the one before, by the same factor.
+
+    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3. The network is worth nothing
+    afterwards.
+
+    Raises:
+        ValueError: the loss didn't fall at any rate.
+    """
+    trainer.network.train()
+    rates: list[float] = []
+    losses: list[float] = []
+    mean = 0.0
+    batches = endless(loader)
+    for step, rate in enumerate(
+        tqdm(np.geomspace(LOWEST, HIGHEST, STEPS), "learning rates", leave=False, disable=None)
+    ):
+        set_learning_rate(optimizer, rate)
+        loss, _ = trainer.train_step(*next(batches), optimizer)
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss.item()
+        smooth = mean / (1 - SMOOTHING ** (step + 1))  # without the zero that it began with
+        if not math.isfinite(smooth) or (losses and smooth > max(DIVERGED * min(losses), losses[0])):
+            break
+        rates.append(float(rate))
+        losses.append(smooth)
+    return RangeTest(rates, losses, suggest(rates, losses))
+
+
+def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches, epoch after epoch."""
+    epoch = 0
+    while True:
+        loader.sampler.epoch, loader.sampler.start = epoch, 0
+        yield from fetch(loader)
+        epoch += 1
+
+
+def suggest(rates: list[float], losses: list[float]) -> float:
+    """The rate in the middle of the decade over which the loss falls most, before it is at its lowest.
+
+    Raises:
+        ValueError: it didn't fall.
+    """
+    falling = np.array(losses[: int(np.argmin(losses)) + 1] if losses else [])
+    falls = falling[:-DECADE] - falling[DECADE:]
+    if not len(falls) or falls.max() <= 0:
+        raise ValueError("the loss fell at no learning rate: look at the pictures' labels, or start from other weights")
+    return rates[int(np.argmax(falls)) + DECADE // 2]
