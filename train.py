@@ -78,15 +78,26 @@ CONFIG = TrainConfig(
 
 @stop_signals()
 def main(
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summary: bool = False, find_lr: bool = False
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG,
+    summary: bool = False,
+    find_lr: bool = False,
+    cross_validate: int = 0,
+    group_regex: str = "",
 ) -> None:
     """Train an image classifier: first with a frozen backbone, then all of it.
 
     Args:
         config: the settings.
         summary: print what would be trained, and leave.
-        find_lr: try all learning rates on a few hundred steps, plot the losses, suggest an init_lr, and leave.
+        find_lr: try all learning rates, one a step, plot the losses, suggest an init_lr, and leave.
+        cross_validate: train so many times instead, each time validated on another part of the pictures.
+        group_regex: with that, as in txt_annotation.py: pictures of one patient, video or burst stay in one part.
     """
+    if cross_validate:
+        from utils import cross_validation  # brings scikit-learn
+
+        cross_validation.cross_validate(config, cross_validate, group_regex, main)
+        return
     device = pick_device(config.device)
     transformer = draw_network(config, num_classes=2).transformer
     print(f"config\n{format_config(config)}")

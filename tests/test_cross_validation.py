@@ -1,0 +1,78 @@
+"""Cross-validation: how pictures are divided, and what comes of the runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from tests.conftest import SMALL, write_picture
+from utils.checkpoint import LAST, load_checkpoint
+from utils.config import TrainConfig
+from utils.cross_validation import assign_folds, cross_validate
+from utils.lists import ImageList, list_in_memory
+
+
+@pytest.fixture
+def noise(tmp_path, monkeypatch) -> ImageList:
+    """Sixty pictures of noise in two classes, 40 and 20, of patients 0 to 19, three pictures each."""
+    monkeypatch.chdir(tmp_path)
+    entries = []
+    for i in range(60):
+        path = tmp_path / f"p{i // 3:02d}_{i % 3}.png"
+        write_picture(path, size=(70, 70), seed=i)
+        entries.append((int(i >= 40), str(path)))
+    return list_in_memory(entries)
+
+
+def test_every_class_is_divided_evenly_and_each_picture_is_in_one_fold(noise):
+    fold_of = assign_folds(noise, 5, TrainConfig(), "")
+    for class_id, each in ((0, 8), (1, 4)):
+        assert np.bincount(fold_of[noise.class_ids == class_id], minlength=5).tolist() == [each] * 5
+    assert np.array_equal(fold_of, assign_folds(noise, 5, TrainConfig(), ""))
+    assert not np.array_equal(fold_of, assign_folds(noise, 5, TrainConfig(seed=12), ""))
+
+
+def test_what_belongs_together_or_looks_alike_stays_together(noise, tmp_path):
+    shutil.copy(noise.path(0), noise.path(30))  # of another patient
+    fold_of = assign_folds(noise, 4, TrainConfig(), r"^(p\d+)_")
+    for patient in range(20):
+        assert len(set(fold_of[3 * patient : 3 * patient + 3])) == 1
+    assert fold_of[0] == fold_of[30]
+    assert set(fold_of) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])
+def test_more_folds_than_there_are_pictures_or_groups(noise, folds, regex):
+    with pytest.raises(ValueError, match=f"cross_validate={folds}: give 2 to (20|7)"):
+        assign_folds(noise, folds, TrainConfig(), regex)
+
+
+def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
+    for number, path in enumerate(sorted(Path("datasets/train").rglob("*.png"))):
+        write_picture(path, size=(70, 70), seed=number)  # none alike
+    config = TrainConfig(**SMALL)
+    trained = []
+
+    def fail_at_the_third(of_fold):
+        trained.append(of_fold)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        train.main(of_fold)
+
+    with pytest.raises(KeyboardInterrupt):
+        cross_validate(config, 3, "", fail_at_the_third)
+    train.main(config, cross_validate=3)
+    told = capsys.readouterr().out
+    rows = json.loads(Path("logs/cross_validation/cross_validation.json").read_text())["folds"]
+    assert len(list(Path("logs").rglob(LAST))) == len(rows) == 3
+    last = [load_checkpoint(Path(row["run"]) / LAST)["history"][-1]["val_top1"] for row in rows]
+    assert f"top-1 {np.mean(last):.1%} ± {np.std(last, ddof=1):.1%}" in told
+    validated = [Path(f"logs/cross_validation/fold_{i}/val.txt").read_text().splitlines() for i in (1, 2, 3)]
+    everything = sorted(line for lines in validated for line in lines)
+    assert len(everything) == len(set(everything)) == 40
+    for i, lines in enumerate(validated, 1):
+        trained_on = Path(f"logs/cross_validation/fold_{i}/train.txt").read_text().splitlines()
+        assert sorted(trained_on + lines) == everything

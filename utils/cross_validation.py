@@ -1,0 +1,128 @@
+"""Cross-validation: as many runs as folds, each validated on pictures that the others train on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.alike import alike_groups
+from utils.annotation import ensure_lists
+from utils.checkpoint import LAST, load_checkpoint, read_note
+from utils.config import TrainConfig
+from utils.files import write_whole
+from utils.fingerprints import Fingerprints
+from utils.lists import ImageList, list_in_memory, read_classes, read_list, write_list
+from utils.resume import changed_fields, read_config
+from utils.scan import is_demo
+from utils.split import group_by_name, join_groups
+
+FOLDER = "cross_validation"
+RESULTS = "cross_validation.json"
+
+
+def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Callable[[TrainConfig], Any]) -> None:
+    """Train once for each of `folds` parts of the training and validation pictures, validated on that part; print and
+    write the mean and deviation of top-1. With `resume` at auto the same command goes on where it was cut off.
+
+    Args:
+        config: the settings of each run; its lists together are divided anew.
+        folds: how many, 2 or more.
+        group_regex: as for txt_annotation.py: pictures of one patient, video or burst stay in one fold.
+        train: makes a run of a config.
+
+    Raises:
+        ValueError: there are too few pictures, or groups of them, for so many folds.
+    """
+    ensure_lists(config)
+    names = read_classes(config.classes_path)
+    pictures = read_all(config, len(names))
+    fold_of = assign_folds(pictures, folds, config, group_regex)
+    root = Path(config.save_dir, FOLDER)
+    rows = []
+    for fold in range(folds):
+        print(f"fold {fold + 1} of {folds}: {(fold_of == fold).sum()} of {len(pictures)} pictures are validated on")
+        of_fold = prepare_fold(config, pictures, fold_of == fold, root / f"fold_{fold + 1}")
+        run = finished_run(of_fold) if config.resume == "auto" else None
+        if run is None:
+            train(of_fold)
+            run = finished_run(of_fold)
+        history = load_checkpoint(run / LAST)["history"]
+        best = min(history, key=lambda row: row["val_loss"])
+        rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
+    with write_whole(root / RESULTS) as file:
+        file.write((json.dumps({"folds": rows}, indent=2) + "\n").encode())
+    print(format_folds(rows))
+    print(f"written to {root / RESULTS}")
+
+
+def read_all(config: TrainConfig, num_classes: int) -> ImageList:
+    """The training and validation pictures as one list, sorted by path."""
+    lists = [read_list(path, num_classes) for path in (config.train_annotation_path, config.val_annotation_path)]
+    entries = [(images.path(i), int(images.class_ids[i])) for images in lists for i in range(len(images))]
+    return list_in_memory((class_id, str(Path(path).resolve())) for path, class_id in sorted(entries))
+
+
+def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex: str) -> np.ndarray:
+    """The fold (n,) of each picture, 0 to `folds` - 1: every class divided as evenly as its groups allow. Pictures that
+    look alike, or belong to one group by name, are in one fold.
+
+    Raises:
+        ValueError: a class has too few pictures, or groups of them.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold  # slow to import
+
+    paths = [images.path(i) for i in range(len(images))]
+    groups = group_by_name(paths, group_regex)
+    if not all(map(is_demo, paths)):
+        cache = Fingerprints(Path(config.cache_dir, "fingerprints.sqlite"), config.max_pixels, config.allow_truncated)
+        read = [(path, found) for path, found in zip(paths, cache.read(paths), strict=True) if not found.error]
+        groups += [[read[i][0] for i in group] for group in alike_groups([found for _, found in read])]
+    unit_of = {path: number for number, unit in enumerate(join_groups(paths, groups)) for path in unit}
+    units = np.array([unit_of[path] for path in paths])
+    fewest = min(len(np.unique(units[images.class_ids == class_id])) for class_id in np.unique(images.class_ids))
+    if not 2 <= folds <= fewest:
+        raise ValueError(
+            f"cross_validate={folds}: give 2 to {fewest}; the smallest class has {fewest} pictures, those that look "
+            f"alike or belong together counted as one"
+        )
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=config.seed)
+    fold_of = np.empty(len(images), np.int64)
+    for fold, (_, validated) in enumerate(splitter.split(paths, images.class_ids, units)):
+        fold_of[validated] = fold
+    return fold_of
+
+
+def prepare_fold(config: TrainConfig, images: ImageList, validated: np.ndarray, folder: Path) -> TrainConfig:
+    """Write a fold's lists into its folder, and give the settings of its run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lists = {"train_annotation_path": folder / "train.txt", "val_annotation_path": folder / "val.txt"}
+    for path, which in zip(lists.values(), (~validated, validated), strict=True):
+        write_list(path, [(int(images.class_ids[i]), images.path(i)) for i in np.flatnonzero(which)])
+    return replace(config, save_dir=str(folder), **{field: str(path) for field, path in lists.items()})
+
+
+def finished_run(config: TrainConfig) -> Path | None:
+    """The newest run of these settings that is at its end, if there is one."""
+    for note in sorted(Path(config.save_dir).glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        told = read_note(note)
+        if told and told["finished"] and not changed_fields(read_config(note.parent), config):
+            return note.parent
+    return None
+
+
+def format_folds(rows: list[dict[str, Any]]) -> str:
+    """Top-1 over the folds, as lines for people."""
+    told = []
+    for key, what in (
+        ("last_top1", "after the last epoch, which these pictures had no part in choosing"),
+        ("best_top1", "at the best epoch, which they chose, so that it is a little too high"),
+    ):
+        values = np.array([row[key] for row in rows])
+        each = ", ".join(f"{value:.1%}" for value in values)
+        told.append(f"top-1 {values.mean():.1%} ± {values.std(ddof=1):.1%} ({each}) {what}")
+    return "\n".join(told)
