@@ -75,6 +75,7 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
         logits[: n // 2] / 3, -embeddings[: n // 2], class_ids[: n // 2], torch.rand(n // 2), torch.arange(n // 2)
     )
     corrupted = {"none": (9, 10), "blur": (7, 10)}
+    (run / BEST).touch()
     return Evaluation(run / BEST, "<i>list</i>.txt", classifier, images, outputs, corrupted, strangers, 0.05)
 
 
