@@ -31,14 +31,9 @@ def test_a_loss_that_does_not_fall_suggests_nothing(losses):
 
 
 def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
-    config = TrainConfig(**SMALL)
-    told = []
-    for _ in range(2):
-        train.main(config, find_lr=True)
-        (init_lr,) = re.findall(r"init_lr=([\d.e-]+); see logs/learning_rates\.png", capsys.readouterr().out)
-        told.append(float(init_lr))
-    assert told[0] == told[1]  # seeded
-    assert 1e-5 < told[0] < 1
+    train.main(TrainConfig(**SMALL), find_lr=True)
+    (init_lr,) = re.findall(r"init_lr=([\d.e-]+); see logs/learning_rates\.png", capsys.readouterr().out)
+    assert 1e-5 < float(init_lr) < 1
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
 
 

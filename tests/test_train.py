@@ -318,6 +318,7 @@ def test_an_unreadable_picture_is_named_at_the_end_of_its_epoch(two_classes, cap
     assert images.path(5) in lines[told[0]]
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_the_same(two_classes, monkeypatch):
     """Through both stages, over features and over pictures. Not by the compiler itself, which takes minutes."""
     compiled = []

@@ -28,7 +28,7 @@ def pictures(*shape: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, *shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("shape", [(224, 224), (384, 384), (160, 224)])
+@pytest.mark.parametrize("shape", [(224, 224), (160, 224)])
 def test_equals_timm(shape):
     torch.manual_seed(0)
     peer = timm.create_model("vit_base_patch16_224", img_size=shape).eval()
