@@ -136,8 +136,9 @@ def draw_network(config: TrainConfig, num_classes: int) -> FreezableNetwork:
     like that is a ValueError."""
     options = {} if config.activation == "auto" else {"activation": config.activation}
     model = draw_model(config.backbone, num_classes, config.input_shape, **options)
-    if config.freeze_train:
-        model.freeze_backbone(config.freeze_blocks)
+    for stage in config.all_stages:
+        if stage.frozen != "nothing":
+            model.freeze_backbone(stage.frozen)
     return model
 
 
@@ -203,7 +204,7 @@ def find_weights(config: TrainConfig) -> Weights | None:
         return read_weights(config.model_path, of_vit)
     if config.pretrained:
         return read_weights(find_pretrained(config.backbone, config.pretrained), of_vit)
-    if config.freeze_train:
+    if config.all_stages[0].frozen != "nothing":
         print("attention: freeze_train without pretrained weights freezes a backbone that has learned nothing yet")
     return None
 
@@ -312,7 +313,7 @@ def feed(
     if config.torch_compile:
         network = torch.compile(network)
     loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler)
-    return network, loader, eval_loader(val_set, config.unfreeze_batch_size, num_workers)
+    return network, loader, eval_loader(val_set, stage.batch_size, num_workers)
 
 
 def report_unreadable(*datasets: ImageDataset) -> None:

@@ -11,7 +11,7 @@ import tyro
 
 import train
 from utils import config as config_module
-from utils.config import TrainConfig
+from utils.config import StageConfig, TrainConfig
 from utils.freeze import plan_stages
 
 
@@ -39,6 +39,8 @@ from utils.freeze import plan_stages
         ("freeze_batch_size", 0),
         ("unfreeze_batch_size", 0),
         ("unfreeze_epoch", 0),
+        ("stages", (1,)),
+        ("thaw_warmup", -1),
         ("save_period", 0),
         ("num_workers", -1),
         ("seed", -1),
@@ -122,13 +124,46 @@ def test_frozen_to_the_end():
 def test_a_small_set_makes_a_smaller_batch_and_says_so(capsys):
     frozen, thawed = stages_of(num_pictures=20)
     assert (frozen.batch_size, thawed.batch_size) == (20, 16)
-    assert "freeze_batch_size: 64 -> 20" in capsys.readouterr().out
+    assert "batch size: 64 -> 20" in capsys.readouterr().out
 
 
 def test_one_schedule_over_both_stages():
     frozen, thawed = stages_of(freeze_batch_size=16)
     assert frozen.learning_rate(3) == thawed.learning_rate(3)
     assert thawed.learning_rate(9.9) == pytest.approx(thawed.min_lr)
+
+
+STAGES = (StageConfig(3, "all", 64), StageConfig(2, 8), StageConfig(5, "nothing", 16))
+
+
+def test_stages_of_ones_own():
+    stages = stages_of(stages=STAGES)
+    assert [(s.start, s.end, s.frozen, s.batch_size) for s in stages] == [
+        (0, 3, "all", 64),
+        (3, 5, 8, 32),
+        (5, 10, "nothing", 16),
+    ]
+    assert TrainConfig(stages=STAGES).epochs == 10
+    assert json.loads(json.dumps(TrainConfig(stages=STAGES).as_dict()))["stages"][1] == {
+        "epochs": 2,
+        "frozen": 8,
+        "batch_size": 32,
+    }
+
+
+def test_the_learning_rate_rises_again_after_each_thaw():
+    plain, warmed = stages_of(stages=STAGES), stages_of(stages=STAGES, thaw_warmup=2.0)
+    for before, stage in zip(plain, warmed, strict=True):
+        parts = [
+            stage.learning_rate(stage.start + done) / before.learning_rate(stage.start + done) for done in (0, 1, 2)
+        ]
+        assert parts == pytest.approx([1, 1, 1] if stage.start == 0 else [0.1, 0.55, 1])
+
+
+@pytest.mark.parametrize("values", [(0, "all"), (1.5, "all"), (1, "most"), (1, -1), (1, 2.0), (1, 2, 0)])
+def test_a_stage_that_cannot_be(values):
+    with pytest.raises(ValueError, match=r"^stages: (epochs|frozen|batch_size)="):
+        StageConfig(*values)
 
 
 def test_the_config_on_top_of_train_py_trains_digits_unmirrored():

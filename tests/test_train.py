@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.conftest import SMALL, write_picture, write_two_classes
 from tests.faults.harness import digest
 from utils.annotation import annotate
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from utils.config import TrainConfig
+from utils.config import StageConfig, TrainConfig
 from utils.engine import NonFiniteLoss
 from utils.lists import read_list
 from utils.resume import new_run_folder, open_run
@@ -98,6 +99,41 @@ def test_frozen_then_thawed(two_classes):
         )
         assert torch.equal(first[name], start[name]) == frozen, name
         assert not torch.equal(second[name], start[name]), name
+
+
+GRADUAL = {
+    "stages": (StageConfig(1, "all", 8), StageConfig(1, 4, 7), StageConfig(1, "nothing", 6)),
+    "thaw_warmup": 0.5,
+    "save_period": 1,
+}
+
+
+def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
+    """Each part moves from its stage on and not before; a run cut off between any two stages ends like a whole one."""
+    config = TrainConfig(**SMALL | GRADUAL)
+    start = {name: value.clone() for name, value in train.make_model(config, 2).model.state_dict().items()}
+    train.main(config)
+    states = [start] + [load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2, 3)]
+    thawed_in = {"head.": 0, "blocks.5.": 1, "norm.": 1, "blocks.3.": 2, "patch_embed": 2, "pos_embed": 2}
+    for part, first in thawed_in.items():
+        for name in (name for name in start if name.startswith(part)):
+            moved = [not torch.equal(before[name], after[name]) for before, after in pairwise(states)]
+            assert moved == [stage >= first for stage in range(3)], name
+    whole = state_of(load_checkpoint(only_run() / LAST))
+    for epoch in (1, 2):
+
+        def cut_off(path, content, epoch=epoch):
+            if content["epoch"] > epoch:
+                raise KeyboardInterrupt
+            save_checkpoint(path, content)
+
+        again = dataclasses.replace(config, save_dir=f"logs{epoch}")
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.run.save_checkpoint", cut_off)
+            with pytest.raises(KeyboardInterrupt):
+                train.main(again)
+        train.main(again)
+        assert state_of(load_checkpoint(next(Path(again.save_dir).glob(f"*/{LAST}")))) == whole
 
 
 def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(two_classes):

@@ -12,6 +12,33 @@ Device = Literal["auto", "cuda", "cpu", "mps"]
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """One of the stages of a run, see `TrainConfig.stages`.
+
+    Attributes:
+        epochs: how many it takes, 1 or more.
+        frozen: blocks that are frozen, from the first, besides embeddings or stem; "all": everything but the head;
+            "nothing".
+        batch_size: pictures a step.
+
+    Raises:
+        ValueError: a value can't work.
+    """
+
+    epochs: int
+    frozen: int | Literal["all", "nothing"]
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for field, remedy in (("epochs", "a whole number from 1 up"), ("batch_size", "a whole number from 1 up")):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"stages: {field}={value!r}: give {remedy}")
+        if self.frozen not in ("all", "nothing") and not (type(self.frozen) is int and self.frozen >= 0):
+            raise ValueError(f'stages: frozen={self.frozen!r}: give 0 or more, "all" or "nothing"')
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The settings of a run. `CONFIG` on top of `train.py` sets those that people edit; each is also a flag.
 
@@ -108,6 +135,16 @@ class TrainConfig:
 
     unfreeze_batch_size: int = 32
     """Pictures a step once thawed. As large as memory takes; the learning rate follows it."""
+
+    stages: tuple[StageConfig, ...] = ()
+    """Stages of your own in the place of the two, to thaw bit by bit: `(StageConfig(5, "all"), StageConfig(5, 8),
+    StageConfig(20, "nothing"))` trains 5 epochs of the head, 5 of four blocks of twelve, 20 of everything. The fields
+    from `freeze_train` to `freeze_blocks`, the batch sizes and `unfreeze_epoch` then say nothing. For pretrained
+    weights that two stages spoil (Howard and Ruder, 2018). No flag: it is set in `CONFIG`."""
+
+    thaw_warmup: float = 0.0
+    """Epochs over which the learning rate rises again, from a tenth, after each thaw; 0 or more. 0.5 to 2 where the
+    loss jumps there: the optimizer knows nothing yet of what was just thawed."""
 
     optimizer_type: Literal["sgd", "adam", "adamw"] = "adamw"
     """`adamw` suits transformers; `sgd` (Nesterov) wants a learning rate ten to a hundred times as high."""
@@ -294,7 +331,7 @@ class TrainConfig:
             check(field, getattr(self, field) >= 1, "give a whole number from 1 up")
         for field in (
             *("freeze_epoch", "num_workers", "seed", "weight_decay", "feature_cache_gb"),
-            *("keep_periodic", "save_every_steps", "save_every_minutes", "clip_grad", "mixup", "cutmix"),
+            *("thaw_warmup", "keep_periodic", "save_every_steps", "save_every_minutes", "clip_grad", "mixup", "cutmix"),
         ):
             check(field, getattr(self, field) >= 0, "give 0 or more")
         check("freeze_blocks", self.freeze_blocks == "all" or self.freeze_blocks >= 0, 'give 0 or more, or "all"')
@@ -311,6 +348,23 @@ class TrainConfig:
         check("pretrained", self.pretrained != "", "give True, False, a file, or a name on the Hugging Face hub")
         check("pretrained", not (self.pretrained and self.model_path), "set either pretrained or model_path, not both")
 
+    @property
+    def all_stages(self) -> tuple[StageConfig, ...]:
+        """The stages in their order, those of `stages` or the two; none is without epochs."""
+        if self.stages:
+            return self.stages
+        frozen = self.freeze_epoch if self.freeze_train else 0
+        both = (
+            (frozen, self.freeze_blocks, self.freeze_batch_size),
+            (self.unfreeze_epoch - frozen, "nothing", self.unfreeze_batch_size),
+        )
+        return tuple(StageConfig(*stage) for stage in both if stage[0])
+
+    @property
+    def epochs(self) -> int:
+        """Of the whole run."""
+        return sum(stage.epochs for stage in self.all_stages)
+
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON and checkpoints."""
         return {
@@ -325,6 +379,8 @@ def _fits(value: object, hint: Any) -> bool:
         return value in args
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, arg) for arg in args)
+    if get_origin(hint) is tuple and args[-1] is Ellipsis:
+        return isinstance(value, tuple | list) and all(_fits(item, args[0]) for item in value)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple | list) and len(value) == len(args) and all(map(_fits, value, args))
     if hint is float:

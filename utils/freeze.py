@@ -36,6 +36,7 @@ class Stage:
         min_lr: lowest learning rate, scaled likewise.
         run_epochs: epochs of the whole run, over which the learning rate falls.
         decay: how it falls, see `utils.optim.learning_rate_at`.
+        warmup: epochs over which it rises first, from a tenth of what it would be.
     """
 
     start: int
@@ -46,6 +47,7 @@ class Stage:
     min_lr: float
     run_epochs: int
     decay: str
+    warmup: float = 0.0
 
     def freeze(self, model: nn.Module) -> None:
         """Freeze this stage's part of `model` and thaw the rest."""
@@ -56,29 +58,28 @@ class Stage:
 
     def learning_rate(self, epoch: float) -> float:
         """The learning rate after `epoch` epochs of the run, fractions included."""
-        return learning_rate_at(epoch, self.run_epochs, self.init_lr, self.min_lr, self.decay)
+        rate = learning_rate_at(epoch, self.run_epochs, self.init_lr, self.min_lr, self.decay)
+        done = epoch - self.start
+        return rate * (0.1 + 0.9 * done / self.warmup) if done < self.warmup else rate
 
 
 def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> list[Stage]:
-    """The stages that `config` asks for; one without epochs is left out. What had to be changed to fit is printed.
+    """The stages that `config` asks for. What had to be changed to fit is printed.
 
     Args:
         config: the settings.
         num_pictures: length of the training list.
         transformer: whether the backbone is one, whose learning rate is scaled otherwise.
     """
-    thaw = config.freeze_epoch if config.freeze_train else 0
-    frozen = (0, thaw, config.freeze_blocks, "freeze_batch_size")
-    thawed = (thaw, config.unfreeze_epoch, "nothing", "unfreeze_batch_size")
-    stages = []
-    for start, end, part, field in (frozen, thawed):
-        if start == end:
-            continue
-        batch_size = min(getattr(config, field), num_pictures)
-        if batch_size < getattr(config, field):
-            print(f"{field}: {getattr(config, field)} -> {batch_size}, the training list has no more pictures")
+    stages: list[Stage] = []
+    for wanted in config.all_stages:
+        batch_size = min(wanted.batch_size, num_pictures)
+        if batch_size < wanted.batch_size:
+            print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has no more pictures")
+        start = stages[-1].end if stages else 0
         rates = scale_learning_rate(config, batch_size, transformer)
-        stages.append(Stage(start, end, part, batch_size, *rates, config.unfreeze_epoch, config.lr_decay_type))
+        falling = (config.epochs, config.lr_decay_type, config.thaw_warmup if stages else 0)
+        stages.append(Stage(start, start + wanted.epochs, wanted.frozen, batch_size, *rates, *falling))
     return stages
 
 
@@ -150,7 +151,7 @@ class FeatureCache:
         self.precision = precision
         self.dtype = DTYPES[precision]
         # That of training as far as it can be, so that the same kernels give the same bits; heads take far larger ones.
-        self._batch_size = min(config.freeze_batch_size, LARGEST_BATCH)
+        self._batch_size = min(config.all_stages[0].batch_size, LARGEST_BATCH)
 
     def open(self, dataset: ImageDataset, list_path: str, num_views: int) -> FeatureDataset:
         """The features of `num_views` views of each picture: the first as in evaluation, the others as the dataset

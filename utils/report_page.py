@@ -149,7 +149,8 @@ def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[s
         points = ((100 * (row["epoch"] - 1) / (last - 1), 100 - 100 * row[key] / highest) for row in epochs)
         return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
 
-    thaw = config.get("freeze_epoch", 0) if config.get("freeze_train") else 0
+    stages = config.get("stages")
+    thaw = stages[0]["epochs"] if stages else config.get("freeze_epoch", 0) if config.get("freeze_train") else 0
     best = min(epochs, key=lambda row: row["val_loss"])["epoch"]
     return {
         "epochs": int(last),

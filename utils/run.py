@@ -107,11 +107,11 @@ class Run:
         """Raise a ValueError if the disk can't hold the checkpoints to come: best, last, one that is being written, and
         those of single epochs."""
         config = self.config
-        if self.epoch == config.unfreeze_epoch:
+        if self.epoch == config.epochs:
             return
         weights = count_bytes(self.model.state_dict())
         size = weights * (1 + MOMENTS[config.optimizer_type] + (config.ema_decay > 0))
-        number = 3 + min(config.keep_periodic, config.unfreeze_epoch // config.save_period)
+        number = 3 + min(config.keep_periodic, config.epochs // config.save_period)
         there = sum(path.stat().st_size for path in self.folder.glob("*.pth"))
         needed, free = number * size - there, free_bytes(self.folder)
         if needed > free:
@@ -204,7 +204,7 @@ class Run:
             self.trainer.begin_epoch()
             content = self._content()
             is_best = row["val_loss"] == content["best_val_loss"]
-            print(format_row(row, self.config.unfreeze_epoch, is_best))
+            print(format_row(row, self.config.epochs, is_best))
             # Logged before it is saved: a run cut off in between does this epoch again, and its log is made anew.
             self._log()
             names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}.pth"]
