@@ -140,7 +140,8 @@ class TrainConfig:
     """Stages of your own in the place of the two, to thaw bit by bit: `(StageConfig(5, "all"), StageConfig(5, 8),
     StageConfig(20, "nothing"))` trains 5 epochs of the head, 5 of four blocks of twelve, 20 of everything. The fields
     from `freeze_train` to `freeze_blocks`, the batch sizes and `unfreeze_epoch` then say nothing. For pretrained
-    weights that two stages spoil (Howard and Ruder, 2018). No flag: it is set in `CONFIG`."""
+    weights that two stages spoil (Howard and Ruder, 2018). No flag: import `StageConfig` from here into train.py and
+    set it in `CONFIG`."""
 
     thaw_warmup: float = 0.0
     """Epochs over which the learning rate rises again, from a tenth, after each thaw; 0 or more. 0.5 to 2 where the
