@@ -93,6 +93,8 @@ def main(
         cross_validate: train so many times instead, each time validated on another part of the pictures.
         group_regex: with that, as in txt_annotation.py: pictures of one patient, video or burst stay in one part.
     """
+    if group_regex and not cross_validate:
+        raise ValueError("group_regex: that is for cross_validate here; for one split give it to txt_annotation.py")
     if cross_validate:
         from utils import cross_validation  # brings scikit-learn
 
@@ -113,6 +115,16 @@ def main(
     if find_lr:
         suggest_learning_rate(config, data, stages[-1], device, precision)
         return
+    run = open_or_begin(config, data, device, precision)
+    train_stages(run, stages, data)
+    elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
+    example = read_first_path("cls_test.txt") or data.val_images.path(0)
+    print(f"done, the run is in {run.folder}. Next:\n  python eval.py{elsewhere}")
+    print(f"  python predict.py{elsewhere} {shlex.quote(example)}")
+
+
+def open_or_begin(config: TrainConfig, data: Data, device: torch.device, precision: str) -> Run:
+    """The run that `config.resume` means, where it was left, or a new one."""
     lists = {"train": data.train_images, "val": data.val_images}
     folder = open_run(config, data.class_names, lists)
     try:
@@ -122,13 +134,7 @@ def main(
         raise
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
     trainer = make_trainer(config, network, precision, data, folder.checkpoint)
-    run = Run(config, model, trainer, data.class_names, lists, folder, origin)
-    del folder  # the checkpoint is as large as the run
-    train_stages(run, stages, data)
-    elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
-    example = read_first_path("cls_test.txt") or data.val_images.path(0)
-    print(f"done, the run is in {run.folder}. Next:\n  python eval.py{elsewhere}")
-    print(f"  python predict.py{elsewhere} {shlex.quote(example)}")
+    return Run(config, model, trainer, data.class_names, lists, folder, origin)
 
 
 def draw_network(config: TrainConfig, num_classes: int) -> FreezableNetwork:

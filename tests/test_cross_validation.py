@@ -50,6 +50,11 @@ def test_more_folds_than_there_are_pictures_or_groups(noise, folds, regex):
         assign_folds(noise, folds, TrainConfig(), regex)
 
 
+def test_groups_are_for_cross_validation():
+    with pytest.raises(ValueError, match="group_regex: that is for cross_validate"):
+        train.main(TrainConfig(**SMALL), group_regex="x")
+
+
 def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
     for number, path in enumerate(sorted(Path("datasets/train").rglob("*.png"))):
         write_picture(path, size=(70, 70), seed=number)  # none alike
