@@ -95,8 +95,8 @@ def open_safely(path: str | Path) -> Any:
     archived = zipfile.is_zipfile(path)
     if archived:
         _check_archive(path)
-    if not _is_safetensors(path):
-        _check_pickles(path)
+    if archived or not _is_safetensors(path):
+        _check_pickles(path, archived)
     try:
         if archived and _is_npz(path):
             content = _load_npz(path)
@@ -130,6 +130,8 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if not _begins_as_archive(path):
+                raise ValueError(f"{path} can't be opened as weights: before the archive in it stands something else")
             if len({entry.filename.casefold() for entry in entries}) < len(entries):
                 raise ValueError(f"{path} can't be opened as weights: two entries in it have the same name")
             claimed = sum(entry.file_size for entry in entries)
@@ -161,6 +163,12 @@ def _is_safetensors(path: Path) -> bool:
     """Whether it begins as such a file: the length of a header, in 8 bytes, and the header's brace."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
+
+
+def _begins_as_archive(path: Path) -> bool:
+    """Whether torch, which looks at a file's beginning, takes it for an archive; zipfile looks at its end."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _is_npz(path: Path) -> bool:
@@ -198,10 +206,10 @@ def _directory_offset(path: Path, comment: int) -> int:
         return int.from_bytes(file.read(4), "little")
 
 
-def _check_pickles(path: Path) -> None:
+def _check_pickles(path: Path, archived: bool) -> None:
     """Raise a ValueError if a pickle in a file of torch's makes a bytearray, which torch allows, of any size."""
     try:
-        if zipfile.is_zipfile(path):
+        if archived:
             with zipfile.ZipFile(path) as archive:
                 # torch doesn't look at the case of their names
                 entries = [entry for entry in archive.infolist() if entry.filename.casefold().endswith(".pkl")]

@@ -12,12 +12,12 @@ import numpy as np
 
 from utils.alike import alike_groups
 from utils.annotation import ensure_lists
-from utils.checkpoint import LAST, load_checkpoint, read_note
+from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.files import write_whole
 from utils.fingerprints import Fingerprints
 from utils.lists import ImageList, list_in_memory, read_classes, read_list, write_list
-from utils.resume import changed_fields, read_config
+from utils.resume import find_runs
 from utils.scan import is_demo
 from utils.split import group_by_name, join_groups
 
@@ -47,10 +47,10 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
     for fold in range(folds):
         print(f"fold {fold + 1} of {folds}: {(fold_of == fold).sum()} of {len(pictures)} pictures are validated on")
         of_fold = prepare_fold(config, pictures, fold_of == fold, root / f"fold_{fold + 1}")
-        run = finished_run(of_fold) if config.resume == "auto" else None
+        run = next(find_runs(of_fold, finished=True), None) if config.resume == "auto" else None
         if run is None:
             train(of_fold)
-            run = finished_run(of_fold)
+            run = next(find_runs(of_fold, finished=True))
         history = load_checkpoint(run / LAST)["history"]
         best = min(history, key=lambda row: row["val_loss"])
         rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
@@ -104,15 +104,6 @@ def prepare_fold(config: TrainConfig, images: ImageList, validated: np.ndarray, 
     for path, which in zip(lists.values(), (~validated, validated), strict=True):
         write_list(path, [(int(images.class_ids[i]), images.path(i)) for i in np.flatnonzero(which)])
     return replace(config, save_dir=str(folder), **{field: str(path) for field, path in lists.items()})
-
-
-def finished_run(config: TrainConfig) -> Path | None:
-    """The newest run of these settings that is at its end, if there is one."""
-    for note in sorted(Path(config.save_dir).glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        told = read_note(note)
-        if told and told["finished"] and not changed_fields(read_config(note.parent), config):
-            return note.parent
-    return None
 
 
 def format_folds(rows: list[dict[str, Any]]) -> str:

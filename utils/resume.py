@@ -78,7 +78,7 @@ def open_run(config: TrainConfig, class_names: list[str], lists: Mapping[str, Im
 def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
     remove_strays(Path(config.save_dir))
     if config.resume == "auto":
-        for path in unfinished_runs(config):
+        for path in find_runs(config, finished=False):
             run = _take_up(path)
             if run and _has_classes(run, class_names):
                 check_lists(run, config, lists)
@@ -112,12 +112,13 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
     return run
 
 
-def unfinished_runs(config: TrainConfig) -> Iterator[Path]:
-    """The folders in `save_dir` of runs with these settings that aren't at their end, the newest first."""
+def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
+    """The folders in `save_dir` of runs with these settings that are at their end, or aren't, the newest first."""
     files = Path(config.save_dir).glob(f"*/{CONFIG_FILE}")
     for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         note = read_note(file.parent / LAST)
-        if not (note and note["finished"]) and not changed_fields(read_config(file.parent), config):
+        at_its_end = bool(note and note["finished"])
+        if at_its_end == finished and not changed_fields(read_config(file.parent), config):
             yield file.parent
 
 

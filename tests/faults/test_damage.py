@@ -192,6 +192,10 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
                 bomb.writestr(entry.filename, bytes(1 << 28) if entry.filename.endswith("data/0") else data)
     elif kind == "bytearray":
         torch.save(content | {"history": [Bytes()]}, path)
+    elif kind == "bytearray in the old format before an archive":
+        torch.save(content | {"history": [Bytes()]}, path, _use_new_zipfile_serialization=False)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("x", b"")
     elif kind == "bytearray in the old format":
         torch.save(content | {"history": [Bytes()]}, path, _use_new_zipfile_serialization=False)
     elif kind in ("bytearray, then a second pickle", "bytearray in capitals"):
@@ -213,6 +217,7 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
 TRAPS = (
     *("at the top", "optimizer", "model", "history", "old format", "tar"),
     *("zip bomb", "bytearray", "one number for a terabyte"),
+    "bytearray in the old format before an archive",
     *("bytearray in the old format", "bytearray, then a second pickle", "bytearray in capitals"),
 )
 DOORS = ("model_path", "pretrained", "resume", "eval", "predict")
