@@ -278,16 +278,18 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
             run.save()  # what can't be written is known before hours are spent
         run.log.log_pictures(network, next(iter(train_loader(train_set, min(16, len(train_set)), 0)))[0])
         for stage in stages:
-            if run.epoch >= stage.end:
+            if run.is_past(stage):
                 continue
             stage.freeze(model)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.take_up(optimizer, stage)
             trainer.network, loader, val_loader = feed(stage, network, cache, train_set, val_set)
-            for epoch in range(run.epoch, stage.end):
-                numbers = trainer.train_epoch(loader, optimizer, epoch, stage.learning_rate, run.after_step)
+            while not run.is_past(stage):
+                numbers = trainer.train_epoch(loader, optimizer, run.epoch, stage.learning_rate, run.after_step)
                 run.finish_epoch(numbers | trainer.validate(val_loader))
                 report_unreadable(train_set, val_set)
+        if run.epoch < config.epochs and not run.finished:
+            print(f"the validation loss hasn't fallen for {config.patience} epochs: the run ends here (patience)")
         run.finish(partial(calibrate_checkpoint, data.train_images, data.val_images, config))
 
 

@@ -136,6 +136,23 @@ def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
         assert state_of(load_checkpoint(next(Path(again.save_dir).glob(f"*/{LAST}")))) == whole
 
 
+def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, monkeypatch, capsys):
+    """After the epochs it says, of the last stage alone; also if it was cut off right before its end."""
+    losses = iter([0.5, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43])  # three of the first stage
+    monkeypatch.setattr("utils.engine.cross_entropy", lambda logits, targets: next(losses))
+    config = TrainConfig(**SMALL | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.run.Run.finish", lambda run, calibrate: None)
+        train.main(config)
+    assert "the run ends here (patience)" in capsys.readouterr().out
+    last = load_checkpoint(only_run() / LAST)
+    assert [row["val_loss"] for row in last["history"]] == [0.5, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43]
+    train.main(config)
+    assert (load_checkpoint(only_run() / LAST) | {"finished": False}).keys() == last.keys()
+    assert load_checkpoint(only_run() / LAST)["finished"]
+    assert load_checkpoint(only_run() / BEST)["epoch"] == 6
+
+
 def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(two_classes):
     digests = []
     for i, changes in enumerate(({}, {}, {"num_workers": 2}, {"seed": 12})):

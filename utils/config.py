@@ -143,6 +143,11 @@ class TrainConfig:
     weights that two stages spoil (Howard and Ruder, 2018). No flag: import `StageConfig` from here into train.py and
     set it in `CONFIG`."""
 
+    patience: int = 0
+    """End the run when the validation loss hasn't fallen for so many epochs of its last stage; 0: never. 5 to 10.
+    A run that ends early never reaches the low learning rates at the cosine's end, so where you know how many epochs
+    it takes, give that many instead."""
+
     thaw_warmup: float = 0.0
     """Epochs over which the learning rate rises again, from a tenth, after each thaw; 0 or more. 0.5 to 2 where the
     loss jumps there: the optimizer knows nothing yet of what was just thawed."""
@@ -332,7 +337,8 @@ class TrainConfig:
             check(field, getattr(self, field) >= 1, "give a whole number from 1 up")
         for field in (
             *("freeze_epoch", "num_workers", "seed", "weight_decay", "feature_cache_gb"),
-            *("thaw_warmup", "keep_periodic", "save_every_steps", "save_every_minutes", "clip_grad", "mixup", "cutmix"),
+            *("patience", "thaw_warmup", "keep_periodic", "save_every_steps", "save_every_minutes"),
+            *("clip_grad", "mixup", "cutmix"),
         ):
             check(field, getattr(self, field) >= 0, "give 0 or more")
         check("freeze_blocks", self.freeze_blocks == "all" or self.freeze_blocks >= 0, 'give 0 or more, or "all"')

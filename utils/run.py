@@ -107,7 +107,7 @@ class Run:
         """Raise a ValueError if the disk can't hold the checkpoints to come: best, last, one that is being written, and
         those of single epochs."""
         config = self.config
-        if self.epoch == config.epochs:
+        if self.epoch == config.epochs or self.finished:
             return
         weights = count_bytes(self.model.state_dict())
         size = weights * (1 + MOMENTS[config.optimizer_type] + (config.ema_decay > 0))
@@ -130,6 +130,17 @@ class Run:
     def new(self) -> bool:
         """Whether it has no checkpoint yet."""
         return self._saved_step < 0
+
+    def is_past(self, stage: Stage) -> bool:
+        """Whether `stage` has had all its epochs, or is the last one and the validation loss hasn't fallen for
+        `patience` epochs of it."""
+        if self.epoch >= stage.end:
+            return True
+        if not self.config.patience or stage.end < stage.run_epochs:
+            return False
+        losses = [row["val_loss"] for row in self.history]
+        best = losses.index(min(losses)) + 1 if losses else 0
+        return self.epoch - max(best, stage.start) >= self.config.patience
 
     def take_up(self, optimizer: Optimizer, stage: Stage) -> None:
         """Save the state of this optimizer from now on. If the run that goes on was cut off inside `stage`, give it
