@@ -38,7 +38,7 @@ from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.loss import TrainingLoss
 from utils.optim import WeightAverage, batch_scale, build_optimizer
 from utils.resume import open_run
-from utils.run import Run
+from utils.run import Run, of_size
 from utils.seeds import derive_seed
 from utils.stop import Stopped, WorkerDied, received, stop_signals
 from utils.summary import format_config, format_model, format_stages, warn_of_small_input
@@ -143,6 +143,8 @@ def draw_network(config: TrainConfig, num_classes: int) -> FreezableNetwork:
     options = {} if config.activation == "auto" else {"activation": config.activation}
     model = draw_model(config.backbone, num_classes, config.input_shape, **options)
     for stage in config.all_stages:
+        if stage.input_shape != config.input_shape:
+            draw_model(config.backbone, num_classes, stage.input_shape, **options).resize(config.input_shape)
         if stage.frozen != "nothing":
             model.freeze_backbone(stage.frozen)
     return model
@@ -185,7 +187,8 @@ def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | 
     for name in expected:
         if getattr(settled, name) != getattr(config, name):
             print(f"{name}: {getattr(settled, name)}, as the weights expect")
-    arguments = {"name": config.backbone, "num_classes": num_classes, "input_shape": config.input_shape}
+    input_shape = config.all_stages[0].input_shape
+    arguments = {"name": config.backbone, "num_classes": num_classes, "input_shape": input_shape}
     arguments |= weights.variant if weights else {}
     arguments |= {} if config.activation == "auto" else {"activation": config.activation}
     rates = {rate: getattr(config, rate) for rate in RATES}
@@ -241,6 +244,7 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     trainer = make_trainer(
         config, pixel_network(model, Preprocessing.from_dict(config.as_dict()), device), precision, data
     )
+    model.resize(stage.input_shape)
     stage.freeze(model)
     train_set, _ = make_datasets(data, config)
     loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
@@ -264,22 +268,20 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
         WorkerDied: a process that loads pictures did; the run is saved.
     """
     config, model, trainer = run.config, run.model, run.trainer
-    train_set, val_set = make_datasets(data, config)
     network = trainer.network
-    cache = FeatureCache(network, config, trainer.device, trainer.precision)
     with closing(run), save_when_stopped(run):
+        train_set, val_set, cache = pictures = make_pictures(run, network, data)
         if run.new:
-            if config.head_init == "probe":
-                from utils.probe import init_head  # brings scikit-learn, which nothing else here needs
-
-                init_head(model, cache, train_set, val_set, config)
-                if trainer.average:
-                    trainer.average.load(model.state_dict())
-            run.save()  # what can't be written is known before hours are spent
+            begin(run, *pictures)
         run.log.log_pictures(network, next(iter(train_loader(train_set, min(16, len(train_set)), 0)))[0])
         for stage in stages:
             if run.is_past(stage):
                 continue
+            if stage.input_shape != train_set.transform.size:
+                if trainer.average:
+                    trainer.average.resize(model, stage.input_shape)
+                model.resize(stage.input_shape)
+                train_set, val_set, cache = make_pictures(run, network, data)
             stage.freeze(model)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.take_up(optimizer, stage)
@@ -291,6 +293,23 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
         if run.epoch < config.epochs and not run.finished:
             print(f"the validation loss hasn't fallen for {config.patience} epochs: the run ends here (patience)")
         run.finish(partial(calibrate_checkpoint, data.train_images, data.val_images, config))
+
+
+def begin(run: Run, train_set: ImageDataset, val_set: ImageDataset, cache: FeatureCache) -> None:
+    """Give a new run the head that it begins with, and save it."""
+    if run.config.head_init == "probe":
+        from utils.probe import init_head  # brings scikit-learn, which nothing else here needs
+
+        init_head(run.model, cache, train_set, val_set, run.config)
+        if run.trainer.average:
+            run.trainer.average.load(run.model.state_dict())
+    run.save()  # what can't be written is known before hours are spent
+
+
+def make_pictures(run: Run, network: nn.Module, data: Data) -> tuple[ImageDataset, ImageDataset, FeatureCache]:
+    """The pictures, of the size that the network takes now, and what keeps its frozen part's features of them."""
+    config = of_size(run.config, run.model)
+    return *make_datasets(data, config), FeatureCache(network, config, run.trainer.device, run.trainer.precision)
 
 
 def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
@@ -73,6 +73,14 @@ class FreezableNetwork(nn.Module):
         for part in self.parts():
             x = part.forward(x)
         return x
+
+    def resize(self, input_shape: Sequence[int]) -> None:
+        """Take pictures of another height and width from now on."""
+        self.arguments = self.arguments | {"input_shape": list(input_shape)}
+
+    def resize_state(self, state: dict[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
+        """A state dict of this network as it is after `resize`: itself, unless it has positions."""
+        return state
 
     def adopt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict as others publish it of this network, under the names that it has here."""

@@ -18,6 +18,18 @@ from nets.freezing import Part
 class TimmNetwork(WrappedNetwork):
     """A network of timm, whose map may be of tokens too."""
 
+    def resize(self, input_shape: Sequence[int]) -> None:
+        """See `FreezableNetwork.resize`.
+
+        Raises:
+            ValueError: it is a transformer, whose positions only timm knows where to find.
+        """
+        if self.transformer and list(input_shape) != self.arguments["input_shape"]:
+            raise ValueError(
+                f"stages: {self.arguments['name']} takes one input_shape for the whole run; leave it out of the stages"
+            )
+        super().resize(input_shape)
+
     def to_map(self, x: Tensor) -> Tensor:
         """See `WrappedNetwork.to_map`."""
         if x.ndim == 3:  # tokens (B, N, C)

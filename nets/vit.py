@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nets.freezing import FreezableNetwork, Part
 from nets.pretrained import find_pretrained
-from nets.weights import load_weights, read_weights
+from nets.weights import load_weights, read_weights, resample_pos_embed
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ class VisionTransformer(FreezableNetwork):
         num_registers: int = 0,
     ) -> None:
         super().__init__()
-        check_input_shape(input_shape, patch_size)
-        self.grid = (input_shape[0] // patch_size, input_shape[1] // patch_size)  # patches down, patches across
+        self.patch_size = patch_size
+        self.grid = patch_grid(input_shape, patch_size)
         self.patch_embed = PatchEmbed(patch_size, in_chans, num_features)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, num_features))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], num_features))
@@ -253,6 +253,18 @@ class VisionTransformer(FreezableNetwork):
         for tokens in filter(lambda tokens: tokens is not None, (self.cls_token, self.pos_embed, self.reg_token)):
             nn.init.trunc_normal_(tokens, std=0.02)
         self.apply(_init_weights)
+
+    def resize(self, input_shape: Sequence[int]) -> None:
+        """See `FreezableNetwork.resize`. The positions are resampled."""
+        resized = self.resize_state({"pos_embed": self.pos_embed.data}, input_shape)
+        self.pos_embed.data = resized["pos_embed"]
+        self.grid = patch_grid(input_shape, self.patch_size)
+        super().resize(input_shape)
+
+    def resize_state(self, state: dict[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
+        """See `FreezableNetwork.resize_state`."""
+        grid = patch_grid(input_shape, self.patch_size)
+        return state | {"pos_embed": resample_pos_embed(state["pos_embed"], self.grid, grid)}
 
     def embed(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, height, width) to tokens (B, N, C): the class token, registers, patches."""
@@ -338,14 +350,19 @@ def vit(
     return model
 
 
-def check_input_shape(input_shape: Sequence[int], patch_size: int) -> None:
-    """Raise a ValueError that says which sizes would do, unless the patch divides both sides."""
+def patch_grid(input_shape: Sequence[int], patch_size: int) -> tuple[int, int]:
+    """Patches down and patches across.
+
+    Raises:
+        ValueError: the patch doesn't divide both sides; the message says which would do.
+    """
     if len(input_shape) != 2 or any(side < 1 or side % patch_size for side in input_shape):
         nearest = tuple(max(patch_size, round(side / patch_size) * patch_size) for side in input_shape[:2])
         raise ValueError(
             f"input_shape={tuple(input_shape)}: height and width must be multiples of the patch, {patch_size} pixels; "
             f"the nearest that would do: {nearest}"
         )
+    return input_shape[0] // patch_size, input_shape[1] // patch_size
 
 
 def _init_weights(module: nn.Module) -> None:

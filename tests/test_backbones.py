@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from nets.weights import load_weights, read_weights
 from tests.conftest import SMALL, write_back
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.classifier import load_classifier, pixel_network
-from utils.config import TrainConfig
+from utils.config import StageConfig, TrainConfig
 from utils.engine import Trainer
 from utils.explain import explain
 from utils.freeze import FrozenPart, Stage, ThawedPart
@@ -168,7 +169,7 @@ def test_one_step_frozen_and_one_thawed(name):
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), cpu)
     pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
     for part in ("all" if name == "timm/test_vit" else 1, "nothing"):
-        Stage(0, 1, part, 4, 1e-3, 1e-5, 1, "cos").freeze(model)
+        Stage(0, 1, part, 4, (64, 64), 1e-3, 1e-5, 1, "cos").freeze(model)
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         inputs, trained = pixels, network
         if part != "nothing":
@@ -219,6 +220,14 @@ def test_a_convolutional_run_goes_on_bit_for_bit(two_classes, changes, epoch):
     for part in ("weights", "weights_in_training"):
         assert before[part].keys() == after[part].keys()
         assert all(torch.equal(value, after[part][name]) for name, value in before[part].items())
+
+
+@pytest.mark.parametrize(("name", "refused"), [("timm/test_vit", True), ("timm/resnet10t", False)])
+def test_pictures_that_grow_are_for_networks_without_positions_of_timms(name, refused):
+    stages = (StageConfig(1, "nothing", 8, (160, 160)), StageConfig(1, "nothing"))
+    config = TrainConfig(backbone=name, input_shape=(192, 192), stages=stages)
+    with pytest.raises(ValueError, match="one input_shape for the whole run") if refused else nullcontext():
+        train.draw_network(config, 5)
 
 
 def test_a_timm_network_is_restored_with_what_is_not_saved():

@@ -148,7 +148,20 @@ def test_stages_of_ones_own():
         "epochs": 2,
         "frozen": 8,
         "batch_size": 32,
+        "input_shape": None,
     }
+
+
+def test_stages_of_another_size():
+    small = StageConfig(3, "all", 64, (96, 128))
+    stages = stages_of(stages=(small, StageConfig(5, "nothing")))
+    assert [stage.input_shape for stage in stages] == [(96, 128), (224, 224)]
+    assert (
+        json.loads(json.dumps(TrainConfig(stages=(small, *STAGES)).as_dict()))
+        == TrainConfig(stages=(small, *STAGES)).as_dict()
+    )  # as a run that is gone on with compares them
+    with pytest.raises(ValueError, match=r"^stages=.*the last stage trains at input_shape"):
+        TrainConfig(stages=(small,))
 
 
 def test_the_learning_rate_rises_again_after_each_thaw():
@@ -160,9 +173,11 @@ def test_the_learning_rate_rises_again_after_each_thaw():
         assert parts == pytest.approx([1, 1, 1] if stage.start == 0 else [0.1, 0.55, 1])
 
 
-@pytest.mark.parametrize("values", [(0, "all"), (1.5, "all"), (1, "most"), (1, -1), (1, 2.0), (1, 2, 0)])
+@pytest.mark.parametrize(
+    "values", [(0, "all"), (1.5, "all"), (1, "most"), (1, -1), (1, 2.0), (1, 2, 0), (1, 2, 8, (0, 8)), (1, 2, 8, 8)]
+)
 def test_a_stage_that_cannot_be(values):
-    with pytest.raises(ValueError, match=r"^stages: (epochs|frozen|batch_size)="):
+    with pytest.raises(ValueError, match=r"^stages: (epochs|frozen|batch_size|input_shape)="):
         StageConfig(*values)
 
 

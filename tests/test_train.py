@@ -119,8 +119,13 @@ def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
         for name in (name for name in start if name.startswith(part)):
             moved = [not torch.equal(before[name], after[name]) for before, after in pairwise(states)]
             assert moved == [stage >= first for stage in range(3)], name
+    ends_the_same_when_cut_off(config, (1, 2), monkeypatch)
+
+
+def ends_the_same_when_cut_off(config, epochs, monkeypatch):
+    """A run with `config` that is cut off right after one of `epochs` and goes on ends like the one in `logs`."""
     whole = state_of(load_checkpoint(only_run() / LAST))
-    for epoch in (1, 2):
+    for epoch in epochs:
 
         def cut_off(path, content, epoch=epoch):
             if content["epoch"] > epoch:
@@ -134,6 +139,27 @@ def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
                 train.main(again)
         train.main(again)
         assert state_of(load_checkpoint(next(Path(again.save_dir).glob(f"*/{LAST}")))) == whole
+
+
+GROWING = {
+    "input_shape": (16, 16),
+    "stages": (StageConfig(1, "all", 8, (8, 8)), StageConfig(2, 4, 7, (12, 8)), StageConfig(1, "nothing", 6)),
+    "ema_decay": 0.5,
+    "save_period": 1,
+}
+
+
+@pytest.mark.parametrize("backbone", ["vit_xs_4", "resnet18"])
+def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone):
+    """Each checkpoint takes pictures of its stage's size; a run cut off between stages or inside ends like a whole."""
+    config = TrainConfig(**SMALL | GROWING | {"backbone": backbone})
+    train.main(config)
+    for number, shape in enumerate(stage.input_shape for stage in config.all_stages for _ in range(stage.epochs)):
+        checkpoint = load_checkpoint(next(only_run().glob(f"ep{number + 1:03d}-*")))
+        assert checkpoint["model"]["input_shape"] == checkpoint["preprocessing"]["input_shape"] == list(shape)
+        for weights in (checkpoint["weights"], checkpoint["weights_in_training"]):
+            build_model(**checkpoint["model"]).load_state_dict(weights)
+    ends_the_same_when_cut_off(config, (1, 2, 3), monkeypatch)
 
 
 def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, monkeypatch, capsys):
@@ -304,8 +330,8 @@ def test_summary_prints_and_leaves(two_classes, capsys):
     assert not Path("logs").exists()
     model = build_model("vit_xs_4", 2, (8, 8))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in told
-    assert "stage 1: epochs 1 to 1, frozen: embeddings or stem, and 4 blocks; 4 steps of 8 pictures" in told
-    assert "stage 2: epochs 2 to 4, frozen: nothing; 6 steps of 6 pictures an epoch; learning" in told
+    assert "stage 1: epochs 1 to 1, 8 x 8 pixels, frozen: embeddings or stem, and 4 blocks; 4 steps of 8" in told
+    assert "stage 2: epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 pictures an epoch; learning" in told
     assert "attention: the pictures have" not in told
 
 

@@ -1,6 +1,7 @@
 """nets/vit.py against timm's network, the worked example, and its own promises."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ from torch import nn
 
 from nets import build_model
 from nets.vit import ACTIVATIONS, SIZES, DropPath, VisionTransformer, attention, vit
+from nets.weights import Weights, load_weights
 
 
 def small_vit(**changes) -> VisionTransformer:
@@ -127,6 +129,18 @@ def test_input_shape_that_the_patch_does_not_divide():
 def test_input_of_another_shape_than_built_for_fails():
     with pytest.raises(RuntimeError):
         small_vit()(pictures(32, 32))
+
+
+@pytest.mark.parametrize("shape", [(160, 224), (448, 96)])
+def test_resized_it_is_the_network_that_loads_its_weights_at_that_size(shape):
+    model = vit([224, 224], num_classes=2, name="vit_t_16").eval()
+    other = vit(shape, num_classes=2, name="vit_t_16").eval()
+    load_weights(other, Weights(Path("x"), "test", model.state_dict()))
+    model.resize(shape)
+    assert model.arguments == other.arguments
+    assert torch.equal(model(pictures(*shape)), other(pictures(*shape)))
+    with pytest.raises(ValueError, match="multiples of the patch"):
+        model.resize((20, 20))
 
 
 def test_width_that_the_heads_do_not_divide():

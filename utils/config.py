@@ -20,6 +20,8 @@ class StageConfig:
         frozen: blocks that are frozen, from the first, besides embeddings or stem; "all": everything but the head;
             "nothing".
         batch_size: pictures a step.
+        input_shape: height and width in pixels, to begin with smaller pictures, which take less time; the positions of
+            a ViT are resampled from stage to stage. None: the run's, as that of the last stage must be.
 
     Raises:
         ValueError: a value can't work.
@@ -28,6 +30,7 @@ class StageConfig:
     epochs: int
     frozen: int | Literal["all", "nothing"]
     batch_size: int = 32
+    input_shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for field, remedy in (("epochs", "a whole number from 1 up"), ("batch_size", "a whole number from 1 up")):
@@ -36,6 +39,8 @@ class StageConfig:
                 raise ValueError(f"stages: {field}={value!r}: give {remedy}")
         if self.frozen not in ("all", "nothing") and not (type(self.frozen) is int and self.frozen >= 0):
             raise ValueError(f'stages: frozen={self.frozen!r}: give 0 or more, "all" or "nothing"')
+        if self.input_shape and not (_fits(self.input_shape, tuple[int, int]) and min(self.input_shape) > 0):
+            raise ValueError(f"stages: input_shape={self.input_shape!r}: give height and width in pixels, or None")
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,9 @@ class TrainConfig:
     """Stages of your own in the place of the two, to thaw bit by bit: `(StageConfig(5, "all"), StageConfig(5, 8),
     StageConfig(20, "nothing"))` trains 5 epochs of the head, 5 of four blocks of twelve, 20 of everything. The fields
     from `freeze_train` to `freeze_blocks`, the batch sizes and `unfreeze_epoch` then say nothing. For pretrained
-    weights that two stages spoil (Howard and Ruder, 2018). No flag: import `StageConfig` from here into train.py and
-    set it in `CONFIG`."""
+    weights that two stages spoil (Howard and Ruder, 2018); or to begin with smaller pictures, which take less time:
+    `StageConfig(10, "nothing", 32, (160, 160))`. No flag: import `StageConfig` from here into train.py and set it in
+    `CONFIG`."""
 
     patience: int = 0
     """End the run when the validation loss hasn't fallen for so many epochs of its last stage; 0: never. 5 to 10.
@@ -350,6 +356,11 @@ class TrainConfig:
             f"the backbone is thawed by unfreeze_epoch ({self.unfreeze_epoch}) at the latest; lower it or raise that",
         )
         check("input_shape", min(self.input_shape) > 0, "give height and width in pixels")
+        check(
+            "stages",
+            not self.stages or self.stages[-1].input_shape is None,
+            "the last stage trains at input_shape; leave its own out",
+        )
         check("image_std", self.image_std is None or min(self.image_std) > 0, "give three numbers above 0")
         check("resume", self.resume != "", "give auto, no, or a run's folder")
         check("pretrained", self.pretrained != "", "give True, False, a file, or a name on the Hugging Face hub")
@@ -357,15 +368,17 @@ class TrainConfig:
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:
-        """The stages in their order, those of `stages` or the two; none is without epochs."""
+        """The stages in their order, those of `stages` or the two; none is without epochs, or without input shape."""
         if self.stages:
-            return self.stages
+            return tuple(
+                dataclasses.replace(stage, input_shape=stage.input_shape or self.input_shape) for stage in self.stages
+            )
         frozen = self.freeze_epoch if self.freeze_train else 0
         both = (
             (frozen, self.freeze_blocks, self.freeze_batch_size),
             (self.unfreeze_epoch - frozen, "nothing", self.unfreeze_batch_size),
         )
-        return tuple(StageConfig(*stage) for stage in both if stage[0])
+        return tuple(StageConfig(*stage, self.input_shape) for stage in both if stage[0])
 
     @property
     def epochs(self) -> int:
@@ -374,9 +387,14 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON and checkpoints."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    """Nested dicts and tuples, these as lists."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _fits(value: object, hint: Any) -> bool:

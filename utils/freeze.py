@@ -32,6 +32,7 @@ class Stage:
         end: the epoch after the last.
         frozen: how many blocks are frozen besides the embeddings, "all" (everything but the head), or "nothing".
         batch_size: pictures a step, no more than the training list has.
+        input_shape: height and width of the pictures, in pixels.
         init_lr: highest learning rate, scaled by the batch size.
         min_lr: lowest learning rate, scaled likewise.
         run_epochs: epochs of the whole run, over which the learning rate falls.
@@ -43,6 +44,7 @@ class Stage:
     end: int
     frozen: int | str
     batch_size: int
+    input_shape: tuple[int, int]
     init_lr: float
     min_lr: float
     run_epochs: int
@@ -79,7 +81,8 @@ def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> li
         start = stages[-1].end if stages else 0
         rates = scale_learning_rate(config, batch_size, transformer)
         falling = (config.epochs, config.lr_decay_type, config.thaw_warmup if stages else 0)
-        stages.append(Stage(start, start + wanted.epochs, wanted.frozen, batch_size, *rates, *falling))
+        trained = (wanted.frozen, batch_size, wanted.input_shape)
+        stages.append(Stage(start, start + wanted.epochs, *trained, *rates, *falling))
     return stages
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from nets.freezing import FreezableNetwork
 from utils.config import TrainConfig
 from utils.stop import held
 
@@ -139,6 +140,10 @@ class WeightAverage:
                 for name, parameter in self.parameters.items():
                     parameter.data, self.averages[name] = self.averages[name], parameter.data
                 self.swapped = wanted
+
+    def resize(self, model: FreezableNetwork, input_shape: Sequence[int]) -> None:
+        """Take the averages to where `model` will be after its own `resize`."""
+        self.averages = model.resize_state(self.averages, input_shape)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Set the averages to those in a state dict."""

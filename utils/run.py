@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
+from nets.freezing import FreezableNetwork
 from utils.checkpoint import BEST, LAST, count_bytes, load_checkpoint, prune_periodic, read_note, save_checkpoint
 from utils.config import TrainConfig
 from utils.engine import REMEDY, NonFiniteLoss, Trainer
@@ -48,7 +49,7 @@ class Run:
     def __init__(
         self,
         config: TrainConfig,
-        model: nn.Module,
+        model: FreezableNetwork,
         trainer: Trainer,
         class_names: list[str],
         lists: Mapping[str, ImageList],
@@ -62,9 +63,7 @@ class Run:
         self._lock = folder.lock
         self.optimizer: Optimizer | None = None
         self.identity = {
-            "model": model.arguments,
             "class_names": class_names,
-            "preprocessing": Preprocessing.from_dict(config.as_dict()).as_dict(),
             "config": config.as_dict(),
             "origin": dict(origin),
             "lists": {key: images.digest() for key, images in lists.items()},
@@ -192,6 +191,8 @@ class Run:
             self.identity
             | self.trainer.state_dict()
             | {
+                "model": self.model.arguments,
+                "preprocessing": Preprocessing.from_dict(of_size(self.config, self.model).as_dict()).as_dict(),
                 "weights": weights,
                 "weights_in_training": in_training,
                 "optimizer": self.optimizer.state_dict() if self.optimizer else {},
@@ -251,6 +252,11 @@ class Run:
             print(f"attention: the log in {self.folder} can't be written ({error.strerror})")
         finally:
             self._lock.release()
+
+
+def of_size(config: TrainConfig, model: FreezableNetwork) -> TrainConfig:
+    """`config` with the input shape that `model` has now, which differs from stage to stage if `stages` says so."""
+    return dataclasses.replace(config, input_shape=tuple(model.arguments["input_shape"]))
 
 
 def format_row(row: Mapping[str, float], epochs: int, is_best: bool) -> str:

@@ -63,7 +63,8 @@ def format_stages(stages: list[Stage], num_pictures: int) -> str:
         steps, left = divmod(num_pictures, stage.batch_size)
         sitting_out = f" ({left} sit out, others each time)" if left else ""
         lines.append(
-            f"  stage {number}: epochs {stage.start + 1} to {stage.end}, frozen: {part}; {steps} steps of "
+            f"  stage {number}: epochs {stage.start + 1} to {stage.end}, {stage.input_shape[0]} x "
+            f"{stage.input_shape[1]} pixels, frozen: {part}; {steps} steps of "
             f"{stage.batch_size} pictures an epoch{sitting_out}; learning rate "
             f"up to {stage.init_lr:.3g}, down to {stage.min_lr:.3g}"
         )
