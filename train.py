@@ -142,6 +142,10 @@ def draw_network(config: TrainConfig, num_classes: int) -> FreezableNetwork:
     like that is a ValueError."""
     options = {} if config.activation == "auto" else {"activation": config.activation}
     model = draw_model(config.backbone, num_classes, config.input_shape, **options)
+    if config.optimizer_type == "muon" and not model.transformer:
+        raise ValueError(
+            f"optimizer_type='muon': that is for transformers, and {config.backbone} is none; give another"
+        )
     for stage in config.all_stages:
         if stage.input_shape != config.input_shape:
             draw_model(config.backbone, num_classes, stage.input_shape, **options).resize(config.input_shape)

@@ -230,6 +230,11 @@ def test_pictures_that_grow_are_for_networks_without_positions_of_timms(name, re
         train.draw_network(config, 5)
 
 
+def test_muon_is_for_transformers():
+    with pytest.raises(ValueError, match="that is for transformers"):
+        train.draw_network(TrainConfig(backbone="resnet18", optimizer_type="muon"), 5)
+
+
 def test_a_timm_network_is_restored_with_what_is_not_saved():
     """Such as the relative positions of a Swin, which timm computes when it builds the network."""
     name, shape = "timm/swin_tiny_patch4_window7_224", (224, 224)

@@ -96,7 +96,7 @@ def test_the_gradient_is_shortened_to_the_norm_that_is_allowed(precision):
             assert moved > 0.1
 
 
-@pytest.mark.parametrize("optimizer_type", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer_type", ["sgd", "adam", "adamw", "muon"])
 def test_a_step_on_the_meta_device(optimizer_type):
     """A tensor made on another device, or a look at a value (which would make the host wait), raises there."""
     meta = torch.device("meta")

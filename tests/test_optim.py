@@ -53,7 +53,7 @@ def test_what_does_not_decay():
     assert names_in(model, undecayed) == kept
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "muon"])
 def test_weight_decay_really_applies(kind):
     def after_a_step(weight_decay):
         model = tiny_vit()
@@ -80,6 +80,62 @@ def test_adamw_decay_is_the_papers():
     torch.testing.assert_close(model.weight, before * (1 - 0.1 * 0.5))
 
 
+def take_steps(model: nn.Module, optimizers: list[torch.optim.Optimizer], first: int, last: int) -> None:
+    model.eval()
+    for seed in range(first, last):
+        torch.manual_seed(seed)
+        model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def muon(model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(model, TrainConfig(optimizer_type="muon", momentum=0.95, weight_decay=0.1), 1e-2)
+
+
+def test_muon_is_torchs_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
+    own, other = tiny_vit(), tiny_vit()
+    named = dict(other.named_parameters())
+    matrices = {n for n in named if n.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))}
+    matrices -= {"patch_embed.proj.weight"}
+    plain = {n for n, p in named.items() if p.ndim == 1 or n in UNDECAYED}
+    rest = [
+        {"params": [named[n] for n in named.keys() - matrices - plain], "weight_decay": 0.1},
+        {"params": [named[n] for n in plain], "weight_decay": 0.0},
+    ]
+    of_matrices = [named[n] for n in sorted(matrices)]
+    peers = [
+        torch.optim.Muon(of_matrices, 1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, 1e-2, betas=(0.95, 0.999), fused=True),
+    ]
+    take_steps(own, [muon(own)], 0, 4)
+    take_steps(other, peers, 0, 4)
+    for name, parameter in own.named_parameters():
+        assert torch.equal(parameter, named[name]), name
+
+
+def test_muon_goes_on_where_its_state_was_saved():
+    whole, model = tiny_vit(), tiny_vit()
+    take_steps(whole, [muon(whole)], 0, 4)
+    first = muon(model)
+    take_steps(model, [first], 0, 2)
+    second = muon(model)
+    second.load_state_dict(first.state_dict())
+    take_steps(model, [second], 2, 4)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(whole.named_parameters())[name]), name
+
+
+def test_muon_follows_the_learning_rate_of_the_schedule():
+    model = tiny_vit()
+    before = model.state_dict()["blocks.0.attn.proj.weight"].clone()
+    optimizer = muon(model)
+    set_learning_rate(optimizer, 0.0)
+    take_steps(model, [optimizer], 0, 1)
+    assert torch.equal(model.blocks[0].attn.proj.weight, before)
+
+
 def test_momentum_and_nesterov_reach_the_optimizer():
     sgd = build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer_type="sgd", momentum=0.7), 0.1)
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.7, True)
@@ -95,6 +151,7 @@ def test_momentum_and_nesterov_reach_the_optimizer():
     [
         ("adamw", 4e-3, 4e-5, 32, True, (5e-4, 5e-6)),
         ("adamw", 1e-3, 1e-5, 32, False, (5e-4, 5e-6)),
+        ("muon", 4e-3, 4e-5, 128, True, (2e-3, 2e-5)),
         ("adam", 1e-2, 1e-4, 256, True, (1e-3, 1e-5)),  # at the upper limit
         ("adam", 1e-6, 1e-8, 256, True, (1e-5, 1e-7)),  # at the lower one of transformers
         ("adam", 1e-6, 1e-8, 64, False, (1e-4, 1e-6)),  # and of others

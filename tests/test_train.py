@@ -149,10 +149,10 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize("backbone", ["vit_xs_4", "resnet18"])
-def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone):
+@pytest.mark.parametrize(("backbone", "optimizer"), [("vit_xs_4", "muon"), ("resnet18", "adamw")])
+def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone, optimizer):
     """Each checkpoint takes pictures of its stage's size; a run cut off between stages or inside ends like a whole."""
-    config = TrainConfig(**SMALL | GROWING | {"backbone": backbone})
+    config = TrainConfig(**SMALL | GROWING | {"backbone": backbone, "optimizer_type": optimizer})
     train.main(config)
     for number, shape in enumerate(stage.input_shape for stage in config.all_stages for _ in range(stage.epochs)):
         checkpoint = load_checkpoint(next(only_run().glob(f"ep{number + 1:03d}-*")))

@@ -24,7 +24,7 @@ from utils.run_log import RunLog
 from utils.stop import held
 from utils.transforms import Preprocessing
 
-MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2}
+MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 2}
 """Tensors that an optimizer keeps beside each parameter, at most."""
 
 
