@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -37,6 +38,7 @@ from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan
 from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.loss import TrainingLoss
 from utils.optim import WeightAverage, batch_scale, build_optimizer
+from utils.recipe import Known, apply_recipe
 from utils.resume import open_run
 from utils.run import Run, of_size
 from utils.seeds import derive_seed
@@ -95,12 +97,14 @@ def main(
     """
     if group_regex and not cross_validate:
         raise ValueError("group_regex: that is for cross_validate here; for one split give it to txt_annotation.py")
+    device = pick_device(config.device)
+    if config.recipe == "auto":
+        config = choose_settings(config, device)
     if cross_validate:
         from utils import cross_validation  # brings scikit-learn
 
         cross_validation.cross_validate(config, cross_validate, group_regex, main)
         return
-    device = pick_device(config.device)
     transformer = draw_network(config, num_classes=2).transformer
     print(f"config\n{format_config(config)}")
     data = load_data(config)
@@ -121,6 +125,19 @@ def main(
     example = read_first_path("cls_test.txt") or data.val_images.path(0)
     print(f"done, the run is in {run.folder}. Next:\n  python eval.py{elsewhere}")
     print(f"  python predict.py{elsewhere} {shlex.quote(example)}")
+
+
+def choose_settings(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """`config` with what its recipe chooses."""
+    ensure_lists(config)
+    num_classes = len(read_classes(config.classes_path))
+    known = Known(
+        class_counts=np.bincount(read_list(config.train_annotation_path, num_classes).class_ids),
+        pretrained=bool(config.pretrained or config.model_path),
+        transformer=draw_model(config.backbone, num_classes, config.input_shape).transformer,
+        on_cpu=device.type == "cpu",
+    )
+    return apply_recipe(config, known)
 
 
 def open_or_begin(config: TrainConfig, data: Data, device: torch.device, precision: str) -> Run:

@@ -60,6 +60,12 @@ class TrainConfig:
     val_annotation_path: str = "cls_val.txt"
     """List of the validation pictures, which choose the best epoch; never the test pictures."""
 
+    recipe: Literal["none", "auto"] = "none"
+    """`auto`: epochs, batch size, optimizer, learning rate, crops and the like are chosen by the number of pictures per
+    class, by whether the network is a transformer and pretrained, and by the device; see `utils/recipe.py`. Each choice
+    is printed with its reason. A field that you set to other than its default stays as it is. `none`: all is as it
+    stands here."""
+
     backbone: str = "vit_b_16"
     """Network. For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14; with DINOv2's
     weights vit_s_14, vit_b_14 or vit_l_14; for fine detail, and slow, vit_s_8 or vit_b_8. Or another: resnet18, 34, 50,
@@ -352,10 +358,14 @@ class TrainConfig:
             check(field, getattr(self, field) >= 0, "give 0 or more")
         check("freeze_blocks", self.freeze_blocks == "all" or self.freeze_blocks >= 0, 'give 0 or more, or "all"')
         check("init_lr", self.init_lr > 0, "give a number above 0")
-        check("min_lr", 0 <= self.min_lr <= self.init_lr, f"give a number from 0 to init_lr ({self.init_lr})")
+        check(
+            "min_lr",
+            self.min_lr >= 0 and (self.recipe == "auto" or self.min_lr <= self.init_lr),
+            f"give a number from 0 to init_lr ({self.init_lr})",
+        )
         check(
             "freeze_epoch",
-            not self.freeze_train or self.freeze_epoch <= self.unfreeze_epoch,
+            not self.freeze_train or self.recipe == "auto" or self.freeze_epoch <= self.unfreeze_epoch,
             f"the backbone is thawed by unfreeze_epoch ({self.unfreeze_epoch}) at the latest; lower it or raise that",
         )
         check("input_shape", min(self.input_shape) > 0, "give height and width in pixels")

@@ -1,0 +1,75 @@
+"""utils/recipe.py: what is chosen follows what is known, is said, and leaves alone what was set."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import train
+from tests.conftest import SMALL, write_back
+from tests.test_train import only_run
+from utils.checkpoint import LAST, load_checkpoint
+from utils.config import StageConfig, TrainConfig
+from utils.recipe import Known, apply_recipe
+
+AUTO = TrainConfig(recipe="auto")
+
+
+def known(**changes) -> Known:
+    values = {"class_counts": np.array([50, 60]), "pretrained": True, "transformer": True, "on_cpu": True}
+    return Known(**values | changes)
+
+
+def changed(config: TrainConfig, other: TrainConfig) -> dict:
+    return {name: value for name, value in vars(config).items() if value != getattr(other, name)}
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("transformer", [True, False])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_every_choice_is_printed_and_can_be_overridden(capsys, pretrained, transformer, on_cpu):
+    facts = known(pretrained=pretrained, transformer=transformer, on_cpu=on_cpu)
+    choices = changed(apply_recipe(AUTO, facts), AUTO)
+    told = capsys.readouterr().out
+    assert choices.pop("recipe") == "none"
+    assert choices["freeze_train"] is False
+    for field in choices:
+        assert f"recipe: {field}=" in told
+    own = {"unfreeze_epoch": 7, "init_lr": 3e-4, "drop_rate": 0.3, "augmentation": "augmix"}
+    config = apply_recipe(dataclasses.replace(AUTO, **own), facts)
+    assert {field: getattr(config, field) for field in own} == own
+    assert config.min_lr == pytest.approx(3e-6)
+    assert "recipe: unfreeze_epoch stays 7, as you set it" in capsys.readouterr().out
+
+
+def test_what_is_known_decides():
+    assert apply_recipe(AUTO, known()).head_init == "probe"
+    assert apply_recipe(AUTO, known(pretrained=False)).head_init == "random"
+    assert apply_recipe(AUTO, known(pretrained=False)).optimizer_type == "muon"
+    assert apply_recipe(AUTO, known(pretrained=False, transformer=False)).optimizer_type == "adamw"
+    assert apply_recipe(AUTO, known(transformer=False)).layer_decay == 1
+    assert apply_recipe(AUTO, known(class_counts=np.array([50, 600]))).sampler == "balanced"
+    assert apply_recipe(AUTO, known(class_counts=np.array([100, 0, 600]))).sampler == "shuffle"
+    many = known(class_counts=np.array([40_000, 40_000]), pretrained=False)
+    few = known(class_counts=np.array([40, 40]), pretrained=False)
+    assert apply_recipe(AUTO, many).unfreeze_epoch < apply_recipe(AUTO, few).unfreeze_epoch
+    assert apply_recipe(AUTO, few).unfreeze_epoch < apply_recipe(AUTO, few._replace(on_cpu=False)).unfreeze_epoch
+
+
+def test_stages_of_ones_own_stay():
+    stages = (StageConfig(2, "all"), StageConfig(3, "nothing"))
+    config = apply_recipe(dataclasses.replace(AUTO, stages=stages), known())
+    assert config.all_stages == dataclasses.replace(AUTO, stages=stages).all_stages
+    assert config.freeze_train
+
+
+def test_a_run_by_recipe_goes_on_by_the_same_command(two_classes, capsys):
+    """Its settings are stored as chosen, so that they stay what they were."""
+    fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
+    config = TrainConfig(**fixed, recipe="auto", unfreeze_epoch=2, save_period=1)
+    train.main(config)
+    stored = load_checkpoint(only_run() / LAST)["config"]
+    assert (stored["recipe"], stored["optimizer_type"], stored["unfreeze_epoch"]) == ("none", "muon", 2)
+    write_back(only_run(), 1)
+    train.main(config)
+    assert len(load_checkpoint(only_run() / LAST)["history"]) == 2

@@ -1,0 +1,126 @@
+"""What `recipe="auto"` chooses: settings from what is known before training, each with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.config import TrainConfig
+
+UNBALANCED = 10
+"""So many times more pictures in the largest class than in the smallest are too many to go by all alike."""
+LEAST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_CPU = 30, 300, 100
+"""From scratch."""
+PICTURES_FROM_SCRATCH = 600_000
+"""That a network from scratch sees, if that takes neither fewer nor more epochs than these."""
+SMALL_BATCH_UP_TO = 5_000
+"""Training pictures of which batches are small, so that there are enough steps."""
+
+
+OF_TWO_STAGES = ("freeze_train", "unfreeze_epoch", "unfreeze_batch_size")
+
+
+class Known(NamedTuple):
+    """What is known before training.
+
+    Attributes:
+        class_counts: training pictures of each class.
+        pretrained: whether the run starts from weights.
+        transformer: whether the network is one.
+        on_cpu: whether it is trained there.
+    """
+
+    class_counts: np.ndarray
+    pretrained: bool
+    transformer: bool
+    on_cpu: bool
+
+
+class Choice(NamedTuple):
+    """A field, its value, and why."""
+
+    field: str
+    value: Any
+    reason: str
+
+
+def apply_recipe(config: TrainConfig, known: Known) -> TrainConfig:
+    """`config` with each choice, which is printed. A field that isn't at its default stays as it is, and what a list of
+    `stages` says is left to it. `recipe` is then "none": nothing is left to choose."""
+    chosen: dict[str, Any] = {"recipe": "none"}
+    for field, value, reason in (*for_all(known), *(for_pretrained if known.pretrained else from_scratch)(known)):
+        own = getattr(config, field)
+        if own not in (getattr(TrainConfig, field), value):
+            print(f"recipe: {field} stays {own}, as you set it ({value} was due: {reason})")
+        elif not (field in OF_TWO_STAGES and config.stages):
+            print(f"recipe: {field}={value}: {reason}")
+            chosen[field] = value
+    if config.min_lr == TrainConfig.min_lr:
+        chosen["min_lr"] = chosen.get("init_lr", config.init_lr) / 100
+        print(f"recipe: min_lr={chosen['min_lr']:.2g}: a hundredth of init_lr")
+    return dataclasses.replace(config, **chosen)
+
+
+def for_all(known: Known) -> list[Choice]:
+    """Whatever the run starts from."""
+    counts = known.class_counts[known.class_counts > 0]
+    largest, smallest = counts.max(), counts.min()
+    if largest < UNBALANCED * smallest:
+        return []
+    return [Choice("sampler", "balanced", f"the largest class has {largest} pictures, the smallest {smallest}")]
+
+
+def for_pretrained(known: Known) -> list[Choice]:
+    """Fine-tuning: what the weights know is to be kept, so the steps are few and careful."""
+    count = known.class_counts.sum()
+    few = known.on_cpu or count < SMALL_BATCH_UP_TO
+    choices = [
+        Choice("head_init", "probe", "the head begins as good as the pretrained backbone allows"),
+        Choice("freeze_train", False, "after that a frozen stage has nothing left to do"),
+        Choice("unfreeze_epoch", *((5, "on a processor each epoch is dear") if known.on_cpu else (15, "on a GPU"))),
+        Choice("unfreeze_batch_size", *((16, "many small steps") if few else (64, "pictures enough"))),
+        Choice("train_crop", 0.3, "a short run has no time for small crops"),
+        *_without_dropout("the weights were made without"),
+    ]
+    if known.on_cpu:
+        choices.append(Choice("augmentation", "none", "a short run learns more from pictures as they are"))
+    if known.transformer:
+        choices += [
+            Choice("layer_decay", 0.7, "early layers are good already"),
+            Choice("init_lr", 4e-3, "with early layers slowed down the late ones can be fast"),
+        ]
+    return choices
+
+
+def from_scratch(known: Known) -> list[Choice]:
+    """All is to be learned: many epochs, and what keeps a network from learning the pictures by heart."""
+    count = int(known.class_counts.sum())
+    most = MOST_EPOCHS_CPU if known.on_cpu else MOST_EPOCHS
+    epochs = int(np.clip(round(PICTURES_FROM_SCRATCH / count), LEAST_EPOCHS, most))
+    small = count < SMALL_BATCH_UP_TO
+    choices = [
+        Choice("freeze_train", False, "nothing is gained by freezing what has learned nothing"),
+        Choice(
+            "unfreeze_epoch",
+            epochs,
+            f"{count} pictures are seen some {PICTURES_FROM_SCRATCH} times then; {LEAST_EPOCHS} to {most} are usual",
+        ),
+        Choice("unfreeze_batch_size", *((32, "many small steps") if small else (128, "pictures enough"))),
+        Choice("ema_decay", 0.999, "the average of the last thousand steps is better than the last"),
+        Choice("label_smoothing", 0.1, "a long run grows too sure of itself"),
+        *_without_dropout("augmentation does more against learning by heart"),
+    ]
+    if known.transformer:
+        choices += [
+            Choice("optimizer_type", "muon", "a transformer from scratch learns more from each picture with it"),
+            Choice("momentum", 0.95, "as Muon's author has it"),
+            Choice("init_lr", 4e-3, "Muon takes larger steps well"),
+            Choice("clip_grad", 1.0, "the first steps jump"),
+        ]
+    return choices
+
+
+def _without_dropout(reason: str) -> list[Choice]:
+    return [Choice(rate, 0.0, reason) for rate in ("drop_rate", "attn_drop_rate", "drop_path_rate")]
