@@ -59,7 +59,8 @@ def test_pillows_pixels(height, width, shape, letterbox, crop, interpolation, ki
     difference = np.abs(by_graph(module, pixels) - by_pillow(pixels, preprocessing))
     if letterbox or height - shape[0] > 2 * max(0, width - shape[1]):  # perhaps so tall that Pillow 13 goes down first
         assert difference.max() <= 1 or interpolation == "bicubic"
-        assert difference.mean() < 1 or kind == "black and white"
+        # Of pictures a few pixels wide shrunk to a few pixels: 2.7 at most in 100,000 draws.
+        assert difference.mean() < (4 if interpolation == "bicubic" else 1) or kind == "black and white"
     else:
         assert not difference.any()
 

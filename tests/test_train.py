@@ -149,7 +149,7 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize(("backbone", "optimizer"), [("vit_xs_4", "muon"), ("resnet18", "adamw")])
+@pytest.mark.parametrize(("backbone", "optimizer"), [("vit_xs_4", "muon"), ("mobilenetv2", "adamw")])
 def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone, optimizer):
     """Each checkpoint takes pictures of its stage's size; a run cut off between stages or inside ends like a whole."""
     config = TrainConfig(**SMALL | GROWING | {"backbone": backbone, "optimizer_type": optimizer})
@@ -159,7 +159,7 @@ def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeyp
         assert checkpoint["model"]["input_shape"] == checkpoint["preprocessing"]["input_shape"] == list(shape)
         for weights in (checkpoint["weights"], checkpoint["weights_in_training"]):
             build_model(**checkpoint["model"]).load_state_dict(weights)
-    ends_the_same_when_cut_off(config, (1, 2, 3), monkeypatch)
+    ends_the_same_when_cut_off(config, (2,), monkeypatch)  # inside the second stage
 
 
 def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, monkeypatch, capsys):
