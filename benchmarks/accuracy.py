@@ -1,0 +1,314 @@
+"""Test accuracy after so many minutes: Thaw's `recipe="auto"` against timm's parts, fastai, and a logistic regression.
+
+    python benchmarks/accuracy.py [--minutes 2 5 10 --seeds 3 --results FILE]
+
+All start from the same weights, DINOv2's ViT-S/14 as it lies in `../shared/models`, and have the same pictures and the
+same time on the same machine: for everything from the first picture read to the network that is tested, besides
+building it and testing it. How many epochs fit is measured beforehand, for 224, 168 and 112 pixels, and the largest
+size at which three fit is taken, for every method alike; what runs over its time by more than a tenth is marked. Test
+pictures choose nothing: Thaw takes a tenth of the training pictures out for that, the others train on all of them and
+are tested as they end. Runs take turns by method; what is finished is kept in `--results` and not done again, so a
+table of hours may be made in parts. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from measure import DEVICE, PRECISION, machine
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from time_to_accuracy import MEAN, STD, in_folder_of_its_own, test_thaw, test_timm
+from timm.data import create_dataset, create_loader
+from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+import train
+from utils.annotation import annotate
+from utils.checkpoint import BEST, LAST, load_checkpoint
+from utils.config import TrainConfig
+from utils.device import autocast
+
+SIZES = (224, 168, 112)
+LEAST_EPOCHS = 3
+BATCH = 16
+FASTAI_RATE = 2e-4  # its own 2e-3 is meant for convolutional networks
+DATA = ("trashnet", "sign_digits", "cifar10")
+CIFAR_TRAIN, CIFAR_TEST = 100, 100  # of each class
+
+Result = tuple[float, float]
+"""Seconds and test accuracy of a run."""
+
+
+def build_timm(weights: Path, side: int, classes: int) -> nn.Module:
+    """timm's network with the weights and a new head."""
+    model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=side)
+    timm.models.load_checkpoint(model, str(weights), filter_fn=checkpoint_filter_fn)
+    model.reset_classifier(classes)
+    return model.to(DEVICE)
+
+
+def loaders(data: Path, side: int, training: bool) -> tuple[Any, Any]:
+    """timm's loaders of the training and the test pictures."""
+    options = {"input_size": (3, side, side), "batch_size": BATCH, "mean": MEAN, "std": STD, "num_workers": 1}
+    options |= {"device": DEVICE, "use_prefetcher": False, "crop_pct": 0.875}
+    train_set, test_set = (create_dataset("", root=str(data / split)) for split in ("train", "test"))
+    augmented = {"is_training": True, "auto_augment": "original"} if training else {"is_training": False}
+    return create_loader(train_set, **options, **augmented), create_loader(test_set, is_training=False, **options)
+
+
+def run_timm(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
+    """timm's parts in a plain loop: AdamW with layer decay, cosine, its augmentation."""
+    torch.manual_seed(seed)
+    loader, test_loader = loaders(data, side, training=True)
+    model = build_timm(weights, side, len(loader.dataset.reader.class_to_idx))
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05, layer_decay=0.75)
+    steps = len(loader)
+    warm_up = {"warmup_t": steps // 2, "warmup_lr_init": 1e-6, "warmup_prefix": True}
+    schedule = CosineLRScheduler(optimizer, epochs * steps - steps // 2, lr_min=1e-6, t_in_epochs=False, **warm_up)
+    started = time.perf_counter()
+    for epoch in range(epochs):
+        model.train()
+        for i, (pixels, targets) in enumerate(loader):
+            schedule.step_update(epoch * steps + i)
+            with autocast(DEVICE, PRECISION):
+                loss = F.cross_entropy(model(pixels.to(DEVICE)), targets.to(DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return time.perf_counter() - started, test_timm(model, test_loader)
+
+
+class Cast(nn.Module):
+    """A network in the arithmetic that the others have; fastai knows of autocast on GPUs alone."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits in fp32."""
+        with autocast(DEVICE, PRECISION):
+            return self.network(x).float()
+
+
+def run_fastai(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
+    """fastai's `fine_tune`, of whose epochs the first is frozen, with its usual transforms."""
+    from fastai.vision.all import (
+        Callback,
+        CancelValidException,
+        CrossEntropyLossFlat,
+        ImageDataLoaders,
+        Learner,
+        Normalize,
+        Resize,
+        aug_transforms,
+        set_seed,
+    )
+
+    set_seed(seed)
+    transforms = [*aug_transforms(size=side), Normalize.from_stats(MEAN, STD)]
+    options = {"item_tfms": Resize(round(side / 0.875)), "batch_tfms": transforms, "bs": BATCH, "num_workers": 1}
+    pictures = ImageDataLoaders.from_folder(data, train="train", valid="test", device=DEVICE, **options)
+    model = Cast(build_timm(weights, side, len(pictures.vocab)))
+
+    def split(model: Cast) -> list[list[nn.Parameter]]:
+        head = list(model.network.head.parameters())
+        return [[p for p in model.parameters() if not any(p is own for own in head)], head]
+
+    class Unvalidated(Callback):
+        """Spares fastai looking at the test pictures after each epoch."""
+
+        def before_validate(self) -> None:
+            raise CancelValidException
+
+    learner = Learner(pictures, model, loss_func=CrossEntropyLossFlat(), splitter=split)
+    with learner.no_bar(), learner.no_logging():
+        started = time.perf_counter()
+        learner.fine_tune(max(1, epochs - 1), base_lr=FASTAI_RATE, cbs=Unvalidated())
+        seconds = time.perf_counter() - started
+        logits, targets = learner.get_preds(dl=pictures.valid)
+    return seconds, float((logits.argmax(1) == targets).float().mean())
+
+
+def run_logistic(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
+    """A logistic regression on the class token of the network as it is, its penalty by cross-validation."""
+    torch.manual_seed(seed)
+    loader, test_loader = loaders(data, side, training=False)
+    model = build_timm(weights, side, 0).eval()
+    started = time.perf_counter()
+    regression = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=8, cv=5, max_iter=1000))
+    regression.fit(*features(model, loader))
+    seconds = time.perf_counter() - started
+    return seconds, float(regression.score(*features(model, test_loader)))
+
+
+@torch.inference_mode()
+def features(model: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network makes of the pictures, (n, C), and their class ids (n,)."""
+    rows, targets = [], []
+    for pixels, batch_targets in loader:
+        with autocast(DEVICE, PRECISION):
+            rows.append(model(pixels.to(DEVICE)).float().cpu())
+        targets.append(batch_targets)
+    return torch.cat(rows).numpy(), torch.cat(targets).numpy()
+
+
+def run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
+    """`train.py` with `recipe="auto"`, all of it timed; the checkpoint that did best on its validation pictures."""
+    return in_folder_of_its_own(_run_thaw, data, weights, side, epochs, seed)
+
+
+def _run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
+    config = TrainConfig(
+        recipe="auto",
+        backbone="vit_s_14",
+        model_path=str(weights),
+        activation="gelu",  # the weights' README says so, and mean and deviation
+        image_mean=MEAN,
+        image_std=STD,
+        input_shape=(side, side),
+        unfreeze_epoch=epochs,
+        num_workers=1,
+        seed=seed,
+    )
+    with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        annotate(data, audit=False)
+        started = time.perf_counter()
+        train.main(config)
+        seconds = time.perf_counter() - started
+    (run,) = Path(config.save_dir).iterdir()
+    assert len(load_checkpoint(run / LAST)["history"]) == epochs
+    return seconds, test_thaw(run / BEST)
+
+
+METHODS: dict[str, Callable[[Path, Path, int, int, int], Result]] = {
+    "thaw": run_thaw,
+    "timm": run_timm,
+    "fastai": run_fastai,
+    "logistic": run_logistic,
+}
+
+
+def unpack_cifar(tar: Path, folder: Path) -> Path:
+    """The first pictures by name of each class of CIFAR-10 under `train` and `test` in `folder`."""
+    taken: dict[tuple[str, str], int] = {}
+    with tarfile.open(tar) as archive:
+        for member in sorted(filter(tarfile.TarInfo.isfile, archive), key=lambda member: member.name):
+            *_, split, name, file = Path(member.name).parts
+            most = CIFAR_TRAIN if split == "train" else CIFAR_TEST
+            if taken.setdefault((split, name), 0) < most:
+                taken[split, name] += 1
+                place = folder / split / name / file
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with place.open("wb") as written:
+                    shutil.copyfileobj(archive.extractfile(member), written)
+    return folder
+
+
+class Finished:
+    """The runs that are finished, by what they were, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, Result] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, key: str, run: Callable[[], Result]) -> Result:
+        """The result of `run`, from the file if it is there."""
+        if key not in self.runs:
+            self.runs[key] = run()
+            self.path.write_text(json.dumps(self.runs, indent=1))
+            print(f"{key}: {self.runs[key][0]:.0f} s, {self.runs[key][1]:.1%}", flush=True)
+        return self.runs[key]
+
+
+def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, seconds: float) -> tuple[int, int]:
+    """The size and the number of epochs that fit into so many seconds: by what one epoch takes, and two."""
+    for side in SIZES:
+        one, two = (
+            finished.get(
+                f"pace {name} {side} {method} {epochs}",
+                lambda side=side, epochs=epochs: METHODS[method](data, weights, side, epochs, 0),
+            )[0]
+            for epochs in ((2, 3) if method == "fastai" else (1, 2))
+        )
+        first = one - (two - one) * (2 if method == "fastai" else 1)  # what comes before any epoch
+        epochs = int((seconds - first) / (two - one)) if two > one else LEAST_EPOCHS
+        if epochs >= LEAST_EPOCHS or side == SIZES[-1]:
+            return side, max(1, epochs)
+    raise AssertionError
+
+
+def results_of(finished: Finished, chosen: list[tuple[str, float, str]], seeds: int) -> Iterator[dict[str, Any]]:
+    """A row of the table for each data set, time and method."""
+    for name, minutes, method in chosen:
+        runs = [finished.runs[f"{name} {minutes} {method} {seed}"] for seed in range(seeds)]
+        scores = [score for _, score in runs]
+        spread = statistics.stdev(scores) if seeds > 1 else 0.0
+        late = sum(seconds > 66 * minutes for seconds, _ in runs)
+        row = {"data": name, "minutes": minutes, "method": method, "mean": statistics.mean(scores), "std": spread}
+        yield row | {"n": seeds, "seconds": [round(seconds) for seconds, _ in runs], "late": late}
+
+
+def main(
+    data: tuple[str, ...] = DATA,
+    minutes: tuple[float, ...] = (2, 5, 10),
+    methods: tuple[str, ...] = tuple(METHODS),
+    seeds: int = 3,
+    shared: Path = Path("../shared"),
+    results: Path = Path("accuracy.json"),
+) -> None:
+    """Compare the accuracies.
+
+    Args:
+        data: of trashnet, sign_digits and cifar10.
+        minutes: of training.
+        methods: of thaw, timm, fastai and logistic.
+        seeds: runs of each.
+        shared: the folder with `data` and `models`.
+        results: file of the runs that are finished.
+    """
+    weights = (shared / "models/dinov2_vits14_saliency_fp16.safetensors").resolve()
+    if not weights.is_file():
+        sys.exit(f"there is no {weights}: give --shared FOLDER")
+    finished = Finished(results.resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        places = {name: (shared / "data" / name).resolve() for name in data}
+        if "cifar10" in places:
+            places["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder))
+        chosen = list(product(places, minutes, methods))
+        for seed, (name, time_given, method) in product(range(seeds), chosen):
+            key = f"{name} {time_given} {method} {seed}"
+            if key not in finished.runs:
+                side, epochs = fit(finished, name, method, places[name], weights, 60 * time_given)
+                print(f"{key}: {epochs} epochs of {side} pixels", flush=True)
+                run = METHODS[method]
+                finished.get(key, lambda run=run, n=name, s=side, e=epochs, x=seed: run(places[n], weights, s, e, x))
+    table = list(results_of(finished, chosen, seeds))
+    for row in table:
+        print("{data:<12}{minutes:>4} min  {method:<10}{mean:7.1%} ± {std:.1%}".format(**row))
+    print(json.dumps({"benchmark": "accuracy", "results": table, "machine": machine(), "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
