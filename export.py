@@ -18,6 +18,8 @@ from utils.files import format_bytes, write_whole
 from utils.lists import ImageList, draw, take
 from utils.model_card import CHECKED, write_model_card
 
+PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "pt2": ("fp32",), "safetensors": ("fp32", "fp16")}
+
 
 def main(
     model_path: str = "",
@@ -34,8 +36,9 @@ def main(
     Args:
         model_path: a checkpoint or a run's folder; empty: the best of the newest run in logs/.
         format: onnx: for ONNX Runtime and whatever else reads it; pt2: for torch alone, torch.export; safetensors: the
-            weights, with a JSON card, for train.py's model_path.
-        precision: fp16: the weights take half the room; int8: a quarter, at some cost in accuracy. Of onnx only.
+            weights, with a JSON card, for the model_path of train.py and predict.py.
+        precision: fp16: the weights take half the room, of onnx and safetensors; int8: a quarter, at some cost in
+            accuracy, of onnx only.
         out: folder for what is written; empty: "export" in the checkpoint's folder.
         data: a list, or a folder with a folder of pictures per class, to check with; empty: the run's validation list.
         classes_path: names the class ids of a list that data names, to be held against the checkpoint's classes.
@@ -62,8 +65,8 @@ def main(
 
 def check(format: str, precision: str, pictures: int, out: str) -> None:
     """Raise a ValueError that names what can't work."""
-    if format != "onnx" and precision != "fp32":
-        raise ValueError(f"precision={precision} is of format=onnx only: leave one of the two off")
+    if precision not in PRECISIONS[format]:
+        raise ValueError(f"precision={precision} isn't for format={format}: take {' or '.join(PRECISIONS[format])}")
     if Path(out).is_file():
         raise ValueError(f"out={out!r}: it is a file; give a folder")
     if pictures < 1:

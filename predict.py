@@ -14,15 +14,16 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from nets.pretrained import IN_THE_BOX
 from utils import cli
 from utils.calibration import UNKNOWN, Rejection
 from utils.checkpoint import find_checkpoint
-from utils.classifier import BATCH, Classifier, load_classifier
+from utils.classifier import BATCH, EXPORTED, Classifier, load_classifier
 from utils.cli import printable
 from utils.config import Device
 from utils.images import open_image
 from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
-from utils.onnx_classifier import OnnxClassifier, is_exported, open_onnx
+from utils.onnx_classifier import SUFFIX, OnnxClassifier, is_exported, open_onnx
 from utils.prediction import Answer, Failure, Prediction, csv_header, shorten, to_bars, to_csv, to_json, to_line, to_row
 from utils.scan import is_demo, pictures_below
 
@@ -51,9 +52,9 @@ def main(
 
     Args:
         paths: files, folders (with all below them) and globs; "-": paths from the standard input, one a line; none: ask
-            for one after the other. If the first is an exported .onnx file, it is the model.
-        model_path: a checkpoint, a run's folder, or an .onnx file of export.py; empty: the best of the newest run in
-            logs/.
+            for one after the other. If the first is a file of export.py, it is the model.
+        model_path: a checkpoint, a run's folder, or an .onnx or .safetensors file of export.py; empty: the best of the
+            newest run in logs/, before there is one the network that comes with Thaw, for ten kinds of things.
         top_k: how many classes to give.
         json_lines: print one JSON object a line, with path, label and predictions, or error.
         csv_lines: print a table of comma-separated values.
@@ -118,7 +119,7 @@ def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: s
 
 def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """Which model, and the paths of the pictures: an exported file among these, which comes first, is the model."""
-    if not paths or not is_exported(paths[0]):
+    if not paths or not paths[0].lower().endswith((SUFFIX, EXPORTED)):
         return model_path, paths
     if model_path:
         raise ValueError(
@@ -134,7 +135,7 @@ def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: b
         ValueError: something is asked of an exported file that takes a checkpoint.
     """
     if not is_exported(model_path):
-        checkpoint = find_checkpoint(model_path)
+        checkpoint = find_model(model_path)
         print(f"checkpoint {checkpoint}", file=sys.stderr)
         return load_classifier(checkpoint, device, raw)
     asked = {
@@ -150,6 +151,21 @@ def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: b
         )
     print(f"exported file {model_path}", file=sys.stderr)
     return open_onnx(model_path)
+
+
+def find_model(model_path: str) -> Path:
+    """The checkpoint that `model_path` means; if it is empty and there is no run yet, the network in the box.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    try:
+        return find_checkpoint(model_path)
+    except FileNotFoundError:
+        if model_path or not IN_THE_BOX.is_file():
+            raise
+        print("there is no run in logs/ yet, so the network that comes with Thaw answers", file=sys.stderr)
+        return IN_THE_BOX
 
 
 def choose_rejection(classifier: Model, reject_below: str, max_error: float, tta: bool) -> Rejection | None:

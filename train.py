@@ -145,7 +145,7 @@ def open_or_begin(config: TrainConfig, data: Data, device: torch.device, precisi
     lists = {"train": data.train_images, "val": data.val_images}
     folder = open_run(config, data.class_names, lists)
     try:
-        config, model, origin = make_model(config, len(data.class_names), folder.checkpoint)
+        config, model, origin = make_model(config, data.class_names, folder.checkpoint)
     except BaseException:
         folder.discard_if_new()
         raise
@@ -199,7 +199,7 @@ class Beginning(NamedTuple):
     origin: Mapping[str, str]
 
 
-def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | None = None) -> Beginning:
+def make_model(config: TrainConfig, class_names: list[str], resumed: dict[str, Any] | None = None) -> Beginning:
     """The network with the weights that the run starts from, random ones if there are none, or with those of the
     checkpoint that it goes on from; and what follows from them."""
     weights = None if resumed else find_weights(config)
@@ -209,7 +209,7 @@ def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | 
         if getattr(settled, name) != getattr(config, name):
             print(f"{name}: {getattr(settled, name)}, as the weights expect")
     input_shape = config.all_stages[0].input_shape
-    arguments = {"name": config.backbone, "num_classes": num_classes, "input_shape": input_shape}
+    arguments = {"name": config.backbone, "num_classes": len(class_names), "input_shape": input_shape}
     arguments |= weights.variant if weights else {}
     arguments |= {} if config.activation == "auto" else {"activation": config.activation}
     rates = {rate: getattr(config, rate) for rate in RATES}
@@ -222,7 +222,7 @@ def make_model(config: TrainConfig, num_classes: int, resumed: dict[str, Any] | 
         model.load_state_dict(resumed["weights_in_training"] or resumed["weights"])
         return Beginning(settled, model, resumed["origin"])
     if weights:
-        load_weights(model, weights)
+        load_weights(model, weights, class_names)
         return Beginning(settled, model, weights.origin)
     return Beginning(settled, model, {})
 
@@ -261,7 +261,7 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     from utils.find_lr import run_range_test
     from utils.plots import plot_range_test  # brings matplotlib
 
-    config, model, _ = make_model(config, len(data.class_names))
+    config, model, _ = make_model(config, data.class_names)
     trainer = make_trainer(
         config, pixel_network(model, Preprocessing.from_dict(config.as_dict()), device), precision, data
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 from nets.backbones import TIMM, TORCHVISION, published_by_torchvision
@@ -24,6 +25,11 @@ HUB_REPOS: dict[str, str] = {
     "vit_l_32": "timm/vit_large_patch32_384.orig_in21k_ft_in1k",
     "vit_h_14": "timm/vit_huge_patch14_224.orig_in21k",
 }
+BOX = Path(__file__).resolve().parents[1] / "model_data"
+"""Where weights lie that come with the project."""
+IN_THE_BOX = BOX / "vit_xs_4.safetensors"
+"""A small ViT for pictures of 32 x 32 pixels, see `recipes/cifar10.py`."""
+
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 LAYOUT_FILES: dict[str, str] = {"vit_b_16": LAYOUT_FILE}
 
@@ -35,7 +41,7 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
         name: of the network.
         wanted: a file; a repository on the Hugging Face hub, `owner/name` or `owner/name@revision`; or True: those that
             are published for the network, from `folder` (`<name>.safetensors` or `<name>.pth`, without timm/, or for
-            the base ViT this layout's `vit-patch_16.pth`), else from a cache, else downloaded to it.
+            the base ViT this layout's `vit-patch_16.pth`) or from `BOX`, else from a cache, else downloaded to it.
         folder: see `wanted`.
 
     Raises:
@@ -46,9 +52,9 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
     if isinstance(wanted, str):
         return _find_named(wanted, folder)
     stem = name.removeprefix(TIMM)
-    for file in (LAYOUT_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth"):
-        if file and (folder / file).is_file():
-            return Found(folder / file)
+    for place, file in product((folder, BOX), (LAYOUT_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")):
+        if file and (place / file).is_file():
+            return Found(place / file)
     remedy = f"Fetch it where there is a network and put it at {folder / stem}.{{}}, or set pretrained=False"
     if name in TORCHVISION:
         return download_from_url(published_by_torchvision(name)[0], f"pretrained=True: {remedy.format('pth')}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Weights:
         input_shape: height and width of the pictures that they are for; None: a square.
         resampling: how their position embedding is resampled, as arguments of `F.interpolate`.
         left_out: names of tensors that a classifier has no use for.
+        class_names: what the outputs of their head mean, as far as it is known.
         origin: where they are from: file, SHA-256, and repository and revision of what was downloaded.
     """
 
@@ -45,6 +46,7 @@ class Weights:
     input_shape: tuple[int, int] | None = None
     resampling: Mapping[str, bool] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def grid(self) -> tuple[int, int]:
@@ -147,6 +149,7 @@ def _of_thaw(
         variant if of_vit else {},
         known_fields(preprocessing) if isinstance(preprocessing, dict) else {},
         input_shape=(sides[0], sides[1]),
+        class_names=tuple(names) if isinstance(names := described.get("class_names"), list) else (),
         origin=origin,
     )
 
@@ -179,16 +182,17 @@ def _read_export(path: Path) -> dict[str, Any]:
     """What a `.safetensors` file of export.py says in its header, as a checkpoint has it; nothing, of any other."""
     header = read_header(path)
     try:
-        return {name: json.loads(header[name]) for name in ("model", "preprocessing")}
+        return {name: json.loads(header[name]) for name in ("model", "preprocessing", "class_names")}
     except (KeyError, ValueError, RecursionError):
         return {}
 
 
-def load_weights(model: FreezableNetwork, weights: Weights) -> None:
+def load_weights(model: FreezableNetwork, weights: Weights, class_names: Sequence[str] = ()) -> None:
     """Load `weights` into a network of `nets`, strictly but for three things, each of which is printed.
 
-    A position embedding made for another grid of patches is resampled; a head for another number of classes is left
-    out, and the model keeps its own; tensors that a classifier has no use for are left out.
+    A position embedding made for another grid of patches is resampled; a head for another number of classes, or for
+    others than `class_names` where its own are known, is left out, and the model keeps its own; tensors that a
+    classifier has no use for are left out.
 
     Raises:
         ValueError: names or shapes differ in anything else; the message lists the first of them.
@@ -205,10 +209,12 @@ def load_weights(model: FreezableNetwork, weights: Weights) -> None:
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], weights.grid(), model.grid, **weights.resampling)
         print(f"{weights.path}: position embedding resampled to {model.grid[0]} x {model.grid[1]} patches")
     head = {name for name in own if name.startswith("head.")}
-    if any(name not in state or state[name].shape != own[name].shape for name in head):
-        outputs = state["head.bias"].shape[0] if "head.bias" in state else "no"
-        ours = own["head.bias"].shape[0]
-        print(f"{weights.path}: its head of {outputs} classes is left out, ours starts anew with {ours}")
+    others = weights.class_names and class_names and weights.class_names != tuple(class_names)
+    if others or any(name not in state or state[name].shape != own[name].shape for name in head):
+        outputs = f"{len(state['head.bias'])}{' other' if others else ''}" if "head.bias" in state else "no"
+        print(
+            f"{weights.path}: its head of {outputs} classes is left out, ours starts anew with {len(own['head.bias'])}"
+        )
         state = {name: value for name, value in state.items() if name not in head} | {name: own[name] for name in head}
     check_fit(own, state, weights.path)
     model.load_state_dict(state)

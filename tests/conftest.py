@@ -65,6 +65,9 @@ def write_picture(path: Path, level: int = 128, size: tuple[int, int] = (20, 16)
     return path
 
 
+NAMES = ["dark", "light"]
+
+
 def write_two_classes(datasets: Path) -> Path:
     """`datasets` with dark and light pictures: 24 and 16 to train on, 6 and 5 to test on."""
     for split, counts in (("train", (24, 16)), ("test", (6, 5))):

@@ -16,7 +16,7 @@ from nets import build_model, draw_model, expected_preprocessing, restore_model
 from nets.backbones import TORCHVISION
 from nets.timm_networks import published_by_timm
 from nets.weights import load_weights, read_weights
-from tests.conftest import SMALL, write_back
+from tests.conftest import NAMES, SMALL, write_back
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.classifier import load_classifier, pixel_network
 from utils.config import StageConfig, TrainConfig
@@ -334,18 +334,18 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     timms = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     torch.save(timms.state_dict(), "vit.pth")
     changes = {"input_shape": (32, 32), "model_path": "resnet18.pth", "backbone": "resnet18"}
-    settled, _, origin = train.make_model(TrainConfig(**SMALL | changes), 2)
+    settled, _, origin = train.make_model(TrainConfig(**SMALL | changes), NAMES)
     assert (settled.image_mean[0], settled.interpolation, settled.eval_crop) == (0.485, "bilinear", 0.875)
     assert origin["file"] == "resnet18.pth" and len(origin["sha256"]) == 64
     changes |= {"model_path": "vit.pth", "backbone": "vit_t_16", "eval_crop": 1.0}
-    settled, model, _ = train.make_model(TrainConfig(**SMALL | changes), 2)
+    settled, model, _ = train.make_model(TrainConfig(**SMALL | changes), NAMES)
     assert (settled.image_mean[0], settled.interpolation, settled.eval_crop) == (0.5, "bicubic", 1.0)
     assert model.arguments["activation"] == "gelu"
     assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
-    _, model, _ = train.make_model(TrainConfig(**SMALL | changes, activation="gelu_tanh"), 2)
+    _, model, _ = train.make_model(TrainConfig(**SMALL | changes, activation="gelu_tanh"), NAMES)
     assert model.arguments["activation"] == "gelu_tanh"
     with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
-        train.make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), 2)
+        train.make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
 
 
 def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
@@ -353,13 +353,13 @@ def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
     peer = timm.create_model("test_vit", num_classes=2, img_size=32)
     torch.save(peer.state_dict(), "w.pth")
     config = {"input_shape": (32, 32), "model_path": "w.pth", "backbone": "timm/test_vit"}
-    _, model, _ = train.make_model(TrainConfig(**SMALL | config), 2)
+    _, model, _ = train.make_model(TrainConfig(**SMALL | config), NAMES)
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model.eval()(pixels), peer.eval()(pixels), atol=1e-5, rtol=0)
     ours = build_model("vit_xs_4", 2, (32, 32))
     torch.save({"weights": ours.state_dict(), "model": ours.arguments}, "ours.pth")
     with pytest.raises(ValueError, match="doesn't fit this network"):
-        train.make_model(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), 2)
+        train.make_model(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), NAMES)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])

@@ -17,7 +17,7 @@ from PIL import Image
 import export
 import predict
 import train
-from tests.conftest import EXPORTS, write_picture
+from tests.conftest import EXPORTS, NAMES, SMALL, write_picture
 from tests.test_eval_predict import run
 from utils import export_check, export_formats
 from utils.annotation import annotate
@@ -113,6 +113,38 @@ def test_weights_and_their_card(exported, classifier, monkeypatch, tmp_path):
     expected = classifier.network[1].state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_exported_weights_predict_and_are_what_train_py_starts_from(trained, tmp_path, capsys, monkeypatch, precision):
+    export.main(format="safetensors", precision=precision, out=str(tmp_path))
+    (path,) = tmp_path.glob("*.safetensors")
+    by_weights, by_run = load_classifier(path), load_classifier(find_checkpoint(""))
+    assert by_weights.class_names == by_run.class_names
+    assert by_weights.temperature == by_run.temperature != 1
+    assert load_classifier(path, raw=True).temperature == 1
+    size = sum(tensor.numel() for tensor in by_run.network.state_dict().values()) * (2 if precision == "fp16" else 4)
+    assert size < path.stat().st_size < size + 10_000
+    capsys.readouterr()
+    answers = []
+    for arguments in ({"paths": (str(path), "datasets/test")}, {"paths": ("datasets/test",)}):
+        assert predict.main(**arguments, json_lines=True, device="cpu") == 0
+        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    for one, other in zip(*answers, strict=True):
+        assert (one["path"], one["label"]) == (other["path"], other["label"])
+        assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-2)
+    _, model, _ = train.make_model(TrainConfig(**SMALL, model_path=str(path)), NAMES)
+    own = load_checkpoint(find_checkpoint(""))["weights"]
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, own[name], atol=1e-3 if precision == "fp16" else 0, rtol=0)
+    # Before there is a run, the weights that lie in the box answer.
+    monkeypatch.setattr("predict.IN_THE_BOX", path)
+    pictures = str(Path("datasets/test").resolve())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert predict.main((pictures,), device="cpu") == 0
+    assert "there is no run in logs/ yet" in capsys.readouterr().err
 
 
 def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, trained, tmp_path, capsys):
@@ -230,7 +262,7 @@ def test_int8_may_lose_a_point():
 def test_the_command_fails_with_a_line(trained, tmp_path):
     result = run("export.py", "--format", "pt2", "--precision", "int8", "--out", str(tmp_path))
     assert result.returncode == 1
-    assert result.stderr == "error: precision=int8 is of format=onnx only: leave one of the two off\n"
+    assert result.stderr == "error: precision=int8 isn't for format=pt2: take fp32\n"
 
 
 def test_unreadable_pictures_are_named_and_left_out(classifier, tmp_path, monkeypatch, capsys):

@@ -117,7 +117,7 @@ def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
         **lists,
     )
     data = train.load_data(config)
-    config, model, _ = train.make_model(config, len(names))
+    config, model, _ = train.make_model(config, names)
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), torch.device("cpu"))
     init_head(
         model, FeatureCache(network, config, torch.device("cpu"), "fp32"), *train.make_datasets(data, config), config

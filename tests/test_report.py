@@ -61,7 +61,7 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
     network = pixel_network(model, preprocessing, torch.device("cpu")).eval()
     transform = EvalTransform(preprocessing)
     classifier = Classifier(
-        *(network, preprocessing, transform, names, torch.device("cpu"), "fp32", calibration, False),
+        *(network, preprocessing, transform, names, torch.device("cpu"), "fp32", calibration.temperature, calibration),
         config=config.as_dict(),
     )
     run = folder / "run"

@@ -16,10 +16,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nets import restore_model
+from nets.files import read_header
 from nets.freezing import FreezableNetwork
+from nets.weights import read_weights
 from utils.calibration import Calibration, Rejection
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import DTYPES, autocast, choose_precision, pick_device, tune_kernels
+from utils.export_facts import ExportFacts
 from utils.images import ImageError, upright_rgb
 from utils.parallel import map_ahead
 from utils.prediction import Failure, Prediction, answer_with
@@ -31,6 +34,9 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 
 BATCH = 32
 """Pictures that go through the network at a time, unless told."""
+
+EXPORTED = ".safetensors"
+"""Files of weights of export.py end with it."""
 
 MOST_VIEWS = 64
 """Views that go through the network at a time."""
@@ -48,8 +54,9 @@ class Classifier:
         class_names: name of each class id.
         device: where the network is.
         precision: the arithmetic: what the run was set to, as far as this device has it.
+        temperature: what logits are divided by to become probabilities; 1 if they are taken as the network gives them.
         calibration: what the validation pictures told of it; None: it isn't the best of a finished run.
-        raw: whether probabilities are as the network gives them, not divided by the temperature.
+        raw: whether nothing that was fitted after training is used.
         config: the settings of its run, as in `TrainConfig.as_dict`.
         origin: where the weights that its run began with were from, see `nets.weights.Weights`; empty: random ones.
     """
@@ -60,15 +67,11 @@ class Classifier:
     class_names: list[str]
     device: torch.device
     precision: str
+    temperature: float = 1.0
     calibration: Calibration | None = None
     raw: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def temperature(self) -> float:
-        """What logits are divided by to become probabilities."""
-        return 1.0 if self.raw or self.calibration is None else self.calibration.temperature
 
     @property
     def can_reject(self) -> bool:
@@ -213,21 +216,41 @@ def cast_products(network: nn.Module, precision: str) -> nn.Module:
     return network
 
 
+def read_exported(path: Path) -> dict[str, Any]:
+    """What a `.safetensors` file of export.py holds, as far as a checkpoint has it.
+
+    Raises:
+        ValueError: it isn't one, or something in it can't be.
+    """
+    facts = ExportFacts.from_strings(read_header(path), path)
+    return {
+        "model": facts.model,
+        "weights": {name: tensor.float() for name, tensor in read_weights(path).state.items()},
+        "preprocessing": facts.preprocessing.as_dict(),
+        "class_names": facts.class_names,
+        "temperature": facts.temperature,
+        "calibration": {},
+        "config": {"precision": "auto"},
+        "origin": {},
+    }
+
+
 def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, precision: str = "") -> Classifier:
-    """Open a checkpoint, or the best one in a run's folder; nothing else is needed.
+    """Open a checkpoint, the best one in a run's folder, or weights of export.py; nothing else is needed.
 
     Args:
-        path: the file or folder.
+        path: the file or folder; `.safetensors` for weights of export.py, which have no calibration but a temperature.
         device: auto, cuda, cpu or mps.
         raw: give probabilities as the network does, without the temperature that was fitted after training.
         precision: "fp32", "bf16" or "fp16"; empty: what the run was set to. Either as far as this device has it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it isn't one of Thaw's checkpoints, or there is no such device.
+        ValueError: it isn't one of Thaw's, or there is no such device.
     """
     place = pick_device(device)
-    checkpoint = load_checkpoint(find_checkpoint(str(path)))
+    file = find_checkpoint(str(path))
+    checkpoint = read_exported(file) if file.suffix.lower() == EXPORTED else load_checkpoint(file)
     try:
         model = restore_model(checkpoint["model"], checkpoint["weights"])
         preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
@@ -247,6 +270,7 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         class_names=checkpoint["class_names"],
         device=place,
         precision=arithmetic,
+        temperature=1.0 if raw else calibration.temperature if calibration else checkpoint.get("temperature", 1.0),
         calibration=calibration,
         raw=raw,
         config=checkpoint["config"],

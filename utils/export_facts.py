@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nets.files import digest_file
-from utils.classifier import Classifier
 from utils.transforms import Preprocessing
+
+if TYPE_CHECKING:
+    from utils.classifier import Classifier
 
 FORMAT_VERSION = 1
 MARK = "thaw_export"

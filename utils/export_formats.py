@@ -15,8 +15,7 @@ import torch
 
 from nets import restore_model
 from nets.files import digest_file
-from nets.weights import read_weights
-from utils.classifier import Classifier, pixel_network
+from utils.classifier import EXPORTED, Classifier, pixel_network, read_exported
 from utils.export_check import Exported, by_checkpoint
 from utils.export_facts import ExportFacts
 from utils.export_graph import trace
@@ -86,17 +85,22 @@ def run_pt2(path: Path, classifier: Classifier) -> Exported:
 
 
 def write_safetensors(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
-    """The weights alone, which `model_path` of train.py takes; its header holds what builds their network."""
-    weights = {name: tensor.contiguous() for name, tensor in classifier.network[1].state_dict().items()}
+    """The weights alone, in the precision that `facts` has, which `model_path` of train.py and predict.py takes; its
+    header holds what builds their network."""
+    dtype = torch.float16 if facts.provenance["precision"] == "fp16" else torch.float32
+    weights = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in classifier.network[1].state_dict().items()
+    }
     file.write(safetensors.torch.save(weights, facts.as_strings()))
 
 
 def run_safetensors(path: Path, classifier: Classifier) -> Exported:
-    """The weights as train.py reads them, in a new network."""
-    weights = read_weights(path)
-    model = restore_model(classifier.network[1].arguments | weights.variant, weights.state)
+    """The weights as train.py and predict.py read them, in a new network."""
+    content = read_exported(path)
+    model = restore_model(content["model"], content["weights"])
     network = pixel_network(model, classifier.preprocessing, classifier.device).eval().requires_grad_(False)
-    reloaded = replace(classifier, network=network)
+    reloaded = replace(classifier, network=network, temperature=content["temperature"])
     return lambda pixels: by_checkpoint(reloaded, pixels)
 
 
@@ -110,5 +114,5 @@ def write_card(path: Path, facts: ExportFacts) -> None:
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", write_onnx, run_onnx),
     "pt2": Format(".pt2", write_pt2, run_pt2),
-    "safetensors": Format(".safetensors", write_safetensors, run_safetensors),
+    "safetensors": Format(EXPORTED, write_safetensors, run_safetensors),
 }
