@@ -86,11 +86,11 @@ def pictures_to_check(checkpoint: Path, classifier: Classifier, data: str, class
     of_run = read_run_list(checkpoint, config, names, "val")
     if of_run is not None:
         return of_run
-    listed = config["val_annotation_path"]
+    listed = config.get("val_annotation_path", "")
     if not Path(listed).is_file():
         raise FileNotFoundError(
-            f"neither {checkpoint.parent} nor {listed} has the run's validation list, and nothing is exported "
-            f"unchecked: name a list or a folder of class folders with --data"
+            f"neither {checkpoint.parent} nor {listed or 'its file'} has the run's validation list, and nothing is "
+            f"exported unchecked: name a list or a folder of class folders with --data"
         )
     return read_images(listed, classes_path, names)
 

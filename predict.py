@@ -18,12 +18,12 @@ from nets.pretrained import IN_THE_BOX
 from utils import cli
 from utils.calibration import UNKNOWN, Rejection
 from utils.checkpoint import find_checkpoint
-from utils.classifier import BATCH, EXPORTED, Classifier, load_classifier
+from utils.classifier import BATCH, WEIGHTS_SUFFIX, Classifier, load_classifier
 from utils.cli import printable
 from utils.config import Device
 from utils.images import open_image
 from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
-from utils.onnx_classifier import SUFFIX, OnnxClassifier, is_exported, open_onnx
+from utils.onnx_classifier import SUFFIX, OnnxClassifier, is_onnx, open_onnx
 from utils.prediction import Answer, Failure, Prediction, csv_header, shorten, to_bars, to_csv, to_json, to_line, to_row
 from utils.scan import is_demo, pictures_below
 
@@ -119,7 +119,7 @@ def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: s
 
 def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """Which model, and the paths of the pictures: an exported file among these, which comes first, is the model."""
-    if not paths or not paths[0].lower().endswith((SUFFIX, EXPORTED)):
+    if not paths or not paths[0].lower().endswith((SUFFIX, WEIGHTS_SUFFIX)):
         return model_path, paths
     if model_path:
         raise ValueError(
@@ -134,7 +134,7 @@ def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: b
     Raises:
         ValueError: something is asked of an exported file that takes a checkpoint.
     """
-    if not is_exported(model_path):
+    if not is_onnx(model_path):
         checkpoint = find_model(model_path)
         print(f"checkpoint {checkpoint}", file=sys.stderr)
         return load_classifier(checkpoint, device, raw)

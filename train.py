@@ -6,6 +6,7 @@ The backbone is frozen first and thawed at `freeze_epoch`. What each field means
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -13,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import tyro
 from torch import nn
@@ -38,7 +38,7 @@ from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan
 from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.loss import TrainingLoss
 from utils.optim import WeightAverage, batch_scale, build_optimizer
-from utils.recipe import Known, apply_recipe
+from utils.recipe import settle_recipe
 from utils.resume import open_run
 from utils.run import Run, of_size
 from utils.seeds import derive_seed
@@ -98,8 +98,9 @@ def main(
     if group_regex and not cross_validate:
         raise ValueError("group_regex: that is for cross_validate here; for one split give it to txt_annotation.py")
     device = pick_device(config.device)
+    asked = config
     if config.recipe == "auto":
-        config = choose_settings(config, device)
+        config = settle_recipe(config, device)
     if cross_validate:
         from utils import cross_validation  # brings scikit-learn
 
@@ -119,7 +120,7 @@ def main(
     if find_lr:
         suggest_learning_rate(config, data, stages[-1], device, precision)
         return
-    run = open_or_begin(config, data, device, precision)
+    run = open_or_begin(config, asked, data, device, precision)
     train_stages(run, stages, data)
     elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
     example = read_first_path("cls_test.txt") or data.val_images.path(0)
@@ -127,23 +128,10 @@ def main(
     print(f"  python predict.py{elsewhere} {shlex.quote(example)}")
 
 
-def choose_settings(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """`config` with what its recipe chooses."""
-    ensure_lists(config)
-    num_classes = len(read_classes(config.classes_path))
-    known = Known(
-        class_counts=np.bincount(read_list(config.train_annotation_path, num_classes).class_ids),
-        pretrained=bool(config.pretrained or config.model_path),
-        transformer=draw_model(config.backbone, num_classes, config.input_shape).transformer,
-        on_cpu=device.type == "cpu",
-    )
-    return apply_recipe(config, known)
-
-
-def open_or_begin(config: TrainConfig, data: Data, device: torch.device, precision: str) -> Run:
-    """The run that `config.resume` means, where it was left, or a new one."""
+def open_or_begin(config: TrainConfig, asked: TrainConfig, data: Data, device: torch.device, precision: str) -> Run:
+    """The run that `config.resume` means, where it was left, or a new one; `asked` is `config` before its recipe."""
     lists = {"train": data.train_images, "val": data.val_images}
-    folder = open_run(config, data.class_names, lists)
+    folder = open_run(config, data.class_names, lists, asked)
     try:
         config, model, origin = make_model(config, data.class_names, folder.checkpoint)
     except BaseException:
@@ -262,10 +250,9 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     from utils.plots import plot_range_test  # brings matplotlib
 
     config, model, _ = make_model(config, data.class_names)
-    trainer = make_trainer(
-        config, pixel_network(model, Preprocessing.from_dict(config.as_dict()), device), precision, data
-    )
     model.resize(stage.input_shape)
+    network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
+    trainer = make_trainer(config, network, precision, data)
     stage.freeze(model)
     train_set, _ = make_datasets(data, config)
     loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
@@ -290,6 +277,9 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
     """
     config, model, trainer = run.config, run.model, run.trainer
     network = trainer.network
+    if config.cache_images:  # of all sizes now: a full disk is no news for later
+        for shape in dict.fromkeys(config.epoch_shapes[run.epoch :]):
+            open_cache(data.train_images, dataclasses.replace(config, input_shape=shape))
     with closing(run), save_when_stopped(run):
         train_set, val_set, cache = pictures = make_pictures(run, network, data)
         if run.new:
@@ -302,7 +292,10 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
                 if trainer.average:
                     trainer.average.resize(model, stage.input_shape)
                 model.resize(stage.input_shape)
+                before = (train_set, val_set)
                 train_set, val_set, cache = make_pictures(run, network, data)
+                for new, old in zip((train_set, val_set), before, strict=True):
+                    new.take_account(old)
             stage.freeze(model)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.take_up(optimizer, stage)

@@ -50,25 +50,41 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Result = TypeVar("Result")
 
 
-def run_timm(data: Path, weights: Path, side: int, seed: int, workers: int) -> tuple[float, float]:
-    """Seconds of training and the test accuracy at its end."""
-    torch.manual_seed(seed)
+USUAL = {"auto_augment": "original"}
+"""How timm augments for fine-tuning."""
+
+
+def timm_loaders(data: Path, side: int, workers: int, **augmentation: object) -> tuple[object, object]:
+    """timm's loaders of the training pictures, augmented if told how, and of the test pictures."""
     options = {"input_size": (3, side, side), "batch_size": BATCH, "mean": MEAN, "std": STD, "num_workers": workers}
+    options |= {"device": DEVICE, "use_prefetcher": False, "crop_pct": 0.875}
     train_set, test_set = (create_dataset("", root=str(data / split)) for split in ("train", "test"))
-    device = {"device": DEVICE, "use_prefetcher": False}
-    test_loader = create_loader(test_set, is_training=False, crop_pct=0.875, **options, **device)
-    loader = create_loader(train_set, is_training=True, auto_augment="original", **options, **device)
-    classes = len(train_set.reader.class_to_idx)
+    loader = create_loader(train_set, is_training=bool(augmentation), **options, **augmentation)
+    return loader, create_loader(test_set, is_training=False, **options)
+
+
+def build_timm(weights: Path, side: int, classes: int) -> nn.Module:
+    """timm's network with the weights and a new head."""
     model = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=side)
     timm.models.load_checkpoint(model, str(weights), filter_fn=checkpoint_filter_fn)
     model.reset_classifier(classes)
-    model.to(DEVICE)
+    return model.to(DEVICE)
+
+
+def run_timm(
+    data: Path, weights: Path, side: int, seed: int, workers: int, epochs: int = EPOCHS, **augmentation: object
+) -> tuple[float, float]:
+    """Seconds of training and the test accuracy at its end."""
+    torch.manual_seed(seed)
+    loader, test_loader = timm_loaders(data, side, workers, **(augmentation or USUAL))
+    model = build_timm(weights, side, len(loader.dataset.reader.class_to_idx))
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05, layer_decay=0.75)
     steps = len(loader)
-    warm_up = {"warmup_t": steps, "warmup_lr_init": 1e-6, "warmup_prefix": True}
-    schedule = CosineLRScheduler(optimizer, EPOCHS * steps - steps, lr_min=1e-6, t_in_epochs=False, **warm_up)
+    warm = min(steps, epochs * steps // EPOCHS + 1)
+    warm_up = {"warmup_t": warm, "warmup_lr_init": 1e-6, "warmup_prefix": True}
+    schedule = CosineLRScheduler(optimizer, epochs * steps - warm, lr_min=1e-6, t_in_epochs=False, **warm_up)
     started = time.perf_counter()
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         model.train()
         for i, (pixels, targets) in enumerate(loader):
             schedule.step_update(epoch * steps + i)

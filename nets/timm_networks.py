@@ -22,9 +22,10 @@ class TimmNetwork(WrappedNetwork):
         """See `FreezableNetwork.resize`.
 
         Raises:
-            ValueError: it is a transformer, whose positions only timm knows where to find.
+            ValueError: it is built for one size, by positions, say, that only timm knows where to find.
         """
-        if self.transformer and list(input_shape) != self.arguments["input_shape"]:
+        fixed = _published(self.arguments["name"].removeprefix(TIMM)).fixed_input_size
+        if fixed and list(input_shape) != self.arguments["input_shape"]:
             raise ValueError(
                 f"stages: {self.arguments['name']} takes one input_shape for the whole run; leave it out of the stages"
             )

@@ -152,6 +152,22 @@ def test_stages_of_ones_own():
     }
 
 
+def test_the_best_epoch_is_one_of_the_last_ones_size():
+    config = TrainConfig(stages=(StageConfig(2, "nothing", 8, (96, 96)), StageConfig(3, "nothing")))
+    assert [config.best_epoch(losses) for losses in ([0.5], [0.5, 0.6], [0.5, 0.6, 0.9], [0.5, 0.6, 0.9, 0.8])] == [
+        *(0, 0, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "config", [TrainConfig(), TrainConfig(stages=STAGES), TrainConfig(eval_crop=0.5, keep=("seed",))]
+)
+def test_the_dict_gives_the_config_again(config):
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.as_dict())))
+    assert again.as_dict() == config.as_dict()
+    assert again.all_stages == config.all_stages
+
+
 def test_stages_of_another_size():
     small = StageConfig(3, "all", 64, (96, 128))
     stages = stages_of(stages=(small, StageConfig(5, "nothing")))
@@ -174,7 +190,18 @@ def test_the_learning_rate_rises_again_after_each_thaw():
 
 
 @pytest.mark.parametrize(
-    "values", [(0, "all"), (1.5, "all"), (1, "most"), (1, -1), (1, 2.0), (1, 2, 0), (1, 2, 8, (0, 8)), (1, 2, 8, 8)]
+    "values",
+    [
+        (0, "all"),
+        (1.5, "all"),
+        (1, "most"),
+        (1, -1),
+        (1, 2.0),
+        (1, 2, 0),
+        (1, 2, 8, (0, 8)),
+        (1, 2, 8, 8),
+        (1, 2, 8, ()),
+    ],
 )
 def test_a_stage_that_cannot_be(values):
     with pytest.raises(ValueError, match=r"^stages: (epochs|frozen|batch_size|input_shape)="):

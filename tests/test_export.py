@@ -11,18 +11,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
 import export
 import predict
 import train
+from nets import build_model
+from nets.files import read_header
 from tests.conftest import EXPORTS, NAMES, SMALL, write_picture
 from tests.test_eval_predict import run
 from utils import export_check, export_formats
 from utils.annotation import annotate
 from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from utils.classifier import Classifier, load_classifier
+from utils.classifier import Classifier, load_classifier, pixel_network
 from utils.config import TrainConfig
 from utils.export_check import Comparison, ExportError
 from utils.export_facts import ExportFacts
@@ -30,6 +33,7 @@ from utils.images import open_image
 from utils.lists import read_list, write_list
 from utils.onnx_classifier import OnnxClassifier, open_onnx
 from utils.onnx_file import DIGEST, digest
+from utils.transforms import EvalTransform, Preprocessing
 
 
 @pytest.fixture
@@ -113,6 +117,44 @@ def test_weights_and_their_card(exported, classifier, monkeypatch, tmp_path):
     expected = classifier.network[1].state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_exported_weights_with_tensors_of_whole_numbers(tmp_path):
+    """torchvision's Swin keeps the places of its relative positions among its weights."""
+    torch.manual_seed(0)
+    model = build_model("swin_transformer_tiny", 2, (32, 32))
+    preprocessing = Preprocessing.from_dict(TrainConfig(input_shape=(32, 32)).as_dict())
+    facts = ExportFacts(NAMES, preprocessing, 1.5, {"precision": "fp16"}, model.arguments)
+    of_model = Classifier(
+        pixel_network(model, preprocessing, torch.device("cpu")).eval(),
+        *(preprocessing, EvalTransform(preprocessing), NAMES, torch.device("cpu"), "fp32"),
+    )
+    with (tmp_path / "swin.safetensors").open("wb") as file:
+        export_formats.write_safetensors(of_model, facts, file)
+    loaded = load_classifier(tmp_path / "swin.safetensors", "cpu", precision="fp32")
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(loaded.forward(pixels)[1], of_model.forward(pixels)[1], atol=5e-3, rtol=0)
+
+
+def test_exported_weights_that_lie_are_refused(exported, tmp_path):
+    path = exported("safetensors")
+    header = read_header(path)
+    state = safetensors.torch.load_file(path)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    named = tmp_path / "named.safetensors"
+    safetensors.torch.save_file(state, named, header | {"class_names": '["a", "b", "c"]'})
+    bare = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file(state, bare)
+    for file, told in (
+        (cut, "cut"),
+        (named, "names 3 classes"),
+        (bare, "none of Thaw's exports"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_classifier(file)
+    with pytest.raises(FileNotFoundError, match="--data"):
+        export.main(model_path=str(path))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -1,6 +1,7 @@
 """utils/recipe.py: what is chosen follows what is known, is said, and leaves alone what was set."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,23 @@ def test_what_is_known_decides():
     assert apply_recipe(AUTO, few).unfreeze_epoch < apply_recipe(AUTO, few._replace(on_cpu=False)).unfreeze_epoch
 
 
+def test_an_optimizer_or_a_weighting_of_ones_own_is_not_crossed():
+    scratch = known(pretrained=False)
+    sgd = apply_recipe(dataclasses.replace(AUTO, optimizer_type="sgd"), scratch)
+    assert (sgd.optimizer_type, sgd.momentum, sgd.init_lr) == ("sgd", TrainConfig.momentum, TrainConfig.init_lr)
+    assert apply_recipe(dataclasses.replace(AUTO, optimizer_type="sgd"), known()).init_lr == TrainConfig.init_lr
+    weighted = dataclasses.replace(AUTO, class_weights="balanced")
+    assert apply_recipe(weighted, known(class_counts=np.array([50, 600]))).sampler == "shuffle"
+
+
+def test_a_field_is_kept_at_its_default():
+    keep = dataclasses.replace(AUTO, keep=("optimizer_type", "unfreeze_epoch", "min_lr"))
+    config = apply_recipe(keep, known(pretrained=False))
+    assert (config.optimizer_type, config.unfreeze_epoch, config.min_lr) == ("adamw", 100, TrainConfig.min_lr)
+    with pytest.raises(ValueError, match=r"^keep=.*there is no field learning_rate"):
+        TrainConfig(keep=("learning_rate",))
+
+
 def test_stages_of_ones_own_stay():
     stages = (StageConfig(2, "all"), StageConfig(3, "nothing"))
     config = apply_recipe(dataclasses.replace(AUTO, stages=stages), known())
@@ -63,7 +81,7 @@ def test_stages_of_ones_own_stay():
     assert config.freeze_train
 
 
-def test_a_run_by_recipe_goes_on_by_the_same_command(two_classes, capsys):
+def test_a_run_by_recipe_goes_on_by_the_same_command(two_classes, capsys, monkeypatch):
     """Its settings are stored as chosen, so that they stay what they were."""
     fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
     config = TrainConfig(**fixed, recipe="auto", unfreeze_epoch=2, save_period=1)
@@ -71,5 +89,12 @@ def test_a_run_by_recipe_goes_on_by_the_same_command(two_classes, capsys):
     stored = load_checkpoint(only_run() / LAST)["config"]
     assert (stored["recipe"], stored["optimizer_type"], stored["unfreeze_epoch"]) == ("none", "muon", 2)
     write_back(only_run(), 1)
+    # What is known now would choose otherwise.
+    monkeypatch.setattr("utils.recipe.SMALL_BATCH_UP_TO", 1)
     train.main(config)
     assert len(load_checkpoint(only_run() / LAST)["history"]) == 2
+    assert "recipe: as it was chosen when the run began: " in capsys.readouterr().out
+    train.main(config)  # that one is finished: another begins, by what is known now
+    assert len(list(Path("logs").iterdir())) == 2
+    newest = max(Path("logs").iterdir(), key=lambda run: run.stat().st_mtime)
+    assert load_checkpoint(newest / LAST)["config"]["unfreeze_batch_size"] == 128

@@ -35,8 +35,8 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 BATCH = 32
 """Pictures that go through the network at a time, unless told."""
 
-EXPORTED = ".safetensors"
-"""Files of weights of export.py end with it."""
+WEIGHTS_SUFFIX = ".safetensors"
+"""Of export.py's files of weights."""
 
 MOST_VIEWS = 64
 """Views that go through the network at a time."""
@@ -222,10 +222,11 @@ def read_exported(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it isn't one, or something in it can't be.
     """
+    state = read_weights(path).state
     facts = ExportFacts.from_strings(read_header(path), path)
     return {
         "model": facts.model,
-        "weights": {name: tensor.float() for name, tensor in read_weights(path).state.items()},
+        "weights": {name: t.float() if t.is_floating_point() else t for name, t in state.items()},
         "preprocessing": facts.preprocessing.as_dict(),
         "class_names": facts.class_names,
         "temperature": facts.temperature,
@@ -250,7 +251,7 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
     """
     place = pick_device(device)
     file = find_checkpoint(str(path))
-    checkpoint = read_exported(file) if file.suffix.lower() == EXPORTED else load_checkpoint(file)
+    checkpoint = read_exported(file) if file.suffix.lower() == WEIGHTS_SUFFIX else load_checkpoint(file)
     try:
         model = restore_model(checkpoint["model"], checkpoint["weights"])
         preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
@@ -259,6 +260,10 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         calibration = Calibration.from_dict(checkpoint["calibration"])
         if preprocessing.input_shape != tuple(model.arguments["input_shape"]):
             raise TypeError("its pictures have another size than its network's")
+        if len(checkpoint["class_names"]) != model.head.out_features:
+            raise TypeError(
+                f"it names {len(checkpoint['class_names'])} classes, its head has {model.head.out_features}"
+            )
         if calibration and len(calibration.centre) != model.head.in_features:
             raise TypeError("its calibration is of another network")
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,7 +22,8 @@ class StageConfig:
             "nothing".
         batch_size: pictures a step.
         input_shape: height and width in pixels, to begin with smaller pictures, which take less time; the positions of
-            a ViT are resampled from stage to stage. None: the run's, as that of the last stage must be.
+            a ViT are resampled from stage to stage, and the best epoch is one of the last size. None: the run's, as
+            the last stage's must be.
 
     Raises:
         ValueError: a value can't work.
@@ -39,7 +41,8 @@ class StageConfig:
                 raise ValueError(f"stages: {field}={value!r}: give {remedy}")
         if self.frozen not in ("all", "nothing") and not (type(self.frozen) is int and self.frozen >= 0):
             raise ValueError(f'stages: frozen={self.frozen!r}: give 0 or more, "all" or "nothing"')
-        if self.input_shape and not (_fits(self.input_shape, tuple[int, int]) and min(self.input_shape) > 0):
+        fits = self.input_shape is None or (_fits(self.input_shape, tuple[int, int]) and min(self.input_shape) > 0)
+        if not fits:
             raise ValueError(f"stages: input_shape={self.input_shape!r}: give height and width in pixels, or None")
 
 
@@ -65,6 +68,9 @@ class TrainConfig:
     class, by whether the network is a transformer and pretrained, and by the device; see `utils/recipe.py`. Each choice
     is printed with its reason. A field that you set to other than its default stays as it is. `none`: all is as it
     stands here."""
+
+    keep: tuple[str, ...] = ()
+    """Names of fields that `recipe` leaves alone though they are at their default, such as `freeze_train`."""
 
     backbone: str = "vit_b_16"
     """Network. For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14; with DINOv2's
@@ -369,6 +375,8 @@ class TrainConfig:
             f"the backbone is thawed by unfreeze_epoch ({self.unfreeze_epoch}) at the latest; lower it or raise that",
         )
         check("input_shape", min(self.input_shape) > 0, "give height and width in pixels")
+        unknown = set(self.keep) - {field.name for field in dataclasses.fields(self)}
+        check("keep", not unknown, f"there is no field {', '.join(sorted(unknown))}")
         check(
             "stages",
             not self.stages or self.stages[-1].input_shape is None,
@@ -384,19 +392,42 @@ class TrainConfig:
         """The stages in their order, those of `stages` or the two; none is without epochs, or without input shape."""
         if self.stages:
             return tuple(
-                dataclasses.replace(stage, input_shape=stage.input_shape or self.input_shape) for stage in self.stages
+                dataclasses.replace(stage, input_shape=tuple(stage.input_shape or self.input_shape))
+                for stage in self.stages
             )
         frozen = self.freeze_epoch if self.freeze_train else 0
         both = (
             (frozen, self.freeze_blocks, self.freeze_batch_size),
             (self.unfreeze_epoch - frozen, "nothing", self.unfreeze_batch_size),
         )
-        return tuple(StageConfig(*stage, self.input_shape) for stage in both if stage[0])
+        return tuple(StageConfig(*stage, tuple(self.input_shape)) for stage in both if stage[0])
+
+    @property
+    def epoch_shapes(self) -> list[tuple[int, int]]:
+        """The input shape of each epoch."""
+        return [stage.input_shape for stage in self.all_stages for _ in range(stage.epochs)]
+
+    def best_epoch(self, val_losses: Sequence[float]) -> int:
+        """The epoch, counted from 0, with the lowest of these losses, one an epoch so far, among those whose pictures
+        had the last one's size: losses at other sizes don't compare."""
+        shapes = self.epoch_shapes
+        comparable = [i for i in range(len(val_losses)) if shapes[i] == shapes[len(val_losses) - 1]]
+        return min(comparable, key=lambda i: val_losses[i])
 
     @property
     def epochs(self) -> int:
         """Of the whole run."""
         return sum(stage.epochs for stage in self.all_stages)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+        """What `as_dict` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: it isn't that.
+        """
+        stages = tuple(StageConfig(**stage) for stage in values["stages"])
+        return TrainConfig(**values | {"stages": stages})
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON and checkpoints."""

@@ -52,11 +52,11 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
             train(of_fold)
             run = next(find_runs(of_fold, finished=True))
         history = load_checkpoint(run / LAST)["history"]
-        best = min(history, key=lambda row: row["val_loss"])
+        best = history[of_fold.best_epoch([row["val_loss"] for row in history])]
         rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
     with write_whole(root / RESULTS) as file:
         file.write((json.dumps({"folds": rows}, indent=2) + "\n").encode())
-    print(format_folds(rows))
+    print(format_folds(rows, stopped_early=config.patience > 0))
     print(f"written to {root / RESULTS}")
 
 
@@ -106,12 +106,13 @@ def prepare_fold(config: TrainConfig, images: ImageList, validated: np.ndarray, 
     return replace(config, save_dir=str(folder), **{field: str(path) for field, path in lists.items()})
 
 
-def format_folds(rows: list[dict[str, Any]]) -> str:
+def format_folds(rows: list[dict[str, Any]], stopped_early: bool) -> str:
     """Top-1 over the folds, as lines for people."""
+    honest, chosen = "which these pictures had no part in choosing", "which they chose, so that it is a little too high"
     told = []
     for key, what in (
-        ("last_top1", "after the last epoch, which these pictures had no part in choosing"),
-        ("best_top1", "at the best epoch, which they chose, so that it is a little too high"),
+        ("last_top1", f"after the last epoch, {chosen if stopped_early else honest}"),
+        ("best_top1", f"at the best epoch, {chosen}"),
     ):
         values = np.array([row[key] for row in rows])
         each = ", ".join(f"{value:.1%}" for value in values)

@@ -89,6 +89,10 @@ class ImageDataset(Dataset):
         other.transform = transform
         return other
 
+    def take_account(self, other: ImageDataset) -> None:
+        """Go on with the account that `other` kept of the same pictures that can't be read."""
+        self.unreadable, self._told = other.unreadable, other._told
+
     def __len__(self) -> int:
         return len(self.class_ids)
 

@@ -51,7 +51,7 @@ def read_run_list(checkpoint: Path, config: Mapping[str, Any], class_names: list
     copy = checkpoint.with_name(LIST_FILES[key])
     if not copy.is_file():
         return None
-    return replace(read_list(copy, len(class_names)), folder=os.path.dirname(config[f"{key}_annotation_path"]))
+    return replace(read_list(copy, len(class_names)), folder=os.path.dirname(config.get(f"{key}_annotation_path", "")))
 
 
 def list_folder(folder: str, class_names: list[str]) -> ImageList:

@@ -15,7 +15,7 @@ import torch
 
 from nets import restore_model
 from nets.files import digest_file
-from utils.classifier import EXPORTED, Classifier, pixel_network, read_exported
+from utils.classifier import WEIGHTS_SUFFIX, Classifier, pixel_network, read_exported
 from utils.export_check import Exported, by_checkpoint
 from utils.export_facts import ExportFacts
 from utils.export_graph import trace
@@ -114,5 +114,5 @@ def write_card(path: Path, facts: ExportFacts) -> None:
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", write_onnx, run_onnx),
     "pt2": Format(".pt2", write_pt2, run_pt2),
-    "safetensors": Format(EXPORTED, write_safetensors, run_safetensors),
+    "safetensors": Format(WEIGHTS_SUFFIX, write_safetensors, run_safetensors),
 }

@@ -113,8 +113,8 @@ class OnnxClassifier:
             return path, str(error)
 
 
-def is_exported(path: str) -> bool:
-    """Whether a path is called as an exported file is."""
+def is_onnx(path: str) -> bool:
+    """Whether a path is called as an ONNX file is."""
     return path.lower().endswith(SUFFIX)
 
 

@@ -119,7 +119,8 @@ def scale_learning_rate(config: TrainConfig, batch_size: int, transformer: bool)
     """`init_lr` and `min_lr` for this batch size: in proportion to it, then kept within the layout's limits.
 
     `init_lr` is meant for 64 pictures a step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
-    for transformers) and 5e-4 to 1e-1 for SGD; those of `min_lr` are a hundredth of them.
+    for transformers), 5e-4 to 1e-1 for SGD, and 1e-5 to 1e-2 for Muon, AdamW's part in it included; those of `min_lr`
+    are a hundredth of them.
     """
     limits = LIMITS_TRANSFORMER if transformer else LIMITS
     low, high = limits["adam" if config.optimizer_type == "adamw" else config.optimizer_type]

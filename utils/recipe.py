@@ -6,8 +6,13 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
+from nets import draw_model
+from utils.annotation import ensure_lists
 from utils.config import TrainConfig
+from utils.lists import read_classes, read_list
+from utils.resume import chosen_before
 
 UNBALANCED = 10
 """So many times more pictures in the largest class than in the smallest are too many to go by all alike."""
@@ -20,6 +25,7 @@ SMALL_BATCH_UP_TO = 5_000
 
 
 OF_TWO_STAGES = ("freeze_train", "unfreeze_epoch", "unfreeze_batch_size")
+"""What a list of stages says instead."""
 
 
 class Known(NamedTuple):
@@ -46,33 +52,56 @@ class Choice(NamedTuple):
     reason: str
 
 
+def settle_recipe(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """`config` with what its recipe chooses: for a run that goes on what it chose then, whatever is known now."""
+    chosen = chosen_before(config)
+    if chosen is not None:
+        print(f"recipe: as it was chosen when the run began: {', '.join(f'{k}={v}' for k, v in chosen.items())}")
+        return dataclasses.replace(config, **chosen)
+    ensure_lists(config)
+    images = read_list(config.train_annotation_path, len(read_classes(config.classes_path)))
+    known = Known(
+        class_counts=np.bincount(images.class_ids),
+        pretrained=bool(config.pretrained or config.model_path),
+        transformer=draw_model(config.backbone, 2, config.input_shape).transformer,
+        on_cpu=device.type == "cpu",
+    )
+    return apply_recipe(config, known)
+
+
 def apply_recipe(config: TrainConfig, known: Known) -> TrainConfig:
-    """`config` with each choice, which is printed. A field that isn't at its default stays as it is, and what a list of
-    `stages` says is left to it. `recipe` is then "none": nothing is left to choose."""
+    """`config` with each choice, which is printed. A field that isn't at its default, or is to be kept, stays as it is,
+    and what a list of `stages` says is left to it. `recipe` is then "none": nothing is left to choose."""
     chosen: dict[str, Any] = {"recipe": "none"}
-    for field, value, reason in (*for_all(known), *(for_pretrained if known.pretrained else from_scratch)(known)):
-        own = getattr(config, field)
-        if own not in (getattr(TrainConfig, field), value):
-            print(f"recipe: {field} stays {own}, as you set it ({value} was due: {reason})")
+    choose = for_pretrained if known.pretrained else from_scratch
+    for field, value, reason in (*for_all(known, config), *choose(known, config)):
+        if not is_open(config, field):
+            if getattr(config, field) != value:
+                print(f"recipe: {field} stays {getattr(config, field)}, as you set it ({value} was due: {reason})")
         elif not (field in OF_TWO_STAGES and config.stages):
             print(f"recipe: {field}={value}: {reason}")
             chosen[field] = value
-    if config.min_lr == TrainConfig.min_lr:
+    if is_open(config, "min_lr"):
         chosen["min_lr"] = chosen.get("init_lr", config.init_lr) / 100
         print(f"recipe: min_lr={chosen['min_lr']:.2g}: a hundredth of init_lr")
     return dataclasses.replace(config, **chosen)
 
 
-def for_all(known: Known) -> list[Choice]:
+def is_open(config: TrainConfig, field: str) -> bool:
+    """Whether a field is left to the recipe."""
+    return field not in config.keep and getattr(config, field) == getattr(TrainConfig, field)
+
+
+def for_all(known: Known, config: TrainConfig) -> list[Choice]:
     """Whatever the run starts from."""
     counts = known.class_counts[known.class_counts > 0]
     largest, smallest = counts.max(), counts.min()
-    if largest < UNBALANCED * smallest:
+    if largest < UNBALANCED * smallest or config.class_weights == "balanced":
         return []
     return [Choice("sampler", "balanced", f"the largest class has {largest} pictures, the smallest {smallest}")]
 
 
-def for_pretrained(known: Known) -> list[Choice]:
+def for_pretrained(known: Known, config: TrainConfig) -> list[Choice]:
     """Fine-tuning: what the weights know is to be kept, so the steps are few and careful."""
     count = known.class_counts.sum()
     few = known.on_cpu or count < SMALL_BATCH_UP_TO
@@ -87,14 +116,13 @@ def for_pretrained(known: Known) -> list[Choice]:
     if known.on_cpu:
         choices.append(Choice("augmentation", "none", "a short run learns more from pictures as they are"))
     if known.transformer:
-        choices += [
-            Choice("layer_decay", 0.7, "early layers are good already"),
-            Choice("init_lr", 4e-3, "with early layers slowed down the late ones can be fast"),
-        ]
+        choices.append(Choice("layer_decay", 0.7, "early layers are good already"))
+        if config.optimizer_type == "adamw":
+            choices.append(Choice("init_lr", 4e-3, "with early layers slowed down the late ones can be fast"))
     return choices
 
 
-def from_scratch(known: Known) -> list[Choice]:
+def from_scratch(known: Known, config: TrainConfig) -> list[Choice]:
     """All is to be learned: many epochs, and what keeps a network from learning the pictures by heart."""
     count = int(known.class_counts.sum())
     most = MOST_EPOCHS_CPU if known.on_cpu else MOST_EPOCHS
@@ -105,7 +133,7 @@ def from_scratch(known: Known) -> list[Choice]:
         Choice(
             "unfreeze_epoch",
             epochs,
-            f"{count} pictures are seen some {PICTURES_FROM_SCRATCH} times then; {LEAST_EPOCHS} to {most} are usual",
+            f"{count * epochs} pictures are seen in all; {LEAST_EPOCHS} to {most} epochs are usual",
         ),
         Choice("unfreeze_batch_size", *((32, "many small steps") if small else (128, "pictures enough"))),
         Choice("ema_decay", 0.999, "the average of the last thousand steps is better than the last"),
@@ -113,12 +141,11 @@ def from_scratch(known: Known) -> list[Choice]:
         *_without_dropout("augmentation does more against learning by heart"),
     ]
     if known.transformer:
-        choices += [
-            Choice("optimizer_type", "muon", "a transformer from scratch learns more from each picture with it"),
-            Choice("momentum", 0.95, "as Muon's author has it"),
-            Choice("init_lr", 4e-3, "Muon takes larger steps well"),
-            Choice("clip_grad", 1.0, "the first steps jump"),
-        ]
+        choices.append(Choice("optimizer_type", "muon", "it learns more from each picture than adamw does"))
+        choices.append(Choice("clip_grad", 1.0, "the first steps jump"))
+        if config.optimizer_type == "muon" or is_open(config, "optimizer_type"):
+            choices.append(Choice("momentum", 0.95, "as Muon's author has it"))
+            choices.append(Choice("init_lr", 4e-3, "Muon takes larger steps well"))
     return choices
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from utils.calibration import FAR
 from utils.cli import printable
+from utils.config import TrainConfig
 from utils.evaluation import Evaluation
 from utils.finish import TrainEmbeddings
 from utils.gallery import Gallery
@@ -149,9 +150,10 @@ def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[s
         points = ((100 * (row["epoch"] - 1) / (last - 1), 100 - 100 * row[key] / highest) for row in epochs)
         return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
 
-    stages = config.get("stages")
-    thaw = stages[0]["epochs"] if stages else config.get("freeze_epoch", 0) if config.get("freeze_train") else 0
-    best = min(epochs, key=lambda row: row["val_loss"])["epoch"]
+    settings = TrainConfig.from_dict(config)
+    first, *later = settings.all_stages
+    thaw = first.epochs if later and first.frozen != "nothing" else 0
+    best = settings.best_epoch([row["val_loss"] for row in epochs]) + 1
     return {
         "epochs": int(last),
         "best": int(best),

@@ -17,6 +17,8 @@ from utils.lists import ImageList, compare_lists, read_list
 from utils.lock import LOCK_FILE, FolderLock, InUse
 
 CONFIG_FILE = "config.json"
+ASKED_FILE = "asked.json"
+"""The settings before a recipe chose what they left open."""
 LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
 
 # A run that goes on may have other values of these; all others decide what comes out of it.
@@ -50,13 +52,16 @@ class RunFolder:
             shutil.rmtree(self.path)
 
 
-def open_run(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
+def open_run(
+    config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList], asked: TrainConfig | None = None
+) -> RunFolder:
     """The folder of the run that `config.resume` means, and what is said of it.
 
     Args:
         config: the settings.
         class_names: name of each class id.
         lists: by the keys of `LIST_FILES`.
+        asked: the settings before a recipe chose among them.
 
     Raises:
         FileNotFoundError: there is no such run.
@@ -65,7 +70,7 @@ def open_run(config: TrainConfig, class_names: list[str], lists: Mapping[str, Im
         SaveError: `save_dir` can't be written to.
     """
     try:
-        return _open(config, class_names, lists)
+        return _open(config, class_names, lists, asked or config)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -75,7 +80,7 @@ def open_run(config: TrainConfig, class_names: list[str], lists: Mapping[str, Im
         ) from error
 
 
-def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
+def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList], asked: TrainConfig) -> RunFolder:
     remove_strays(Path(config.save_dir))
     if config.resume == "auto":
         for path in find_runs(config, finished=False):
@@ -86,7 +91,7 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
             print(f"attention: {path} isn't finished, but {'has other classes' if run else 'has no whole checkpoint'}")
     elif config.resume != "no":
         return _open_given(config, class_names, lists)
-    return _begin(config, lists)
+    return _begin(config, asked, lists)
 
 
 def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
@@ -122,10 +127,23 @@ def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
             yield file.parent
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def chosen_before(asked: TrainConfig) -> dict[str, Any] | None:
+    """What a recipe chose for the run that `asked` goes on with, by field; None: for no run yet."""
+    going_on = asked.resume == "auto"
+    files = Path(asked.save_dir).glob(f"*/{ASKED_FILE}") if going_on else [Path(asked.resume, ASKED_FILE)]
+    for folder in sorted((file.parent for file in files), reverse=True):
+        then, now = read_config(folder, ASKED_FILE), read_config(folder)
+        note = read_note(folder / LAST)
+        finished = bool(note and note["finished"])
+        if then and now and not (going_on and finished) and not changed_fields(then, asked):
+            return {name: value for name, value in now.items() if name not in FREE_FIELDS and value != then.get(name)}
+    return None
+
+
+def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     """The settings that a run was started with; none if they can't be read."""
     try:
-        found = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -201,14 +219,20 @@ def _take_up(path: Path) -> RunFolder | None:
     return RunFolder(path, lock, found[1] if found else None)
 
 
-def _begin(config: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
+def _begin(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
     """A new run, whose settings and lists are on the disk before anything else."""
     path = new_run_folder(config.save_dir)
     lock = FolderLock(path)
     _write_lists(path, lists)
-    with write_whole(path / CONFIG_FILE) as file:
-        file.write((json.dumps(config.as_dict(), indent=2) + "\n").encode())
+    if asked != config:
+        _write_config(path / ASKED_FILE, asked)
+    _write_config(path / CONFIG_FILE, config)
     return RunFolder(path, lock, None)
+
+
+def _write_config(path: Path, config: TrainConfig) -> None:
+    with write_whole(path) as file:
+        file.write((json.dumps(config.as_dict(), indent=2) + "\n").encode())
 
 
 def _write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:
@@ -241,6 +265,7 @@ def remove_strays(save_dir: Path) -> None:
         for stray in folder.glob(f"*{PARTIAL}"):
             print(f"{stray}, left half-written by a run that was cut off, is deleted")
             stray.unlink(missing_ok=True)
-        if folder in not_begun and {path.name for path in folder.iterdir()} <= {LOCK_FILE, *LIST_FILES.values()}:
+        of_beginning = {LOCK_FILE, ASKED_FILE, *LIST_FILES.values()}
+        if folder in not_begun and {path.name for path in folder.iterdir()} <= of_beginning:
             shutil.rmtree(folder)
         lock.release()

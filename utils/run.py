@@ -137,9 +137,8 @@ class Run:
             return True
         if not self.config.patience or stage.end < stage.run_epochs:
             return False
-        losses = [row["val_loss"] for row in self.history]
-        best = losses.index(min(losses)) + 1 if losses else 0
-        return self.epoch - max(best, stage.start) >= self.config.patience
+        losses = [row["val_loss"] for row in self.history[stage.start :]]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
     def take_up(self, optimizer: Optimizer, stage: Stage) -> None:
         """Save the state of this optimizer from now on. If the run that goes on was cut off inside `stage`, give it
@@ -187,6 +186,7 @@ class Run:
                     f"{len(wrong)} weights aren't finite at step {self.trainer.step}, {wrong[0]} among them, so this "
                     f"state isn't saved; lower init_lr, or set precision to bf16 or fp32"
                 )
+        losses = [row["val_loss"] for row in self.history]
         return (
             self.identity
             | self.trainer.state_dict()
@@ -197,7 +197,7 @@ class Run:
                 "weights_in_training": in_training,
                 "optimizer": self.optimizer.state_dict() if self.optimizer else {},
                 "epoch": self.epoch,
-                "best_val_loss": min((row["val_loss"] for row in self.history), default=math.inf),
+                "best_val_loss": losses[self.config.best_epoch(losses)] if losses else math.inf,
                 "history": self.history,
                 "calibration": {},
                 "finished": False,
