@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
-from measure import DEVICE, PRECISION, machine
+from measure import DEVICE, PRECISION, Finished, machine
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -44,7 +44,6 @@ from utils.annotation import annotate
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.device import autocast
-from utils.files import write_whole
 
 SIZES = (224, 168, 112)
 LEAST_EPOCHS = 3
@@ -193,23 +192,6 @@ def unpack_cifar(tar: Path, folder: Path) -> Path:
                 with place.open("wb") as written:
                     shutil.copyfileobj(archive.extractfile(member), written)
     return folder
-
-
-class Finished:
-    """The runs that are finished, by what they were, kept in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.runs: dict[str, Result] = json.loads(path.read_text()) if path.is_file() else {}
-
-    def get(self, key: str, run: Callable[[], Result]) -> Result:
-        """The result of `run`, from the file if it is there."""
-        if key not in self.runs:
-            self.runs[key] = run()
-            with write_whole(self.path) as file:
-                file.write(json.dumps(self.runs, indent=1).encode())
-            print(f"{key}: {self.runs[key][0]:.0f} s, {self.runs[key][1]:.1%}", flush=True)
-        return self.runs[key]
 
 
 def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, seconds: float) -> tuple[int, int]:

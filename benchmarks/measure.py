@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from utils.device import choose_precision, pick_device
+from utils.files import write_whole
 
 DEVICE = pick_device("auto")
 PRECISION, _ = choose_precision("auto", DEVICE)
@@ -54,6 +55,23 @@ def show(title: str, times: Times) -> None:
             f"{title:<20}{name:<16}{1 / median:10.2f} pictures/s, {1000 * median:9.2f} ms ({fast:.2f} to {slow:.2f})",
             flush=True,
         )
+
+
+class Finished:
+    """The runs that are finished, seconds and accuracy by what they were, kept in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, tuple[float, float]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, key: str, run: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+        """The result of `run`, from the file if it is there."""
+        if key not in self.runs:
+            self.runs[key] = run()
+            with write_whole(self.path) as file:
+                file.write(json.dumps(self.runs, indent=1).encode())
+            print(f"{key}: {self.runs[key][0]:.0f} s, {self.runs[key][1]:.1%}", flush=True)
+        return self.runs[key]
 
 
 def finish(benchmark: str, ratios: dict[str, float | None], **figures: object) -> None:

@@ -1,0 +1,99 @@
+"""What the network in the box is worth: runs from it against runs from scratch, on few pictures and on more.
+
+    python benchmarks/box.py [--seeds 3 --results FILE]
+
+The built-in digits, and the signs in `../shared` where they are, at 32 x 32 pixels, with a tenth, half and all of the
+training pictures. Both sides have the CONFIG of `train.py`, and as many steps whatever the number of pictures, up to
+`MOST_EPOCHS`; from scratch nothing is frozen. A tenth of the training pictures chooses the best epoch; test pictures
+are looked at once. Runs take turns; what is finished is kept in `--results` and not done again. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import statistics
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import tyro
+from measure import Finished, machine
+from time_to_accuracy import in_folder_of_its_own, test_thaw
+
+import train
+from utils.annotation import annotate
+from utils.checkpoint import BEST
+from utils.demo import write_demo
+
+FRACTIONS = (0.1, 0.5, 1.0)
+MOST_EPOCHS = 60
+
+
+def run(data: Path | None, fraction: float, from_box: bool, seed: int) -> tuple[float, float]:
+    """Seconds and test accuracy of a run on a part of the training pictures of `data`, or of the digits."""
+    if data:
+        shutil.copytree(data, "datasets")
+    else:
+        write_demo("datasets")
+    for folder in Path("datasets/train").iterdir():
+        pictures = sorted(folder.iterdir())
+        kept = max(2, round(fraction * len(pictures)))
+        for i in np.random.default_rng(seed).permutation(len(pictures))[kept:]:
+            pictures[i].unlink()
+    epochs = min(MOST_EPOCHS, round(train.CONFIG.unfreeze_epoch / fraction))
+    config = dataclasses.replace(
+        train.CONFIG,
+        pretrained=from_box,
+        freeze_train=from_box,
+        freeze_epoch=round(epochs * train.CONFIG.freeze_epoch / train.CONFIG.unfreeze_epoch),
+        unfreeze_epoch=epochs,
+        seed=seed,
+    )
+    with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        annotate("datasets", seed=seed, audit=False)
+        started = time.perf_counter()
+        train.main(config)
+        seconds = time.perf_counter() - started
+    (folder,) = Path(config.save_dir).iterdir()
+    return seconds, test_thaw(folder / BEST)
+
+
+def main(seeds: int = 3, shared: Path = Path("../shared"), results: Path = Path("box.json")) -> None:
+    """Compare the starts.
+
+    Args:
+        seeds: runs of each; they choose the pictures too.
+        shared: the folder with `data/sign_digits`.
+        results: file of the runs that are finished.
+    """
+    signs = (shared / "data/sign_digits").resolve()
+    places = {"digits": None} | ({"sign_digits": signs} if signs.is_dir() else {})
+    finished = Finished(results.resolve())
+    starts = {"scratch": False, "box": True}
+    for seed, name, fraction, start in product(range(seeds), places, FRACTIONS, starts):
+        finished.get(
+            f"{name} {fraction:g} {start} {seed}",
+            lambda n=name, f=fraction, s=start, x=seed: in_folder_of_its_own(run, places[n], f, starts[s], x),
+        )
+    table = []
+    for name, fraction in product(places, FRACTIONS):
+        row = {"data": name, "fraction": fraction}
+        for start in starts:
+            scores = [finished.runs[f"{name} {fraction:g} {start} {seed}"][1] for seed in range(seeds)]
+            row |= {start: statistics.mean(scores), f"{start}_std": statistics.stdev(scores) if seeds > 1 else 0.0}
+        table.append(row)
+        told = (f"{start} {row[start]:.1%} ± {row[f'{start}_std']:.1%}" for start in starts)
+        print(f"{name:<12}{fraction:4.0%}  {'  '.join(told)}")
+    print(json.dumps({"benchmark": "box", "results": table, "machine": machine(), "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
