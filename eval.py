@@ -190,7 +190,11 @@ def notes(evaluation: Evaluation) -> list[str]:
         )
     if metrics["absent_classes"]:
         told.append(f"No pictures, so not in the means: {', '.join(metrics['absent_classes'])}")
-    if classifier.calibration is None:
+    if classifier.calibration is None and classifier.temperature != 1:
+        told.append(
+            "Exported weights: the temperature fitted after training is in them, thresholds to reject by are not"
+        )
+    elif classifier.calibration is None:
         told.append(
             "Not calibrated: only the best checkpoint of a finished run is. Probabilities are the network's own"
         )

@@ -1,4 +1,6 @@
-"""A small ViT for pictures of 32 x 32 pixels, from scratch on CIFAR-10: what it took and reached is in README.md.
+"""A small ViT for pictures of 32 x 32 pixels, from scratch on CIFAR-10.
+
+What it took, and how good it became, is told in `model_data/vit_xs_4.md`.
 
 With CIFAR-10 as a folder per class under `datasets/train` and `datasets/test`:
 `python txt_annotation.py --val-fraction 0.04`, then `python -m recipes.cifar10`, again after every interruption.
