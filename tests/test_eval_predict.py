@@ -345,11 +345,14 @@ def test_weights_cast_beforehand_give_what_autocast_gives(trained):
 
 
 def test_nothing_trained_yet(here):
-    result = run("predict.py", "a.jpg", cwd=here)
+    result = run("eval.py", cwd=here)
     assert result.returncode == 1
     (message,) = result.stderr.splitlines()
     assert message.startswith("error: there is no run")
     assert message.endswith("train first, python train.py")
+    result = run("predict.py", "a.jpg", cwd=here)
+    assert result.returncode == 1
+    assert "a.jpg can't be read as a picture: there is no such file" in result.stdout + result.stderr
 
 
 def test_a_value_that_cannot_work_on_the_command_line(here):

@@ -98,8 +98,8 @@ def test_no_network_says_what_to_put_where(here, monkeypatch, error):
 
 
 def test_network_without_published_weights(here):
-    with pytest.raises(ValueError, match=r"no weights are published for backbone='vit_xs_4'"):
-        vit([16, 16], pretrained=True, name="vit_xs_4")
+    with pytest.raises(ValueError, match=r"no weights are published for backbone='vit_t_4'"):
+        vit([16, 16], pretrained=True, name="vit_t_4")
 
 
 @pytest.mark.parametrize("grid", [(24, 24), (10, 14), (7, 7), (14, 14)])
