@@ -48,7 +48,6 @@ from utils.device import autocast
 
 SIZES = (112, 168, 224)
 LEAST_EPOCHS = 3
-FASTAI_RATE = 2e-4  # its own 2e-3 is meant for convolutional networks
 DATA = ("trashnet", "sign_digits", "cifar10")
 CIFAR_TRAIN, CIFAR_TEST = 100, 100  # of each class
 
@@ -80,7 +79,7 @@ class Cast(nn.Module):
 
 
 def run_fastai(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
-    """fastai's `fine_tune`, of whose epochs the first is frozen, with its usual transforms."""
+    """fastai's `fine_tune`, of whose epochs the first is frozen, with its usual rates and transforms."""
     from fastai.vision.all import (
         Callback,
         CancelValidException,
@@ -112,7 +111,7 @@ def run_fastai(data: Path, weights: Path, side: int, epochs: int, seed: int) -> 
     learner = Learner(pictures, model, loss_func=CrossEntropyLossFlat(), splitter=split)
     with learner.no_bar(), learner.no_logging():
         started = time.perf_counter()
-        learner.fine_tune(max(1, epochs - 1), base_lr=FASTAI_RATE, cbs=Unvalidated())
+        learner.fine_tune(max(1, epochs - 1), cbs=Unvalidated())
         seconds = time.perf_counter() - started
         logits, targets = learner.get_preds(dl=pictures.valid)
     return seconds, float((logits.argmax(1) == targets).float().mean())
