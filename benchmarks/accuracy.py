@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import tyro
 from measure import DEVICE, PRECISION, Finished, machine
+from scipy import stats
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -240,6 +241,21 @@ def results_of(finished: Finished, chosen: list[tuple[str, float, str]], seeds: 
         yield row | {"n": seeds, "seconds": [round(seconds) for seconds, _ in runs], "late": late}
 
 
+def differences(finished: Finished, chosen: list[tuple[str, float, str]], seeds: int) -> Iterator[dict[str, Any]]:
+    """By how much Thaw is better than each peer, seed by seed, with Student's interval of 95 %
+    over the seeds. What chance is in the test pictures themselves isn't in it: both sides have the same."""
+    for name, minutes, peer in chosen:
+        if peer == "thaw":
+            continue
+        apart = [
+            finished.runs[f"{name} {minutes:g} thaw {seed}"][1] - finished.runs[f"{name} {minutes:g} {peer} {seed}"][1]
+            for seed in range(seeds)
+        ]
+        mean = statistics.mean(apart)
+        reach = stats.t.ppf(0.975, seeds - 1) * statistics.stdev(apart) / seeds**0.5
+        yield {"data": name, "minutes": minutes, "peer": peer, "mean": mean, "low": mean - reach, "high": mean + reach}
+
+
 def main(
     data: tuple[str, ...] = DATA,
     minutes: tuple[float, ...] = (2, 5, 10),
@@ -279,7 +295,12 @@ def main(
     for row in table:
         told = f"{row['data']:<12}{row['minutes']:>4g} min  {row['method']:<11}{row['mean']:7.1%} ± {row['std']:.1%}"
         print(told + f"  ({row['late']} of {row['n']} ran over their time)" * (row["late"] > 0))
-    print(json.dumps({"benchmark": "accuracy", "results": table, "machine": machine(), "torch": torch.__version__}))
+    apart = list(differences(finished, chosen, seeds)) if seeds > 1 and "thaw" in methods else []
+    for row in apart:
+        told = f"{row['data']:<12}{row['minutes']:>4g} min  thaw - {row['peer']:<11}{100 * row['mean']:+6.1f} points"
+        print(f"{told} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})")
+    figures = {"results": table, "differences": apart, "machine": machine(), "torch": torch.__version__}
+    print(json.dumps({"benchmark": "accuracy"} | figures))
 
 
 if __name__ == "__main__":
