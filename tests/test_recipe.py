@@ -17,7 +17,8 @@ AUTO = TrainConfig(recipe="auto")
 
 
 def known(**changes) -> Known:
-    values = {"class_counts": np.array([50, 60]), "pretrained": True, "transformer": True, "on_cpu": True}
+    values = {"class_counts": np.array([50, 60]), "pretrained": True, "transformer": True}
+    values |= {"parameters": 22_000_000, "on_cpu": True}
     return Known(**values | changes)
 
 
@@ -51,6 +52,10 @@ def test_what_is_known_decides():
     assert apply_recipe(AUTO, known(transformer=False)).layer_decay == 1
     assert apply_recipe(AUTO, known(class_counts=np.array([50, 600]))).sampler == "balanced"
     assert apply_recipe(AUTO, known(class_counts=np.array([100, 0, 600]))).sampler == "shuffle"
+    for millions, rate in ((3, 0.0), (22, 0.05), (86, 0.2), (304, 0.45), (632, 0.6)):
+        large = known(pretrained=False, parameters=millions * 10**6)
+        assert apply_recipe(AUTO, large).drop_path_rate == rate
+        assert apply_recipe(AUTO, large._replace(transformer=False)).drop_path_rate == 0
     many = known(class_counts=np.array([40_000, 40_000]), pretrained=False)
     few = known(class_counts=np.array([40, 40]), pretrained=False)
     assert apply_recipe(AUTO, many).unfreeze_epoch < apply_recipe(AUTO, few).unfreeze_epoch

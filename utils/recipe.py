@@ -23,6 +23,9 @@ PICTURES_FROM_SCRATCH = 600_000
 SMALL_BATCH_UP_TO = 5_000
 """Training pictures of which batches are small, so that there are enough steps."""
 
+DEPTHS_DROPPED = ((15, 0.0), (50, 0.05), (200, 0.2), (450, 0.45))
+"""Stochastic depth of a transformer from scratch, by up to how many million parameters it has; larger ones have 0.6.
+The rates for ViT-S, B, L and H are those of Touvron et al., "DeiT III: Revenge of the ViT", 2022."""
 
 OF_TWO_STAGES = ("freeze_train", "unfreeze_epoch", "unfreeze_batch_size")
 """What a list of stages says instead."""
@@ -35,12 +38,14 @@ class Known(NamedTuple):
         class_counts: training pictures of each class.
         pretrained: whether the run starts from weights.
         transformer: whether the network is one.
+        parameters: of the network.
         on_cpu: whether it is trained there.
     """
 
     class_counts: np.ndarray
     pretrained: bool
     transformer: bool
+    parameters: int
     on_cpu: bool
 
 
@@ -60,10 +65,12 @@ def settle_recipe(config: TrainConfig, device: torch.device) -> TrainConfig:
         return dataclasses.replace(config, **chosen)
     ensure_lists(config)
     images = read_list(config.train_annotation_path, len(read_classes(config.classes_path)))
+    network = draw_model(config.backbone, 2, config.input_shape)
     known = Known(
         class_counts=np.bincount(images.class_ids),
         pretrained=bool(config.pretrained or config.model_path),
-        transformer=draw_model(config.backbone, 2, config.input_shape).transformer,
+        transformer=network.transformer,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
         on_cpu=device.type == "cpu",
     )
     return apply_recipe(config, known)
@@ -112,6 +119,7 @@ def for_pretrained(known: Known, config: TrainConfig) -> list[Choice]:
         Choice("unfreeze_batch_size", *((16, "many small steps") if few else (64, "pictures enough"))),
         Choice("train_crop", 0.3, "a short run has no time for small crops"),
         *_without_dropout("the weights were made without"),
+        Choice("drop_path_rate", 0.0, "likewise"),
     ]
     if known.on_cpu:
         choices.append(Choice("augmentation", "none", "a short run learns more from pictures as they are"))
@@ -140,6 +148,9 @@ def from_scratch(known: Known, config: TrainConfig) -> list[Choice]:
         Choice("label_smoothing", 0.1, "a long run grows too sure of itself"),
         *_without_dropout("augmentation does more against learning by heart"),
     ]
+    millions = known.parameters / 1e6
+    dropped = next((rate for most, rate in DEPTHS_DROPPED if millions <= most), 0.6) if known.transformer else 0.0
+    choices.append(Choice("drop_path_rate", dropped, f"stochastic depth by size, {millions:.1f} million parameters"))
     if known.transformer:
         choices.append(Choice("optimizer_type", "muon", "it learns more from each picture than adamw does"))
         choices.append(Choice("clip_grad", 1.0, "the first steps jump"))
@@ -150,4 +161,4 @@ def from_scratch(known: Known, config: TrainConfig) -> list[Choice]:
 
 
 def _without_dropout(reason: str) -> list[Choice]:
-    return [Choice(rate, 0.0, reason) for rate in ("drop_rate", "attn_drop_rate", "drop_path_rate")]
+    return [Choice(rate, 0.0, reason) for rate in ("drop_rate", "attn_drop_rate")]
