@@ -6,12 +6,11 @@ All start from the same weights, DINOv2's ViT-S/14 as it lies in `../shared/mode
 same time on the same machine: for everything from the first picture read to the network that is tested, besides
 building it and testing it. How many epochs fit is measured beforehand on a quarter of the pictures, for 112, 168 and
 224 pixels, and the largest size at which three fit is taken, for every method alike; what runs over its time by more
-than a tenth is marked. Test
-pictures choose nothing here: Thaw takes a tenth of the training pictures out for that, the others train on all of them
-and are tested as they end. (The recipe's rate and crop were found on trashnet, with time_to_accuracy.py; the other two
-data sets had no part in it.) timm comes twice, with its usual augmentation and with as little as the recipe's. The
-logistic regression is the same for every seed. Runs take turns by method; what is finished is kept in `--results` and
-not done again, so a table of hours may be made in parts. The last line is JSON.
+than a tenth is marked. Test pictures choose nothing here: Thaw takes a tenth of the training pictures out for that, the
+others train on all of them and are tested as they end. (The recipe's rate and crop were found on trashnet, with
+time_to_accuracy.py; the other two data sets had no part in it.) timm comes twice, with its usual augmentation and with
+as little as the recipe's. The logistic regression is the same for every seed. Runs take turns by method; what is
+finished is kept in `--results` and not done again, so a table of hours may be made in parts. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -221,7 +220,7 @@ def fit(finished: Finished, name: str, method: str, part: Path, weights: Path, s
             least = 2 if method == "fastai" else 1  # of which the first is frozen
             one, two = paced(side, least), paced(side, least + 1)
             before = one - least * (two - one)
-            epochs = max(1, int((seconds - before) / (two - one)))
+            epochs = max(1, int((seconds - before) / (two - one))) if two > one else LEAST_EPOCHS
             enough = epochs >= LEAST_EPOCHS
         if side == SIZES[0] or enough:
             chosen = (side, epochs)
