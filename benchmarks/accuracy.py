@@ -4,13 +4,14 @@
 
 All start from the same weights, DINOv2's ViT-S/14 as it lies in `../shared/models`, and have the same pictures and the
 same time on the same machine: for everything from the first picture read to the network that is tested, besides
-building it and testing it. How many epochs fit is measured beforehand on a quarter of the pictures, for 112, 168 and
-224 pixels, and the largest size at which three fit is taken, for every method alike; what runs over its time by more
-than a tenth is marked. Test pictures choose nothing here: Thaw takes a tenth of the training pictures out for that, the
-others train on all of them and are tested as they end. (The recipe's rate and crop were found on trashnet, with
-time_to_accuracy.py; the other two data sets had no part in it.) timm comes twice, with its usual augmentation and with
-as little as the recipe's. The logistic regression is the same for every seed. Runs take turns by method; what is
-finished is kept in `--results` and not done again, so a table of hours may be made in parts. The last line is JSON.
+building it and testing it. How many epochs fit is measured beforehand, for 112, 168 and 224 pixels, and the largest
+size at which three fit is taken, for every method alike; what runs over its time by more than a tenth is marked. Test
+pictures choose nothing here: Thaw takes a tenth of the training pictures out for that, the others train on all of them
+and are tested as they end. (The recipe's rate and crop were found on trashnet, with time_to_accuracy.py; the other two
+data sets had no part in it.) timm comes twice, with its usual augmentation and with as little as the recipe's. The
+logistic regression is the same for every seed. Runs take turns by method; what is finished is kept in `--results` and
+not done again, so a table of hours may be made in parts, of which each asks for a machine of the same speed. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -194,38 +195,28 @@ def unpack_cifar(tar: Path, folder: Path) -> Path:
     return folder
 
 
-def quarter(data: Path, folder: Path) -> Path:
-    """Every fourth picture of each class of `data`, in `folder`."""
-    for place in data.glob("*/*/"):
-        for path in sorted(place.iterdir())[::4]:
-            copy = folder / path.relative_to(data)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copy)
-    return folder
-
-
-def fit(finished: Finished, name: str, method: str, part: Path, weights: Path, seconds: float) -> tuple[int, int]:
-    """The largest size at which enough epochs fit into so many seconds, and how many of all pictures do, by what one
-    epoch of a quarter of them takes, and two. For the logistic regression, which has no epochs, nought."""
+def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, seconds: float) -> tuple[int, int]:
+    """The largest size at which enough epochs fit into so many seconds, and how many do, by what the fewest epochs take
+    and one more. For the logistic regression, which has no epochs, nought."""
+    fewest = {"fastai": 2, "logistic": 0}.get(method, 1)  # fastai's first is frozen
+    enough = 0 if method == "logistic" else LEAST_EPOCHS
 
     def paced(side: int, epochs: int) -> float:
         run = METHODS[method]
-        return 4 * finished.get(f"pace {name} {side} {method} {epochs}", lambda: run(part, weights, side, epochs, 0))[0]
+        return finished.get(f"pace {name} {side} {method} {epochs}", lambda: run(data, weights, side, epochs, 0))[0]
 
-    chosen = (SIZES[0], 0)
+    chosen, another = (SIZES[0], fewest), 0.0
     for side in SIZES:
+        left = seconds - paced(side, fewest)
+        if left < (enough - fewest) * another:
+            break  # another epoch takes no less than one of smaller pictures
         if method == "logistic":
-            enough, epochs = paced(side, 0) <= seconds, 0
-        else:
-            least = 2 if method == "fastai" else 1  # of which the first is frozen
-            one, two = paced(side, least), paced(side, least + 1)
-            before = one - least * (two - one)
-            epochs = max(1, int((seconds - before) / (two - one))) if two > one else LEAST_EPOCHS
-            enough = epochs >= LEAST_EPOCHS
-        if side == SIZES[0] or enough:
+            chosen = (side, 0)
+            continue
+        another = max(0.1, paced(side, fewest + 1) - paced(side, fewest))
+        epochs = max(fewest, fewest + int(left / another))
+        if side == SIZES[0] or epochs >= enough:
             chosen = (side, epochs)
-        if not enough:
-            break
     return chosen
 
 
@@ -281,12 +272,11 @@ def main(
         places = {name: (shared / "data" / name).resolve() for name in data}
         if "cifar10" in places:
             places["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder, "cifar10"))
-        parts = {name: quarter(place, Path(folder, "quarter", name)) for name, place in places.items()}
         chosen = list(product(places, minutes, methods))
         for seed, (name, time_given, method) in product(range(seeds), chosen):
             key = f"{name} {time_given:g} {method} {seed}"
             if key not in finished.runs:
-                side, epochs = fit(finished, name, method, parts[name], weights, 60 * time_given)
+                side, epochs = fit(finished, name, method, places[name], weights, 60 * time_given)
                 print(f"{key}: {epochs} epochs of {side} pixels", flush=True)
                 run = METHODS[method]
                 finished.get(key, lambda run=run, n=name, s=side, e=epochs, x=seed: run(places[n], weights, s, e, x))
