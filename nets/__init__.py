@@ -76,7 +76,7 @@ def restore_model(arguments: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     with torch.device("meta"):
         model = build_model(**arguments)
     model.load_state_dict(weights, assign=True)
-    if model.arguments["name"].startswith(TIMM):  # whose networks have tensors besides that aren't saved
+    if any(buffer.is_meta for buffer in model.buffers()):  # some networks have tensors that aren't saved
         model = build_model(**arguments)
         model.load_state_dict(weights)
     return model

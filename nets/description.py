@@ -30,17 +30,14 @@ PREPROCESSING: dict[str, Callable[[Any], bool]] = {
 """What a description may say of pictures, as the config calls it, and which values are taken."""
 
 
-def read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `config.json` (timm's, Hugging Face's) and `preprocessor_config.json` (Hugging Face's) in `folder` say.
-
-    Returns:
-        Of the network, arguments of `nets.vit.vit`; of pictures, the fields in `PREPROCESSING`. What can't be read, or
-        makes no sense, says nothing.
+def read_variant(folder: Path) -> dict[str, Any]:
+    """What Hugging Face's `config.json` in `folder` says of a ViT, as arguments of `nets.vit.vit`. What can't be read,
+    or makes no sense, says nothing.
 
     Raises:
         ValueError: the network has another activation than a GELU.
     """
-    config, processor = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
+    config = _read_json(folder / "config.json")
     variant: dict[str, Any] = {}
     if isinstance(kind := config.get("hidden_act"), str):
         if kind not in ACTIVATIONS:
@@ -48,7 +45,14 @@ def read_description(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         variant["activation"] = ACTIVATIONS[kind]
     if _is_share(epsilon := config.get("layer_norm_eps")):
         variant["norm_eps"] = float(epsilon)
-    return variant, known_fields(_of_hugging_face(processor) | _of_timm(config.get("pretrained_cfg")))
+    return variant
+
+
+def read_preprocessing(folder: Path) -> dict[str, Any]:
+    """What timm's `config.json` and Hugging Face's `preprocessor_config.json` in `folder` say of pictures: the fields
+    in `PREPROCESSING`."""
+    config, processor = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
+    return known_fields(_of_hugging_face(processor) | _of_timm(config.get("pretrained_cfg")))
 
 
 def known_fields(found: dict[str, Any]) -> dict[str, Any]:

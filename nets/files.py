@@ -30,6 +30,8 @@ DIGITS = 64
 """Hexadecimal digits of a SHA-256."""
 BLOCK = 1 << 22
 """Bytes that are read at a time."""
+MOST_VALUES = 50_000_000
+"""In nested dicts and lists: more than any file of weights has."""
 LEGACY_PICKLES = 5
 """What a file of torch's before 1.6 begins with: pickles in a row, and then bare numbers."""
 
@@ -71,11 +73,13 @@ def is_sealed(path: Path) -> bool:
 
 def read_note(path: Path) -> dict[str, Any] | None:
     """The note of a sealed file, `step` and `finished` at least, unchecked; None if it has none."""
+    if not path.is_file():
+        return None
     try:
         with zipfile.ZipFile(path) as archive:
             text, mark, _ = archive.comment.rpartition(MARK)
         note = json.loads(text) if mark else None
-    except (OSError, ValueError, RecursionError, zipfile.BadZipFile):
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):  # a bit may say what zipfile doesn't know
         return None
     known = isinstance(note, dict) and type(note.get("step")) is int and type(note.get("finished")) is bool
     return note if known else None
@@ -118,6 +122,7 @@ def open_safely(path: str | Path) -> Any:
             else f"it is damaged, or something else, or holds code, which is never run ({type(error).__name__})"
         )
         raise ValueError(f"{path} can't be opened as weights: {reason}") from error
+    _check_nesting(content, path)
     _check_tensors(content, path)
     return content
 
@@ -227,6 +232,24 @@ def _makes_bytearray(pickled: bytes | BinaryIO) -> bool:
     """Whether the next pickle does; raises a ValueError if there is none."""
     arguments = (argument for _, argument, _ in pickletools.genops(pickled))
     return any(isinstance(argument, str) and argument.split(" ")[-1] == "bytearray" for argument in arguments)
+
+
+def _check_nesting(content: Any, path: Path) -> None:
+    """Raise a ValueError if nested dicts and lists, written out, hold more than weights have reason to: lists in which
+    the next stands twice are as small as you like and stand for any number."""
+    sizes: dict[int, float] = {}
+    waiting = [content]
+    while waiting:
+        value = waiting[-1]
+        parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        if id(value) not in sizes:
+            sizes[id(value)] = math.inf  # as long as its parts aren't known, so that what contains itself is too large
+            waiting += [part for part in parts if isinstance(part, dict | list | tuple) and id(part) not in sizes]
+        else:
+            waiting.pop()
+            sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
+    if sizes[id(content)] > MOST_VALUES:
+        raise ValueError(f"{path} can't be opened as weights: it holds lists within lists without end")
 
 
 def _check_tensors(content: Any, path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nets.backbones import TIMM, WrappedNetwork
+from nets.backbones import OWN, TIMM, WrappedNetwork
 from nets.freezing import Part
 
 
@@ -44,8 +44,8 @@ class TimmNetwork(WrappedNetwork):
         """See `WrappedNetwork.adopt`. timm's own filter renames what older files call otherwise, and resamples what
         belongs to another input shape."""
         filtered = getattr(sys.modules[type(self.network).__module__], "checkpoint_filter_fn", None)
-        foreign = not any(name in self.state_dict() for name in state)
-        return super().adopt(filtered(state, self.network) if filtered and foreign else state)
+        ours = any(name.startswith(OWN) for name in state)
+        return super().adopt(filtered(state, self.network) if filtered and not ours else state)
 
 
 class Features(nn.Module):

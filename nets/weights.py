@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nets.conversion import to_our_names, unwrap
-from nets.description import ACTIVATIONS, known_fields, read_description
+from nets.description import ACTIVATIONS, known_fields, read_preprocessing, read_variant
 from nets.files import digest_file, open_safely, read_header
 from nets.freezing import FreezableNetwork
 from nets.hub import Found
@@ -97,11 +97,12 @@ def read_weights(file: str | Path | Found, of_vit: bool = True) -> Weights:
     try:
         state, wrapped = unwrap(content)
         source = recognise(state, wrapped) if of_vit else None
+        told_preprocessing = read_preprocessing(path.parent)
         if source is None:
-            return Weights(path, "a network's own names", state, origin=origin)
+            return Weights(path, "a network's own names", state, preprocessing=told_preprocessing, origin=origin)
         state, left_out = to_our_names(state, source)
         _check_dimensions(state)
-        told_variant, told_preprocessing = read_description(path.parent)
+        told_variant = read_variant(path.parent)
     except (ValueError, IndexError, RuntimeError) as error:  # tensors of other shapes than their names promise
         raise ValueError(f"{path} can't be used: {error}") from error
     variant = dict(source.variant)
@@ -131,7 +132,9 @@ def _of_thaw(
         raise ValueError(f"{path} can't be used: it is no checkpoint of Thaw, though it has weights as one has them")
     try:
         _check_dimensions(state)
-        variant = {name: arguments[name] for name in VARIANT if name in arguments}
+        variant = {name: value for name, value in arguments.items() if name not in OF_EVERY_NETWORK}
+        if unknown := variant.keys() - VARIANT.keys():
+            raise ValueError(f"it says {', '.join(map(repr, sorted(unknown)))} of its network, which isn't known here")
         if wrong := [name for name, value in variant.items() if not VARIANT[name](value, state)]:
             raise ValueError(f"it says {', '.join(f'{name}={variant[name]!r:.40}' for name in wrong)} of its network")
         if "pos_embed" in state:
@@ -164,6 +167,8 @@ VARIANT: dict[str, Callable[[Any, State], bool]] = {
     "num_registers": lambda value, state: type(value) is int and value == _num_registers(state),
 }
 """What a file of Thaw's says of a ViT's network, and whether that can be so."""
+
+OF_EVERY_NETWORK = ("name", "num_classes", "input_shape")
 
 DIMENSIONS = {"pos_embed": 3, "reg_token": 3, "patch_embed.proj.weight": 4, "head.bias": 1}
 

@@ -117,6 +117,21 @@ def test_all_of_torchvisions_can_be_drawn_and_frozen(name):
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
 
 
+@pytest.mark.parametrize("name", [*FAMILIES, "vit_xs_4"])
+def test_every_parameter_belongs_to_one_part_or_to_the_head(name):
+    """One that didn't would neither be frozen nor stand in the key of the cached features."""
+    model = build(name, **({"num_registers": 2} if name.startswith("vit") else {}))
+    owned = [
+        parameter
+        for part in model.parts()
+        for piece in part.owned
+        for parameter in ([piece] if isinstance(piece, nn.Parameter) else piece.parameters())
+    ]
+    owned += model.head.parameters()
+    assert len({id(parameter) for parameter in owned}) == len(owned)
+    assert {id(parameter) for parameter in owned} == {id(parameter) for parameter in model.parameters()}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_rise_from_the_stem_to_the_head(name):
     layers = build(name).layers()
@@ -354,6 +369,25 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     assert model.arguments["activation"] == "gelu_tanh"
     with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
         train.make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
+
+
+def test_timms_weights_go_to_another_size_as_timm_takes_them_there(here):
+    """Of a network whose head timm calls as ours is called."""
+    torch.save(peer_of("timm/test_vit", (64, 64)).state_dict(), "w.pth")
+    peer = peer_of("timm/test_vit", (96, 64))
+    timm.models.load_checkpoint(peer, "w.pth", filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
+    model = build("timm/test_vit", (96, 64)).eval()
+    load_weights(model, read_weights("w.pth", of_vit=False))
+    with torch.inference_mode():
+        x = pictures(shape=(96, 64))
+        torch.testing.assert_close(model(x), peer(x), atol=1e-5, rtol=1e-4)
+
+
+def test_what_stands_beside_a_file_is_heeded_for_every_network(here):
+    timm.models.save_for_hf(timm.create_model("resnet10t.c3_in1k"), "timm", safe_serialization=True)
+    found = read_weights("timm/model.safetensors", of_vit=False).preprocessing
+    known = timm.get_pretrained_cfg("resnet10t.c3_in1k")
+    assert (found["image_mean"], found["eval_crop"]) == (known.mean, known.crop_pct)
 
 
 def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):

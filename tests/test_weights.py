@@ -255,6 +255,7 @@ REGISTERS = torch.zeros(1, 2, 192)
         ({"num_registers": 10**13}, {}),
         ({"num_registers": -5}, {"reg_token": REGISTERS}),
         ({"norm_eps": "x"}, {}),
+        ({"pooling": "mean"}, {}),
         ({"input_shape": [0, 0]}, {}),
         ({"input_shape": [32, 32]}, {}),
         ({}, {"patch_embed.proj.weight": torch.zeros(192, 3, 0, 0)}),
