@@ -237,7 +237,9 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]
         for match in matches:
             if os.path.isdir(match):
-                found = pictures_below(match, Counter())
+                found = pictures_below(match, skipped := Counter())
+                for reason, count in skipped.items():
+                    print(f"passed over in {match}: {count} {reason}", file=sys.stderr)
                 yield from [path for path in found if not is_demo(path)] or found or [match]
             else:
                 yield match

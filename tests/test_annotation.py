@@ -199,17 +199,41 @@ def test_split_folders_by_other_names(here):
     assert entries("cls_val.txt")[0] == "0;datasets/valid/a/0.jpg"
 
 
-def test_classes_named_like_splits(here):
+def test_classes_named_like_splits(here, capsys):
     touch(*(f"datasets/{name}/{i}.jpg" for name in ("bus", "car", "train") for i in range(3)))
     annotate()
     assert read_classes("model_data/cls_classes.txt") == ["bus", "car", "train"]
+    assert "attention: train is taken for a class" in capsys.readouterr().out
+
+
+def test_splits_without_classes(here):
+    touch("datasets/train/1.jpg", "datasets/train/2.jpg", "datasets/test/1.jpg", "datasets/test/2.jpg")
+    with pytest.raises(ValueError, match="put the pictures of each class into one there"):
+        annotate()
+
+
+def test_a_test_set_is_taken_out_if_wanted(here, capsys):
+    touch(*(f"datasets/{name}/{i:02d}.jpg" for name in "ab" for i in range(50)))
+    annotate(audit=False)
+    assert "--test-fraction 0.2 takes a fifth of train for an honest figure" in capsys.readouterr().out
+    annotate(test_fraction=0.2, group_regex=r"^(\d)", audit=False)
+    found = [[line.rpartition("/")[2] for line in entries(name)] for name in LISTS[:3]]
+    assert sum(map(len, found)) == 100
+    assert len(found[2]) == 20
+    train, val, test = ({name[0] for name in names} for names in found)
+    assert not (train & test or val & test or train & val)
+    touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/test/a/1.jpg")
+    with pytest.raises(ValueError, match=r"test_fraction=0\.2: there are test pictures already"):
+        annotate(test_fraction=0.2, audit=False)
+    with pytest.raises(ValueError, match="leaves a part to train on"):
+        annotate(test_fraction=0.95, audit=False)
 
 
 def test_what_lies_beside_the_splits_is_said(two_classes, capsys):
     touch("datasets/more/1.jpg", "datasets/loose.jpg")
     annotate()
     told = capsys.readouterr().out
-    assert "1 folder beside train, val and test" in told
+    assert "in a folder beside train, val and test: move it into one of them" in told
     assert "1 outside the class folders" in told
 
 

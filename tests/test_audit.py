@@ -143,6 +143,9 @@ def test_fix_leaves_the_faulty_ones_out_and_touches_no_picture(rubbish, capsys):
     assert set(left_out) == {path.relative_to(Path.cwd()).as_posix() for path in before} - everywhere
     assert left_out["datasets/train/glass/empty.jpg"] == "unreadable"
     assert "left out, see left_out.txt" in capsys.readouterr().out
+    annotate()
+    assert "the lists before this were made with --fix" in capsys.readouterr().out
+    assert not Path("audit/left_out.txt").exists()
 
 
 def test_a_second_run_reads_no_picture(rubbish, monkeypatch):

@@ -19,7 +19,7 @@ import eval as evaluation
 import predict
 from tests.conftest import write_picture
 from utils import cli
-from utils.checkpoint import BEST, find_checkpoint, load_checkpoint
+from utils.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.classifier import cast_products, load_classifier
 from utils.corruptions import CORRUPTIONS
 from utils.data import FileSource, ImageDataset, eval_loader
@@ -244,7 +244,7 @@ def test_an_unreadable_picture_in_a_list_is_one_line(trained, tmp_path, workers)
     assert "Traceback" not in result.stderr
     message = result.stderr.splitlines()[-1]
     assert message.startswith(f"error: {tmp_path}/broken.jpg can't be read as a picture: it is of no known")
-    assert message.endswith("run python txt_annotation.py to make the lists anew")
+    assert message.endswith("python txt_annotation.py --fix makes lists without such pictures")
 
 
 def test_no_such_data_and_a_file_to_save_in(trained, tmp_path):
@@ -344,6 +344,25 @@ def test_weights_cast_beforehand_give_what_autocast_gives(trained):
     assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
 
 
+@pytest.mark.parametrize("names", [["a", "a"], ["\ud800", "b"], [1, 2], ["a"]])
+def test_class_names_that_cannot_be(trained, tmp_path, names):
+    content = load_checkpoint(find_checkpoint("")) | {"class_names": names}
+    del content["format_version"]
+    save_checkpoint(tmp_path / "w.pth", content)
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: .*class names"):
+        load_classifier(tmp_path / "w.pth", "cpu")
+
+
+@pytest.mark.parametrize("change", [{"input_shape": [10**5, 10**5]}, {"max_pixels": -1}, {"eval_crop": "x"}])
+def test_preprocessing_that_cannot_be(trained, tmp_path, change):
+    content = load_checkpoint(find_checkpoint(""))
+    del content["format_version"]
+    content["preprocessing"] |= change
+    save_checkpoint(tmp_path / "w.pth", content)
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: .*preprocessing"):
+        load_classifier(tmp_path / "w.pth", "cpu")
+
+
 def test_nothing_trained_yet(here):
     result = run("eval.py", cwd=here)
     assert result.returncode == 1
@@ -359,6 +378,12 @@ def test_a_value_that_cannot_work_on_the_command_line(here):
     result = run("train.py", "--init-lr", "0", cwd=here)
     assert result.returncode == 1
     assert result.stderr == "error: init_lr=0.0: give a number above 0\n"
+
+
+def test_what_is_printed_does_not_steer_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    cli.run(lambda: print("class \x1b[2J\u202egpj\u2029: 3\ttabs, ü, \u732b\n"))
+    assert capsys.readouterr().out == "class \\x1b[2J\\u202egpj\\u2029: 3\ttabs, ü, \u732b\n\n"
 
 
 def test_a_fault_inside_a_library_keeps_its_traceback(monkeypatch):

@@ -13,7 +13,7 @@ from utils.audit_report import format_findings, write_audit
 from utils.config import TrainConfig
 from utils.fingerprints import Fingerprints
 from utils.lists import read_classes, read_first_path, write_classes, write_left_out, write_list
-from utils.scan import SPLITS, Scan, is_demo, scan_datasets
+from utils.scan import SPLIT_NAMES, SPLITS, Scan, is_demo, scan_datasets
 from utils.split import group_by_name, split_validation
 
 LEFT_OUT = "left_out.txt"
@@ -56,6 +56,7 @@ def annotate(
     val_annotation_path: str | Path = "cls_val.txt",
     test_annotation_path: str | Path = "cls_test.txt",
     val_fraction: float = 0.1,
+    test_fraction: float = 0.0,
     seed: int = 11,
     group_regex: str = "",
     audit: bool = True,
@@ -68,8 +69,8 @@ def annotate(
     """Write the lists and, where there is none, the class file; print a table of what went where and what was skipped,
     and what is wrong with the pictures.
 
-    The validation list comes from the val folder, else out of the training pictures; the test list is written where
-    there are test pictures. The same folders give the same bytes.
+    The validation list comes from the val folder, else out of the training pictures; the test list from the test
+    folder, else out of the training pictures if you say which part. The same folders give the same bytes.
 
     Args:
         datasets_path: holds train/, val/, test/ with a folder per class in each, or the class folders themselves.
@@ -78,9 +79,10 @@ def annotate(
         val_annotation_path: where the validation list goes.
         test_annotation_path: where the test list goes.
         val_fraction: the part of each class that is taken for validation, above 0 and below 1.
-        seed: another seed takes other pictures for validation.
-        group_regex: pictures whose file names have the same part matched by this stay on one side when a validation set
-            is taken, such as '^(patient\\d+)_'; its first group counts, if it has one.
+        test_fraction: the part of each class that is taken for testing where there is no test folder; 0: none.
+        seed: another seed takes other pictures for validation and testing.
+        group_regex: pictures whose file names have the same part matched by this stay on one side when such a set is
+            taken, such as '^(patient\\d+)_'; its first group counts, if it has one.
         audit: read every picture and look for what is wrong; what was read is remembered, so that only new ones are
             read the next time. Pictures that look alike then stay on one side, too.
         fix: leave the pictures that the audit names as left out out of the lists; the files stay as they are.
@@ -95,6 +97,8 @@ def annotate(
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: give a number above 0 and below 1")
+    if not 0 <= test_fraction < 1 - val_fraction:
+        raise ValueError(f"test_fraction={test_fraction}: give 0, or a number that leaves a part to train on")
     if fix and not audit:
         raise ValueError("fix=True, audit=False: what is faulty is found by the audit; leave it on")
     scan = scan_datasets(datasets_path)
@@ -113,22 +117,48 @@ def annotate(
             if finding.kind != "alike by nature"
             for group in finding.groups
         ]
+    before = Path(audit_path, LEFT_OUT)
     if fix:
         leave_out(scan, findings or [], audit_path)
-    taken = not scan.pictures["val"]
-    if taken:
-        scan.pictures["val"] = split_validation(scan.pictures["train"], val_fraction, seed, groups)
+    elif before.is_file():
+        print(f"attention: the lists before this were made with --fix; what {before} names is in them again")
+        before.unlink()
+    taken = take_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
     written = write_lists(scan, names, classes_path, targets)
     print(format_table(scan, names))
     if findings is not None:
         print(format_findings(findings, audit_path, fix))
-    if taken:
-        count = sum(map(len, scan.pictures["val"].values()))
-        part = count / (count + sum(map(len, scan.pictures["train"].values())))
-        told = "" if 0.5 < part / val_fraction < 2 else f", not {val_fraction:.0%}: groups stay together"
-        print(f"no val folder with pictures: {count} ({part:.1%}{told}) were taken out of train for validation")
+    for line in taken:
+        print(line)
     print(f"written: {', '.join(written)}")
+
+
+def take_out(scan: Scan, fractions: dict[str, float], seed: int, groups: Sequence[Sequence[str]]) -> list[str]:
+    """Take such parts of the training pictures for the splits that have no pictures; return what there is to say.
+
+    Raises:
+        ValueError: there is a test folder, and a part for testing was asked for.
+    """
+    told = []
+    for split, fraction in fractions.items():
+        if scan.pictures[split]:
+            if split == "test" and fraction:
+                raise ValueError(f"test_fraction={fraction}: there are test pictures already; leave it out")
+            continue
+        if not fraction:
+            told.append(
+                "no test folder: eval.py will show how well the validation pictures are told apart, which choose the "
+                "best epoch and so flatter it; --test-fraction 0.2 takes a fifth of train for an honest figure"
+            )
+            continue
+        whole = sum(map(len, scan.pictures["train"].values()))
+        scan.pictures[split] = split_validation(scan.pictures["train"], fraction, seed, groups)
+        count = sum(map(len, scan.pictures[split].values()))
+        part = count / whole
+        together = "" if 0.5 < part / fraction < 2 else f", not {fraction:.0%}: groups stay together"
+        told.append(f"no {split} folder with pictures: {count} ({part:.1%}{together}) were taken out of train for it")
+    return told
 
 
 def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets: dict[str, str | Path]) -> list[str]:
@@ -165,7 +195,6 @@ def audit_scan(
     pictures = [Picture(*place, fingerprint) for place, fingerprint in zip(placed, read, strict=True)]
     findings = find_faults(pictures, names, groups)
     write_audit(audit_path, findings, pictures, fingerprints)
-    Path(audit_path, LEFT_OUT).unlink(missing_ok=True)  # of an earlier run
     return findings
 
 
@@ -207,6 +236,11 @@ def format_table(scan: Scan, names: list[str]) -> str:
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in (1, 2, 3)), row[4]]).rstrip()
         for row in rows
+    ]
+    lines += [
+        f"attention: {name} is taken for a class, since its folder has no folders of classes in it"
+        for name in names
+        if name.lower() in SPLIT_NAMES
     ]
     for split in ("train", "val"):
         absent = [name for name in names if not scan.count(split, name)]

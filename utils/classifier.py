@@ -22,7 +22,7 @@ from nets.weights import read_weights
 from utils.calibration import Calibration, Rejection
 from utils.checkpoint import find_checkpoint, load_checkpoint
 from utils.device import DTYPES, autocast, choose_precision, pick_device, tune_kernels
-from utils.export_facts import ExportFacts
+from utils.export_facts import ExportFacts, are_names, is_preprocessing
 from utils.images import ImageError, upright_rgb
 from utils.parallel import map_ahead
 from utils.prediction import Failure, Prediction, answer_with
@@ -258,6 +258,8 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         transform = EvalTransform(preprocessing)
         arithmetic, _ = choose_precision(precision or checkpoint["config"]["precision"], place)
         calibration = Calibration.from_dict(checkpoint["calibration"])
+        if not is_preprocessing(preprocessing) or not are_names(checkpoint["class_names"]):
+            raise TypeError("its class names or its preprocessing can't be")
         if preprocessing.input_shape != tuple(model.arguments["input_shape"]):
             raise TypeError("its pictures have another size than its network's")
         if len(checkpoint["class_names"]) != model.head.out_features:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
 import sys
 import traceback
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from utils.stop import Stopped, leave, stop_signals
 
 PROJECT = Path(__file__).resolve().parents[1]
 NEW_LINE = "\n"
+DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Signs that aren't seen and turn the direction of the text around them."""
 OWN_FOLDERS = (PROJECT, PROJECT / "nets", PROJECT / "utils")
 
 
@@ -25,10 +30,11 @@ def run(main: Callable[..., Any]) -> Any:
 
     An error that Thaw itself raised about the user's input is printed without a traceback, and the exit status is 1. An
     error from inside a library keeps its traceback: it may be a fault of ours. What the terminal's encoding can't show,
-    such as a file name's bytes that aren't UTF-8, is printed as escapes.
+    such as a file name's bytes that aren't UTF-8, is printed as escapes, and so is what would steer the terminal.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
+        stream.write = partial(_write_printable, stream.write)
     with stop_signals():
         try:
             return _call(main)
@@ -37,6 +43,11 @@ def run(main: Callable[..., Any]) -> Any:
             sys.stdout.flush()
             sys.stderr.flush()
             leave(stopped.status)
+
+
+def _write_printable(write: Callable[[str], int], text: str) -> int:
+    """Names of files, classes and tensors come from anywhere, and are printed in many places."""
+    return write(printable(text, keep="\n\r\t"))
 
 
 def _call(main: Callable[..., Any]) -> Any:
@@ -56,9 +67,15 @@ def _call(main: Callable[..., Any]) -> Any:
         sys.exit(1)
 
 
+def command(*words: str) -> str:
+    """A command as it is typed on this system's command line."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def printable(text: str, keep: str = "") -> str:
     """`text` with escapes for what no font and no UTF-8 file can hold, bytes of a file name that aren't UTF-8, and for
-    what would steer a terminal, but for what is in `keep`."""
+    what would steer a terminal or turn the direction of writing, but for what is in `keep`."""
     shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    steers = {sign for sign in shown if unicodedata.category(sign) == "Cc"} - set(keep)
-    return "".join(f"\\x{ord(sign):02x}" if sign in steers else sign for sign in shown)
+    steers = {sign for sign in shown if unicodedata.category(sign) in ("Cc", "Zl", "Zp") or sign in DIRECTIONS}
+    escapes = {sign: sign.encode("unicode_escape").decode() for sign in steers - set(keep)}
+    return "".join(escapes.get(sign, sign) for sign in shown)

@@ -132,7 +132,7 @@ class ImageDataset(Dataset):
             return self.transform.resize(self.source.region(index, self.transform))
         except ImageError as error:
             if self.max_bad_fraction is None:
-                remedy = "mend or remove it, and run python txt_annotation.py to make the lists anew"
+                remedy = "mend or remove it; python txt_annotation.py --fix makes lists without such pictures"
                 raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
             self.unreadable[index] = True
             self._check_unreadable()

@@ -28,7 +28,9 @@ def read_strangers(classifier: Classifier, folder: str) -> ImageList:
         raise ValueError(
             "strangers: this classifier rejects nothing; take the best checkpoint of a finished run, and leave raw off"
         )
-    paths = pictures_below(folder, Counter())
+    paths = pictures_below(folder, skipped := Counter())
+    for reason, count in skipped.items():
+        print(f"passed over: {count} {reason} (strangers)")
     if not paths:
         raise ValueError(f"strangers={folder!r}: there are no pictures in it")
     return list_in_memory((0, path) for path in paths)

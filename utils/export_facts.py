@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -37,7 +38,8 @@ OUTPUT_DESCRIPTION = {
 
 MOST_CLASSES = 1_000_000
 MOST_NUMBER = 1e9
-MOST_PIXELS_A_SIDE = 1 << 14
+MOST_INPUT_PIXELS = 1 << 24
+"""Of what a picture is resized to: 4096 x 4096."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ class ExportFacts:
         wrong = [
             name
             for name, fits in {
-                "class_names": _are_names(names),
-                "preprocessing": _is_preprocessing(preprocessing),
+                "class_names": are_names(names),
+                "preprocessing": is_preprocessing(preprocessing),
                 "temperature": _is_number(temperature) and 1e-6 < temperature < 1e6,
                 "provenance": isinstance(provenance, dict) and all(isinstance(v, str) for v in provenance.values()),
                 "model": isinstance(model, dict),
@@ -126,12 +128,19 @@ class ExportFacts:
         return ExportFacts(names, preprocessing, float(temperature), provenance, model)
 
 
-def _are_names(names: Any) -> bool:
+def are_names(names: Any) -> bool:
+    """Whether these can be the names of classes: two or more, each once, and each to be written to a file."""
     fits = isinstance(names, list) and 2 <= len(names) <= MOST_CLASSES
-    return fits and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    fits = fits and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    try:
+        return fits and bool("".join(names).encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return False
 
 
-def _is_preprocessing(values: Preprocessing) -> bool:
+def is_preprocessing(values: Preprocessing) -> bool:
+    """Whether these can be settings of a run, and don't ask for more memory than a picture may take."""
+
     def are(numbers: Any, count: int, kind: type | tuple[type, ...]) -> bool:
         return isinstance(numbers, tuple) and len(numbers) == count and all(type(n) in kind for n in numbers)
 
@@ -141,7 +150,8 @@ def _is_preprocessing(values: Preprocessing) -> bool:
         and type(values.allow_truncated) is bool
         and type(values.letterbox_image) is bool
         and are(values.input_shape, 2, (int,))
-        and all(1 <= side <= MOST_PIXELS_A_SIDE for side in values.input_shape)
+        and all(side >= 1 for side in values.input_shape)
+        and math.prod(values.input_shape) <= MOST_INPUT_PIXELS
         and _is_number(values.eval_crop)
         and 0 < values.eval_crop <= 1
         and values.interpolation in ("bilinear", "bicubic")

@@ -20,6 +20,8 @@ LEAST_SIDE = 224
 MOST_SIDE = 2048
 """large ones are shrunk to this many."""
 
+MOST_BYTES = 240
+"""Of a file's name, so that a number still fits."""
 RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
 """What no file can be called on Windows."""
 
@@ -122,7 +124,8 @@ def folder_names(labels: Sequence[str]) -> dict[str, str]:
         plain = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ") or "_"
         if plain.partition(".")[0].upper() in RESERVED:
             plain = f"_{plain}"
-        while len(os.fsencode(plain)) > 240:
+        plain = plain[:MOST_BYTES]
+        while len(os.fsencode(plain)) > MOST_BYTES:
             plain = plain[:-1]
         names[label] = next(name for name in _numbered(plain) if name.casefold() not in taken)
         taken.add(names[label].casefold())

@@ -9,11 +9,14 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from utils.files import write_whole
 
 NEWLINE, RETURN, SEMICOLON = b"\n\r;"
 MAX_DIGITS = 9
@@ -73,12 +76,17 @@ def write_list(path: str | Path, entries: Iterable[tuple[int, str]]) -> None:
     Raises:
         ValueError: a path has a line break in it, which the format can't hold.
     """
-    Path(path).write_bytes(_format(entries))
+    _write(path, _format(entries))
 
 
 def write_left_out(path: str | Path, reasons: Mapping[str, str]) -> None:
     """Write a line `reason;path` for each path that `reasons` has a reason for."""
-    Path(path).write_bytes(_encode("".join(f"{reason};{_one_line(name)}\n" for name, reason in reasons.items())))
+    _write(path, _encode("".join(f"{reason};{_one_line(name)}\n" for name, reason in reasons.items())))
+
+
+def _write(path: str | Path, content: bytes) -> None:
+    with write_whole(Path(path)) as file:
+        file.write(content)
 
 
 def list_in_memory(entries: Iterable[tuple[int, str]]) -> ImageList:
@@ -245,7 +253,7 @@ def write_classes(path: str | Path, names: Sequence[str]) -> None:
     """
     lines = [f"{_one_line(name)}\n" for name in names]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(_encode("".join(lines)))
+    _write(path, _encode("".join(lines)))
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -259,7 +267,7 @@ def read_classes(path: str | Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no class file {path}: run python txt_annotation.py")
     names = [_decode(line) for _, line in _lines(path)]
-    doubled = sorted({name for name in names if names.count(name) > 1})
+    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
     if doubled:
         raise ValueError(f"{path} names {', '.join(doubled)} twice: every class has one line")
     if len(names) < 2:

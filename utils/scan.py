@@ -45,13 +45,15 @@ def scan_datasets(root: str | Path) -> Scan:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there are folders for other splits and none for training.
+        ValueError: there are folders for other splits and none for training, or no class folders in them.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}: make it and put a folder of pictures per class into it")
     splits = {entry: SPLIT_NAMES[entry.name.lower()] for entry in _folders(root) if _is_split(entry)}
     scan = Scan()
+    if not splits and len(_folders(root)) > 1 and all(entry.name.lower() in SPLIT_NAMES for entry in _folders(root)):
+        raise ValueError(f"the folders in {root} hold no class folders: put the pictures of each class into one there")
     if splits and "train" not in splits.values():
         raise ValueError(
             f"{root} has a folder {next(iter(splits)).name} and none named train: put the classes to train on into one"
@@ -64,7 +66,8 @@ def scan_datasets(root: str | Path) -> Scan:
         for entry, split in splits.items():
             scan_classes(entry, scan, split)
         for entry in others:
-            scan.skipped[entry.name]["folder beside train, val and test"] += 1
+            pictures = len(pictures_below(entry, Counter()))
+            scan.skipped[entry.name]["in a folder beside train, val and test: move it into one of them"] += pictures
         _count_loose(root, scan)
     else:  # class folders; split folders with nothing but the built-in digits in them have made way
         scan_classes(root, scan, "train", besides=set(splits))
