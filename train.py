@@ -7,7 +7,6 @@ The backbone is frozen first and thawed at `freeze_epoch`. What each field means
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
@@ -37,7 +36,7 @@ from utils.finish import calibrate_checkpoint
 from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan_stages
 from utils.lists import ImageList, read_classes, read_first_path, read_list
 from utils.loss import TrainingLoss
-from utils.optim import WeightAverage, batch_scale, build_optimizer
+from utils.optim import WeightAverage, batch_scale, build_optimizer, rate_limits
 from utils.recipe import settle_recipe
 from utils.resume import open_run
 from utils.run import Run, of_size
@@ -98,6 +97,8 @@ def main(
     """
     if group_regex and not cross_validate:
         raise ValueError("group_regex: that is for cross_validate here; for one split give it to txt_annotation.py")
+    if cross_validate and (summary or find_lr):
+        raise ValueError("cross_validate: that trains; give it without summary and find_lr")
     device = pick_device(config.device)
     asked = config
     if config.recipe == "auto":
@@ -123,10 +124,11 @@ def main(
         return
     run = open_or_begin(config, asked, data, device, precision)
     train_stages(run, stages, data)
-    elsewhere = "" if config.save_dir == TrainConfig.save_dir else f" --model-path {shlex.quote(str(run.folder))}"
+    elsewhere = [] if config.save_dir == TrainConfig.save_dir else ["--model-path", str(run.folder)]
     example = read_first_path("cls_test.txt") or data.val_images.path(0)
-    print(f"done, the run is in {run.folder}. Next:\n  python eval.py{elsewhere}")
-    print(f"  python predict.py{elsewhere} {shlex.quote(example)}")
+    print(f"done, the run is in {run.folder}. Next:")
+    for words in (["eval.py", *elsewhere], ["predict.py", *elsewhere, example]):
+        print(f"  {cli.command('python', *words)}")
 
 
 def open_or_begin(config: TrainConfig, asked: TrainConfig, data: Data, device: torch.device, precision: str) -> Run:
@@ -135,12 +137,12 @@ def open_or_begin(config: TrainConfig, asked: TrainConfig, data: Data, device: t
     folder = open_run(config, data.class_names, lists, asked)
     try:
         config, model, origin = make_model(config, data.class_names, folder.checkpoint)
+        network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
+        trainer = make_trainer(config, network, precision, data, folder.checkpoint)
+        return Run(config, model, trainer, data.class_names, lists, folder, origin)
     except BaseException:
         folder.discard_if_new()
         raise
-    network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
-    trainer = make_trainer(config, network, precision, data, folder.checkpoint)
-    return Run(config, model, trainer, data.class_names, lists, folder, origin)
 
 
 def draw_network(config: TrainConfig, num_classes: int) -> FreezableNetwork:
@@ -220,6 +222,8 @@ def find_weights(config: TrainConfig) -> Weights | None:
     """The weights that a new run starts from; None: random ones."""
     of_vit = config.backbone in SIZES
     if config.model_path:
+        if config.pretrained:
+            print(f"pretrained: {config.pretrained} -> False, for model_path says which weights to start from")
         return read_weights(config.model_path, of_vit)
     if config.pretrained:
         return read_weights(find_pretrained(config.backbone, config.pretrained), of_vit)
@@ -251,20 +255,28 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     from utils.plots import plot_range_test  # brings matplotlib
 
     config, model, _ = make_model(config, data.class_names)
-    model.resize(stage.input_shape)
     network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
+    if config.head_init == "probe":
+        from utils.probe import init_head
+
+        small = of_size(config, model)
+        init_head(model, FeatureCache(network, small, device, precision), *make_datasets(data, small), small)
+    model.resize(stage.input_shape)
     trainer = make_trainer(config, network, precision, data)
     stage.freeze(model)
     train_set, _ = make_datasets(data, config)
     loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
     found = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
+    _, highest = rate_limits(config.optimizer_type, model.transformer)
+    suggestion = min(found.suggestion, highest)
     path = Path(config.save_dir, "learning_rates.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    plot_range_test(found.rates, found.losses, found.suggestion).savefig(path)
-    init_lr = found.suggestion / batch_scale(stage.batch_size, model.transformer)
+    plot_range_test(found.rates, found.losses, suggestion).savefig(path)
+    init_lr = suggestion / batch_scale(stage.batch_size, model.transformer)
+    limited = f" (the most that {config.optimizer_type} is let take is {highest:.0e})" if suggestion == highest else ""
     print(
-        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} pictures: "
-        f"init_lr={init_lr:.1e}; see {path}"
+        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} pictures"
+        f"{limited}: init_lr={init_lr:.1e}; see {path}"
     )
 
 
@@ -278,10 +290,10 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
     """
     config, model, trainer = run.config, run.model, run.trainer
     network = trainer.network
-    if config.cache_images:  # of all sizes now: a full disk is no news for later
-        for shape in dict.fromkeys(config.epoch_shapes[run.epoch :]):
-            open_cache(data.train_images, dataclasses.replace(config, input_shape=shape))
     with closing(run), save_when_stopped(run):
+        if config.cache_images:  # of all sizes now: a full disk is no news for later
+            for shape in dict.fromkeys(config.epoch_shapes[run.epoch :]):
+                open_cache(data.train_images, dataclasses.replace(config, input_shape=shape))
         train_set, val_set, cache = pictures = make_pictures(run, network, data)
         if run.new:
             begin(run, *pictures)
@@ -298,6 +310,8 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
                 for new, old in zip((train_set, val_set), before, strict=True):
                     new.take_account(old)
             stage.freeze(model)
+            if trainer.average:
+                trainer.average.settle_frozen(model.frozen_state())
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.take_up(optimizer, stage)
             trainer.network, loader, val_loader = feed(stage, network, cache, train_set, val_set)

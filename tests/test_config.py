@@ -66,13 +66,9 @@ def test_a_value_that_cannot_work_is_named(field, value):
     assert len(str(error.value).partition(": ")[2]) > 10, "no remedy"
 
 
-def test_two_places_to_start_from():
-    with pytest.raises(ValueError, match=r"pretrained.*model_path"):
-        TrainConfig(pretrained=True, model_path="x")
-
-
 def test_lists_pass_for_tuples_and_whole_numbers_for_floats():
-    assert TrainConfig(input_shape=[32, 64], weight_decay=0).as_dict()["input_shape"] == [32, 64]
+    assert TrainConfig(input_shape=[32, 64], weight_decay=0) == TrainConfig(input_shape=(32, 64), weight_decay=0.0)
+    assert StageConfig(2, "all", input_shape=[8, 8]) == StageConfig(2, "all", input_shape=(8, 8))
 
 
 def test_every_field_has_a_docstring():
@@ -125,6 +121,14 @@ def test_a_small_set_makes_a_smaller_batch_and_says_so(capsys):
     frozen, thawed = stages_of(num_pictures=20)
     assert (frozen.batch_size, thawed.batch_size) == (20, 16)
     assert "batch size: 64 -> 20" in capsys.readouterr().out
+
+
+def test_a_rate_beyond_the_limits_is_said(capsys):
+    stages_of(init_lr=1e-3)
+    assert "limit" not in capsys.readouterr().out
+    frozen, _ = stages_of(init_lr=1.0)
+    assert "init_lr: 1 is 0.25 a step of 64 pictures -> 0.001, the limit for adamw" in capsys.readouterr().out
+    assert frozen.init_lr == 1e-3
 
 
 def test_one_schedule_over_both_stages():

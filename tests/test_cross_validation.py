@@ -15,6 +15,12 @@ from utils.cross_validation import assign_folds, cross_validate
 from utils.lists import ImageList, list_in_memory
 
 
+def test_it_is_no_summary():
+    for other in ("summary", "find_lr"):
+        with pytest.raises(ValueError, match="cross_validate: that trains"):
+            train.main(TrainConfig(**SMALL), cross_validate=3, **{other: True})
+
+
 @pytest.fixture
 def noise(tmp_path, monkeypatch) -> ImageList:
     """Sixty pictures of noise in two classes, 40 and 20, of patients 0 to 19, three pictures each."""

@@ -22,6 +22,14 @@ def test_precision_follows_the_processor(monkeypatch, machine, has, auto, bf16):
     assert choose_precision("fp32", CPU)[0] == "fp32"
 
 
+def test_a_torch_without_that_library_has_no_bf16(monkeypatch):
+    """As torch for macOS is built."""
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
+    assert choose_precision("auto", CPU)[0] == "fp32"
+
+
 @pytest.mark.parametrize(
     ("capability", "has_bf16", "expected"), [((9, 0), True, "bf16"), ((7, 5), False, "fp16"), ((6, 1), False, "fp32")]
 )

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,6 +317,26 @@ def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_n
     assert len(told) == 2
     wanted = "attention: out of memory at step 1: batches of 7 pictures are now worked through in 4 parts"
     assert told[1].startswith(wanted)
+
+
+def test_what_is_left_out_leaves_no_trace_in_batch_norms_and_figures():
+    """Pictures that are no numbers, between others, of a network that takes up statistics as it computes."""
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))
+    trainer = Trainer(own, CPU, "fp32", 1, on_nan="skip")
+    good = [(torch.rand(6, 3, 2, 2), torch.arange(6) % 3) for _ in range(3)]
+    bad = (torch.full((6, 3, 2, 2), math.nan), torch.arange(6) % 3)
+    optimizer = torch.optim.SGD([{"params": own.parameters(), "lr_scale": 1.0}], 0.0)
+    numbers = trainer.train_epoch(Batches([good[0], bad, *good[1:]]), optimizer, 0, lambda epoch: 0.0)
+    other = nn.BatchNorm1d(12)
+    for pixels, _ in good:
+        other(pixels.flatten(1))
+    for name, buffer in other.named_buffers():
+        assert torch.equal(own[1].get_buffer(name), buffer), name
+    assert numbers["skipped"] == 1
+    with torch.no_grad():
+        hits = sum((own.train()(x).argmax(1) == y).sum().item() for x, y in good)
+    assert numbers["top1"] == pytest.approx(hits / 18)
 
 
 def test_no_memory_for_a_single_picture():

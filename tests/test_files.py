@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from utils import files
 from utils.files import PARTIAL, write_whole
 
 
@@ -37,6 +38,30 @@ def test_bytes_then_name_then_folder_go_to_the_disk(here, monkeypatch):
     with write_whole(Path("a")) as file:
         file.write(b"x")
     assert order == ["file", "name", "folder"]
+
+
+def test_windows_is_asked_again(here, monkeypatch):
+    """Where a reader keeps a file from being replaced for a moment, or for good."""
+
+    class Windows:
+        name = "nt"
+        attempts = 0
+
+        def replace(self, source, target):
+            self.attempts += 1
+            if self.attempts < 3:
+                raise PermissionError(13, "Access is denied")
+            os.replace(source, target)
+
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
+    Path("new").write_text("new")
+    monkeypatch.setattr(files, "os", Windows())
+    files._replace(Path("new"), Path("a"))
+    assert Path("a").read_text() == "new"
+    files.os.attempts = -9
+    with pytest.raises(PermissionError):
+        files._replace(Path("a"), Path("b"))
+    assert files.os.attempts == -6
 
 
 def test_others_may_read_it_as_the_umask_says(here):

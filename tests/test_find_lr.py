@@ -37,6 +37,20 @@ def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
 
 
+def test_a_suggestion_is_one_that_would_be_trained_with(two_classes, monkeypatch, capsys):
+    from utils import find_lr
+
+    monkeypatch.setattr(find_lr, "suggest", lambda rates, losses: 0.5)
+    train.main(TrainConfig(**SMALL), find_lr=True)
+    assert "(the most that adamw is let take is 1e-03): init_lr=4.3e-02" in capsys.readouterr().out
+
+
+def test_the_head_begins_as_in_training(two_classes, monkeypatch, capsys):
+    train.main(TrainConfig(**SMALL, head_init="probe"), find_lr=True)
+    told = capsys.readouterr().out
+    assert told.index("head_init: logistic regression") < told.index("the loss falls fastest")
+
+
 def test_it_ends_where_the_loss_grows(two_classes, monkeypatch):
     """At rates that break the network no step is lost on more, and NaN is no answer."""
     from utils import find_lr

@@ -259,6 +259,15 @@ def test_the_probes_features_and_those_of_the_stage_stay_side_by_side(two_classe
     assert len(computed) == 3  # one view of the validation pictures serves both
 
 
+def test_a_run_that_goes_on_finds_its_features(two_classes, computed):
+    """Its settings come from a file then, but are the same."""
+    config = cached_run(save_period=1)
+    write_back(next(Path("logs").iterdir()), epoch=2)
+    before = len(computed)
+    train.main(config)
+    assert len(computed) == before > 0
+
+
 def test_nothing_is_opened_in_a_stage_that_is_over(two_classes, capsys, computed):
     """A resumed run goes straight to where it was."""
     config = cached_run(unfreeze_epoch=5)

@@ -53,6 +53,20 @@ def test_what_does_not_decay():
     assert names_in(model, undecayed) == kept
 
 
+def test_learned_tokens_and_positions_of_others_do_not_decay():
+    """timm says of its networks what shouldn't; of registers and torchvision's Swin the papers' code does."""
+    registers = build_model("vit_xs_4", 3, (8, 8), num_registers=2)
+    undecayed = min(parameter_groups(registers, 0.1), key=lambda group: group["weight_decay"])
+    assert "reg_token" in names_in(registers, undecayed)
+    for name in ("swin_transformer_tiny", "timm/swin_tiny_patch4_window7_224"):
+        swin = build_model(name, 3, (224, 224))
+        undecayed = min(parameter_groups(swin, 0.1), key=lambda group: group["weight_decay"])
+        tables = {n for n, _ in swin.named_parameters() if n.endswith("relative_position_bias_table")}
+        assert tables and tables <= names_in(swin, undecayed)
+        if name.startswith("timm/"):
+            assert {f"network.{n}" for n in swin.network.no_weight_decay()} <= names_in(swin, undecayed)
+
+
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "muon"])
 def test_weight_decay_really_applies(kind):
     def after_a_step(weight_decay):
@@ -230,17 +244,23 @@ def test_layer_decay_is_that_of_timm():
 
 
 def test_the_average_is_that_of_torch():
-    """Against its AveragedModel, with the warm-up of the decay written out, over a frozen and a thawed part."""
+    """Against its AveragedModel, with the warm-up of the decay written out, over a frozen and a thawed part and the
+    statistics of a batch norm."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.BatchNorm1d(2))
     model[0].requires_grad_(False)
     average = WeightAverage(model, 0.6)
+    average.settle_frozen(["0.weight", "0.bias"])
     step = 0
-    peer = AveragedModel(
-        model, avg_fn=lambda mean, new, _: mean + (1 - min(0.6, (1 + step) / (10 + step))) * (new - mean)
-    )
+
+    def mean_of(mean, new, _):
+        share = 1 - min(0.6, (1 + step) / (10 + step))
+        return mean + share * (new - mean) if mean.is_floating_point() else new
+
+    peer = AveragedModel(model, avg_fn=mean_of, use_buffers=True)
     peer.n_averaged.fill_(1)  # else its first update copies
     for _ in range(20):
+        model(torch.randn(5, 3) + step)
         with torch.no_grad():
             for parameter in model[1].parameters():
                 parameter.add_(torch.randn_like(parameter))
@@ -253,7 +273,32 @@ def test_the_average_is_that_of_torch():
     for name, value in peer.module.state_dict().items():
         torch.testing.assert_close(averaged[name], value)
         assert torch.equal(model.state_dict()[name], live[name])
-    assert not torch.equal(averaged["1.weight"], live["1.weight"])
+    for name in ("1.weight", "2.running_mean"):
+        assert not torch.equal(averaged[name], live[name])
+
+
+def test_what_is_frozen_again_is_what_was_evaluated():
+    """A part that was thawed has an average that lags behind its weights; frozen, both are one and don't change."""
+    model = build_model("resnet18", 3, (32, 32))
+    average = WeightAverage(model, 0.9)
+    for step in range(3):
+        with torch.no_grad():
+            model(torch.rand(4, 3, 32, 32))
+            for parameter in model.parameters():
+                parameter.add_(1)
+        average.update(step)
+    averages = {name: tensor.clone() for name, tensor in average.averages.items()}
+    model.freeze_backbone("all")
+    average.settle_frozen(model.frozen_state())
+    assert average.moving == ["head.weight", "head.bias"]
+    average.update(3)
+    with average.in_place():
+        evaluated = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if name in averages and not name.startswith("head"):
+            assert torch.equal(tensor, averages[name]), name
+            assert torch.equal(evaluated[name], averages[name]), name
+    assert not torch.equal(model.head.weight, evaluated["head.weight"])
 
 
 def test_the_average_gives_way_even_when_evaluation_fails():

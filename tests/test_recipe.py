@@ -18,7 +18,7 @@ AUTO = TrainConfig(recipe="auto")
 
 def known(**changes) -> Known:
     values = {"class_counts": np.array([50, 60]), "pretrained": True, "transformer": True}
-    values |= {"parameters": 22_000_000, "on_cpu": True}
+    values |= {"layers": 14, "parameters": 22_000_000, "on_cpu": True}
     return Known(**values | changes)
 
 
@@ -79,6 +79,23 @@ def test_a_field_is_kept_at_its_default():
         TrainConfig(keep=("learning_rate",))
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+@pytest.mark.parametrize("own", [{}, {"unfreeze_epoch": 7}])
+def test_freezing_can_be_kept(pretrained, own):
+    """As `TrainConfig.keep` says: both epochs are then chosen together, unless set."""
+    kept = apply_recipe(dataclasses.replace(AUTO, keep=("freeze_train",), **own), known(pretrained=pretrained))
+    assert kept.freeze_train
+    assert kept.freeze_epoch == kept.unfreeze_epoch // 5
+    set_too = apply_recipe(dataclasses.replace(AUTO, keep=("freeze_train",), freeze_epoch=2, **own), known())
+    assert set_too.freeze_epoch == 2
+
+
+def test_a_backbone_of_one_piece_has_no_layers_to_slow_down():
+    """As most of timm's transformers are; the high rate goes with the slowing down."""
+    whole = apply_recipe(AUTO, known(layers=1))
+    assert (whole.layer_decay, whole.init_lr) == (1.0, TrainConfig.init_lr)
+
+
 def test_stages_of_ones_own_stay():
     stages = (StageConfig(2, "all"), StageConfig(3, "nothing"))
     config = apply_recipe(dataclasses.replace(AUTO, stages=stages), known())
@@ -99,7 +116,25 @@ def test_a_run_by_recipe_goes_on_by_the_same_command(two_classes, capsys, monkey
     train.main(config)
     assert len(load_checkpoint(only_run() / LAST)["history"]) == 2
     assert "recipe: as it was chosen when the run began: " in capsys.readouterr().out
+    train.main(dataclasses.replace(config, resume=str(only_run() / LAST)))  # finished, and nothing is chosen anew
+    assert "recipe: unfreeze_batch_size" not in capsys.readouterr().out
     train.main(config)  # that one is finished: another begins, by what is known now
     assert len(list(Path("logs").iterdir())) == 2
     newest = max(Path("logs").iterdir(), key=lambda run: run.stat().st_mtime)
     assert load_checkpoint(newest / LAST)["config"]["unfreeze_batch_size"] == 128
+
+
+def test_what_was_chosen_for_other_classes_is_not_taken_up(two_classes, capsys):
+    fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
+    config = TrainConfig(**fixed, recipe="auto", unfreeze_epoch=2, save_period=1)
+    train.main(config)
+    write_back(only_run(), 1)
+    for path in ("cls_train.txt", "cls_val.txt", "cls_test.txt", "model_data/cls_classes.txt"):
+        Path(path).unlink()
+    (two_classes / "train/dark").rename(two_classes / "train/gloomy")
+    (two_classes / "test/dark").rename(two_classes / "test/gloomy")
+    capsys.readouterr()
+    train.main(config)
+    told = capsys.readouterr().out
+    assert "as it was chosen when the run began" not in told and "isn't finished, but has other classes" in told
+    assert len(list(Path("logs").iterdir())) == 2

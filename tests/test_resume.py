@@ -17,6 +17,7 @@ from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.lists import compare_lists, list_in_memory, read_list, write_list
 from utils.lock import FolderLock, InUse
+from utils.resume import remove_strays
 
 
 def runs() -> list[Path]:
@@ -50,11 +51,15 @@ def test_a_finished_run_is_not_gone_on_with(cut_off):
 
 
 @pytest.mark.parametrize("changed", [{"seed": 5}, {"weight_decay": 0.1}, {"resume": "no"}, {"model_path": "w.pth"}])
-def test_other_settings_are_another_run(cut_off, changed):
+def test_other_settings_are_another_run(cut_off, changed, capsys):
     shutil.copy(cut_off / LAST, "w.pth")
     before = (cut_off / LAST).read_bytes()
     train.main(TrainConfig(**SMALL | changed))
-    assert len(runs()) == 2
+    told = capsys.readouterr().out
+    new = (set(runs()) - {cut_off}).pop()
+    assert f"a new run, in {new}" in told
+    (name,) = changed
+    assert (f"{cut_off} isn't finished; it would go on with its own settings, {name}=" in told) == (name != "resume")
     assert (cut_off / LAST).read_bytes() == before
 
 
@@ -119,11 +124,62 @@ def test_lists_in_another_order_are_said_to_be():
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_in_its_folder(cut_off):
-    for path in cut_off.glob("*.pth"):
-        path.unlink()
+    made_at_once = {"config.json", "train_list.txt", "val_list.txt", lock.LOCK_FILE}
+    for path in cut_off.iterdir():
+        if path.name not in made_at_once and not path.name.startswith("events."):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     train.main(TrainConfig(**SMALL))
     assert runs() == [cut_off]
     assert load_checkpoint(cut_off / LAST)["finished"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_whose_checkpoints_were_put_away_is_left_alone(cut_off, monkeypatch, capsys, fails):
+    """Its curves and its report are all that is left here; they are neither replaced nor removed."""
+    for path in cut_off.glob("*.pth"):
+        path.unlink()
+    (cut_off / "report.html").write_text("kept")
+
+    def kept() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in cut_off.glob("*.*") if path.name != lock.LOCK_FILE}
+
+    before = kept()
+    if fails:
+        monkeypatch.setattr(train, "build_model", lambda **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(TrainConfig(**SMALL))
+        assert runs() == [cut_off]
+    else:
+        train.main(TrainConfig(**SMALL))
+        assert len(runs()) == 2
+    assert "has no whole checkpoint" in capsys.readouterr().out
+    assert kept() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="no such links here")
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_a_lock_that_leads_elsewhere_harms_nothing(here, link):
+    """A folder from elsewhere may hold anything under any name, and every start looks for strays in `logs/`."""
+    Path("thesis.txt").write_text("years of work")
+    Path("logs/gift").mkdir(parents=True)
+    link(Path("logs/gift", lock.LOCK_FILE), here / "thesis.txt")
+    remove_strays(Path("logs"))
+    with pytest.raises(OSError):
+        FolderLock(Path("logs/gift"))
+    assert Path("thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_of_ones_own_is_no_lock(here):
+    Path(lock.LOCK_FILE).write_text("my notes")
+    with pytest.raises(OSError, match="a file of your own"):
+        FolderLock(here)
+    assert Path(lock.LOCK_FILE).read_text() == "my notes"
+
+
+def test_a_start_that_fails_gives_the_folder_back(cut_off):
+    with pytest.raises(ValueError, match="seed was"):
+        train.main(TrainConfig(**SMALL | {"resume": str(cut_off), "seed": 3}))
+    train.main(TrainConfig(**SMALL | {"resume": str(cut_off)}))
 
 
 def test_what_killed_runs_left_is_removed(cut_off, capsys):

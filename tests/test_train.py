@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -279,6 +280,14 @@ def test_starting_from_weights(trained, tmp_path, capsys):
     assert torch.equal(model.norm.weight, weights["norm.weight"])
 
 
+def test_weights_of_ones_own_go_before_published_ones(trained, capsys):
+    """As CONFIG has `pretrained` set, and `--model-path` is how training is prolonged."""
+    best = only_run() / BEST
+    _, model, _ = train.make_model(TrainConfig(**SMALL, pretrained=True, model_path=str(best)), NAMES)
+    assert torch.equal(model.norm.weight, load_checkpoint(best)["weights"]["norm.weight"])
+    assert "pretrained: True -> False" in capsys.readouterr().out
+
+
 def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
     checkpoint = load_checkpoint(only_run() / BEST)
     checkpoint["model"]["activation"] = "gelu"
@@ -340,6 +349,9 @@ def test_summary_prints_and_leaves(two_classes, capsys):
     assert f"{sum(p.numel() for p in model.parameters()):,}" in told
     assert "stage 1: epochs 1 to 1, 8 x 8 pixels, frozen: embeddings or stem, and 4 blocks; 4 steps of 8" in told
     assert "stage 2: epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 pictures an epoch; learning" in told
+    # The second stage begins where the cosine of the whole run has fallen to: the rates that are really had.
+    highest = [float(rate) for rate in re.findall(r"learning rate up to ([\d.e-]+), down to", told)]
+    assert highest == pytest.approx([1.25e-4, 8.4e-5], rel=0.05)
     assert "attention: the pictures have" not in told
 
 

@@ -140,7 +140,10 @@ def prune_periodic(folder: Path, keep: int) -> None:
         print(f"attention: {error}; no other checkpoint is deleted")
         return
     for path in surplus:
-        path.unlink()
+        try:
+            path.unlink()
+        except OSError as error:  # on Windows another program may have it open
+            print(f"attention: {path} can't be deleted ({error.strerror}); it is tried again after the next epoch")
 
 
 def find_checkpoint(path: str, name: str = BEST, save_dir: str | Path = "logs") -> Path:

@@ -35,6 +35,7 @@ class StageConfig:
     input_shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        _make_tuples(self)
         for field, remedy in (("epochs", "a whole number from 1 up"), ("batch_size", "a whole number from 1 up")):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
@@ -90,8 +91,8 @@ class TrainConfig:
     is."""
 
     model_path: str = ""
-    """Start from the weights in this file instead: a checkpoint of Thaw, or a file of timm, torchvision, Hugging Face,
-    Google or Meta, which its tensors' names tell. Empty: don't."""
+    """Start from the weights in this file, whatever `pretrained` says: a checkpoint of Thaw, or a file of timm,
+    torchvision, Hugging Face, Google or Meta, which its tensors' names tell. Empty: don't."""
 
     resume: str = "auto"
     """What to go on with. `auto`: the newest run in `save_dir` with these settings that isn't finished, else a new one;
@@ -326,6 +327,8 @@ class TrainConfig:
     """The same seed, config and lists give the same run."""
 
     def __post_init__(self) -> None:
+        _make_tuples(self)
+
         def check(field: str, holds: bool, remedy: str) -> None:
             if not holds:
                 raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
@@ -385,22 +388,20 @@ class TrainConfig:
         check("image_std", self.image_std is None or min(self.image_std) > 0, "give three numbers above 0")
         check("resume", self.resume != "", "give auto, no, or a run's folder")
         check("pretrained", self.pretrained != "", "give True, False, a file, or a name on the Hugging Face hub")
-        check("pretrained", not (self.pretrained and self.model_path), "set either pretrained or model_path, not both")
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:
         """The stages in their order, those of `stages` or the two; none is without epochs, or without input shape."""
         if self.stages:
             return tuple(
-                dataclasses.replace(stage, input_shape=tuple(stage.input_shape or self.input_shape))
-                for stage in self.stages
+                dataclasses.replace(stage, input_shape=stage.input_shape or self.input_shape) for stage in self.stages
             )
         frozen = self.freeze_epoch if self.freeze_train else 0
         both = (
             (frozen, self.freeze_blocks, self.freeze_batch_size),
             (self.unfreeze_epoch - frozen, "nothing", self.unfreeze_batch_size),
         )
-        return tuple(StageConfig(*stage, tuple(self.input_shape)) for stage in both if stage[0])
+        return tuple(StageConfig(*stage, self.input_shape) for stage in both if stage[0])
 
     @property
     def epoch_shapes(self) -> list[tuple[int, int]]:
@@ -432,6 +433,13 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON and checkpoints."""
         return _plain(dataclasses.asdict(self))
+
+
+def _make_tuples(config: StageConfig | TrainConfig) -> None:
+    """Turn the fields that are lists, as JSON has them, into tuples, so that equal settings are equal."""
+    for field in dataclasses.fields(config):
+        if isinstance(value := getattr(config, field.name), list):
+            object.__setattr__(config, field.name, tuple(value))
 
 
 def _plain(value: Any) -> Any:

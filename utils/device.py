@@ -50,7 +50,8 @@ def _has_bf16(device: torch.device) -> bool:
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()  # Arm's BFMMLA, by the library that would use it
+    # Arm's BFMMLA, by the library that would use it, if torch was built with it.
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def tune_kernels(device: torch.device, convolutional: bool) -> None:

@@ -108,6 +108,7 @@ class Trainer:
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
         batch = self.loss.mix(inputs, targets, derive_seed(self.seed, "mix", self.step))
+        statistics = [buffer.clone() for buffer in self.network.buffers()] if self.on_nan == "skip" else []
         while (done := self._accumulate_gradient(batch)) is None:
             optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
@@ -115,6 +116,8 @@ class Trainer:
         loss, hits = done
         if self.on_nan == "skip" and not self._is_finite(loss, optimizer):
             loss, hits = torch.full_like(loss, math.nan), torch.zeros_like(hits)
+            for buffer, before in zip(self.network.buffers(), statistics, strict=True):
+                buffer.copy_(before)  # batch norms have taken up what isn't to be learned from
         else:
             if self.clip_grad:
                 self.scaler.unscale_(optimizer)
@@ -188,8 +191,8 @@ class Trainer:
             after_step: called after each step.
 
         Returns:
-            `loss` and `top1`, means over the epoch (of mixed pictures the class with the larger share counts),
-            `learning_rate`, the last one, and `skipped`, steps left out.
+            `loss` and `top1`, means over the steps of the epoch that weren't left out (of mixed pictures the class with
+            the larger share counts), `learning_rate`, the last one, and `skipped`, steps left out.
 
         Raises:
             NonFiniteLoss: the loss of a step isn't finite, or those of many in a row.
@@ -217,11 +220,12 @@ class Trainer:
                 bar.update()
         last_rate = learning_rate(epoch + (steps - 1) / steps)
         set_learning_rate(optimizer, last_rate)  # as the last step left it, should that have been in an earlier process
+        skipped = int(self.losses.isnan().sum())
         return {
             "loss": self._mean_loss(),
-            "top1": self.hits.sum().item() / (steps * loader.batch_size),
+            "top1": self.hits.sum().item() / max(1, (steps - skipped) * loader.batch_size),
             "learning_rate": last_rate,
-            "skipped": int(self.losses.isnan().sum()),
+            "skipped": skipped,
         }
 
     def _mean_loss(self) -> float:

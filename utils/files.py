@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 PARTIAL = ".partial"
 """Suffix of files that aren't whole yet. One that nobody writes to was left by a killed process and can go."""
+PAUSES = (0.1, 0.2, 0.5, 1, 2, 4)
+"""Seconds between attempts to rename."""
 
 
 @contextmanager
@@ -30,11 +34,34 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         with unfinished.open("x+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+            _sync(file.fileno())
+        _replace(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(PermissionError):  # on Windows, where another program looks at it: it would hide the cause
+            unfinished.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Rename; on Windows, where a program that reads `target` or looks for viruses in `source` is in the way, in
+    several attempts."""
+    for pause in PAUSES if os.name == "nt" else ():
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(pause)
+    return os.replace(source, target)
+
+
+def _sync(descriptor: int) -> None:
+    """Flush a file to the disk; on macOS that takes more than `fsync`, after which the drive may still hold it back."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with suppress(OSError):  # not every file system knows it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

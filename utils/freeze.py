@@ -19,7 +19,7 @@ from utils.config import TrainConfig
 from utils.data import FeatureDataset, ImageDataset, eval_loader, fetch
 from utils.device import DTYPES, autocast
 from utils.files import format_bytes
-from utils.optim import learning_rate_at, scale_learning_rate
+from utils.optim import batch_scale, learning_rate_at, scale_learning_rate
 from utils.transforms import EvalTransform, Preprocessing
 
 
@@ -80,6 +80,12 @@ def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> li
             print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has no more pictures")
         start = stages[-1].end if stages else 0
         rates = scale_learning_rate(config, batch_size, transformer)
+        asked = config.init_lr * batch_scale(batch_size, transformer)
+        if not math.isclose(rates[0], asked):
+            print(
+                f"init_lr: {config.init_lr:g} is {asked:.2g} a step of {batch_size} pictures -> {rates[0]:.2g}, the "
+                f"limit for {config.optimizer_type}"
+            )
         falling = (config.epochs, config.lr_decay_type, config.thaw_warmup if stages else 0)
         trained = (wanted.frozen, batch_size, wanted.input_shape)
         stages.append(Stage(start, start + wanted.epochs, *trained, *rates, *falling))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,8 @@ from nets.freezing import FreezableNetwork
 from utils.config import TrainConfig
 from utils.stop import held
 
-UNDECAYED = ("cls_token", "pos_embed")
+UNDECAYED = ("cls_token", "pos_embed", "reg_token", "relative_position_bias_table")
+"""Last parts of the names of learned tokens and positions: our ViT's, and those of torchvision's and timm's Swins."""
 
 # Of this layout: the batch that `init_lr` is meant for, and the limits of what scaling makes of it.
 REFERENCE_BATCH, REFERENCE_BATCH_TRANSFORMER = 64, 256
@@ -27,7 +28,7 @@ LIMITS_TRANSFORMER = {"sgd": (5e-4, 1e-1), "adam": (1e-5, 1e-3), "muon": (1e-5, 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """The trainable parameters in groups by weight decay and by learning rate, the optimizer's times `lr_scale`.
 
-    Biases, norms, class token and positions don't decay; biases and the scales of norms are the parameters of one
+    Biases, norms, learned tokens and positions don't decay; biases and the scales of norms are the parameters of one
     dimension. Each layer, from the head down to the embeddings, learns `layer_decay` times as fast as the one above
     (Bao et al., "BEiT", 2022, https://arxiv.org/abs/2106.08254).
     """
@@ -115,6 +116,12 @@ def batch_scale(batch_size: int, transformer: bool) -> float:
     return batch_size / (REFERENCE_BATCH_TRANSFORMER if transformer else REFERENCE_BATCH)
 
 
+def rate_limits(optimizer_type: str, transformer: bool) -> tuple[float, float]:
+    """The lowest and the highest `init_lr`, scaled by the batch size, that an optimizer is let have."""
+    limits = LIMITS_TRANSFORMER if transformer else LIMITS
+    return limits["adam" if optimizer_type == "adamw" else optimizer_type]
+
+
 def scale_learning_rate(config: TrainConfig, batch_size: int, transformer: bool) -> tuple[float, float]:
     """`init_lr` and `min_lr` for this batch size: in proportion to it, then kept within the layout's limits.
 
@@ -122,8 +129,7 @@ def scale_learning_rate(config: TrainConfig, batch_size: int, transformer: bool)
     for transformers), 5e-4 to 1e-1 for SGD, and 1e-5 to 1e-2 for Muon, AdamW's part in it included; those of `min_lr`
     are a hundredth of them.
     """
-    limits = LIMITS_TRANSFORMER if transformer else LIMITS
-    low, high = limits["adam" if config.optimizer_type == "adamw" else config.optimizer_type]
+    low, high = rate_limits(config.optimizer_type, transformer)
     scale = batch_scale(batch_size, transformer)
     init_lr = min(max(config.init_lr * scale, low), high)
     min_lr = min(max(config.min_lr * scale, low / 100), high / 100)
@@ -157,7 +163,8 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 
 
 class WeightAverage:
-    """An exponential moving average of a network's parameters (Polyak and Juditsky, 1992), one update a step.
+    """An exponential moving average of a network's parameters (Polyak and Juditsky, 1992), and of its batch norms'
+    statistics, which go with them; one update a step.
 
     Args:
         model: the network, as it starts.
@@ -167,21 +174,31 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.parameters = dict(model.named_parameters())
-        self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        state = model.state_dict(keep_vars=True)
+        self.weights = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        self.averages = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
+        self.moving = list(self.weights)
         self.swapped = False
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take up the parameters after the update number `step`, from 0. Frozen ones haven't changed."""
-        moving = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        """Take up the weights after the update number `step`, from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, parameters = ([tensors[name] for name in moving] for tensors in (self.averages, self.parameters))
-        get_ema_multi_avg_fn(decay)(averages, parameters, None)
+        averages, weights = ([tensors[name] for name in self.moving] for tensors in (self.averages, self.weights))
+        get_ema_multi_avg_fn(decay)(averages, weights, None)
+
+    @torch.no_grad()
+    def settle_frozen(self, frozen: Container[str]) -> None:
+        """From now on the weights of these names don't change: they are set to their averages, so that the others learn
+        beside what they are evaluated with."""
+        for name in self.averages:
+            if name in frozen:
+                self.weights[name].copy_(self.averages[name])
+        self.moving = [name for name in self.averages if name not in frozen]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it, the network has the averages for its parameters."""
+        """Within it, the network has the averages for its weights."""
         try:
             self._swap(True)
             yield
@@ -191,8 +208,8 @@ class WeightAverage:
     def _swap(self, wanted: bool) -> None:
         with held():  # a signal would leave half of them
             if self.swapped != wanted:
-                for name, parameter in self.parameters.items():
-                    parameter.data, self.averages[name] = self.averages[name], parameter.data
+                for name, tensor in self.weights.items():
+                    tensor.data, self.averages[name] = self.averages[name], tensor.data
                 self.swapped = wanted
 
     def resize(self, model: FreezableNetwork, input_shape: Sequence[int]) -> None:

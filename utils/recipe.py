@@ -38,6 +38,7 @@ class Known(NamedTuple):
         class_counts: training pictures of each class.
         pretrained: whether the run starts from weights.
         transformer: whether the network is one.
+        layers: of the network, as `FreezableNetwork.layers` counts them; one if its backbone is one piece.
         parameters: of the network.
         on_cpu: whether it is trained there.
     """
@@ -45,6 +46,7 @@ class Known(NamedTuple):
     class_counts: np.ndarray
     pretrained: bool
     transformer: bool
+    layers: int
     parameters: int
     on_cpu: bool
 
@@ -59,17 +61,19 @@ class Choice(NamedTuple):
 
 def settle_recipe(config: TrainConfig, device: torch.device) -> TrainConfig:
     """`config` with what its recipe chooses: for a run that goes on what it chose then, whatever is known now."""
-    chosen = chosen_before(config)
+    ensure_lists(config)
+    class_names = read_classes(config.classes_path)
+    chosen = chosen_before(config, class_names)
     if chosen is not None:
         print(f"recipe: as it was chosen when the run began: {', '.join(f'{k}={v}' for k, v in chosen.items())}")
         return dataclasses.replace(config, **chosen)
-    ensure_lists(config)
-    images = read_list(config.train_annotation_path, len(read_classes(config.classes_path)))
+    images = read_list(config.train_annotation_path, len(class_names))
     network = draw_model(config.backbone, 2, config.input_shape)
     known = Known(
         class_counts=np.bincount(images.class_ids),
         pretrained=bool(config.pretrained or config.model_path),
         transformer=network.transformer,
+        layers=len(set(network.layers().values())),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         on_cpu=device.type == "cpu",
     )
@@ -81,7 +85,7 @@ def apply_recipe(config: TrainConfig, known: Known) -> TrainConfig:
     and what a list of `stages` says is left to it. `recipe` is then "none": nothing is left to choose."""
     chosen: dict[str, Any] = {"recipe": "none"}
     choose = for_pretrained if known.pretrained else from_scratch
-    for field, value, reason in (*for_all(known, config), *choose(known, config)):
+    for field, value, reason in _with_freezing(config, [*for_all(known, config), *choose(known, config)]):
         if not is_open(config, field):
             if getattr(config, field) != value:
                 print(f"recipe: {field} stays {getattr(config, field)}, as you set it ({value} was due: {reason})")
@@ -92,6 +96,15 @@ def apply_recipe(config: TrainConfig, known: Known) -> TrainConfig:
         chosen["min_lr"] = chosen.get("init_lr", config.init_lr) / 100
         print(f"recipe: min_lr={chosen['min_lr']:.2g}: a hundredth of init_lr")
     return dataclasses.replace(config, **chosen)
+
+
+def _with_freezing(config: TrainConfig, choices: list[Choice]) -> list[Choice]:
+    """The choices, and how long the backbone is frozen where that was wanted."""
+    if config.stages or not config.freeze_train or is_open(config, "freeze_train"):
+        return choices
+    chosen = {choice.field: choice.value for choice in choices}
+    epochs = chosen["unfreeze_epoch"] if is_open(config, "unfreeze_epoch") else config.unfreeze_epoch
+    return [*choices, Choice("freeze_epoch", max(1, epochs // 5), f"a fifth of the {epochs} epochs")]
 
 
 def is_open(config: TrainConfig, field: str) -> bool:
@@ -123,7 +136,7 @@ def for_pretrained(known: Known, config: TrainConfig) -> list[Choice]:
     ]
     if known.on_cpu:
         choices.append(Choice("augmentation", "none", "a short run learns more from pictures as they are"))
-    if known.transformer:
+    if known.transformer and known.layers > 1:
         choices.append(Choice("layer_decay", 0.7, "early layers are good already"))
         if config.optimizer_type == "adamw":
             choices.append(Choice("init_lr", 4e-3, "with early layers slowed down the late ones can be fast"))

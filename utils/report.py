@@ -72,7 +72,10 @@ def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np
     from torch.utils.tensorboard import SummaryWriter
 
     for earlier in (run / EVENTS).glob("events.out.tfevents.*"):
-        earlier.unlink()
+        try:
+            earlier.unlink()
+        except OSError as error:  # on Windows TensorBoard may have it open
+            print(f"attention: {earlier} can't be deleted ({error.strerror}); TensorBoard shows both")
     metrics = evaluation.metrics
     figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
     settings = {

@@ -19,6 +19,8 @@ from utils.lock import LOCK_FILE, FolderLock, InUse
 CONFIG_FILE = "config.json"
 ASKED_FILE = "asked.json"
 """The settings before a recipe chose what they left open."""
+EVENTS = "events.out.tfevents."
+"""What the names of TensorBoard's files begin with."""
 LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
 
 # A run that goes on may have other values of these; all others decide what comes out of it.
@@ -48,7 +50,7 @@ class RunFolder:
     def discard_if_new(self) -> None:
         """Remove the folder of a run that can't begin; one that goes on stays as it is."""
         self.lock.release()
-        if self.checkpoint is None:
+        if self.checkpoint is None and _has_only_a_beginning(self.path):
             shutil.rmtree(self.path)
 
 
@@ -89,9 +91,20 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
                 check_lists(run, config, lists)
                 return run
             print(f"attention: {path} isn't finished, but {'has other classes' if run else 'has no whole checkpoint'}")
+        _say_what_differs(config)
     elif config.resume != "no":
         return _open_given(config, class_names, lists)
     return _begin(config, asked, lists)
+
+
+def _say_what_differs(config: TrainConfig) -> None:
+    """Name the newest run if it isn't finished and other settings keep it from going on: a flag may be forgotten."""
+    newest = next(iter(_newest_first(config.save_dir)), None)
+    if newest is None or _is_finished(newest) or not (then := read_config(newest)):
+        return
+    if changed := changed_fields(then, config):
+        told = ", ".join(f"{name}={then.get(name)!r}" for name in changed)
+        print(f"{newest} isn't finished; it would go on with its own settings, {told}")
 
 
 def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
@@ -101,13 +114,13 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
             f"resume={config.resume!r}: a run goes on from its last checkpoint, so give its folder; to begin a new run "
             f"with the weights of another checkpoint, set model_path"
         )
-    path = path.parent if path.is_file() else path
+    path = _folder_of(config.resume)
     if not path.is_dir() or not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"resume={config.resume!r}: there is no run; give its folder, auto or no")
+    check_config(path, config)
     run = _take_up(path)
     if run is None:
-        raise ValueError(f"resume={config.resume!r}: none of its checkpoints is whole; begin a new run with resume=no")
-    check_config(path, config)
+        raise ValueError(f"resume={config.resume!r}: it has no whole checkpoint; begin a new run with resume=no")
     if not _has_classes(run, class_names):
         raise ValueError(
             f"resume={config.resume!r}: that run has the classes {', '.join(run.checkpoint['class_names'])}, and "
@@ -119,32 +132,48 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
 
 def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
     """The folders in `save_dir` of runs with these settings that are at their end, or aren't, the newest first."""
-    files = Path(config.save_dir).glob(f"*/{CONFIG_FILE}")
-    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        note = read_note(file.parent / LAST)
-        at_its_end = bool(note and note["finished"])
-        if at_its_end == finished and not changed_fields(read_config(file.parent), config):
-            yield file.parent
+    for folder in _newest_first(config.save_dir):
+        if _is_finished(folder) == finished and not changed_fields(read_config(folder), config):
+            yield folder
 
 
-def chosen_before(asked: TrainConfig) -> dict[str, Any] | None:
+def chosen_before(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
     """What a recipe chose for the run that `asked` goes on with, by field; None: for no run yet."""
-    going_on = asked.resume == "auto"
-    files = Path(asked.save_dir).glob(f"*/{ASKED_FILE}") if going_on else [Path(asked.resume, ASKED_FILE)]
-    for folder in sorted((file.parent for file in files), reverse=True):
+    if asked.resume == "no":
+        return None
+    folders = _newest_first(asked.save_dir) if asked.resume == "auto" else [_folder_of(asked.resume)]
+    for folder in folders:
         then, now = read_config(folder, ASKED_FILE), read_config(folder)
-        note = read_note(folder / LAST)
-        finished = bool(note and note["finished"])
-        if then and now and not (going_on and finished) and not changed_fields(then, asked):
+        if not then or not now or changed_fields(then, asked) or (asked.resume == "auto" and _is_finished(folder)):
+            continue
+        found = load_newest(folder)
+        if not found or found[1]["class_names"] == class_names:
             return {name: value for name, value in now.items() if name not in FREE_FIELDS and value != then.get(name)}
     return None
+
+
+def _newest_first(save_dir: str) -> list[Path]:
+    """The folders of runs in `save_dir`, by when they began."""
+    files = Path(save_dir).glob(f"*/{CONFIG_FILE}")
+    return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)]
+
+
+def _is_finished(folder: Path) -> bool:
+    note = read_note(folder / LAST)
+    return bool(note and note["finished"])
+
+
+def _folder_of(resume: str) -> Path:
+    """The run's folder, which may be given by its last checkpoint."""
+    path = Path(resume)
+    return path.parent if path.is_file() else path
 
 
 def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     """The settings that a run was started with; none if they can't be read."""
     try:
         found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -207,10 +236,10 @@ def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
 
 
 def _take_up(path: Path) -> RunFolder | None:
-    """A run that was begun; None if it has checkpoints and none of them is whole."""
+    """A run that was begun; None if it has no whole checkpoint, though it came farther than its beginning."""
     lock = FolderLock(path)
     found = load_newest(path)
-    if found is None and any(path.glob("*.pth")):
+    if found is None and not _has_only_a_beginning(path):
         lock.release()
         return None
     if found and found[0].name != LAST:  # it is the farthest, so it is the last
@@ -222,6 +251,7 @@ def _take_up(path: Path) -> RunFolder | None:
 def _begin(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
     """A new run, whose settings and lists are on the disk before anything else."""
     path = new_run_folder(config.save_dir)
+    print(f"a new run, in {path}")
     lock = FolderLock(path)
     _write_lists(path, lists)
     if asked != config:
@@ -265,7 +295,14 @@ def remove_strays(save_dir: Path) -> None:
         for stray in folder.glob(f"*{PARTIAL}"):
             print(f"{stray}, left half-written by a run that was cut off, is deleted")
             stray.unlink(missing_ok=True)
-        of_beginning = {LOCK_FILE, ASKED_FILE, *LIST_FILES.values()}
-        if folder in not_begun and {path.name for path in folder.iterdir()} <= of_beginning:
+        lock.release()  # before the rest, since Windows deletes no open file
+        if folder in not_begun and _has_only_a_beginning(folder):
             shutil.rmtree(folder)
-        lock.release()
+
+
+def _has_only_a_beginning(folder: Path) -> bool:
+    """Whether there is nothing in a run's folder but what a run makes before its first checkpoint."""
+    made = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, *LIST_FILES.values()}
+    return all(
+        path.name in made or path.name.startswith(EVENTS) or path.name.endswith(PARTIAL) for path in folder.iterdir()
+    )

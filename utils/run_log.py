@@ -34,7 +34,10 @@ class RunLog:
             self._add_scalars(row)
         self.writer.flush()
         for path in older:
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:  # on Windows TensorBoard may have it open
+                print(f"attention: {path} can't be deleted ({error.strerror}); its curves are shown twice")
 
     def _add_scalars(self, row: Row) -> None:
         for name, value in row.items():

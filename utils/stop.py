@@ -14,8 +14,9 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-"""Ctrl-C, the end that a queue or a system's shutdown gives, and a terminal or a connection that is closed."""
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+"""Ctrl-C, the end that a queue or a system's shutdown gives, a terminal or a connection that is closed, and Windows'
+Ctrl-Break."""
 
 
 class Stopped(BaseException):
@@ -102,7 +103,9 @@ def watch_workers() -> None:
 
 def ignore_interrupt(_: int) -> None:
     """For workers: Ctrl-C reaches them too, but it is the main process that decides when they stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def leave(status: int) -> NoReturn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,12 +62,13 @@ def format_stages(stages: list[Stage], num_pictures: int) -> str:
             stage.frozen, f"embeddings or stem, and {stage.frozen} blocks"
         )
         steps, left = divmod(num_pictures, stage.batch_size)
+        highest = max(map(stage.learning_rate, np.linspace(stage.start, stage.end, 1000, endpoint=False)))
         sitting_out = f" ({left} sit out, others each time)" if left else ""
         lines.append(
             f"  stage {number}: epochs {stage.start + 1} to {stage.end}, {stage.input_shape[0]} x "
             f"{stage.input_shape[1]} pixels, frozen: {part}; {steps} steps of "
             f"{stage.batch_size} pictures an epoch{sitting_out}; learning rate "
-            f"up to {stage.init_lr:.3g}, down to {stage.min_lr:.3g}"
+            f"up to {highest:.2g}, down to {stage.learning_rate(stage.end):.2g}"
         )
     return "\n".join(lines)
 

@@ -71,7 +71,7 @@ def test_no_whole_checkpoint_is_an_error(run_copy):
     for path in run_copy.glob("*.pth"):
         path.write_bytes(path.read_bytes()[:-1])
     assert load_newest(run_copy) is None
-    with pytest.raises(ValueError, match="none of its checkpoints is whole"):
+    with pytest.raises(ValueError, match="it has no whole checkpoint"):
         open_run(TrainConfig(**SMALL, resume=str(run_copy)), ["dark", "light"], {})
 
 
@@ -209,6 +209,15 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
                 archive.writestr(name.replace(".pkl", ".PKL") if kind.endswith("capitals") else name, data)
                 if is_pickle and kind.endswith("second pickle"):
                     archive.writestr(name, pickled)
+    elif kind == "lists within lists":
+        lists: list = []
+        for _ in range(60):
+            lists = [lists, lists]
+        torch.save(content | {"format_version": lists, "origin": {"file": lists}}, path)
+    elif kind == "a list in itself":
+        lists = []
+        lists.append(lists)
+        torch.save(content | {"format_version": lists}, path)
     elif kind == "one number for a terabyte":
         huge = torch.zeros(1).expand(1 << 38)
         torch.save(content | {"weights": dict.fromkeys(content["weights"], huge)}, path)
@@ -216,7 +225,7 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
 
 TRAPS = (
     *("at the top", "optimizer", "model", "history", "old format", "tar"),
-    *("zip bomb", "bytearray", "one number for a terabyte"),
+    *("zip bomb", "bytearray", "one number for a terabyte", "lists within lists", "a list in itself"),
     "bytearray in the old format before an archive",
     *("bytearray in the old format", "bytearray, then a second pickle", "bytearray in capitals"),
 )
