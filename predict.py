@@ -19,13 +19,13 @@ from utils import cli
 from utils.calibration import UNKNOWN, Rejection
 from utils.checkpoint import find_checkpoint
 from utils.classifier import BATCH, WEIGHTS_SUFFIX, Classifier, load_classifier
-from utils.cli import printable
 from utils.config import Device
 from utils.images import open_image
 from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
 from utils.onnx_classifier import SUFFIX, OnnxClassifier, is_onnx, open_onnx
 from utils.prediction import Answer, Failure, Prediction, csv_header, shorten, to_bars, to_csv, to_json, to_line, to_row
 from utils.scan import is_demo, pictures_below
+from utils.text import printable
 
 Model = Classifier | OnnxClassifier
 

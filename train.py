@@ -7,43 +7,35 @@ The backbone is frozen first and thawed at `freeze_epoch`. What each field means
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from contextlib import closing
+from typing import Annotated
 
 import torch
 import tyro
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nets import build_model, draw_model, expected_preprocessing
-from nets.backbones import RATES
-from nets.freezing import FreezableNetwork
-from nets.pretrained import find_pretrained
-from nets.vit import SIZES
-from nets.weights import Weights, load_weights, read_weights
 from utils import cli
-from utils.annotation import ensure_lists
-from utils.cache import open_cache
+from utils.build import draw_network, make_model, of_size
+from utils.checkpoint import BEST
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
-from utils.data import FileSource, ImageDataset, balanced_class_weights, eval_loader, train_loader
+from utils.data import ImageDataset, eval_loader, train_loader
 from utils.device import choose_precision, pick_device
-from utils.engine import Trainer
+from utils.engine import make_trainer
+from utils.feature_cache import FeatureCache, ThawedPart
 from utils.finish import calibrate_checkpoint
-from utils.freeze import FeatureCache, Stage, ThawedPart, num_cached_views, plan_stages
-from utils.lists import ImageList, read_classes, read_first_path, read_list
-from utils.loss import TrainingLoss
-from utils.optim import WeightAverage, batch_scale, build_optimizer, rate_limits
+from utils.image_cache import open_cache
+from utils.lists import read_first_path
+from utils.optim import build_optimizer
+from utils.pictures import Data, load_data, make_datasets, report_unreadable
 from utils.recipe import settle_recipe
 from utils.resume import open_run
-from utils.run import Run, of_size
-from utils.seeds import derive_seed
-from utils.stop import Stopped, WorkerDied, received, stop_signals
-from utils.summary import format_config, format_model, format_stages, warn_of_small_input
-from utils.transforms import EvalTransform, Preprocessing, TrainTransform, settle_preprocessing
+from utils.run import Run
+from utils.stages import Stage, num_cached_views, plan_stages
+from utils.stop import stop_signals
+from utils.summary import format_config, format_model, format_stages
+from utils.transforms import Preprocessing
 
 # As it stands, for the built-in handwritten digits: the network in model_data/, which has seen aeroplanes and cats,
 # learns to read in a minute or two of two cores.
@@ -120,6 +112,8 @@ def main(
     if summary:
         return
     if find_lr:
+        from utils.find_lr import suggest_learning_rate  # brings scikit-learn and matplotlib
+
         suggest_learning_rate(config, data, stages[-1], device, precision)
         return
     run = open_or_begin(config, asked, data, device, precision)
@@ -137,147 +131,12 @@ def open_or_begin(config: TrainConfig, asked: TrainConfig, data: Data, device: t
     folder = open_run(config, data.class_names, lists, asked)
     try:
         config, model, origin = make_model(config, data.class_names, folder.checkpoint)
-        network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
-        trainer = make_trainer(config, network, precision, data, folder.checkpoint)
+        network = pixel_network(model, Preprocessing.of(config), device)
+        trainer = make_trainer(config, network, precision, data.train_images.class_ids, folder.checkpoint)
         return Run(config, model, trainer, data.class_names, lists, folder, origin)
     except BaseException:
         folder.discard_if_new()
         raise
-
-
-def draw_network(config: TrainConfig, num_classes: int) -> FreezableNetwork:
-    """The network without its weights, on the meta device: nothing is computed, but what can't be built or frozen
-    like that is a ValueError."""
-    options = {} if config.activation == "auto" else {"activation": config.activation}
-    model = draw_model(config.backbone, num_classes, config.input_shape, **options)
-    if config.optimizer_type == "muon" and not model.transformer:
-        raise ValueError(
-            f"optimizer_type='muon': that is for transformers, and {config.backbone} is none; give another"
-        )
-    for stage in config.all_stages:
-        if stage.input_shape != config.input_shape:
-            draw_model(config.backbone, num_classes, stage.input_shape, **options).resize(config.input_shape)
-        if stage.frozen != "nothing":
-            model.freeze_backbone(stage.frozen)
-    return model
-
-
-class Data(NamedTuple):
-    """What the lists say."""
-
-    class_names: list[str]
-    train_images: ImageList
-    val_images: ImageList
-
-
-def load_data(config: TrainConfig) -> Data:
-    """Read the lists; make them first where that is clearly wanted."""
-    ensure_lists(config)
-    class_names = read_classes(config.classes_path)
-    train_images = read_list(config.train_annotation_path, len(class_names))
-    val_images = read_list(config.val_annotation_path, len(class_names))
-    print(f"{len(train_images)} training and {len(val_images)} validation pictures, {len(class_names)} classes")
-    warn_of_small_input(train_images, config.input_shape, config.max_pixels)
-    return Data(class_names, train_images, val_images)
-
-
-class Beginning(NamedTuple):
-    """What a run begins with, or goes on with: the settings, with what they left open of the preprocessing; the
-    network; and where its weights were from, see `nets.weights.Weights.origin`."""
-
-    config: TrainConfig
-    model: FreezableNetwork
-    origin: Mapping[str, str]
-
-
-def make_model(config: TrainConfig, class_names: list[str], resumed: dict[str, Any] | None = None) -> Beginning:
-    """The network with the weights that the run starts from, random ones if there are none, or with those of the
-    checkpoint that it goes on from; and what follows from them."""
-    weights = None if resumed else find_weights(config)
-    expected = expected_preprocessing(config.backbone) | dict(weights.preprocessing) if weights else {}
-    settled = settle_preprocessing(config, resumed["preprocessing"] if resumed else expected)
-    for name in expected:
-        if getattr(settled, name) != getattr(config, name):
-            print(f"{name}: {getattr(settled, name)}, as the weights expect")
-    input_shape = config.all_stages[0].input_shape
-    arguments = {"name": config.backbone, "num_classes": len(class_names), "input_shape": input_shape}
-    arguments |= weights.variant if weights else {}
-    arguments |= {} if config.activation == "auto" else {"activation": config.activation}
-    rates = {rate: getattr(config, rate) for rate in RATES}
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    model = build_model(**(resumed["model"] if resumed else arguments), **rates)
-    for rate in model.ignored_rates:
-        if rates[rate]:
-            print(f"{rate}: {rates[rate]} -> 0, {config.backbone} has no place for it")
-    if resumed:
-        model.load_state_dict(resumed["weights_in_training"] or resumed["weights"])
-        return Beginning(settled, model, resumed["origin"])
-    if weights:
-        load_weights(model, weights, class_names)
-        return Beginning(settled, model, weights.origin)
-    return Beginning(settled, model, {})
-
-
-def find_weights(config: TrainConfig) -> Weights | None:
-    """The weights that a new run starts from; None: random ones."""
-    of_vit = config.backbone in SIZES
-    if config.model_path:
-        if config.pretrained:
-            print(f"pretrained: {config.pretrained} -> False, for model_path says which weights to start from")
-        return read_weights(config.model_path, of_vit)
-    if config.pretrained:
-        return read_weights(find_pretrained(config.backbone, config.pretrained), of_vit)
-    if config.all_stages[0].frozen != "nothing":
-        print("attention: freeze_train without pretrained weights freezes a backbone that has learned nothing yet")
-    return None
-
-
-def make_trainer(
-    config: TrainConfig, network: nn.Module, precision: str, data: Data, resumed: dict[str, Any] | None = None
-) -> Trainer:
-    """What trains `network`, with the loss and the average of the weights that `config` asks for."""
-    weights, average = None, None
-    if config.class_weights == "balanced":
-        weights = balanced_class_weights(data.train_images.class_ids, len(data.class_names))
-    loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix)
-    _, model = network
-    if config.ema_decay:
-        average = WeightAverage(model, config.ema_decay)
-        if resumed:
-            average.load(resumed["weights"])
-    device = next(model.parameters()).device
-    return Trainer(network, device, precision, config.seed, loss, average, config.on_nan, config.clip_grad)
-
-
-def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device: torch.device, precision: str) -> None:
-    """Print the `init_lr` at which the loss falls fastest in `stage`, and plot how it falls at others."""
-    from utils.find_lr import run_range_test
-    from utils.plots import plot_range_test  # brings matplotlib
-
-    config, model, _ = make_model(config, data.class_names)
-    network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), device)
-    if config.head_init == "probe":
-        from utils.probe import init_head
-
-        small = of_size(config, model)
-        init_head(model, FeatureCache(network, small, device, precision), *make_datasets(data, small), small)
-    model.resize(stage.input_shape)
-    trainer = make_trainer(config, network, precision, data)
-    stage.freeze(model)
-    train_set, _ = make_datasets(data, config)
-    loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
-    found = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
-    _, highest = rate_limits(config.optimizer_type, model.transformer)
-    suggestion = min(found.suggestion, highest)
-    path = Path(config.save_dir, "learning_rates.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot_range_test(found.rates, found.losses, suggestion).savefig(path)
-    init_lr = suggestion / batch_scale(stage.batch_size, model.transformer)
-    limited = f" (the most that {config.optimizer_type} is let take is {highest:.0e})" if suggestion == highest else ""
-    print(
-        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} pictures"
-        f"{limited}: init_lr={init_lr:.1e}; see {path}"
-    )
 
 
 def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
@@ -290,14 +149,15 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
     """
     config, model, trainer = run.config, run.model, run.trainer
     network = trainer.network
-    with closing(run), save_when_stopped(run):
+    with closing(run), run.saved_when_stopped():
         if config.cache_images:  # of all sizes now: a full disk is no news for later
             for shape in dict.fromkeys(config.epoch_shapes[run.epoch :]):
                 open_cache(data.train_images, dataclasses.replace(config, input_shape=shape))
-        train_set, val_set, cache = pictures = make_pictures(run, network, data)
+        train_set, val_set, cache = make_pictures(run, network, data)
         if run.new:
-            begin(run, *pictures)
-        run.log.log_pictures(network, next(iter(train_loader(train_set, min(16, len(train_set)), 0)))[0])
+            begin(run, train_set, val_set, cache)
+        first_pixels, _ = next(iter(train_loader(train_set, min(16, len(train_set)), num_workers=0)))
+        run.log_pictures(network, first_pixels)
         for stage in stages:
             if run.is_past(stage):
                 continue
@@ -314,14 +174,16 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
                 trainer.average.settle_frozen(model.frozen_state())
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.take_up(optimizer, stage)
-            trainer.network, loader, val_loader = feed(stage, network, cache, train_set, val_set)
+            thawed, loader, val_loader = feed(stage, network, cache, train_set, val_set)
+            trainer.network = thawed
             while not run.is_past(stage):
                 numbers = trainer.train_epoch(loader, optimizer, run.epoch, stage.learning_rate, run.after_step)
                 run.finish_epoch(numbers | trainer.validate(val_loader))
                 report_unreadable(train_set, val_set)
         if run.epoch < config.epochs and not run.finished:
             print(f"the validation loss hasn't fallen for {config.patience} epochs: the run ends here (patience)")
-        run.finish(partial(calibrate_checkpoint, data.train_images, data.val_images, config))
+        if not run.finished:
+            run.finish(calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, config))
 
 
 def begin(run: Run, train_set: ImageDataset, val_set: ImageDataset, cache: FeatureCache) -> None:
@@ -339,16 +201,6 @@ def make_pictures(run: Run, network: nn.Module, data: Data) -> tuple[ImageDatase
     """The pictures, of the size that the network takes now, and what keeps its frozen part's features of them."""
     config = of_size(run.config, run.model)
     return *make_datasets(data, config), FeatureCache(network, config, run.trainer.device, run.trainer.precision)
-
-
-def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
-    """The pictures to train on, augmented, and those to validate on."""
-    preprocessing = Preprocessing.from_dict(config.as_dict())
-    files, val_files = FileSource(data.train_images, preprocessing), FileSource(data.val_images, preprocessing)
-    source = open_cache(data.train_images, config) if config.cache_images else files
-    train_set = ImageDataset(source, TrainTransform(config), config.seed, config.max_bad_fraction)
-    val_set = ImageDataset(val_files, EvalTransform(preprocessing), config.seed, config.max_bad_fraction)
-    return train_set, val_set
 
 
 def feed(
@@ -370,30 +222,6 @@ def feed(
         network = torch.compile(network)
     loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler)
     return network, loader, eval_loader(val_set, stage.batch_size, num_workers)
-
-
-def report_unreadable(*datasets: ImageDataset) -> None:
-    """Name the pictures that couldn't be read and weren't named after an earlier epoch."""
-    for dataset in datasets:
-        if new := dataset.newly_unreadable():
-            shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")
-            print(f"attention: {len(new)} unreadable, others of their class stood in: {shown}")
-
-
-@contextmanager
-def save_when_stopped(run: Run) -> Iterator[None]:
-    """When a run is stopped by a signal, or a worker dies, save it, and print how to go on with it."""
-    try:
-        yield
-    except (Stopped, WorkerDied) as reason:
-        received()
-        if run.finished:
-            print(f"\n{type(reason).__name__}: {run.folder} is finished")
-        elif not run.new:
-            run.save()
-            how = f"--resume {run.folder}" if run.config.resume == "no" else "the same command"
-            print(f"\n{type(reason).__name__}: {run.folder} is saved at step {run.trainer.step}; {how} goes on")
-        raise
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ CONFIG = TrainConfig(activation="gelu")
 
 def thaw(batch_size: int) -> Callable[[], int]:
     """A batch through Thaw's classifier, as `load_classifier` puts it together."""
-    preprocessing = Preprocessing.from_dict(CONFIG.as_dict())
+    preprocessing = Preprocessing.of(CONFIG)
     model = build_model("vit_b_16", CLASSES, CONFIG.input_shape, activation=CONFIG.activation)
     network = cast_products(pixel_network(model, preprocessing, DEVICE), PRECISION).eval()
     names = [str(i) for i in range(CLASSES)]

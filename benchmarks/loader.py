@@ -29,9 +29,9 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from utils.cache import open_cache
 from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset, train_loader
+from utils.image_cache import open_cache
 from utils.images import open_image
 from utils.lists import list_in_memory
 from utils.scan import pictures_below
@@ -58,7 +58,7 @@ class PeerDataset(Dataset):
 
 def thaw_loader(paths: list[str]) -> DataLoader:
     """Thaw's training loader, with its defaults."""
-    source = FileSource(list_in_memory((0, path) for path in paths), Preprocessing.from_dict(CONFIG.as_dict()))
+    source = FileSource(list_in_memory((0, path) for path in paths), Preprocessing.of(CONFIG))
     return train_loader(ImageDataset(source, TrainTransform(CONFIG), seed=0), BATCH, num_workers=0)
 
 

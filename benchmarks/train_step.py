@@ -37,7 +37,7 @@ from utils.config import TrainConfig
 from utils.data import FeatureDataset, train_loader
 from utils.device import DTYPES, autocast
 from utils.engine import Trainer
-from utils.freeze import ThawedPart
+from utils.feature_cache import ThawedPart
 from utils.lists import list_in_memory
 from utils.optim import build_optimizer
 from utils.transforms import Preprocessing
@@ -53,7 +53,7 @@ def thaw(frozen: int | str | None) -> tuple[nn.Module, Trainer, torch.optim.Opti
     model = build_model("vit_b_16", CLASSES, CONFIG.input_shape, activation=CONFIG.activation, **rates)
     if frozen is not None:
         model.freeze_backbone(frozen)
-    network = pixel_network(model, Preprocessing.from_dict(CONFIG.as_dict()), DEVICE)
+    network = pixel_network(model, Preprocessing.of(CONFIG), DEVICE)
     return network, Trainer(network, DEVICE, PRECISION, seed=0), build_optimizer(model, CONFIG, 1e-4)
 
 

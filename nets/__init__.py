@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nets.backbones import RATES, TIMM, TORCHVISION, build_torchvision, published_by_torchvision
-from nets.freezing import FreezableNetwork
+from nets.network import FreezableNetwork
 from nets.vit import SIZES
 from nets.vit import vit as build_vit  # under its own name it would hide the module nets.vit
 
@@ -26,7 +26,7 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
             `norm_eps` and `num_registers` besides, see `nets.vit.vit`.
 
     Returns:
-        A module from pictures (B, 3, height, width) to logits (B, num_classes), see `nets.freezing.FreezableNetwork`.
+        A module from pictures (B, 3, height, width) to logits (B, num_classes), see `nets.network.FreezableNetwork`.
 
     Raises:
         ValueError: the name isn't known, or the network has no such option, or can't take that input shape.

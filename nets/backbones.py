@@ -1,4 +1,4 @@
-"""torchvision's and timm's networks behind the interface of `nets.freezing.FreezableNetwork`.
+"""torchvision's and timm's networks behind the interface of `nets.network.FreezableNetwork`.
 
 A row in `TORCHVISION` is all that another network of torchvision takes; timm's need none.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nets.freezing import FreezableNetwork, Part
+from nets.network import FreezableNetwork, Part
 
 TIMM = "timm/"
 """What the names of timm's networks begin with here."""

@@ -1,4 +1,4 @@
-"""timm's networks, any of them, behind the interface of `nets.freezing.FreezableNetwork`."""
+"""timm's networks, any of them, behind the interface of `nets.network.FreezableNetwork`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nets.backbones import OWN, TIMM, WrappedNetwork
-from nets.freezing import Part
+from nets.network import Part
 
 
 class TimmNetwork(WrappedNetwork):

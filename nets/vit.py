@@ -1,7 +1,7 @@
 """The Vision Transformer.
 
 Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, https://arxiv.org/abs/2010.11929. Parameter names are
-those of timm and of this layout's `vit-patch_16.pth`, so their files load as they are.
+those of timm and of bubbliiiing's `vit-patch_16.pth`, so their files load as they are.
 
 Shape comments: B batch, N tokens, C width of the network, H heads, D = C / H width of a head.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nets.freezing import FreezableNetwork, Part
+from nets.network import FreezableNetwork, Part
 from nets.pretrained import find_pretrained
 from nets.weights import load_weights, read_weights, resample_pos_embed
 
@@ -53,7 +53,7 @@ SIZES: dict[str, Size] = {
     "vit_h_14": Size(patch_size=14, num_features=1280, depth=32, num_heads=16),
 }
 
-# This layout's networks use the tanh approximation; the weights of timm, torchvision and others expect the exact one.
+# bubbliiiing's networks use the tanh approximation; the weights of timm, torchvision and others expect the exact one.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "gelu": nn.GELU,
@@ -366,7 +366,7 @@ def patch_grid(input_shape: Sequence[int], patch_size: int) -> tuple[int, int]:
 
 
 def _init_weights(module: nn.Module) -> None:
-    """As the paper's authors do: truncated normal of 0.02, biases at zero. Norms keep ones and zeros."""
+    """As timm and DeiT do: truncated normal of 0.02, biases at zero. Norms keep ones and zeros."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

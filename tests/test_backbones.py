@@ -17,14 +17,16 @@ from nets.backbones import TORCHVISION
 from nets.timm_networks import published_by_timm
 from nets.weights import load_weights, read_weights
 from tests.conftest import NAMES, SMALL, write_back
+from utils.build import draw_network, make_model
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.classifier import load_classifier, pixel_network
 from utils.config import StageConfig, TrainConfig
 from utils.engine import Trainer
 from utils.explain import explain
-from utils.freeze import FrozenPart, Stage, ThawedPart
+from utils.feature_cache import FrozenPart, ThawedPart
 from utils.lists import read_list
 from utils.optim import build_optimizer
+from utils.stages import Stage
 from utils.transforms import Preprocessing
 
 SIDE = 64
@@ -181,7 +183,7 @@ def test_one_step_frozen_and_one_thawed(name):
     cpu = torch.device("cpu")
     config = TrainConfig(**SMALL | {"backbone": name, "input_shape": (SIDE, SIDE), "layer_decay": 0.8})
     model = build(name, drop_rate=0.1, drop_path_rate=0.1)
-    network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), cpu)
+    network = pixel_network(model, Preprocessing.of(config), cpu)
     pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
     for part in ("all" if name == "timm/test_vit" else 1, "nothing"):
         Stage(0, 1, part, 4, (64, 64), 1e-3, 1e-5, 1, "cos").freeze(model)
@@ -250,12 +252,12 @@ def test_pictures_that_grow_are_for_timms_networks_of_any_size(name, fits):
     stages = (StageConfig(1, "nothing", 8, (160, 160)), StageConfig(1, "nothing"))
     config = TrainConfig(backbone=name, input_shape=(224, 224), stages=stages)
     with pytest.raises(ValueError, match="one input_shape for the whole run") if not fits else nullcontext():
-        train.draw_network(config, 5)
+        draw_network(config, 5)
 
 
 def test_muon_is_for_transformers():
     with pytest.raises(ValueError, match="that is for transformers"):
-        train.draw_network(TrainConfig(backbone="resnet18", optimizer_type="muon"), 5)
+        draw_network(TrainConfig(backbone="resnet18", optimizer_type="muon"), 5)
 
 
 def test_a_timm_network_is_restored_with_what_is_not_saved():
@@ -357,18 +359,18 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     timms = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     torch.save(timms.state_dict(), "vit.pth")
     changes = {"input_shape": (32, 32), "model_path": "resnet18.pth", "backbone": "resnet18"}
-    settled, _, origin = train.make_model(TrainConfig(**SMALL | changes), NAMES)
+    settled, _, origin = make_model(TrainConfig(**SMALL | changes), NAMES)
     assert (settled.image_mean[0], settled.interpolation, settled.eval_crop) == (0.485, "bilinear", 0.875)
     assert origin["file"] == "resnet18.pth" and len(origin["sha256"]) == 64
     changes |= {"model_path": "vit.pth", "backbone": "vit_t_16", "eval_crop": 1.0}
-    settled, model, _ = train.make_model(TrainConfig(**SMALL | changes), NAMES)
+    settled, model, _ = make_model(TrainConfig(**SMALL | changes), NAMES)
     assert (settled.image_mean[0], settled.interpolation, settled.eval_crop) == (0.5, "bicubic", 1.0)
     assert model.arguments["activation"] == "gelu"
     assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
-    _, model, _ = train.make_model(TrainConfig(**SMALL | changes, activation="gelu_tanh"), NAMES)
+    _, model, _ = make_model(TrainConfig(**SMALL | changes, activation="gelu_tanh"), NAMES)
     assert model.arguments["activation"] == "gelu_tanh"
     with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
-        train.make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
+        make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
 
 
 def test_timms_weights_go_to_another_size_as_timm_takes_them_there(here):
@@ -395,13 +397,13 @@ def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
     peer = timm.create_model("test_vit", num_classes=2, img_size=32)
     torch.save(peer.state_dict(), "w.pth")
     config = {"input_shape": (32, 32), "model_path": "w.pth", "backbone": "timm/test_vit"}
-    _, model, _ = train.make_model(TrainConfig(**SMALL | config), NAMES)
+    _, model, _ = make_model(TrainConfig(**SMALL | config), NAMES)
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model.eval()(pixels), peer.eval()(pixels), atol=1e-5, rtol=0)
     ours = build_model("vit_xs_4", 2, (32, 32))
     torch.save({"weights": ours.state_dict(), "model": ours.arguments}, "ours.pth")
     with pytest.raises(ValueError, match="doesn't fit this network"):
-        train.make_model(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), NAMES)
+        make_model(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), NAMES)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import predict
-import train
 from nets.pretrained import BOX, IN_THE_BOX, find_pretrained
+from utils.build import make_model
 from utils.classifier import load_classifier
 from utils.config import TrainConfig
 
@@ -37,7 +37,7 @@ def test_it_names_pictures_before_any_training(here, capsys):
 def test_a_run_starts_from_it(here, capsys):
     assert find_pretrained("vit_xs_4").path == IN_THE_BOX
     config = TrainConfig(backbone="vit_xs_4", input_shape=(32, 32), pretrained=True)
-    settled, model, origin = train.make_model(config, [str(i) for i in range(10)])
+    settled, model, origin = make_model(config, [str(i) for i in range(10)])
     assert "its head of 10 other classes is left out" in capsys.readouterr().out
     assert (settled.eval_crop, Path(origin["file"])) == (1.0, IN_THE_BOX)
     weights = load_classifier(IN_THE_BOX, precision="fp32").network[1].state_dict()

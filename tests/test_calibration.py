@@ -189,14 +189,14 @@ def test_unreadable_pictures_are_left_out_of_calibration(two_classes, capsys):
     broken = [val_images.path(i) for i in np.flatnonzero(val_images.class_ids == 0)] + [train_images.path(3)]
     for path in broken:
         Path(path).write_text("no picture")
-    after = calibrate_checkpoint(train_images, val_images, TrainConfig(**SMALL), run / BEST)
+    after = calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**SMALL))
     assert len(after["correct"]) == len(before["correct"]) - len(broken) + 1
     kept = read_embeddings(run / BEST, Calibration.from_dict(after), 2)
     assert len(kept.images) == len(train_images) - 1
     assert train_images.path(3) not in [kept.images.path(i) for i in range(len(kept.images))]
     for path in (*broken, *(val_images.path(i) for i in range(len(val_images)))):
         Path(path).write_text("no picture")
-    assert calibrate_checkpoint(train_images, val_images, TrainConfig(**SMALL), run / BEST) == {}
+    assert calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**SMALL)) == {}
 
 
 def test_rare_classes_are_drawn_too():

@@ -25,7 +25,7 @@ from utils.seeds import derive_seed
 from utils.transforms import EvalTransform, Preprocessing, TrainTransform
 
 CONFIG = TrainConfig(input_shape=(16, 16))
-PREPROCESSING = Preprocessing.from_dict(CONFIG.as_dict())
+PREPROCESSING = Preprocessing.of(CONFIG)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def network(device=CPU, drop_rate=0.0, **freeze) -> nn.Sequential:
     model = build_model("vit_xs_4", 3, (8, 8), **rates)
     if freeze:
         model.freeze_backbone(**freeze)
-    return pixel_network(model, Preprocessing.from_dict(CONFIG.as_dict()), device)
+    return pixel_network(model, Preprocessing.of(CONFIG), device)
 
 
 def batch(size=6, seed=1):
@@ -254,7 +254,7 @@ def test_evaluation_is_in_the_precision_asked_for(way):
     def logits(precision):
         if way == "loader":
             return compute_logits(own, Batches([(pixels, targets)]), CPU, precision)[0].log_softmax(1)
-        preprocessing = Preprocessing.from_dict(TrainConfig().as_dict())
+        preprocessing = Preprocessing.of(TrainConfig())
         transform = EvalTransform(preprocessing)
         return Classifier(own, preprocessing, transform, ["a", "b", "c"], CPU, precision).probabilities(pixels).log()
 
@@ -278,7 +278,7 @@ def test_the_loss_scaler_is_restored():
 
 
 def test_only_convolutional_networks_have_their_channels_last():
-    preprocessing = Preprocessing.from_dict(CONFIG.as_dict())
+    preprocessing = Preprocessing.of(CONFIG)
     for name, channels_last in (("vit_xs_4", False), ("resnet18", True)):
         model = pixel_network(build_model(name, 2, (8, 8)), preprocessing, CPU)[1]
         weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))

@@ -19,7 +19,7 @@ SHAPE = (32, 48)
 
 
 def make_classifier(model: nn.Module, shape: tuple[int, int] = SHAPE) -> Classifier:
-    preprocessing = Preprocessing.from_dict(TrainConfig(input_shape=shape).as_dict())
+    preprocessing = Preprocessing.of(TrainConfig(input_shape=shape))
     network = pixel_network(model, preprocessing, CPU).eval()
     return Classifier(network, preprocessing, EvalTransform(preprocessing), ["a", "b", "c"], CPU, "fp32")
 

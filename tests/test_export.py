@@ -24,6 +24,7 @@ from tests.conftest import EXPORTS, NAMES, SMALL, write_picture
 from tests.test_eval_predict import run
 from utils import export_check, export_formats
 from utils.annotation import annotate
+from utils.build import make_model
 from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from utils.classifier import Classifier, load_classifier, pixel_network
 from utils.config import TrainConfig
@@ -123,7 +124,7 @@ def test_exported_weights_with_tensors_of_whole_numbers(tmp_path):
     """torchvision's Swin keeps the places of its relative positions among its weights."""
     torch.manual_seed(0)
     model = build_model("swin_transformer_tiny", 2, (32, 32))
-    preprocessing = Preprocessing.from_dict(TrainConfig(input_shape=(32, 32)).as_dict())
+    preprocessing = Preprocessing.of(TrainConfig(input_shape=(32, 32)))
     facts = ExportFacts(NAMES, preprocessing, 1.5, {"precision": "fp16"}, model.arguments)
     of_model = Classifier(
         pixel_network(model, preprocessing, torch.device("cpu")).eval(),
@@ -175,7 +176,7 @@ def test_exported_weights_predict_and_are_what_train_py_starts_from(trained, tmp
     for one, other in zip(*answers, strict=True):
         assert (one["path"], one["label"]) == (other["path"], other["label"])
         assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-2)
-    _, model, _ = train.make_model(TrainConfig(**SMALL, model_path=str(path)), NAMES)
+    _, model, _ = make_model(TrainConfig(**SMALL, model_path=str(path)), NAMES)
     own = load_checkpoint(find_checkpoint(""))["weights"]
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32

@@ -7,8 +7,8 @@ import torch
 from nets import build_model
 from tests.conftest import SMALL
 from utils.config import TrainConfig
-from utils.freeze import plan_stages
 from utils.plots import MOST_CLASSES, arrange_classes, plot_confusion, plot_losses
+from utils.stages import plan_stages
 from utils.summary import count_flops, format_config, format_model
 
 

@@ -13,12 +13,14 @@ from sklearn.preprocessing import StandardScaler
 
 import train
 from tests.conftest import SMALL, write_back
+from utils.build import make_model
 from utils.checkpoint import LAST, load_checkpoint
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FeatureDataset
-from utils.freeze import FeatureCache
+from utils.feature_cache import FeatureCache
 from utils.lists import list_in_memory
+from utils.pictures import load_data, make_datasets
 from utils.probe import INVERSE_PENALTIES, fit_probe, init_head
 from utils.transforms import Preprocessing
 
@@ -116,11 +118,9 @@ def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
         num_workers=0,
         **lists,
     )
-    data = train.load_data(config)
-    config, model, _ = train.make_model(config, names)
-    network = pixel_network(model, Preprocessing.from_dict(config.as_dict()), torch.device("cpu"))
-    init_head(
-        model, FeatureCache(network, config, torch.device("cpu"), "fp32"), *train.make_datasets(data, config), config
-    )
+    data = load_data(config)
+    config, model, _ = make_model(config, names)
+    network = pixel_network(model, Preprocessing.of(config), torch.device("cpu"))
+    init_head(model, FeatureCache(network, config, torch.device("cpu"), "fp32"), *make_datasets(data, config), config)
     top1 = float(capsys.readouterr().out.rsplit("top-1 ")[-1].rstrip("%\n"))
     assert top1 == pytest.approx(68.9, abs=4)

@@ -50,7 +50,7 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
     """An evaluation of `n` pictures, of `files` files, by a network that never saw them: logits are made up."""
     generator = torch.Generator().manual_seed(0)
     config = TrainConfig(input_shape=(16, 16), eval_crop=1.0, freeze_epoch=3, unfreeze_epoch=8)
-    preprocessing = Preprocessing.from_dict(config.as_dict())
+    preprocessing = Preprocessing.of(config)
     model = build_model("vit_xs_4", len(names), (16, 16))
     class_ids = torch.arange(n) % len(names)
     paths = [write_picture(folder / "pictures" / f"<b>{i}&.png", 20 * (i % 12), (20 + i, 16), i) for i in range(files)]

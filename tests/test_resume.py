@@ -145,7 +145,7 @@ def test_a_run_whose_checkpoints_were_put_away_is_left_alone(cut_off, monkeypatc
 
     before = kept()
     if fails:
-        monkeypatch.setattr(train, "build_model", lambda **options: 1 / 0)
+        monkeypatch.setattr("utils.build.build_model", lambda **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.main(TrainConfig(**SMALL))
         assert runs() == [cut_off]

@@ -18,9 +18,10 @@ from nets import build_model
 from tests.conftest import NAMES, SMALL, write_picture, write_two_classes
 from tests.faults.harness import digest
 from utils.annotation import annotate
+from utils.build import make_model
 from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config import StageConfig, TrainConfig
-from utils.engine import NonFiniteLoss
+from utils.engine import NonFiniteLoss, Trainer
 from utils.lists import read_list
 from utils.resume import new_run_folder, open_run
 from utils.transforms import settle_preprocessing
@@ -91,7 +92,7 @@ def test_tensorboard_has_scalars_pictures_and_the_graph(trained):
 def test_frozen_then_thawed(two_classes):
     """In stage 1 the frozen part stays as it was built; in stage 2 it moves."""
     config = TrainConfig(**SMALL | {"save_period": 1})
-    start = {name: value.clone() for name, value in train.make_model(config, NAMES).model.state_dict().items()}
+    start = {name: value.clone() for name, value in make_model(config, NAMES).model.state_dict().items()}
     train.main(config)
     first, second = (load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2))
     for name in start:
@@ -112,7 +113,7 @@ GRADUAL = {
 def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
     """Each part moves from its stage on and not before; a run cut off between any two stages ends like a whole one."""
     config = TrainConfig(**SMALL | GRADUAL)
-    start = {name: value.clone() for name, value in train.make_model(config, NAMES).model.state_dict().items()}
+    start = {name: value.clone() for name, value in make_model(config, NAMES).model.state_dict().items()}
     train.main(config)
     states = [start] + [load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2, 3)]
     thawed_in = {"head.": 0, "blocks.5.": 1, "norm.": 1, "blocks.3.": 2, "patch_embed": 2, "pos_embed": 2}
@@ -254,7 +255,7 @@ def test_resuming_needs_no_pretrained_weights_and_keeps_their_gelu(trained):
     resumed["model"]["activation"] = "gelu"
     resumed["preprocessing"]["interpolation"] = "bicubic"
     config = TrainConfig(**SMALL, pretrained=True)
-    settled, model, _ = train.make_model(config, NAMES, resumed)
+    settled, model, _ = make_model(config, NAMES, resumed)
     assert model.blocks[0].mlp.act.approximate == "none"
     assert settled.interpolation == "bicubic"
     assert all(torch.equal(value, resumed["weights"][name]) for name, value in model.state_dict().items())
@@ -269,12 +270,12 @@ def test_resuming_a_finished_run_does_nothing(trained, capsys):
 
 def test_starting_from_weights(trained, tmp_path, capsys):
     best = only_run() / BEST
-    _, model, _ = train.make_model(TrainConfig(**SMALL, model_path=str(best)), NAMES)
+    _, model, _ = make_model(TrainConfig(**SMALL, model_path=str(best)), NAMES)
     weights = load_checkpoint(best)["weights"]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    train.make_model(TrainConfig(**SMALL, model_path=str(best)), ["a", "b", "c"])
+    make_model(TrainConfig(**SMALL, model_path=str(best)), ["a", "b", "c"])
     assert "head of 2 other classes is left out, ours starts anew with 3" in capsys.readouterr().out
-    _, model, _ = train.make_model(TrainConfig(**SMALL, model_path=str(best)), ["cat", "dog"])
+    _, model, _ = make_model(TrainConfig(**SMALL, model_path=str(best)), ["cat", "dog"])
     assert "head of 2 other classes is left out" in capsys.readouterr().out
     assert not torch.equal(model.head.weight, weights["head.weight"])
     assert torch.equal(model.norm.weight, weights["norm.weight"])
@@ -283,7 +284,7 @@ def test_starting_from_weights(trained, tmp_path, capsys):
 def test_weights_of_ones_own_go_before_published_ones(trained, capsys):
     """As CONFIG has `pretrained` set, and `--model-path` is how training is prolonged."""
     best = only_run() / BEST
-    _, model, _ = train.make_model(TrainConfig(**SMALL, pretrained=True, model_path=str(best)), NAMES)
+    _, model, _ = make_model(TrainConfig(**SMALL, pretrained=True, model_path=str(best)), NAMES)
     assert torch.equal(model.norm.weight, load_checkpoint(best)["weights"]["norm.weight"])
     assert "pretrained: True -> False" in capsys.readouterr().out
 
@@ -292,7 +293,7 @@ def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
     checkpoint = load_checkpoint(only_run() / BEST)
     checkpoint["model"]["activation"] = "gelu"
     torch.save(checkpoint, tmp_path / "w.pth")
-    _, model, _ = train.make_model(TrainConfig(**SMALL, model_path=str(tmp_path / "w.pth")), NAMES)
+    _, model, _ = make_model(TrainConfig(**SMALL, model_path=str(tmp_path / "w.pth")), NAMES)
     assert model.blocks[0].mlp.act.approximate == "none"
 
 
@@ -300,17 +301,15 @@ def test_the_config_reaches_the_network():
     config = TrainConfig(
         **SMALL, drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4, activation="gelu", freeze_train=False
     )
-    block = train.make_model(config, NAMES).model.blocks[-1]
+    block = make_model(config, NAMES).model.blocks[-1]
     assert (block.mlp.drop1.p, block.attn.attn_drop_rate, block.drop_path.drop_rate) == pytest.approx((0.2, 0.3, 0.4))
     assert block.mlp.act.approximate == "none"
     with pytest.raises(ValueError, match="pretrained=True: no weights are published"):
-        train.make_model(TrainConfig(**SMALL | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
+        make_model(TrainConfig(**SMALL | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
 
 
 def test_another_seed_gives_other_weights():
-    one, same, other = (
-        train.make_model(TrainConfig(**SMALL, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2)
-    )
+    one, same, other = (make_model(TrainConfig(**SMALL, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -356,7 +355,7 @@ def test_summary_prints_and_leaves(two_classes, capsys):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, monkeypatch):
-    train_epoch = train.Trainer.train_epoch
+    train_epoch = Trainer.train_epoch
 
     def poison_third(trainer, loader, optimizer, epoch, learning_rate, after_step):
         if epoch == 2:
@@ -364,7 +363,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, 
                 trainer.network[1].head.weight.mul_(math.nan)
         return train_epoch(trainer, loader, optimizer, epoch, learning_rate, after_step)
 
-    monkeypatch.setattr(train.Trainer, "train_epoch", poison_third)
+    monkeypatch.setattr(Trainer, "train_epoch", poison_third)
     with pytest.raises(NonFiniteLoss, match=r"finite at step 11 .*pictures datasets.train"):
         train.main(TrainConfig(**SMALL))
     for name in (BEST, LAST):
@@ -374,9 +373,9 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, 
 
 
 def test_freezing_what_has_learned_nothing_is_warned_about(capsys):
-    train.make_model(TrainConfig(**SMALL), NAMES)
+    make_model(TrainConfig(**SMALL), NAMES)
     assert "freezes a backbone that has learned nothing" in capsys.readouterr().out
-    train.make_model(TrainConfig(**SMALL | {"freeze_train": False}), NAMES)
+    make_model(TrainConfig(**SMALL | {"freeze_train": False}), NAMES)
     assert "learned nothing" not in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from utils.views import Views
 
 
 def preprocessing(**fields) -> Preprocessing:
-    return Preprocessing.from_dict(TrainConfig(**{"input_shape": (8, 8), "eval_crop": 0.5} | fields).as_dict())
+    return Preprocessing.of(TrainConfig(**{"input_shape": (8, 8), "eval_crop": 0.5} | fields))
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 32, 3)).astype(np.uint8)

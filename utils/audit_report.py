@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 
 from utils.audit import Finding, Picture
-from utils.cli import printable
 from utils.fingerprints import Fingerprints
+from utils.text import printable
 
 NAMED = 3
 """Pictures of a finding that the terminal names."""

@@ -16,7 +16,7 @@ FORMAT_VERSION = 4
 LAST = "last_epoch_weights.pth"
 BEST = "best_epoch_weights.pth"
 PERIODIC = re.compile(r"ep(\d+)-loss.*\.pth")
-WHAT_IT_IS: dict[str, type] = {
+MODEL_KEYS: dict[str, type] = {
     "format_version": int,
     "model": dict,
     "weights": dict,
@@ -26,7 +26,7 @@ WHAT_IT_IS: dict[str, type] = {
     "calibration": dict,
     "origin": dict,
 }
-HOW_FAR_IT_IS: dict[str, type] = {
+TRAINING_KEYS: dict[str, type] = {
     "weights_in_training": dict,
     "optimizer": dict,
     "scaler": dict,
@@ -41,7 +41,8 @@ HOW_FAR_IT_IS: dict[str, type] = {
     "lists": dict,
     "arithmetic": dict,
 }
-KEYS = WHAT_IT_IS | HOW_FAR_IT_IS
+KEYS = MODEL_KEYS | TRAINING_KEYS
+"""What a checkpoint holds: what the network is and what goes with it, and how far its training has come."""
 
 
 class SaveError(OSError):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nets import restore_model
 from nets.files import read_header
-from nets.freezing import FreezableNetwork
+from nets.network import FreezableNetwork
 from nets.weights import read_weights
 from utils.calibration import Calibration, Rejection
 from utils.checkpoint import find_checkpoint, load_checkpoint

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import traceback
-import unicodedata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,11 +16,10 @@ import tyro
 
 from utils.images import ImageError
 from utils.stop import Stopped, leave, stop_signals
+from utils.text import printable
 
 PROJECT = Path(__file__).resolve().parents[1]
 NEW_LINE = "\n"
-DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Signs that aren't seen and turn the direction of the text around them."""
 OWN_FOLDERS = (PROJECT, PROJECT / "nets", PROJECT / "utils")
 
 
@@ -70,12 +68,3 @@ def _call(main: Callable[..., Any]) -> Any:
 def command(*words: str) -> str:
     """A command as it is typed on this system's command line."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-
-def printable(text: str, keep: str = "") -> str:
-    """`text` with escapes for what no font and no UTF-8 file can hold, bytes of a file name that aren't UTF-8, and for
-    what would steer a terminal or turn the direction of writing, but for what is in `keep`."""
-    shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    steers = {sign for sign in shown if unicodedata.category(sign) in ("Cc", "Zl", "Zp") or sign in DIRECTIONS}
-    escapes = {sign: sign.encode("unicode_escape").decode() for sign in steers - set(keep)}
-    return "".join(escapes.get(sign, sign) for sign in shown)

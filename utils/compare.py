@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.cli import printable
 from utils.intervals import NORMAL_QUANTILE, Interval
 from utils.scores import Scores
+from utils.text import printable
 
 NAMED = 5
 """Pictures of each kind that the terminal names."""

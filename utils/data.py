@@ -25,7 +25,7 @@ Sampling = Literal["shuffle", "balanced"]
 
 
 class Source(Protocol):
-    """Where the pictures of a list come from: their files, or `utils.cache.ImageCache`."""
+    """Where the pictures of a list come from: their files, or `utils.image_cache.ImageCache`."""
 
     images: ImageList
 

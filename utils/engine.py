@@ -1,27 +1,30 @@
 """One training step, one epoch, one evaluation: the same code on every device.
 
 A `network` here takes what the loader gives, as it is, to logits (B, classes): `utils.classifier.pixel_network` takes
-uint8 pixels (B, 3, height, width), `utils.freeze.ThawedPart` the features (B, N, C) that a frozen part made of them.
+uint8 pixels (B, 3, height, width), `utils.feature_cache.ThawedPart` the features that a frozen part made of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.data import batch_paths, fetch
+from utils.average import WeightAverage
+from utils.config import TrainConfig
+from utils.data import balanced_class_weights, batch_paths, fetch
 from utils.device import autocast
 from utils.loss import PLAIN, Batch, TrainingLoss
 from utils.metrics import cross_entropy, top_k_accuracy
-from utils.optim import WeightAverage, set_learning_rate
+from utils.optim import set_learning_rate
 from utils.seeds import derive_seed
 from utils.stop import held
 
@@ -288,6 +291,33 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.done = len(state["epoch_losses"])
         self.losses, self.hits = state["epoch_losses"].to(self.device), state["epoch_hits"].to(self.device)
+
+
+def make_trainer(
+    config: TrainConfig,
+    network: nn.Module,
+    precision: str,
+    class_ids: np.ndarray,
+    resumed: Mapping[str, Any] | None = None,
+) -> Trainer:
+    """What trains `network`, of `utils.classifier.pixel_network`, with the loss and the average of the weights that
+    `config` asks for.
+
+    Args:
+        config: the settings.
+        network: where it shall be trained.
+        precision: "fp32", "fp16" or "bf16".
+        class_ids: (n,), of the training pictures, for a loss that is balanced by them.
+        resumed: the checkpoint that the run goes on from.
+    """
+    _, model = network
+    weights = balanced_class_weights(class_ids, model.head.out_features) if config.class_weights == "balanced" else None
+    loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix)
+    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    if average and resumed:
+        average.load(resumed["weights"])
+    device = next(model.parameters()).device
+    return Trainer(network, device, precision, config.seed, loss, average, config.on_nan, config.clip_grad)
 
 
 def _lengthen(values: Tensor, length: int) -> Tensor:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.data import fetch
-from utils.engine import Trainer
-from utils.optim import set_learning_rate
+from utils.build import make_model, of_size
+from utils.classifier import pixel_network
+from utils.config import TrainConfig
+from utils.data import fetch, train_loader
+from utils.engine import Trainer, make_trainer
+from utils.feature_cache import FeatureCache
+from utils.optim import batch_scale, build_optimizer, rate_limits, set_learning_rate
+from utils.pictures import Data, make_datasets
+from utils.plots import plot_range_test
+from utils.probe import init_head
+from utils.stages import Stage
+from utils.transforms import Preprocessing
 
 LOWEST, HIGHEST = 1e-7, 1.0
 DECADE = 20
@@ -39,6 +50,32 @@ class RangeTest:
     rates: list[float]
     losses: list[float]
     suggestion: float
+
+
+def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device: torch.device, precision: str) -> None:
+    """Print the `init_lr` at which the loss falls fastest in `stage`, and plot how it falls at others."""
+    config, model, _ = make_model(config, data.class_names)
+    network = pixel_network(model, Preprocessing.of(config), device)
+    if config.head_init == "probe":
+        small = of_size(config, model)
+        init_head(model, FeatureCache(network, small, device, precision), *make_datasets(data, small), small)
+    model.resize(stage.input_shape)
+    trainer = make_trainer(config, network, precision, data.train_images.class_ids)
+    stage.freeze(model)
+    train_set, _ = make_datasets(data, config)
+    loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
+    found = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
+    _, highest = rate_limits(config.optimizer_type, model.transformer)
+    suggestion = min(found.suggestion, highest)
+    path = Path(config.save_dir, "learning_rates.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_range_test(found.rates, found.losses, suggestion).savefig(path)
+    init_lr = suggestion / batch_scale(stage.batch_size, model.transformer)
+    limited = f" (the most that {config.optimizer_type} is let take is {highest:.0e})" if suggestion == highest else ""
+    print(
+        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} pictures"
+        f"{limited}: init_lr={init_lr:.1e}; see {path}"
+    )
 
 
 def run_range_test(trainer: Trainer, loader: DataLoader, optimizer: Optimizer) -> RangeTest:

@@ -32,7 +32,7 @@ class TrainEmbeddings(NamedTuple):
 
 
 def calibrate_checkpoint(
-    train_images: ImageList, val_images: ImageList, config: TrainConfig, checkpoint: Path
+    checkpoint: Path, train_images: ImageList, val_images: ImageList, config: TrainConfig
 ) -> dict[str, Any]:
     """Fit what tells whether the answers of `checkpoint` can be believed; see `utils.calibration`.
 

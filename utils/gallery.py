@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.cli import printable
 from utils.evaluation import Evaluation
 from utils.explain import explain, fit, shown, titled_overlays
 from utils.finish import TrainEmbeddings
 from utils.images import Box, ImageError, read_region
 from utils.mistakes import nearest
+from utils.text import printable
 
 THUMBNAIL = 160
 """Pixels on the longer side of a picture on the page."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from utils.cli import printable
 from utils.prediction import Prediction
+from utils.text import printable
 
 LEAST_SIDE = 224
 """Tiny pictures are enlarged to this many pixels, so that a label can be read;"""

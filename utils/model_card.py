@@ -11,11 +11,11 @@ import numpy as np
 
 from nets.files import digest_file
 from utils.classifier import Classifier
-from utils.cli import printable
 from utils.eval_data import read_run_list
 from utils.export_facts import ExportFacts
 from utils.export_formats import FORMATS, STEMS
 from utils.files import format_bytes, write_whole
+from utils.text import printable
 
 CARD = "README.md"
 CHECKED = ".check.json"

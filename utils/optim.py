@@ -1,26 +1,22 @@
-"""Parameter groups, optimizer, learning rate, and the average of the weights."""
+"""Parameter groups, optimizer, learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from nets.freezing import FreezableNetwork
+from nets.network import FreezableNetwork
 from utils.config import TrainConfig
-from utils.stop import held
 
 UNDECAYED = ("cls_token", "pos_embed", "reg_token", "relative_position_bias_table")
 """Last parts of the names of learned tokens and positions: our ViT's, and those of torchvision's and timm's Swins."""
 
-# Of this layout: the batch that `init_lr` is meant for, and the limits of what scaling makes of it.
+# Of bubbliiiing's classification-pytorch: the batch that `init_lr` is meant for, and the limits of what scaling makes
+# of it. There is no Muon there: the steps that it takes well are larger than Adam's.
 REFERENCE_BATCH, REFERENCE_BATCH_TRANSFORMER = 64, 256
-# Muon isn't of this layout: the steps that it takes well are larger than Adam's.
 LIMITS = {"sgd": (5e-4, 1e-1), "adam": (1e-4, 1e-3)}
 LIMITS_TRANSFORMER = {"sgd": (5e-4, 1e-1), "adam": (1e-5, 1e-3), "muon": (1e-5, 1e-2)}
 
@@ -143,6 +139,7 @@ def learning_rate_at(epoch: float, epochs: int, init_lr: float, min_lr: float, d
     (3) `min_lr` over the last 5 %, at most 15 epochs. "step": ten equal steps, each by the same factor, from `init_lr`
     down to `min_lr`.
     """
+    assert decay in ("cos", "step"), decay
     if decay == "step":
         step = min(int(10 * epoch / epochs), 9)
         return init_lr * (min_lr / init_lr) ** (step / 9)
@@ -160,63 +157,3 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
     """Give every group of `optimizer` this learning rate, times its own scale."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
-
-
-class WeightAverage:
-    """An exponential moving average of a network's parameters (Polyak and Juditsky, 1992), and of its batch norms'
-    statistics, which go with them; one update a step.
-
-    Args:
-        model: the network, as it starts.
-        decay: how much of the average is kept at each step, 0 to below 1. In the first steps it is less, (1 + step) /
-            (10 + step), so that the start doesn't weigh on the average for long.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        state = model.state_dict(keep_vars=True)
-        self.weights = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
-        self.averages = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
-        self.moving = list(self.weights)
-        self.swapped = False
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take up the weights after the update number `step`, from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = ([tensors[name] for name in self.moving] for tensors in (self.averages, self.weights))
-        get_ema_multi_avg_fn(decay)(averages, weights, None)
-
-    @torch.no_grad()
-    def settle_frozen(self, frozen: Container[str]) -> None:
-        """From now on the weights of these names don't change: they are set to their averages, so that the others learn
-        beside what they are evaluated with."""
-        for name in self.averages:
-            if name in frozen:
-                self.weights[name].copy_(self.averages[name])
-        self.moving = [name for name in self.averages if name not in frozen]
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within it, the network has the averages for its weights."""
-        try:
-            self._swap(True)
-            yield
-        finally:
-            self._swap(False)
-
-    def _swap(self, wanted: bool) -> None:
-        with held():  # a signal would leave half of them
-            if self.swapped != wanted:
-                for name, tensor in self.weights.items():
-                    tensor.data, self.averages[name] = self.averages[name], tensor.data
-                self.swapped = wanted
-
-    def resize(self, model: FreezableNetwork, input_shape: Sequence[int]) -> None:
-        """Take the averages to where `model` will be after its own `resize`."""
-        self.averages = model.resize_state(self.averages, input_shape)
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Set the averages to those in a state dict."""
-        for name, average in self.averages.items():
-            average.copy_(weights[name])

@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.cli import printable
 from utils.fonts import font_families
+from utils.text import printable
 
 matplotlib.rcParams["font.family"] = font_families()
 

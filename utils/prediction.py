@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.calibration import UNKNOWN, Rejection
-from utils.cli import printable
+from utils.text import printable
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, ImageDataset
-from utils.freeze import FeatureCache
+from utils.feature_cache import FeatureCache
 
 INVERSE_PENALTIES = 10.0 ** np.arange(-5, 1.5, 0.5)
 """The values of C that are tried, scikit-learn's inverse strength of the penalty, from strong to weak."""

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.cli import printable
 from utils.evaluation import Evaluation
 from utils.files import write_whole
 from utils.mistakes import margins
+from utils.text import printable
 
 EVENTS = "evaluation"
 """Folder in a run's for TensorBoard's events of its evaluation."""

@@ -12,7 +12,6 @@ import jinja2
 import numpy as np
 
 from utils.calibration import FAR
-from utils.cli import printable
 from utils.config import TrainConfig
 from utils.evaluation import Evaluation
 from utils.finish import TrainEmbeddings
@@ -31,6 +30,7 @@ from utils.plots import arrange_classes
 from utils.report import format_figure
 from utils.run_log import EPOCHS
 from utils.scores import expected_calibration_error, reliability
+from utils.text import printable
 
 WORST, UNCERTAIN, LABELS, PAIRS, OF_A_PAIR = 24, 12, 24, 8, 3
 """Pictures of each kind that are shown; pairs of classes, and pictures of each."""

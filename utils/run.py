@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nets.freezing import FreezableNetwork
+from nets.network import FreezableNetwork
+from utils.build import of_size
 from utils.checkpoint import BEST, LAST, count_bytes, load_checkpoint, prune_periodic, read_note, save_checkpoint
 from utils.config import TrainConfig
 from utils.engine import REMEDY, NonFiniteLoss, Trainer
 from utils.files import format_bytes, free_bytes
-from utils.freeze import Stage
 from utils.lists import ImageList
 from utils.resume import FREE_FIELDS, RunFolder
 from utils.run_log import RunLog
-from utils.stop import held
+from utils.stages import Stage
+from utils.stop import Stopped, WorkerDied, held, received
 from utils.transforms import Preprocessing
 
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 2}
@@ -192,7 +193,7 @@ class Run:
             | self.trainer.state_dict()
             | {
                 "model": self.model.arguments,
-                "preprocessing": Preprocessing.from_dict(of_size(self.config, self.model).as_dict()).as_dict(),
+                "preprocessing": Preprocessing.of(of_size(self.config, self.model)).as_dict(),
                 "weights": weights,
                 "weights_in_training": in_training,
                 "optimizer": self.optimizer.state_dict() if self.optimizer else {},
@@ -215,7 +216,7 @@ class Run:
             self.history.append(row)
             self.trainer.begin_epoch()
             content = self._content()
-            is_best = row["val_loss"] == content["best_val_loss"]
+            is_best = self.config.best_epoch([row["val_loss"] for row in self.history]) == self.epoch - 1
             print(format_row(row, self.config.epochs, is_best))
             # Logged before it is saved: a run cut off in between does this epoch again, and its log is made anew.
             self._log()
@@ -225,38 +226,56 @@ class Run:
             self._save(content, *([BEST] if is_best else []), *periodic, LAST)
             prune_periodic(self.folder, self.config.keep_periodic)
 
-    def finish(self, calibrate: Callable[[Path], dict[str, Any]]) -> None:
-        """Store in the best checkpoint what `calibrate` makes of it, in the last one too if it is the same state, and
-        that the run is finished."""
-        if self.finished:
-            return
-        best = self.folder / BEST
-        found = {"calibration": calibrate(best)}
+    def finish(self, calibration: dict[str, Any]) -> None:
+        """Store that the run is finished, and `calibration` in the best checkpoint, of which it is, and in the last one
+        if that is the same state."""
+        best, found = self.folder / BEST, {"calibration": calibration}
         with held():
             same_state = read_note(best) == read_note(self.folder / LAST)
             for name, added in ((BEST, found), (LAST, (found if same_state else {}) | {"finished": True})):
                 save_checkpoint(self.folder / name, load_checkpoint(self.folder / name) | added)
             self.finished = True
 
+    @contextmanager
+    def saved_when_stopped(self) -> Iterator[None]:
+        """Within it, a signal or the death of a worker has the run saved, and says how to go on with it."""
+        try:
+            yield
+        except (Stopped, WorkerDied) as reason:
+            received()
+            if self.finished:
+                print(f"\n{type(reason).__name__}: {self.folder} is finished")
+            elif not self.new:
+                self.save()
+                how = f"--resume {self.folder}" if self.config.resume == "no" else "the same command"
+                print(f"\n{type(reason).__name__}: {self.folder} is saved at step {self.trainer.step}; {how} goes on")
+            raise
+
+    def log_pictures(self, network: nn.Module, pixels: Tensor) -> None:
+        """Log some training pictures (B, 3, height, width) uint8, and the graph of `network`."""
+        try:
+            self.log.log_pictures(network, pixels)
+        except OSError as error:
+            self._say_unlogged(error)
+
     def _log(self) -> None:
         try:
             self.log.log_epoch(self.history)
-        except OSError as error:  # a run is worth more than its curve
-            print(f"attention: the log in {self.folder} can't be written ({error.strerror})")
+        except OSError as error:
+            self._say_unlogged(error)
 
     def close(self) -> None:
         """Finish the log, and let others write to the folder."""
         try:
             self.log.close()
         except OSError as error:
-            print(f"attention: the log in {self.folder} can't be written ({error.strerror})")
+            self._say_unlogged(error)
         finally:
             self._lock.release()
 
-
-def of_size(config: TrainConfig, model: FreezableNetwork) -> TrainConfig:
-    """`config` with the input shape that `model` has now, which differs from stage to stage if `stages` says so."""
-    return dataclasses.replace(config, input_shape=tuple(model.arguments["input_shape"]))
+    def _say_unlogged(self, error: OSError) -> None:
+        """A run is worth more than its curve."""
+        print(f"attention: the log in {self.folder} can't be written ({error.strerror})")
 
 
 def format_row(row: Mapping[str, float], epochs: int, is_best: bool) -> str:

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nets.backbones import OWN
 from utils.config import TrainConfig
-from utils.freeze import Stage
 from utils.images import ImageError, read_header
 from utils.lists import ImageList
+from utils.stages import Stage
 
 
 def format_config(config: TrainConfig) -> str:

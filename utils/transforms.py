@@ -60,9 +60,13 @@ class Preprocessing:
     def from_dict(values: dict[str, Any]) -> Preprocessing:
         """Take the fields out of a checkpoint's preprocessing or a config; other keys are passed over, and fields that
         are left open get their default."""
-        names = [field.name for field in dataclasses.fields(Preprocessing)]
-        plain = {name: DEFAULTS[name] if values[name] in UNSET else values[name] for name in names}
+        plain = {name: DEFAULTS[name] if values[name] in UNSET else values[name] for name in PREPROCESSING_FIELDS}
         return Preprocessing(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
+
+    @staticmethod
+    def of(config: TrainConfig) -> Preprocessing:
+        """That of a run with these settings."""
+        return Preprocessing.from_dict({name: getattr(config, name) for name in PREPROCESSING_FIELDS})
 
     def read(self, path: str, transform: Transform) -> Region:
         """The part of a picture that `transform` wants; see `utils.images.read_region` for what it raises."""
@@ -76,6 +80,9 @@ class Preprocessing:
         """The fields as plain types."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+PREPROCESSING_FIELDS = tuple(field.name for field in dataclasses.fields(Preprocessing))
 
 
 class Transform(ABC):
@@ -113,7 +120,7 @@ class TrainTransform(Transform):
 
     def __init__(self, config: TrainConfig) -> None:
         self.size = config.input_shape
-        self.interpolation = Preprocessing.from_dict(config.as_dict()).interpolation
+        self.interpolation = Preprocessing.of(config).interpolation
         self.least_area = config.train_crop
         self.horizontal_flip = config.horizontal_flip
         self.changes = make_changes(config.color_jitter, config.augmentation, config.random_erasing)

@@ -26,6 +26,7 @@ from nets.pretrained import find_pretrained
 from nets.weights import read_weights
 from tests.conftest import NAMES, SMALL
 from utils import checkpoint, run
+from utils.build import make_model
 from utils.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, save_checkpoint
 from utils.config import TrainConfig
 from utils.resume import open_run
@@ -235,7 +236,7 @@ DOORS = ("model_path", "pretrained", "resume", "eval", "predict")
 def go_through(door: str, file: Path) -> None:
     """Open a file as a user would; that of a run's folder is its only checkpoint."""
     if door == "model_path":
-        train.make_model(TrainConfig(**SMALL, model_path=str(file)), NAMES)
+        make_model(TrainConfig(**SMALL, model_path=str(file)), NAMES)
     elif door == "pretrained":
         Path("model_data").mkdir(exist_ok=True)
         shutil.copy(file, "model_data/vit-patch_16.pth")

@@ -30,7 +30,7 @@ from utils import engine
 from utils.checkpoint import load_checkpoint, load_newest
 from utils.config import TrainConfig
 from utils.engine import NonFiniteLoss, Trainer
-from utils.freeze import Stage
+from utils.stages import Stage
 
 ROOT = Path(train.__file__).parent
 LONG = {"freeze_train": False, "unfreeze_epoch": 20, "num_workers": 2, "save_every_steps": 0, "ema_decay": 0.0}

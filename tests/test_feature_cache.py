@@ -1,4 +1,4 @@
-"""utils/freeze.py: the features of a frozen part give the run that the pictures give, and are computed once."""
+"""utils/feature_cache.py: the features of a frozen part give the run that the pictures give, and are computed once."""
 
 import dataclasses
 import os
@@ -15,14 +15,15 @@ from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, FileSource, ImageDataset, train_loader
 from utils.engine import Trainer
-from utils.freeze import FeatureCache, ThawedPart, num_cached_views, plan_stages
+from utils.feature_cache import SHAPING_FIELDS, FeatureCache, ThawedPart
 from utils.lists import list_in_memory
 from utils.optim import build_optimizer
+from utils.stages import num_cached_views, plan_stages
 from utils.transforms import EvalTransform, Preprocessing, TrainTransform
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(**SMALL | {"freeze_batch_size": 5, "init_lr": 0.05})
-PREPROCESSING = Preprocessing.from_dict(CONFIG.as_dict())
+PREPROCESSING = Preprocessing.of(CONFIG)
 
 
 def make_network(blocks=4, seed=0):
@@ -156,6 +157,19 @@ def test_it_is_computed_anew_when_something_changed(pictures, computed, change):
     assert torch.equal(open_features(list_in_memory((i % 3, f"{i:02d}.png") for i in range(18))).rows, before) == (
         change != "picture"
     )
+
+
+def test_every_setting_that_shapes_a_training_picture_is_in_the_key():
+    """A field that the transform reads and the key lacks would leave old features in the place of new ones."""
+    read = set()
+
+    class Spy:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(CONFIG, name)
+
+    TrainTransform(Spy())
+    assert {"train_crop", "augmentation", "input_shape"} <= read <= set(SHAPING_FIELDS)
 
 
 def test_what_is_thawed_does_not_count(pictures, computed):

@@ -1,4 +1,4 @@
-"""utils/cache.py: the same pictures as from their files, made once, and made anew when anything changed."""
+"""utils/image_cache.py: the same pictures as from their files, made once, and made anew when anything changed."""
 
 import dataclasses
 import math
@@ -16,10 +16,10 @@ from PIL import Image
 
 import train
 from tests.conftest import SMALL, write_picture
-from utils import cache
-from utils.cache import cached_size, open_cache
+from utils import image_cache
 from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset, train_loader
+from utils.image_cache import cached_size, open_cache
 from utils.lists import ImageList, list_in_memory
 from utils.transforms import Preprocessing, TrainTransform
 
@@ -37,8 +37,8 @@ def images(here) -> ImageList:
 def made(monkeypatch) -> list[str]:
     """The pictures that are shrunk, as it happens."""
     paths = []
-    shrink = cache._shrink
-    monkeypatch.setattr(cache, "_shrink", lambda path, config: paths.append(path) or shrink(path, config))
+    shrink = image_cache._shrink
+    monkeypatch.setattr(image_cache, "_shrink", lambda path, config: paths.append(path) or shrink(path, config))
     return paths
 
 
@@ -53,7 +53,7 @@ def test_photos_look_as_they_do_from_their_files(shared, here, shape):
     paths = sorted(map(str, (shared / "data" / "trashnet" / "test").rglob("*.jpg")))[::20]
     photos = list_in_memory((0, path) for path in paths)
     config = dataclasses.replace(CONFIG, input_shape=shape)
-    files, source = FileSource(photos, Preprocessing.from_dict(config.as_dict())), open_cache(photos, config)
+    files, source = FileSource(photos, Preprocessing.of(config)), open_cache(photos, config)
     plain = torch.cat([batch(files, config, epoch)[0] for epoch in range(8)])
     cached = torch.cat([batch(source, config, epoch)[0] for epoch in range(8)])
     assert (cached - plain).abs().mean() < 3  # of 255 levels
@@ -66,7 +66,7 @@ def test_a_small_picture_is_kept_as_it_is(here):
     write_picture(here / "a.png", size=(30, 20))
     source = open_cache(list_in_memory([(0, "a.png")]), CONFIG)
     assert cached_size(20, 30, CONFIG) == (20, 30)
-    plain, _ = batch(FileSource(source.images, Preprocessing.from_dict(CONFIG.as_dict())))
+    plain, _ = batch(FileSource(source.images, Preprocessing.of(CONFIG)))
     assert torch.equal(batch(source)[0], plain)
 
 
@@ -99,7 +99,7 @@ def test_it_is_made_anew_when_something_changed(images, made, change):
         config = dataclasses.replace(CONFIG, train_crop=0.9)
     fresh, _ = batch(open_cache(images, config), config)
     assert len(made) == 24
-    plain, _ = batch(FileSource(images, Preprocessing.from_dict(config.as_dict())), config)
+    plain, _ = batch(FileSource(images, Preprocessing.of(config)), config)
     assert (fresh - plain).abs().mean() < 12
     assert torch.equal(batch(first)[0], before)  # a run that goes on meanwhile sees what it saw
     assert len(list(Path(CONFIG.cache_dir).glob("*.bin"))) == (2 if change == "shape" else 1)
@@ -110,7 +110,7 @@ def test_two_processes_make_one_cache(here):
         write_picture(here / f"{i}.png", 100, (200, 150), seed=i)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from tests.test_cache import CONFIG, batch, list_in_memory, open_cache\n"
+        "from tests.test_image_cache import CONFIG, batch, list_in_memory, open_cache\n"
         "cache = open_cache(list_in_memory((0, f'{i}.png') for i in range(40)), CONFIG)\n"
         "print(batch(cache)[0].sum().item())"
     )
@@ -137,7 +137,7 @@ def test_what_was_cut_off_leaves_nothing_behind(images, monkeypatch):
     def fail(path, config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache, "_shrink", fail)
+    monkeypatch.setattr(image_cache, "_shrink", fail)
     with pytest.raises(KeyboardInterrupt):
         open_cache(images, CONFIG)
     assert list(Path(CONFIG.cache_dir).iterdir()) == []

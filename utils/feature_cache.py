@@ -1,12 +1,9 @@
-"""The stages of a run: which part of the network is frozen, for how long, in which batches, at which rate; and what
-the frozen part makes of the pictures, computed once."""
+"""What the frozen part of a network makes of the pictures, computed once and kept in a file."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,81 +16,12 @@ from utils.config import TrainConfig
 from utils.data import FeatureDataset, ImageDataset, eval_loader, fetch
 from utils.device import DTYPES, autocast
 from utils.files import format_bytes
-from utils.optim import batch_scale, learning_rate_at, scale_learning_rate
-from utils.transforms import EvalTransform, Preprocessing
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The epochs from `start` to below `end`.
-
-    Attributes:
-        start: first epoch, counted from 0.
-        end: the epoch after the last.
-        frozen: how many blocks are frozen besides the embeddings, "all" (everything but the head), or "nothing".
-        batch_size: pictures a step, no more than the training list has.
-        input_shape: height and width of the pictures, in pixels.
-        init_lr: highest learning rate, scaled by the batch size.
-        min_lr: lowest learning rate, scaled likewise.
-        run_epochs: epochs of the whole run, over which the learning rate falls.
-        decay: how it falls, see `utils.optim.learning_rate_at`.
-        warmup: epochs over which it rises first, from a tenth of what it would be.
-    """
-
-    start: int
-    end: int
-    frozen: int | str
-    batch_size: int
-    input_shape: tuple[int, int]
-    init_lr: float
-    min_lr: float
-    run_epochs: int
-    decay: str
-    warmup: float = 0.0
-
-    def freeze(self, model: nn.Module) -> None:
-        """Freeze this stage's part of `model` and thaw the rest."""
-        if self.frozen == "nothing":
-            model.unfreeze_backbone()
-        else:
-            model.freeze_backbone(self.frozen)
-
-    def learning_rate(self, epoch: float) -> float:
-        """The learning rate after `epoch` epochs of the run, fractions included."""
-        rate = learning_rate_at(epoch, self.run_epochs, self.init_lr, self.min_lr, self.decay)
-        done = epoch - self.start
-        return rate * (0.1 + 0.9 * done / self.warmup) if done < self.warmup else rate
-
-
-def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> list[Stage]:
-    """The stages that `config` asks for. What had to be changed to fit is printed.
-
-    Args:
-        config: the settings.
-        num_pictures: length of the training list.
-        transformer: whether the backbone is one, whose learning rate is scaled otherwise.
-    """
-    stages: list[Stage] = []
-    for wanted in config.all_stages:
-        batch_size = min(wanted.batch_size, num_pictures)
-        if batch_size < wanted.batch_size:
-            print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has no more pictures")
-        start = stages[-1].end if stages else 0
-        rates = scale_learning_rate(config, batch_size, transformer)
-        asked = config.init_lr * batch_scale(batch_size, transformer)
-        if not math.isclose(rates[0], asked):
-            print(
-                f"init_lr: {config.init_lr:g} is {asked:.2g} a step of {batch_size} pictures -> {rates[0]:.2g}, the "
-                f"limit for {config.optimizer_type}"
-            )
-        falling = (config.epochs, config.lr_decay_type, config.thaw_warmup if stages else 0)
-        trained = (wanted.frozen, batch_size, wanted.input_shape)
-        stages.append(Stage(start, start + wanted.epochs, *trained, *rates, *falling))
-    return stages
+from utils.transforms import PREPROCESSING_FIELDS, EvalTransform, Preprocessing
 
 
 class FrozenPart(nn.Module):
-    """What stands before the freezing point: pixels (B, 3, height, width) uint8 to features (B, N, C).
+    """What stands before the freezing point: pixels (B, 3, height, width) uint8 to features, which are (B, N, C) in a
+    transformer, (B, C, rows, columns) in a convolutional network, and (B, C) with all but the head frozen.
 
     Args:
         network: of `utils.classifier.pixel_network`.
@@ -108,7 +36,7 @@ class FrozenPart(nn.Module):
 
 
 class ThawedPart(nn.Module):
-    """What stands behind it: features (B, N, C) to logits (B, classes)."""
+    """What stands behind it: the features to logits (B, classes)."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -118,19 +46,9 @@ class ThawedPart(nn.Module):
         return self.model.forward_thawed(features.float())
 
 
-def num_cached_views(stage: Stage, config: TrainConfig) -> int:
-    """How many views of each picture `stage` has the features of computed beforehand; 0: it trains on the pictures.
-
-    A stage with no more epochs than views does, for it computes no more without.
-    """
-    if stage.frozen == "nothing" or not config.cache_features or stage.end - stage.start <= config.feature_views:
-        return 0
-    return config.feature_views
-
-
 # What features depend on, besides the pictures and the frozen weights.
 SHAPING_FIELDS = (
-    *(field.name for field in dataclasses.fields(Preprocessing)),
+    *PREPROCESSING_FIELDS,
     *("train_crop", "horizontal_flip", "color_jitter", "augmentation", "random_erasing"),
     *("cache_images", "max_bad_fraction", "seed"),
 )
@@ -197,7 +115,7 @@ class FeatureCache:
 
     def _write(self, dataset: ImageDataset, num_views: int, file: BinaryIO) -> None:
         """Write the features, view by view, then a byte a picture: 1 if it couldn't be read."""
-        plain = dataset.with_transform(EvalTransform(Preprocessing.from_dict(self.config.as_dict())))
+        plain = dataset.with_transform(EvalTransform(Preprocessing.of(self.config)))
         total = num_views * len(dataset)
         with tqdm(total=total, desc="features", unit="picture", leave=False, disable=None) as bar:
             for view in range(num_views):
