@@ -1,7 +1,7 @@
 """Train an image classifier: edit CONFIG, then `python train.py`. Every field is also a flag, see `--help`.
 
 The backbone is frozen first and thawed at `freeze_epoch`. What each field means, and all the others, stand in
-`utils/config.py`; "Your own pictures" in README.md says what to put here for photos.
+`utils/config.py`.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from utils.summary import format_config, format_model, format_stages
 from utils.transforms import Preprocessing
 
 # As it stands, for the built-in handwritten digits: the network in model_data/, which has seen aeroplanes and cats,
-# learns to read in a minute or two of two cores.
+# learns to read in a minute or two of two cores. For photos "Your own pictures" in README.md has another to put in its
+# place; little of this one suits them.
 CONFIG = TrainConfig(
     # the network
-    backbone="vit_xs_4",  # 6 blocks, patches of 4 pixels; photos: vit_b_16
-    input_shape=(32, 32),  # pixels; photos: (224, 224)
+    backbone="vit_xs_4",  # 6 blocks, patches of 4 pixels
+    input_shape=(32, 32),  # height and width
     pretrained=True,  # with so few pictures nothing helps as much
     model_path="",  # weights of your own to start from
     drop_rate=0.0,
@@ -50,8 +51,8 @@ CONFIG = TrainConfig(
     drop_path_rate=0.0,
     # the stages
     freeze_train=True,
-    freeze_epoch=4,  # until the new head knows what it is about; photos: 10 of 50
-    freeze_blocks=4,  # of 6; photos: 8 of 12
+    freeze_epoch=4,  # until the new head knows what it is about
+    freeze_blocks=4,  # of 6
     freeze_batch_size=32,
     unfreeze_epoch=20,
     unfreeze_batch_size=32,
@@ -66,7 +67,7 @@ CONFIG = TrainConfig(
     horizontal_flip=0.0,  # no mirroring
     augmentation="none",  # and no rotation
     # the machine
-    num_workers=0,  # tiny pictures need none; photos: the number of cores
+    num_workers=0,  # tiny pictures need none
 )
 
 

@@ -217,6 +217,8 @@ def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, s
         epochs = max(fewest, fewest + int(left / another))
         if side == SIZES[0] or epochs >= enough:
             chosen = (side, epochs)
+        if epochs < enough:
+            break
     return chosen
 
 
