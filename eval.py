@@ -14,6 +14,7 @@ from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
 from utils.eval_data import read_images, read_run_list, read_strangers
 from utils.evaluation import Evaluation, evaluate_corrupted
+from utils.files import write_text
 from utils.finish import read_embeddings
 from utils.gallery import shown_pictures
 from utils.lists import ImageList
@@ -170,7 +171,7 @@ def write_report(folder: Path, evaluation: Evaluation, told: list[str]) -> None:
     confusion.savefig(folder / "confusion_matrix.png")
     train = read_embeddings(evaluation.checkpoint, classifier.calibration, len(classifier.class_names))
     page = render(evaluation, train, told)
-    (folder / PAGE).write_text(page, encoding="utf-8")
+    write_text(folder / PAGE, page)
     if is_run(folder):
         worst = shown_pictures(evaluation, worst_mistakes(evaluation.scores, WORST))
         write_events(folder, evaluation, confusion, worst)

@@ -30,8 +30,12 @@ DIGITS = 64
 """Hexadecimal digits of a SHA-256."""
 BLOCK = 1 << 22
 """Bytes that are read at a time."""
+MAKES_MEMORY = re.compile(r" (bytearray|encode|\w*Tensor)$")
+"""What torch lets a file call, with any number or again and again, and no file of weights does."""
 MOST_VALUES = 50_000_000
 """In nested dicts and lists: more than any file of weights has."""
+LARGE = 0xFFFFFFFF
+"""What stands where a zip archive of 4 GB has no room for an offset."""
 LEGACY_PICKLES = 5
 """What a file of torch's before 1.6 begins with: pickles in a row, and then bare numbers."""
 
@@ -145,7 +149,8 @@ def _check_archive(path: Path) -> None:
                     f"{path} can't be opened as weights: its {size:,} bytes claim to unpack to {claimed:,}; torch "
                     f"writes its files unpacked"
                 )
-            if _directory_offset(path, len(archive.comment)) not in (archive.start_dir, 0xFFFFFFFF):
+            offset = _directory_offset(path, len(archive.comment))
+            if offset != archive.start_dir and not (offset == LARGE <= size):
                 raise ValueError(f"{path} can't be opened as weights: it holds two archives, one hidden from the other")
             broken = None if sealed else archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
@@ -212,26 +217,26 @@ def _directory_offset(path: Path, comment: int) -> int:
 
 
 def _check_pickles(path: Path, archived: bool) -> None:
-    """Raise a ValueError if a pickle in a file of torch's makes a bytearray, which torch allows, of any size."""
+    """Raise a ValueError if a pickle in a file of torch's calls what torch allows and what makes memory of any size."""
     try:
         if archived:
             with zipfile.ZipFile(path) as archive:
                 # torch doesn't look at the case of their names
                 entries = [entry for entry in archive.infolist() if entry.filename.casefold().endswith(".pkl")]
-                found = any(_makes_bytearray(archive.read(entry)) for entry in entries)
+                found = [name for entry in entries for name in _makers(archive.read(entry))]
         else:
             with path.open("rb") as file:
-                found = any(_makes_bytearray(file) for _ in range(LEGACY_PICKLES))
-    except ValueError as error:
+                found = [name for _ in range(LEGACY_PICKLES) for name in _makers(file)]
+    except (ValueError, MemoryError) as error:
         raise ValueError(f"{path} can't be opened as weights: it is damaged, or something else ({error})") from error
     if found:
-        raise ValueError(f"{path} can't be opened as weights: it holds a bytearray, which weights don't need")
+        raise ValueError(f"{path} can't be opened as weights: it makes a {found[0]}, which weights don't need")
 
 
-def _makes_bytearray(pickled: bytes | BinaryIO) -> bool:
-    """Whether the next pickle does; raises a ValueError if there is none."""
-    arguments = (argument for _, argument, _ in pickletools.genops(pickled))
-    return any(isinstance(argument, str) and argument.split(" ")[-1] == "bytearray" for argument in arguments)
+def _makers(pickled: bytes | BinaryIO) -> list[str]:
+    """What the next pickle calls that makes memory; raises a ValueError if there is none."""
+    called = (argument for code, argument, _ in pickletools.genops(pickled) if code.name in ("GLOBAL", "INST"))
+    return [name for name in called if MAKES_MEMORY.search(name)]
 
 
 def _check_nesting(content: Any, path: Path) -> None:

@@ -81,6 +81,8 @@ def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates:
     head, head_name = network.get_classifier(), network.pretrained_cfg["classifier"]
     if not isinstance(head, nn.Linear) or not isinstance(head_name, str):
         raise ValueError(f"backbone={name!r}: its head is no linear layer, which Thaw needs; choose another")
+    if head.bias is None:
+        raise ValueError(f"backbone={name!r}: its head has no bias, which Thaw needs; choose another")
     before = network.state_dict().keys()
     network.reset_classifier(0)
     if others := before - network.state_dict().keys() - {f"{head_name}.weight", f"{head_name}.bias"}:

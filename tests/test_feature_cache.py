@@ -120,6 +120,10 @@ def test_it_is_computed_once_and_said_beforehand(pictures, computed, capsys):
     assert len(computed) == 1
     assert "pictures: 0.21 MB, from cache/features-" in capsys.readouterr().out
     assert torch.equal(first.rows, second.rows)
+    (path,) = Path("cache").glob("features-*.bin")
+    os.truncate(path, path.stat().st_size // 2)  # which torch would fill up with zeros
+    assert torch.equal(open_features(pictures).rows, first.rows)
+    assert len(computed) == 2
 
 
 @pytest.mark.parametrize(

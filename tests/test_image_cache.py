@@ -83,6 +83,13 @@ def test_it_is_made_once(images, made, capsys):
     second = open_cache(images, CONFIG)
     assert len(made) == 12
     assert torch.equal(batch(second)[0], batch(first)[0])
+    pixels = batch(first)[0].clone()
+    for kept in (0, 100, first.path.stat().st_size // 2):
+        content = first.path.read_bytes()
+        first.path.unlink()  # which is still mapped
+        first.path.write_bytes(content[len(content) - kept :])
+        assert torch.equal(batch(open_cache(images, CONFIG))[0], pixels)
+    assert len(made) == 4 * 12
 
 
 @pytest.mark.parametrize("change", ["content", "time", "shape", "crop"])

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval as evaluation_script
 from nets import build_model
-from tests.conftest import write_picture
+from tests.conftest import SMALL, write_picture
 from utils.calibration import fit_calibration
 from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
 from utils.classifier import Classifier, pixel_network
@@ -26,8 +26,8 @@ from utils.lists import list_in_memory, take
 from utils.mistakes import worst_mistakes
 from utils.outputs import Outputs
 from utils.plots import MOST_CLASSES, plot_confusion
-from utils.report import EVENTS, format_metrics, write_events, write_numbers
-from utils.report_page import LABELS, WORST, label_gallery, render, slices
+from utils.report import EVENTS, format_metrics, write_csv, write_events, write_numbers
+from utils.report_page import LABELS, WORST, curves, label_gallery, render, slices
 from utils.run_log import EPOCHS
 from utils.transforms import EvalTransform, Preprocessing
 
@@ -359,3 +359,22 @@ def test_nothing_wrong_is_said(here, browser):
     assert complaints == []
     assert "Not one picture was named wrong" in page.locator("#mistakes").inner_text()
     assert "None was found" in page.locator("#labels").inner_text()
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(here):
+    """A run's folder from elsewhere may hold links under the names of what is written."""
+    Path("mine.txt").write_text("mine")
+    Path("predictions.csv").symlink_to("mine.txt")
+    write_csv(Path("predictions.csv"), [["a", "b"], ["c\udcff", 1]])
+    assert Path("mine.txt").read_text() == "mine"
+    assert Path("predictions.csv").read_bytes() == b"a,b\r\nc\\udcff,1\r\n"
+
+
+def test_curves_are_of_whole_runs():
+    """An export in a run's folder has other settings, and a file of epochs may be anybody's."""
+    epochs = [{"epoch": i, "loss": 1.0, "val_loss": 1.0, "top1": 0.5, "val_top1": 0.5} for i in (1, 2, 3)]
+    config = TrainConfig(**SMALL).as_dict()
+    assert curves(epochs, config)["epochs"] == 3
+    assert curves(epochs, {"precision": "auto"}) is None
+    assert curves([epochs[0]] * 3, config) is None
+    assert curves([row | {"epoch": row["epoch"] + 5} for row in epochs], config) is None

@@ -1,5 +1,6 @@
 """utils/resume.py and utils/lock.py: which run a start goes on with, and who may write to it."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.lists import compare_lists, list_in_memory, read_list, write_list
 from utils.lock import FolderLock, InUse
-from utils.resume import remove_strays
+from utils.resume import changed_fields, remove_strays
 
 
 def runs() -> list[Path]:
@@ -42,6 +43,16 @@ def test_the_same_command_goes_on_with_an_unfinished_run(cut_off, capsys):
     assert f"going on with {cut_off} after epoch 2" in capsys.readouterr().out
     assert runs() == [cut_off]
     assert load_checkpoint(cut_off / LAST)["finished"]
+
+
+def test_a_field_that_is_new_since_had_its_default(cut_off):
+    settings = json.loads((cut_off / "config.json").read_text())
+    del settings["patience"]
+    (cut_off / "config.json").write_text(json.dumps(settings))
+    assert changed_fields(settings, TrainConfig(**SMALL)) == []
+    assert changed_fields(settings, TrainConfig(**SMALL, patience=3)) == ["patience"]
+    train.main(TrainConfig(**SMALL))
+    assert runs() == [cut_off]
 
 
 def test_a_finished_run_is_not_gone_on_with(cut_off):

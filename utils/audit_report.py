@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from utils.audit import Finding, Picture
+from utils.files import write_text
 from utils.fingerprints import Fingerprints
 from utils.text import printable
 
@@ -49,12 +50,12 @@ def write_audit(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"pictures": len(pictures), "findings": [_as_dict(finding) for finding in findings]}
-    (folder / "audit.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "audit.json", json.dumps(content, indent=1) + "\n")
     template = Path(__file__).with_name("audit_page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = [_for_page(finding, fingerprints) for finding in findings]
     page = environment.from_string(template).render(pictures=len(pictures), findings=shown)
-    (folder / "audit.html").write_text(page, encoding="utf-8")
+    write_text(folder / "audit.html", page)
 
 
 def _as_dict(finding: Finding) -> dict[str, Any]:

@@ -97,12 +97,13 @@ class FeatureCache:
         shape = (num_views, len(dataset), *self._compute(blank).shape[1:])
         size = math.prod(shape) * self.dtype.itemsize
         path, older = self._place(dataset, list_path, num_views)
+        is_whole = path.is_file() and path.stat().st_size == size + len(dataset)
         in_memory = size <= self.config.feature_cache_gb * 1e9
         print(
             f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} pictures: {format_bytes(size)}, "
-            f"{'from' if path.is_file() else 'computed into'} {path}, {'' if in_memory else 'not '}held in memory"
+            f"{'from' if is_whole else 'computed into'} {path}, {'' if in_memory else 'not '}held in memory"
         )
-        if not path.is_file():
+        if not is_whole:
             path.parent.mkdir(parents=True, exist_ok=True)
             check_room(size, path.parent, "feature_views to fewer, or cache_features to False")
             with replace_cache(path, replaces=older) as file:

@@ -42,6 +42,13 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, in UTF-8; bytes of file names that are none as escapes. A link of that name is replaced,
+    not followed."""
+    with write_whole(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
 def _replace(source: Path, target: Path) -> None:
     """Rename; on Windows, where a program that reads `target` or looks for viruses in `source` is in the way, in
     several attempts."""

@@ -80,7 +80,7 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
     fields = ("input_shape", "train_crop", "max_pixels", "allow_truncated")
     of_content = digest([*(str(getattr(config, field)) for field in fields), *describe_files(images)])
     path = folder / f"images-{of_list}-{of_content}.bin"
-    if not path.is_file():
+    if not _is_whole(path, len(images)):
         expected = _expected_size(images, config)
         print(f"cache_images: shrinking {len(images)} pictures into {path}, about {format_bytes(expected)}")
         check_room(expected, folder, "cache_images to False")
@@ -90,6 +90,15 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
     lost = int((cache.index[:, 1] == 0).sum())
     print(f"pictures from {path} ({format_bytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
     return cache
+
+
+def _is_whole(path: Path, num_images: int) -> bool:
+    """Whether there is a cache of so many pictures, with all that its index says."""
+    room = path.stat().st_size - num_images * INDEX_ROW if path.is_file() else -1
+    if room < 0:
+        return False
+    start, height, width, *_ = np.fromfile(path, np.int64, offset=room).reshape(num_images, 5).T
+    return bool((start >= 0).all() and (start + height * width * 3 <= room).all())
 
 
 def cached_size(height: int, width: int, config: TrainConfig) -> tuple[int, int]:

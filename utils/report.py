@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.evaluation import Evaluation
-from utils.files import write_whole
+from utils.files import write_text
 from utils.mistakes import margins
 from utils.text import printable
 
@@ -25,8 +26,7 @@ MOST_ROWS = 40
 def write_numbers(folder: Path, evaluation: Evaluation) -> None:
     """Write `metrics.json`, `predictions.csv` and `confusion_matrix.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with write_whole(folder / "metrics.json") as file:
-        file.write((json.dumps(evaluation.metrics, indent=2, allow_nan=False) + "\n").encode())
+    write_text(folder / "metrics.json", json.dumps(evaluation.metrics, indent=2, allow_nan=False) + "\n")
     names = evaluation.classifier.class_names
     header = ["true \\ predicted", *names]
     rows = ([name, *map(int, row)] for name, row in zip(names, evaluation.scores.confusion, strict=True))
@@ -37,8 +37,7 @@ def write_numbers(folder: Path, evaluation: Evaluation) -> None:
 def write_comparison(folder: Path, comparison: dict[str, Any], flipped: Sequence[Sequence[str]]) -> None:
     """Write `comparison.json`, and the rows of `flipped.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with write_whole(folder / "comparison.json") as file:
-        file.write((json.dumps(comparison, indent=2) + "\n").encode())
+    write_text(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
     write_csv(folder / "flipped.csv", flipped)
 
 
@@ -62,8 +61,9 @@ def prediction_rows(evaluation: Evaluation) -> list[list[str | float]]:
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     """Write rows to a CSV; bytes of file names that are no UTF-8 as escapes."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows(rows)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np.ndarray) -> None:

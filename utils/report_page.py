@@ -143,14 +143,19 @@ def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[s
     keys = ("epoch", "loss", "val_loss", "top1", "val_top1")
     if len(epochs) < 2 or not all(key in row and math.isfinite(row[key]) for row in epochs for key in keys):
         return None
+    try:
+        settings = TrainConfig.from_dict(config)
+    except (KeyError, TypeError, ValueError):  # of an export, or of another version
+        return None
     last = epochs[-1]["epoch"]
+    if [row["epoch"] for row in epochs] != list(range(1, len(epochs) + 1)) or last > settings.epochs:
+        return None
     top = max(max(row["loss"], row["val_loss"]) for row in epochs)
 
     def line(key: str, highest: float) -> str:
         points = ((100 * (row["epoch"] - 1) / (last - 1), 100 - 100 * row[key] / highest) for row in epochs)
         return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
 
-    settings = TrainConfig.from_dict(config)
     first, *later = settings.all_stages
     thaw = first.epochs if later and first.frozen != "nothing" else 0
     best = settings.best_epoch([row["val_loss"] for row in epochs]) + 1

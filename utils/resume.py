@@ -179,10 +179,13 @@ def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
 
 
 def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """The fields that decide what comes out of a run and aren't what they were."""
-    now = config.as_dict()
+    """The fields that decide what comes out of a run and aren't what they were; one that there wasn't then had its
+    default."""
+    now, default = config.as_dict(), TrainConfig().as_dict()
     return sorted(
-        name for name in then.keys() | now.keys() if name not in FREE_FIELDS and then.get(name) != now.get(name)
+        name
+        for name in then.keys() | now.keys()
+        if name not in FREE_FIELDS and then.get(name, default.get(name)) != now.get(name)
     )
 
 

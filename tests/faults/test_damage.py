@@ -1,5 +1,6 @@
 """Files that were damaged, disks that are full, and files that mean harm."""
 
+import codecs
 import contextlib
 import io
 import json
@@ -169,6 +170,18 @@ class Bytes:
         return (bytearray, (600_000_000,))
 
 
+class Digits:
+    """Bytes twice as long each time they are encoded."""
+
+    def __reduce__(self):
+        return (codecs.encode, (codecs.encode(bytes(1 << 20), "hex"), "hex"))
+
+
+class Numbers:
+    def __reduce__(self):
+        return (torch.FloatTensor, (150_000_000,))
+
+
 def write_trap(kind: str, path: Path, whole: Path) -> None:
     """A file that means harm, in the place of the checkpoint `whole`."""
     content = torch.load(whole, weights_only=True)
@@ -191,6 +204,10 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
             for entry in plain.infolist():
                 data = plain.read(entry)
                 bomb.writestr(entry.filename, bytes(1 << 28) if entry.filename.endswith("data/0") else data)
+    elif kind == "digits of digits":
+        torch.save(content | {"history": [Digits()]}, path)
+    elif kind == "a tensor made when it is opened":
+        torch.save(content | {"calibration": {"x": Numbers()}}, path)
     elif kind == "bytearray":
         torch.save(content | {"history": [Bytes()]}, path)
     elif kind == "bytearray in the old format before an archive":
@@ -227,6 +244,7 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
 TRAPS = (
     *("at the top", "optimizer", "model", "history", "old format", "tar"),
     *("zip bomb", "bytearray", "one number for a terabyte", "lists within lists", "a list in itself"),
+    *("digits of digits", "a tensor made when it is opened"),
     "bytearray in the old format before an archive",
     *("bytearray in the old format", "bytearray, then a second pickle", "bytearray in capitals"),
 )
@@ -316,6 +334,11 @@ def test_two_archives_in_one_file(run_copy):
         directory, end = archive.start_dir, len(whole) - len(archive.comment) - 22
     twice = whole[:end] + whole[directory:end] + whole[end : end + 20] + bytes(2)
     (run_copy / LAST).write_bytes(twice)
+    with pytest.raises(ValueError, match=r"two archives|damaged"):
+        load_checkpoint(run_copy / LAST)
+    # The same, of a file that claims to be so large that its end has no room to say where the directory is.
+    large = whole[:end] + whole[directory:end] + whole[end : end + 16] + b"\xff" * 4 + bytes(2)
+    (run_copy / LAST).write_bytes(large)
     with pytest.raises(ValueError, match=r"two archives|damaged"):
         load_checkpoint(run_copy / LAST)
 
