@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 import shutil
@@ -248,7 +249,7 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
 def read_lines() -> Iterator[str]:
     """The lines of the standard input that aren't empty; bytes that are no UTF-8 as file names have them."""
     for line in sys.stdin.buffer:
-        if name := line.rstrip(b"\r\n"):
+        if name := line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8):  # PowerShell writes one
             yield os.fsdecode(name)
 
 

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nets.backbones import RATES, TIMM, TORCHVISION, build_torchvision, published_by_torchvision
 from nets.network import FreezableNetwork
+from nets.timm_networks import TIMM, build_timm, published_by_timm
+from nets.torchvision_networks import TORCHVISION, build_torchvision, published_by_torchvision
 from nets.vit import SIZES
 from nets.vit import vit as build_vit  # under its own name it would hide the module nets.vit
+from nets.wrapped import RATES
 
 BACKBONES: tuple[str, ...] = (*SIZES, *TORCHVISION)
 """Besides these, `timm/<name>` for any network of timm."""
@@ -41,8 +43,6 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
     if name in TORCHVISION:
         model = build_torchvision(name, num_classes, **rates)
     else:
-        from nets.timm_networks import build_timm  # what isn't used needn't be installed
-
         model = build_timm(name.removeprefix(TIMM), num_classes, input_shape, **rates)
     model.arguments = {"name": name, "num_classes": num_classes, "input_shape": list(input_shape)}
     return model
@@ -88,7 +88,5 @@ def expected_preprocessing(name: str) -> dict[str, Any]:
     if name in TORCHVISION:
         return published_by_torchvision(name)[1]
     if name.startswith(TIMM):
-        from nets.timm_networks import published_by_timm
-
         return published_by_timm(name)[1]
     return {}

@@ -92,6 +92,11 @@ class FreezableNetwork(nn.Module):
         return any(isinstance(module, nn.LayerNorm) for module in self.modules())
 
     @property
+    def convolutional(self) -> bool:
+        """Whether most of its work is convolutions: a ViT has one, that of the patches."""
+        return sum(isinstance(module, nn.Conv2d) for module in self.modules()) > 1
+
+    @property
     @abstractmethod
     def map_layer(self) -> nn.Module:
         """The last module whose output has a place for each part of the picture."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
-from nets.backbones import TIMM, TORCHVISION, published_by_torchvision
 from nets.hub import Found, download_from_hub, download_from_url
+from nets.timm_networks import TIMM, published_by_timm
+from nets.torchvision_networks import TORCHVISION, published_by_torchvision
 from nets.weights import LAYOUT_FILE
 
 # timm's weights of the same networks on the Hugging Face hub. The names say what they learned from: ImageNet-21k,
@@ -41,7 +42,7 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
         name: of the network.
         wanted: a file; a repository on the Hugging Face hub, `owner/name` or `owner/name@revision`; or True: those that
             are published for the network, from `folder` (`<name>.safetensors` or `<name>.pth`, without timm/, or for
-            the base ViT this layout's `vit-patch_16.pth`) or from `BOX`, else from a cache, else downloaded to it.
+            the base ViT bubbliiiing's `vit-patch_16.pth`) or from `BOX`, else from a cache, else downloaded to it.
         folder: see `wanted`.
 
     Raises:
@@ -60,8 +61,6 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
         return download_from_url(published_by_torchvision(name)[0], f"pretrained=True: {remedy.format('pth')}")
     repository = HUB_REPOS.get(name)
     if name.startswith(TIMM):
-        from nets.timm_networks import published_by_timm
-
         repository, _ = published_by_timm(name)
     if repository is None:
         raise ValueError(

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nets.backbones import OWN, TIMM, WrappedNetwork
 from nets.network import Part
+from nets.wrapped import OWN, WrappedNetwork
+
+TIMM = "timm/"
+"""What the names of timm's networks begin with here."""
 
 
 class TimmNetwork(WrappedNetwork):

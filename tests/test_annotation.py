@@ -66,10 +66,11 @@ def test_a_val_folder_is_used_as_it_is(here):
     assert len(entries("cls_train.txt")) == 6
 
 
-def test_an_old_test_list_goes_with_its_folder(here):
+def test_an_old_test_list_goes_with_its_folder(here, capsys):
     touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)), "cls_test.txt")
     annotate()
     assert not Path("cls_test.txt").exists()
+    assert "cls_test.txt is deleted: there are no test pictures" in capsys.readouterr().out
 
 
 def test_names_and_suffixes(here, capsys):

@@ -1,4 +1,4 @@
-"""nets/backbones.py and nets/timm_networks.py: against the libraries' own networks, frozen, thawed, and in runs."""
+"""nets/torchvision_networks.py and timm_networks.py against the libraries' own networks, frozen, thawed, in runs."""
 
 import copy
 import sys
@@ -13,8 +13,8 @@ from torch import nn
 
 import train
 from nets import build_model, draw_model, expected_preprocessing, restore_model
-from nets.backbones import TORCHVISION
 from nets.timm_networks import published_by_timm
+from nets.torchvision_networks import TORCHVISION
 from nets.weights import load_weights, read_weights
 from tests.conftest import NAMES, SMALL, write_back
 from utils.build import draw_network, make_model

@@ -279,8 +279,8 @@ def test_the_loss_scaler_is_restored():
 
 def test_only_convolutional_networks_have_their_channels_last():
     preprocessing = Preprocessing.of(CONFIG)
-    for name, channels_last in (("vit_xs_4", False), ("resnet18", True)):
-        model = pixel_network(build_model(name, 2, (8, 8)), preprocessing, CPU)[1]
+    for name, channels_last in (("vit_xs_4", False), ("resnet18", True), ("timm/convnext_atto", True)):
+        model = pixel_network(build_model(name, 2, (64, 64)), preprocessing, CPU)[1]
         weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
         assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 

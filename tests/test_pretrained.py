@@ -18,9 +18,9 @@ from safetensors.torch import save
 
 import nets.hub
 from nets import BACKBONES, build_model
-from nets.backbones import TORCHVISION, published_by_torchvision
 from nets.hub import download_from_url
 from nets.pretrained import find_pretrained
+from nets.torchvision_networks import TORCHVISION, published_by_torchvision
 from nets.weights import load_weights, read_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -181,8 +181,9 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
     for split, target in targets.items():
         if entries[split]:
             write_list(target, entries[split])
-        else:
-            Path(target).unlink(missing_ok=True)
+        elif Path(target).is_file():
+            print(f"{target} is deleted: there are no {split} pictures")
+            Path(target).unlink()
     return [str(classes_path), *(str(target) for split, target in targets.items() if entries[split])]
 
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from nets import build_model, draw_model, expected_preprocessing
-from nets.backbones import RATES
 from nets.network import FreezableNetwork
 from nets.pretrained import find_pretrained
 from nets.vit import SIZES
 from nets.weights import Weights, load_weights, read_weights
+from nets.wrapped import RATES
 from utils.config import TrainConfig
 from utils.seeds import derive_seed
 from utils.transforms import settle_preprocessing

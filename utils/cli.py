@@ -31,7 +31,8 @@ def run(main: Callable[..., Any]) -> Any:
     such as a file name's bytes that aren't UTF-8, is printed as escapes, and so is what would steer the terminal.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        in_file = os.name == "nt" and not stream.isatty()  # where the code page of the console would be taken
+        stream.reconfigure(encoding="utf-8" if in_file else None, errors="backslashreplace")
         stream.write = partial(_write_printable, stream.write)
     with stop_signals():
         try:

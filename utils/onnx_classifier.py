@@ -130,6 +130,7 @@ def open_onnx(path: str | Path) -> OnnxClassifier:
     path = Path(path)
     content, facts = read_onnx(path)
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, and no format of its own
     options.log_severity_level = 3  # what is wrong is raised
     # Threads that wait for work would keep cores busy that read pictures.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -9,14 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.fonts import font_families
+from utils.run_log import Row
 from utils.text import printable
 
 matplotlib.rcParams["font.family"] = font_families()
-
-Row = dict[str, float]
-"""One epoch: epoch (from 1), step (updates so far), loss, top1, val_loss, val_top1, learning_rate, skipped (steps left
-out), seconds, and time (at its end, in seconds since 1970)."""
-
 
 MOST_CLASSES = 40
 """Classes that a confusion matrix shows: with more, nobody can read it."""

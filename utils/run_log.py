@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-
-from utils.plots import Row, plot_losses
 
 EPOCHS = "epochs.csv"
+
+Row = dict[str, float]
+"""One epoch: epoch (from 1), step (updates so far), loss, top1, val_loss, val_top1, learning_rate, skipped (steps left
+out), seconds, and time (at its end, in seconds since 1970)."""
 
 
 class RunLog:
@@ -27,6 +28,8 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, history: Sequence[Row]) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # not for the workers that load pictures
+
         self.folder = folder
         older = list(folder.glob("events.out.tfevents.*"))
         self.writer = SummaryWriter(str(folder))
@@ -53,6 +56,8 @@ class RunLog:
 
     def log_epoch(self, history: Sequence[Row]) -> None:
         """Write what is known after an epoch, the last row of `history`."""
+        from utils.plots import plot_losses  # likewise
+
         self._add_scalars(history[-1])
         self.writer.flush()
         for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nets.backbones import OWN
+from nets.wrapped import OWN
 from utils.config import TrainConfig
 from utils.images import ImageError, read_header
 from utils.lists import ImageList
