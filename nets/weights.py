@@ -131,6 +131,8 @@ def _of_thaw(
     if not (isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)):
         raise ValueError(f"{path} can't be used: it is no checkpoint of Thaw, though it has weights as one has them")
     try:
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise ValueError("its weights aren't all tensors")
         _check_dimensions(state)
         variant = {name: value for name, value in arguments.items() if name not in OF_EVERY_NETWORK}
         if unknown := variant.keys() - VARIANT.keys():

@@ -1,6 +1,7 @@
 """utils/lists.py: whatever is in a name comes back; what can't work is named by its line."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,3 +140,9 @@ def test_no_line_end_after_the_last_line(here):
     (here / "list.txt").write_bytes(b"0;a.jpg\n\n1;b.jpg")
     images = read_list("list.txt", 2)
     assert [images.path(i) for i in range(len(images))] == ["a.jpg", "b.jpg"]
+
+
+def test_a_nul_is_named_by_its_line(here):
+    Path("list.txt").write_bytes(b"0;a.jpg\n1;b\0c.jpg\n")
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: it has a NUL"):
+        read_list("list.txt", num_classes=2)

@@ -264,6 +264,7 @@ REGISTERS = torch.zeros(1, 2, 192)
         ({}, {"reg_token": torch.zeros(3)}),
         ({}, {"pos_embed": torch.zeros(1, 1, 192)}),
         ({}, {"pos_embed": torch.zeros(1, 0, 192)}),
+        ({}, {"pos_embed": 3}),
     ],
 )
 def test_what_a_file_says_of_its_network_is_not_trusted(here, said, tensors):

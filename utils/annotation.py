@@ -296,7 +296,10 @@ def _relative(path: str, list_path: str | Path) -> str:
     """`path` as a list at `list_path` holds it: an absolute one as it is, else relative to the list's folder."""
     if os.path.isabs(path):
         return path
-    return Path(os.path.relpath(path, Path(list_path).parent)).as_posix()
+    try:
+        return Path(os.path.relpath(path, Path(list_path).parent)).as_posix()
+    except ValueError:  # on Windows the list may be on another drive
+        return Path(os.path.abspath(path)).as_posix()
 
 
 def _some(names: list[str]) -> str:

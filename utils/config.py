@@ -22,8 +22,10 @@ class StageConfig:
             "nothing".
         batch_size: pictures a step.
         input_shape: height and width in pixels, to begin with smaller pictures, which take less time; the positions of
-            a ViT are resampled from stage to stage, and the best epoch is one of the last size. None: the run's, as
-            the last stage's must be.
+            a ViT are resampled from stage to stage, so that pretrained ones lose in detail, and the best epoch is one
+            of the last size. None: the run's, as the last stage's must be.
+
+    Each stage begins with a new state of the optimizer, see `TrainConfig.thaw_warmup`.
 
     Raises:
         ValueError: a value can't work.

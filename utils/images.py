@@ -283,7 +283,9 @@ def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: boo
         Image.MAX_IMAGE_PIXELS = max_pixels
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}")
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}; raise it"
+                )
             ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
             yield image
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a broken file

@@ -182,6 +182,10 @@ def _by_file_name(names: Iterable[str]) -> dict[str, str]:
 def _parse(buffer: np.ndarray, folder: str, source: str) -> ImageList:
     """Find lines and ids in the bytes of a list, a block at a time, so that it takes little memory besides."""
     begin = len(codecs.BOM_UTF8) if buffer[:3].tobytes() == codecs.BOM_UTF8 else 0
+    for i in range(0, len(buffer), BLOCK):
+        if not (block := buffer[i : i + BLOCK]).all():
+            number = _line_number(buffer, i + int(block.argmin()))
+            raise ValueError(f"{source}, line {number}: it has a NUL in it, which no path has")
     newlines = [np.flatnonzero(buffer[i : i + BLOCK] == NEWLINE) + (i + 1) for i in range(0, len(buffer), BLOCK)]
     starts = np.concatenate([[begin], *newlines])
     starts = starts[starts < len(buffer)]
