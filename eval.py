@@ -22,7 +22,7 @@ from utils.mistakes import worst_mistakes
 from utils.outputs import compute_outputs
 from utils.report import format_metrics, write_comparison, write_events, write_numbers
 from utils.report_page import WORST, render
-from utils.resume import CONFIG_FILE, LIST_FILES
+from utils.run_folder import CONFIG_FILE, LIST_FILES
 from utils.scores import Scores
 
 PAGE = "report.html"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from nets.files import digest_file
+from nets.seal import digest_file
 from utils import cli
 from utils.checkpoint import find_checkpoint
 from utils.classifier import Classifier, load_classifier

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nets.files import digest_file
+from nets.seal import digest_file
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """What weights are called on the hub: the first of them that there is."""

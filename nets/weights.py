@@ -15,9 +15,10 @@ from torch import Tensor
 
 from nets.conversion import to_our_names, unwrap
 from nets.description import ACTIVATIONS, known_fields, read_preprocessing, read_variant
-from nets.files import digest_file, open_safely, read_header
 from nets.hub import Found
 from nets.network import FreezableNetwork
+from nets.safe_load import open_safely, read_header
+from nets.seal import digest_file
 from nets.sources import State, recognise
 
 

@@ -19,7 +19,7 @@ import export
 import predict
 import train
 from nets import build_model
-from nets.files import read_header
+from nets.safe_load import read_header
 from tests.conftest import EXPORTS, NAMES, SMALL, write_picture
 from tests.test_eval_predict import run
 from utils import export_check, export_formats

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import eval as evaluation
-from nets.files import digest_file
+from nets.seal import digest_file
 from tests.conftest import write_picture
 from utils.checkpoint import find_checkpoint
 from utils.classifier import load_classifier

@@ -18,7 +18,8 @@ from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.lists import compare_lists, list_in_memory, read_list, write_list
 from utils.lock import FolderLock, InUse
-from utils.resume import changed_fields, remove_strays
+from utils.resume import changed_fields
+from utils.run_folder import remove_strays
 
 
 def runs() -> list[Path]:

@@ -23,7 +23,8 @@ from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.config import StageConfig, TrainConfig
 from utils.engine import NonFiniteLoss, Trainer
 from utils.lists import read_list
-from utils.resume import new_run_folder, open_run
+from utils.resume import open_run
+from utils.run_folder import new_run_folder
 from utils.transforms import settle_preprocessing
 
 

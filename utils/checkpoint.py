@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nets.files import check_seal, is_sealed, open_safely, read_note, seal
+from nets.safe_load import open_safely
+from nets.seal import check_seal, is_sealed, read_note, seal
 from utils.files import format_bytes, free_bytes, write_whole
 
 FORMAT_VERSION = 4
@@ -74,6 +75,20 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         ) from error
 
 
+class Progress(NamedTuple):
+    """How far a checkpoint says it is, without being opened: its steps, and whether its run is finished."""
+
+    step: int
+    finished: bool
+
+
+def read_progress(path: Path) -> Progress | None:
+    """What a checkpoint's note says, unchecked; None if there is none."""
+    note = read_note(path) or {}
+    step, finished = note.get("step"), note.get("finished")
+    return Progress(step, finished) if type(step) is int and type(finished) is bool else None
+
+
 def count_bytes(content: Any) -> int:
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(content, Tensor):
@@ -118,8 +133,8 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     claim to be farther is printed."""
 
     def steps(path: Path) -> tuple[float, bool]:
-        note = read_note(path)
-        return note["step"] if note else float("inf"), path.name == LAST
+        progress = read_progress(path)
+        return progress.step if progress else float("inf"), path.name == LAST
 
     for path in sorted(folder.glob("*.pth"), key=steps, reverse=True):
         try:

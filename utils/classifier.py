@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from nets import restore_model
-from nets.files import read_header
 from nets.network import FreezableNetwork
+from nets.safe_load import read_header
 from nets.weights import read_weights
 from utils.calibration import Calibration, Rejection
 from utils.checkpoint import find_checkpoint, load_checkpoint

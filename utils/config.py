@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from utils.field_types import fits, make_tuples, plain
 
 Device = Literal["auto", "cuda", "cpu", "mps"]
 
@@ -37,15 +37,14 @@ class StageConfig:
     input_shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        _make_tuples(self)
+        make_tuples(self)
         for field, remedy in (("epochs", "a whole number from 1 up"), ("batch_size", "a whole number from 1 up")):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise ValueError(f"stages: {field}={value!r}: give {remedy}")
         if self.frozen not in ("all", "nothing") and not (type(self.frozen) is int and self.frozen >= 0):
             raise ValueError(f'stages: frozen={self.frozen!r}: give 0 or more, "all" or "nothing"')
-        fits = self.input_shape is None or (_fits(self.input_shape, tuple[int, int]) and min(self.input_shape) > 0)
-        if not fits:
+        if self.input_shape is not None and not (fits(self.input_shape, tuple[int, int]) and min(self.input_shape) > 0):
             raise ValueError(f"stages: input_shape={self.input_shape!r}: give height and width in pixels, or None")
 
 
@@ -329,7 +328,7 @@ class TrainConfig:
     """The same seed, config and lists give the same run."""
 
     def __post_init__(self) -> None:
-        _make_tuples(self)
+        make_tuples(self)
 
         def check(field: str, holds: bool, remedy: str) -> None:
             if not holds:
@@ -337,9 +336,9 @@ class TrainConfig:
 
         for field, hint in get_type_hints(TrainConfig).items():
             if get_origin(hint) is Literal:
-                check(field, _fits(getattr(self, field), hint), f"choose one of {', '.join(get_args(hint))}")
+                check(field, fits(getattr(self, field), hint), f"choose one of {', '.join(get_args(hint))}")
             else:
-                check(field, _fits(getattr(self, field), hint), f"give a value of the type {hint}")
+                check(field, fits(getattr(self, field), hint), f"give a value of the type {hint}")
         for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum", "ema_decay", "label_smoothing"):
             check(field, 0 <= getattr(self, field) < 1, "give a number from 0 to below 1")
         for field in ("eval_crop", "train_crop", "layer_decay"):
@@ -434,34 +433,4 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON and checkpoints."""
-        return _plain(dataclasses.asdict(self))
-
-
-def _make_tuples(config: StageConfig | TrainConfig) -> None:
-    """Turn the fields that are lists, as JSON has them, into tuples, so that equal settings are equal."""
-    for field in dataclasses.fields(config):
-        if isinstance(value := getattr(config, field.name), list):
-            object.__setattr__(config, field.name, tuple(value))
-
-
-def _plain(value: Any) -> Any:
-    """Nested dicts and tuples, these as lists."""
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _fits(value: object, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`; whole numbers pass for floats, lists for tuples, nan and inf don't."""
-    args = get_args(hint)
-    if get_origin(hint) is Literal:
-        return value in args
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if get_origin(hint) is tuple and args[-1] is Ellipsis:
-        return isinstance(value, tuple | list) and all(_fits(item, args[0]) for item in value)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple | list) and len(value) == len(args) and all(map(_fits, value, args))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return type(value) is hint
+        return plain(dataclasses.asdict(self))

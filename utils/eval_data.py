@@ -11,7 +11,7 @@ from typing import Any
 
 from utils.classifier import Classifier
 from utils.lists import ImageList, list_in_memory, read_classes, read_list
-from utils.resume import LIST_FILES
+from utils.run_folder import LIST_FILES
 from utils.scan import SPLIT_NAMES, Scan, pictures_below, scan_classes, set_demo_aside
 
 

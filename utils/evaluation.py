@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from nets.files import digest_file
+from nets.seal import digest_file
 from utils.classifier import Classifier
 from utils.corruptions import CORRUPTIONS, corrupt
 from utils.data import FileSource, ImageDataset, eval_loader, fetch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nets.files import digest_file
+from nets.seal import digest_file
 from utils.transforms import Preprocessing
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from nets import restore_model
-from nets.files import digest_file
+from nets.seal import digest_file
 from utils.classifier import WEIGHTS_SUFFIX, Classifier, pixel_network, read_exported
 from utils.export_check import Exported, by_checkpoint
 from utils.export_facts import ExportFacts

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nets.files import digest_file
+from nets.seal import digest_file
 from utils.classifier import Classifier
 from utils.eval_data import read_run_list
 from utils.export_facts import ExportFacts

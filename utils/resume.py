@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import LAST, SaveError, load_newest, read_note
+from utils.checkpoint import LAST, SaveError, load_newest, read_progress
 from utils.config import TrainConfig
-from utils.files import PARTIAL, write_whole
+from utils.files import write_whole
 from utils.lists import ImageList, compare_lists, read_list
-from utils.lock import LOCK_FILE, FolderLock, InUse
-
-CONFIG_FILE = "config.json"
-ASKED_FILE = "asked.json"
-"""The settings before a recipe chose what they left open."""
-EVENTS = "events.out.tfevents."
-"""What the names of TensorBoard's files begin with."""
-LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
+from utils.lock import FolderLock
+from utils.run_folder import (
+    ASKED_FILE,
+    CONFIG_FILE,
+    LIST_FILES,
+    RunFolder,
+    begin_folder,
+    has_only_a_beginning,
+    read_config,
+    remove_strays,
+    write_lists,
+)
 
 # A run that goes on may have other values of these; all others decide what comes out of it.
 FREE_FIELDS = frozenset(
@@ -31,27 +32,6 @@ FREE_FIELDS = frozenset(
         *("cache_dir", "feature_cache_gb"),
     ]
 )
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """A run's folder, which nobody else writes to.
-
-    Attributes:
-        path: the folder.
-        lock: to be released at the end.
-        checkpoint: what the run goes on from; None: it is at its beginning.
-    """
-
-    path: Path
-    lock: FolderLock
-    checkpoint: dict[str, Any] | None
-
-    def discard_if_new(self) -> None:
-        """Remove the folder of a run that can't begin; one that goes on stays as it is."""
-        self.lock.release()
-        if self.checkpoint is None and _has_only_a_beginning(self.path):
-            shutil.rmtree(self.path)
 
 
 def open_run(
@@ -94,7 +74,7 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
         _say_what_differs(config)
     elif config.resume != "no":
         return _open_given(config, class_names, lists)
-    return _begin(config, asked, lists)
+    return begin_folder(config, asked, lists)
 
 
 def _say_what_differs(config: TrainConfig) -> None:
@@ -159,23 +139,14 @@ def _newest_first(save_dir: str) -> list[Path]:
 
 
 def _is_finished(folder: Path) -> bool:
-    note = read_note(folder / LAST)
-    return bool(note and note["finished"])
+    progress = read_progress(folder / LAST)
+    return bool(progress and progress.finished)
 
 
 def _folder_of(resume: str) -> Path:
     """The run's folder, which may be given by its last checkpoint."""
     path = Path(resume)
     return path.parent if path.is_file() else path
-
-
-def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
-    """The settings that a run was started with; none if they can't be read."""
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> list[str]:
@@ -207,7 +178,7 @@ def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageLi
         ValueError: they have changed, and `accept_changed_lists` isn't set; names the pictures.
     """
     if run.checkpoint is None:
-        _write_lists(run.path, lists)
+        write_lists(run.path, lists)
         return
     told = []
     for key, images in lists.items():
@@ -228,7 +199,7 @@ def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageLi
             f"resume=no, or go on with accept_changed_lists, which isn't the same as a run without interruption"
         )
     print(f"attention: the lists have changed since the run began. {'; '.join(told)}")
-    _write_lists(run.path, lists)
+    write_lists(run.path, lists)
 
 
 def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
@@ -242,70 +213,10 @@ def _take_up(path: Path) -> RunFolder | None:
     """A run that was begun; None if it has no whole checkpoint, though it came farther than its beginning."""
     lock = FolderLock(path)
     found = load_newest(path)
-    if found is None and not _has_only_a_beginning(path):
+    if found is None and not has_only_a_beginning(path):
         lock.release()
         return None
     if found and found[0].name != LAST:  # it is the farthest, so it is the last
         with write_whole(path / LAST) as file, found[0].open("rb") as newest:
             shutil.copyfileobj(newest, file)
     return RunFolder(path, lock, found[1] if found else None)
-
-
-def _begin(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
-    """A new run, whose settings and lists are on the disk before anything else."""
-    path = new_run_folder(config.save_dir)
-    print(f"a new run, in {path}")
-    lock = FolderLock(path)
-    _write_lists(path, lists)
-    if asked != config:
-        _write_config(path / ASKED_FILE, asked)
-    _write_config(path / CONFIG_FILE, config)
-    return RunFolder(path, lock, None)
-
-
-def _write_config(path: Path, config: TrainConfig) -> None:
-    with write_whole(path) as file:
-        file.write((json.dumps(config.as_dict(), indent=2) + "\n").encode())
-
-
-def _write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:
-    for key, images in lists.items():
-        with write_whole(path / LIST_FILES[key]) as file:
-            file.write(images.buffer.tobytes())
-
-
-def new_run_folder(save_dir: str | Path) -> Path:
-    """Make a folder in `save_dir`, named after the time."""
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 1000))):
-        try:
-            Path(save_dir, name).mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return Path(save_dir, name)
-    raise FileExistsError(f"{save_dir} has a thousand runs of {stamp}")
-
-
-def remove_strays(save_dir: Path) -> None:
-    """Delete what killed runs left half-written: files, and folders that a run hadn't yet begun in."""
-    half_written = {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}") if (stray.parent / LOCK_FILE).exists()}
-    not_begun = {file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()}
-    for folder in half_written | not_begun:
-        try:
-            lock = FolderLock(folder)
-        except (InUse, OSError):  # it is written to, or belongs to somebody else
-            continue
-        for stray in folder.glob(f"*{PARTIAL}"):
-            print(f"{stray}, left half-written by a run that was cut off, is deleted")
-            stray.unlink(missing_ok=True)
-        lock.release()  # before the rest, since Windows deletes no open file
-        if folder in not_begun and _has_only_a_beginning(folder):
-            shutil.rmtree(folder)
-
-
-def _has_only_a_beginning(folder: Path) -> bool:
-    """Whether there is nothing in a run's folder but what a run makes before its first checkpoint."""
-    made = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, *LIST_FILES.values()}
-    return all(
-        path.name in made or path.name.startswith(EVENTS) or path.name.endswith(PARTIAL) for path in folder.iterdir()
-    )

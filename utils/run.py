@@ -14,12 +14,13 @@ from torch.optim import Optimizer
 
 from nets.network import FreezableNetwork
 from utils.build import of_size
-from utils.checkpoint import BEST, LAST, count_bytes, load_checkpoint, prune_periodic, read_note, save_checkpoint
+from utils.checkpoint import BEST, LAST, count_bytes, load_checkpoint, prune_periodic, read_progress, save_checkpoint
 from utils.config import TrainConfig
 from utils.engine import REMEDY, NonFiniteLoss, Trainer
 from utils.files import format_bytes, free_bytes
 from utils.lists import ImageList
-from utils.resume import FREE_FIELDS, RunFolder
+from utils.resume import FREE_FIELDS
+from utils.run_folder import RunFolder
 from utils.run_log import RunLog
 from utils.stages import Stage
 from utils.stop import Stopped, WorkerDied, held, received
@@ -42,7 +43,7 @@ class Run:
         model: the network.
         trainer: what trains it.
         class_names: name of each class id.
-        lists: the pictures, by the keys of `utils.resume.LIST_FILES`.
+        lists: the pictures, by the keys of `utils.run_folder.LIST_FILES`.
         folder: the run's, from `utils.resume.open_run`.
         origin: where the weights that it began with were from.
     """
@@ -231,7 +232,7 @@ class Run:
         if that is the same state."""
         best, found = self.folder / BEST, {"calibration": calibration}
         with held():
-            same_state = read_note(best) == read_note(self.folder / LAST)
+            same_state = read_progress(best) == read_progress(self.folder / LAST)
             for name, added in ((BEST, found), (LAST, (found if same_state else {}) | {"finished": True})):
                 save_checkpoint(self.folder / name, load_checkpoint(self.folder / name) | added)
             self.finished = True

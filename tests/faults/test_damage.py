@@ -22,13 +22,13 @@ import torch
 import eval as evaluation
 import predict
 import train
-from nets import files
+from nets import seal
 from nets.pretrained import find_pretrained
 from nets.weights import read_weights
 from tests.conftest import NAMES, SMALL
 from utils import checkpoint, run
 from utils.build import make_model
-from utils.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, save_checkpoint
+from utils.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, read_progress, save_checkpoint
 from utils.config import TrainConfig
 from utils.resume import open_run
 
@@ -348,7 +348,7 @@ def test_a_note_that_means_harm(run_copy, monkeypatch, note):
     """The note is read of every run's last checkpoint at each start."""
     with (run_copy / "ep999-loss.pth").open("w+b") as file:
         torch.save({}, file)
-        monkeypatch.setattr(files.json, "dumps", lambda _: note)
-        files.seal(file, {})
-    assert files.read_note(run_copy / "ep999-loss.pth") is None
+        monkeypatch.setattr(seal.json, "dumps", lambda _: note)
+        seal.seal(file, {})
+    assert read_progress(run_copy / "ep999-loss.pth") is None
     assert load_newest(run_copy)[0].name == LAST

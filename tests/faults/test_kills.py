@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nets.files import read_note
 from tests.faults.harness import LAST, finish, last_step, outcome, prepare, read_steps, run_folder, start
 from tests.faults.harness import steps as steps_of
-from utils.checkpoint import BEST, load_checkpoint, load_newest
+from utils.checkpoint import BEST, load_checkpoint, load_newest, read_progress
 
 DATA = ("mnist_png", "sign_digits")
 INTERVAL = 2  # save_every_steps
@@ -110,7 +109,8 @@ def kill_inside_saving(tmp_path: Path, whole, point: str, number: int, data: str
     assert process.exitcode == -9
     if list(run_folder(folder).glob("*.pth")):
         assert load_newest(run_folder(folder))
-    if not (read_note(run_folder(folder) / LAST) or {}).get("finished"):  # else the next start would begin a new run
+    progress = read_progress(run_folder(folder) / LAST)
+    if not (progress and progress.finished):  # else the next start would begin a new run
         finish(folder)
     assert outcome(folder) == whole(data)
     assert not list(run_folder(folder).glob("*.partial"))

@@ -1,11 +1,9 @@
-"""Files of weights: sealed with a checksum when Thaw writes them, and never trusted when they are opened."""
+"""Files of weights opened without trusting them."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
 import math
 import os
 import pickletools
@@ -18,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nets.seal import check_seal, is_sealed
+
 if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
     # Before, a file could run code or corrupt memory in spite of weights_only=True: CVE-2025-32434, CVE-2026-24747.
     raise ImportError(
@@ -25,11 +25,6 @@ if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
         f"pip install --upgrade 'torch>=2.10' torchvision"
     )
 
-MARK = b" sha256:"
-DIGITS = 64
-"""Hexadecimal digits of a SHA-256."""
-BLOCK = 1 << 22
-"""Bytes that are read at a time."""
 MAKES_MEMORY = re.compile(r" (bytearray|encode|\w*Tensor)$")
 """What torch lets a file call, with any number or again and again, and no file of weights does."""
 MOST_VALUES = 50_000_000
@@ -38,55 +33,6 @@ LARGE = 0xFFFFFFFF
 """What stands where a zip archive of 4 GB has no room for an offset."""
 LEGACY_PICKLES = 5
 """What a file of torch's before 1.6 begins with: pickles in a row, and then bare numbers."""
-
-
-def seal(file: BinaryIO, note: dict[str, Any]) -> None:
-    """End `file`, which `torch.save` just wrote, with `note` and the SHA-256 of every byte before it.
-
-    They become the comment that a zip archive may end with, so that the file stays what other programs can open.
-
-    Args:
-        file: open for reading and writing, at its end.
-        note: what shall be known without opening the archive, as JSON.
-    """
-    text = json.dumps(note).encode() + MARK
-    file.seek(-2, os.SEEK_END)  # the length of the comment, so far none
-    file.write((len(text) + DIGITS).to_bytes(2, "little") + text)
-    file.write(_sha256(file, file.tell()))
-
-
-def check_seal(path: Path) -> None:
-    """Read all of a sealed file.
-
-    Raises:
-        ValueError: it isn't as it was written.
-    """
-    with path.open("rb") as file:
-        body, mark, digest = _parts(file)
-        if mark != MARK:
-            raise ValueError(f"{path} is damaged: it doesn't end with a checksum, so it was cut off or changed")
-        if _sha256(file, body) != digest:
-            raise ValueError(f"{path} is damaged: its checksum doesn't match")
-
-
-def is_sealed(path: Path) -> bool:
-    """Whether a file ends with a checksum, right or wrong."""
-    with path.open("rb") as file:
-        return _parts(file)[1] == MARK
-
-
-def read_note(path: Path) -> dict[str, Any] | None:
-    """The note of a sealed file, `step` and `finished` at least, unchecked; None if it has none."""
-    if not path.is_file():
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            text, mark, _ = archive.comment.rpartition(MARK)
-        note = json.loads(text) if mark else None
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile):  # a bit may say what zipfile doesn't know
-        return None
-    known = isinstance(note, dict) and type(note.get("step")) is int and type(note.get("finished")) is bool
-    return note if known else None
 
 
 def open_safely(path: str | Path) -> Any:
@@ -271,27 +217,3 @@ def _check_tensors(content: Any, path: Path) -> None:
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             waiting.extend(value.values() if isinstance(value, dict) else value)
-
-
-def _parts(file: BinaryIO) -> tuple[int, bytes, bytes]:
-    """Length of what the checksum is of, the bytes where `MARK` should stand, and those of the checksum."""
-    body = max(0, file.seek(0, os.SEEK_END) - DIGITS)
-    file.seek(max(0, body - len(MARK)))
-    mark = file.read(min(len(MARK), body))
-    return body, mark, file.read()
-
-
-def digest_file(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return _sha256(file, path.stat().st_size).decode()
-
-
-def _sha256(file: BinaryIO, size: int) -> bytes:
-    """The digest of the first `size` bytes of `file`, which is then behind them."""
-    found = hashlib.sha256()
-    file.seek(0)
-    while size > 0 and (block := file.read(min(BLOCK, size))):
-        found.update(block)
-        size -= len(block)
-    return found.hexdigest().encode()

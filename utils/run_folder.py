@@ -1,0 +1,113 @@
+"""A run's folder: made, kept to one writer, tidied up after runs that were killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from utils.config import TrainConfig
+from utils.files import PARTIAL, write_whole
+from utils.lists import ImageList
+from utils.lock import LOCK_FILE, FolderLock, InUse
+
+CONFIG_FILE = "config.json"
+ASKED_FILE = "asked.json"
+"""The settings before a recipe chose what they left open."""
+EVENTS = "events.out.tfevents."
+"""What the names of TensorBoard's files begin with."""
+LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, which nobody else writes to.
+
+    Attributes:
+        path: the folder.
+        lock: to be released at the end.
+        checkpoint: what the run goes on from; None: it is at its beginning.
+    """
+
+    path: Path
+    lock: FolderLock
+    checkpoint: dict[str, Any] | None
+
+    def discard_if_new(self) -> None:
+        """Remove the folder of a run that can't begin; one that goes on stays as it is."""
+        self.lock.release()
+        if self.checkpoint is None and has_only_a_beginning(self.path):
+            shutil.rmtree(self.path)
+
+
+def begin_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
+    """A new run, whose settings and lists are on the disk before anything else."""
+    path = new_run_folder(config.save_dir)
+    print(f"a new run, in {path}")
+    lock = FolderLock(path)
+    write_lists(path, lists)
+    if asked != config:
+        _write_config(path / ASKED_FILE, asked)
+    _write_config(path / CONFIG_FILE, config)
+    return RunFolder(path, lock, None)
+
+
+def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """The settings that a run was started with; none if they can't be read."""
+    try:
+        found = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_config(path: Path, config: TrainConfig) -> None:
+    with write_whole(path) as file:
+        file.write((json.dumps(config.as_dict(), indent=2) + "\n").encode())
+
+
+def write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:
+    for key, images in lists.items():
+        with write_whole(path / LIST_FILES[key]) as file:
+            file.write(images.buffer.tobytes())
+
+
+def new_run_folder(save_dir: str | Path) -> Path:
+    """Make a folder in `save_dir`, named after the time."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 1000))):
+        try:
+            Path(save_dir, name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return Path(save_dir, name)
+    raise FileExistsError(f"{save_dir} has a thousand runs of {stamp}")
+
+
+def remove_strays(save_dir: Path) -> None:
+    """Delete what killed runs left half-written: files, and folders that a run hadn't yet begun in."""
+    half_written = {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}") if (stray.parent / LOCK_FILE).exists()}
+    not_begun = {file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()}
+    for folder in half_written | not_begun:
+        try:
+            lock = FolderLock(folder)
+        except (InUse, OSError):  # it is written to, or belongs to somebody else
+            continue
+        for stray in folder.glob(f"*{PARTIAL}"):
+            print(f"{stray}, left half-written by a run that was cut off, is deleted")
+            stray.unlink(missing_ok=True)
+        lock.release()  # before the rest, since Windows deletes no open file
+        if folder in not_begun and has_only_a_beginning(folder):
+            shutil.rmtree(folder)
+
+
+def has_only_a_beginning(folder: Path) -> bool:
+    """Whether there is nothing in a run's folder but what a run makes before its first checkpoint."""
+    made = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, *LIST_FILES.values()}
+    return all(
+        path.name in made or path.name.startswith(EVENTS) or path.name.endswith(PARTIAL) for path in folder.iterdir()
+    )
