@@ -163,6 +163,8 @@ def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeyp
         for weights in (checkpoint["weights"], checkpoint["weights_in_training"]):
             build_model(**checkpoint["model"]).load_state_dict(weights)
     assert load_checkpoint(only_run() / BEST)["epoch"] == 4  # the only one of the last size
+    monkeypatch.setattr("utils.find_lr.STEPS", 35)  # Muon's are slow on one thread
+    monkeypatch.setattr("utils.find_lr.DECADE", 5)
     train.main(dataclasses.replace(config, save_dir="tried"), find_lr=True)
     ends_the_same_when_cut_off(config, (2,), monkeypatch)  # inside the second stage
 
