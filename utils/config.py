@@ -321,8 +321,8 @@ class TrainConfig:
     """Folder that gets a folder for every run."""
 
     num_workers: int = 4
-    """Processes that load pictures; 0: none besides the main one. About the number of cores beside a GPU, half of them
-    without one."""
+    """Processes that load pictures; 0: none besides the main one. About the number of cores beside a GPU (on Windows no
+    more than 4, which are slow to start), half of them without one."""
 
     seed: int = 11
     """The same seed, config and lists give the same run."""

@@ -221,7 +221,8 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
         with zipfile.ZipFile(path) as bad, zipfile.ZipFile(whole) as good:
             bad_entries = [(entry.filename, bad.read(entry)) for entry in bad.infolist()]
             (pickled,) = (good.read(name) for name in good.namelist() if name.endswith(".pkl"))
-        with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
+        with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # two entries have one name
             for name, data in bad_entries:
                 is_pickle = name.endswith(".pkl")
                 archive.writestr(name.replace(".pkl", ".PKL") if kind.endswith("capitals") else name, data)
