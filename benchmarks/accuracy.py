@@ -203,7 +203,8 @@ def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, s
 
     def paced(side: int, epochs: int) -> float:
         run = METHODS[method]
-        return finished.get(f"pace {name} {side} {method} {epochs}", lambda: run(data, weights, side, epochs, 0))[0]
+        key = f"{epochs} epochs of {side} pixels: {name} {method}"
+        return finished.get(key, lambda: run(data, weights, side, epochs, 0))[0]
 
     chosen, another = (SIZES[0], fewest), 0.0
     for side in SIZES:
@@ -213,8 +214,8 @@ def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, s
         if method == "logistic":
             chosen = (side, 0)
             continue
-        another = max(0.1, paced(side, fewest + 1) - paced(side, fewest))
-        epochs = max(fewest, fewest + int(left / another))
+        another = paced(side, fewest + 1) - paced(side, fewest)
+        epochs = max(fewest, fewest + int(left / another)) if another > 0 else enough
         if side == SIZES[0] or epochs >= enough:
             chosen = (side, epochs)
         if epochs < enough:

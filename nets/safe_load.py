@@ -37,7 +37,8 @@ LEGACY_PICKLES = 5
 
 def open_safely(path: str | Path) -> Any:
     """What a `.safetensors` file, an `.npz` of numpy's or a file of `torch.save` holds, on the CPU; which of them it is
-    tells its beginning, not its name. Nothing in the file is executed, and no more memory is taken than it has bytes.
+    tells its beginning, not its name. Nothing in the file is executed, and its tensors take no more memory than it has
+    bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -176,7 +177,7 @@ def _check_pickles(path: Path, archived: bool) -> None:
     except (ValueError, MemoryError) as error:
         raise ValueError(f"{path} can't be opened as weights: it is damaged, or something else ({error})") from error
     if found:
-        raise ValueError(f"{path} can't be opened as weights: it makes a {found[0]}, which weights don't need")
+        raise ValueError(f"{path} can't be opened as weights: it calls {found[0]}, which weights don't need")
 
 
 def _makers(pickled: bytes | BinaryIO) -> list[str]:
@@ -189,15 +190,20 @@ def _check_nesting(content: Any, path: Path) -> None:
     """Raise a ValueError if nested dicts and lists, written out, hold more than weights have reason to: lists in which
     the next stands twice are as small as you like and stand for any number."""
     sizes: dict[int, float] = {}
+    done: set[int] = set()
     waiting = [content]
     while waiting:
         value = waiting[-1]
+        if id(value) in done:
+            waiting.pop()
+            continue
         parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
         if id(value) not in sizes:
             sizes[id(value)] = math.inf  # as long as its parts aren't known, so that what contains itself is too large
             waiting += [part for part in parts if isinstance(part, dict | list | tuple) and id(part) not in sizes]
         else:
             waiting.pop()
+            done.add(id(value))
             sizes[id(value)] = 1 + sum(sizes.get(id(part), 1) for part in parts)
     if sizes[id(content)] > MOST_VALUES:
         raise ValueError(f"{path} can't be opened as weights: it holds lists within lists without end")

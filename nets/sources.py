@@ -69,7 +69,7 @@ HUGGING_FACE_NAMES = (
     (r"^classifier\.", "head."),
 )
 
-# In this order: the first whose mark is found. This layout's own file has timm's names, so it can't be told by them.
+# In this order: the first whose mark is found. bubbliiiing's file has timm's names, so it can't be told by them.
 SOURCES: tuple[Source, ...] = (
     Source(
         "Google's ViT (.npz)",

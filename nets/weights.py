@@ -69,7 +69,8 @@ class Weights:
         return (side, side)
 
 
-# This layout's file, made for the tanh GELU. Its tensors have timm's names, so that only its own name tells it.
+# The file of bubbliiiing's classification-pytorch, made for the tanh GELU. Its tensors have timm's names, so that only
+# its own name tells it.
 LAYOUT_FILE = "vit-patch_16.pth"
 
 
@@ -113,7 +114,7 @@ def read_weights(file: str | Path | Found, of_vit: bool = True) -> Weights:
         variant["num_registers"] = state["reg_token"].shape[1]
     return Weights(
         path,
-        source.name if path.name != LAYOUT_FILE else f"this layout's {LAYOUT_FILE}",
+        source.name if path.name != LAYOUT_FILE else f"bubbliiiing's {LAYOUT_FILE}",
         state,
         variant | told_variant,
         dict(source.preprocessing) | told_preprocessing,

@@ -216,13 +216,15 @@ def test_splits_without_classes(here):
 def test_a_test_set_is_taken_out_if_wanted(here, capsys):
     touch(*(f"datasets/{name}/{i:02d}.jpg" for name in "ab" for i in range(50)))
     annotate(audit=False)
-    assert "--test-fraction 0.2 takes a fifth of train for an honest figure" in capsys.readouterr().out
+    assert "txt_annotation.py --test-fraction 0.2 takes a fifth of train out" in capsys.readouterr().out
     annotate(test_fraction=0.2, group_regex=r"^(\d)", audit=False)
     found = [[line.rpartition("/")[2] for line in entries(name)] for name in LISTS[:3]]
     assert sum(map(len, found)) == 100
     assert len(found[2]) == 20
     train, val, test = ({name[0] for name in names} for names in found)
     assert not (train & test or val & test or train & val)
+    annotate(test_fraction=0.5, val_fraction=0.4, audit=False)  # parts of the whole, both
+    assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
     touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/test/a/1.jpg")
     with pytest.raises(ValueError, match=r"test_fraction=0\.2: there are test pictures already"):
         annotate(test_fraction=0.2, audit=False)

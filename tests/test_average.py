@@ -43,6 +43,18 @@ def test_the_average_is_that_of_torch():
         assert not torch.equal(averaged[name], live[name])
 
 
+def test_what_is_shared_is_averaged_once():
+    """A module in two places, as in some of timm's networks."""
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    average = WeightAverage(model, 0.9)
+    nn.init.ones_(shared.weight)
+    average.update(0)
+    with average.in_place():
+        assert not torch.equal(shared.weight, torch.ones(2, 2))
+    assert torch.equal(shared.weight, torch.ones(2, 2))
+
+
 def test_what_is_frozen_again_is_what_was_evaluated():
     """A part that was thawed has an average that lags behind its weights; frozen, both are one and don't change."""
     model = build_model("resnet18", 3, (32, 32))

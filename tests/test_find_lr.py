@@ -42,7 +42,10 @@ def test_a_suggestion_is_one_that_would_be_trained_with(two_classes, monkeypatch
 
     monkeypatch.setattr(find_lr, "suggest", lambda rates, losses: 0.5)
     train.main(TrainConfig(**SMALL), find_lr=True)
-    assert "(the most that adamw is let take is 1e-03): init_lr=4.3e-02" in capsys.readouterr().out
+    assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-02" in capsys.readouterr().out
+    monkeypatch.setattr(find_lr, "suggest", lambda rates, losses: 1e-6)
+    train.main(TrainConfig(**SMALL), find_lr=True)
+    assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-04" in capsys.readouterr().out
 
 
 def test_the_head_begins_as_in_training(two_classes, monkeypatch, capsys):

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import train
+from nets import draw_model
 from tests.conftest import SMALL, write_back
 from tests.test_train import only_run
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import StageConfig, TrainConfig
-from utils.recipe import Known, apply_recipe
+from utils.recipe import Known, apply_recipe, count_layers
 
 AUTO = TrainConfig(recipe="auto")
 
@@ -92,6 +93,8 @@ def test_freezing_can_be_kept(pretrained, own):
 
 def test_a_backbone_of_one_piece_has_no_layers_to_slow_down():
     """As most of timm's transformers are; the high rate goes with the slowing down."""
+    assert count_layers(draw_model("timm/test_vit", 2, (160, 160))) == 1
+    assert count_layers(draw_model("vit_xs_4", 2, (8, 8))) == 8
     whole = apply_recipe(AUTO, known(layers=1))
     assert (whole.layer_decay, whole.init_lr) == (1.0, TrainConfig.init_lr)
 
@@ -122,6 +125,17 @@ def test_a_run_by_recipe_goes_on_by_the_same_command(two_classes, capsys, monkey
     assert len(list(Path("logs").iterdir())) == 2
     newest = max(Path("logs").iterdir(), key=lambda run: run.stat().st_mtime)
     assert load_checkpoint(newest / LAST)["config"]["unfreeze_batch_size"] == 128
+
+
+def test_what_was_chosen_for_a_run_whose_checkpoints_are_gone_is_not_taken_up(two_classes, capsys):
+    fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
+    config = TrainConfig(**fixed, recipe="auto", unfreeze_epoch=1)
+    train.main(config)
+    for path in only_run().glob("*.pth"):
+        path.unlink()
+    capsys.readouterr()
+    train.main(config)
+    assert "as it was chosen when the run began" not in capsys.readouterr().out
 
 
 def test_what_was_chosen_for_other_classes_is_not_taken_up(two_classes, capsys):

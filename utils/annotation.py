@@ -117,15 +117,17 @@ def annotate(
             if finding.kind != "alike by nature"
             for group in finding.groups
         ]
-    before = Path(audit_path, LEFT_OUT)
-    if fix:
-        leave_out(scan, findings or [], audit_path)
-    elif before.is_file():
-        print(f"attention: the lists before this were made with --fix; what {before} names is in them again")
-        before.unlink()
+    reasons = leave_out(scan, findings or []) if fix else {}
     taken = take_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
     written = write_lists(scan, names, classes_path, targets)
+    left_out = Path(audit_path, LEFT_OUT)
+    if fix:
+        left_out.parent.mkdir(parents=True, exist_ok=True)
+        write_left_out(left_out, reasons)
+    elif left_out.is_file():
+        print(f"attention: the lists before this were made with --fix; what {left_out} names is in them again")
+        left_out.unlink()
     print(format_table(scan, names))
     if findings is not None:
         print(format_findings(findings, audit_path, fix))
@@ -141,6 +143,7 @@ def take_out(scan: Scan, fractions: dict[str, float], seed: int, groups: Sequenc
         ValueError: there is a test folder, and a part for testing was asked for.
     """
     told = []
+    whole, left = sum(map(len, scan.pictures["train"].values())), 1.0
     for split, fraction in fractions.items():
         if scan.pictures[split]:
             if split == "test" and fraction:
@@ -148,16 +151,16 @@ def take_out(scan: Scan, fractions: dict[str, float], seed: int, groups: Sequenc
             continue
         if not fraction:
             told.append(
-                "no test folder: eval.py will show how well the validation pictures are told apart, which choose the "
-                "best epoch and so flatter it; --test-fraction 0.2 takes a fifth of train for an honest figure"
+                "no test folder: eval.py will go by the validation pictures, which choose the best epoch, so that its "
+                "figures flatter; python txt_annotation.py --test-fraction 0.2 takes a fifth of train out for testing"
             )
             continue
-        whole = sum(map(len, scan.pictures["train"].values()))
-        scan.pictures[split] = split_validation(scan.pictures["train"], fraction, seed, groups)
+        scan.pictures[split] = split_validation(scan.pictures["train"], fraction / left, seed, groups)
+        left -= fraction
         count = sum(map(len, scan.pictures[split].values()))
         part = count / whole
         together = "" if 0.5 < part / fraction < 2 else f", not {fraction:.0%}: groups stay together"
-        told.append(f"no {split} folder with pictures: {count} ({part:.1%}{together}) were taken out of train for it")
+        told.append(f"no {split} folder with pictures: {count} ({part:.1%}{together}) were taken out of train instead")
     return told
 
 
@@ -199,8 +202,8 @@ def audit_scan(
     return findings
 
 
-def leave_out(scan: Scan, findings: list[Finding], audit_path: str | Path) -> None:
-    """Take out of `scan` what `findings` would leave out, and write `left_out.txt`: a line `kind;path` for each."""
+def leave_out(scan: Scan, findings: list[Finding]) -> dict[str, str]:
+    """Take out of `scan` what `findings` would leave out; return the kind of fault of each path."""
     reasons: dict[str, str] = {}
     for finding in findings:
         for picture in finding.left_out:
@@ -212,8 +215,7 @@ def leave_out(scan: Scan, findings: list[Finding], audit_path: str | Path) -> No
                 scan.skipped[name][f"left out, see {LEFT_OUT}"] += len(paths) - len(classes[name])
             if not classes[name]:
                 del classes[name]
-    Path(audit_path).mkdir(parents=True, exist_ok=True)
-    write_left_out(Path(audit_path, LEFT_OUT), reasons)
+    return reasons
 
 
 def format_table(scan: Scan, names: list[str]) -> str:
@@ -239,7 +241,7 @@ def format_table(scan: Scan, names: list[str]) -> str:
         for row in rows
     ]
     lines += [
-        f"attention: {name} is taken for a class, since its folder has no folders of classes in it"
+        f"attention: {name} is taken for a class: there are pictures in a folder of that name where classes stand"
         for name in names
         if name.lower() in SPLIT_NAMES
     ]

@@ -26,7 +26,12 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         state = model.state_dict(keep_vars=True)
-        self.weights = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+        first_names = {id(tensor): name for name, tensor in reversed(state.items())}  # of what is shared in the network
+        self.weights = {
+            name: tensor
+            for name, tensor in state.items()
+            if tensor.is_floating_point() and first_names[id(tensor)] == name
+        }
         self.averages = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
         self.moving = list(self.weights)
         self.swapped = False

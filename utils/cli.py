@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from utils.text import printable
 
 PROJECT = Path(__file__).resolve().parents[1]
 NEW_LINE = "\n"
+HARMLESS = re.compile(r"(\x1b\[[\d;]*[mA])")
 OWN_FOLDERS = (PROJECT, PROJECT / "nets", PROJECT / "utils")
 
 
@@ -28,12 +30,13 @@ def run(main: Callable[..., Any]) -> Any:
 
     An error that Thaw itself raised about the user's input is printed without a traceback, and the exit status is 1. An
     error from inside a library keeps its traceback: it may be a fault of ours. What the terminal's encoding can't show,
-    such as a file name's bytes that aren't UTF-8, is printed as escapes, and so is what would steer the terminal.
+    such as a file name's bytes that aren't UTF-8, is printed as escapes, and in a terminal what would steer it, too.
     """
     for stream in (sys.stdout, sys.stderr):
         in_file = os.name == "nt" and not stream.isatty()  # where the code page of the console would be taken
         stream.reconfigure(encoding="utf-8" if in_file else None, errors="backslashreplace")
-        stream.write = partial(_write_printable, stream.write)
+        if stream.isatty():
+            stream.write = partial(_write_printable, stream.write)
     with stop_signals():
         try:
             return _call(main)
@@ -45,8 +48,10 @@ def run(main: Callable[..., Any]) -> Any:
 
 
 def _write_printable(write: Callable[[str], int], text: str) -> int:
-    """Names of files, classes and tensors come from anywhere, and are printed in many places."""
-    return write(printable(text, keep="\n\r\t"))
+    """Names of files, classes and tensors come from anywhere, and are printed in many places. Colours, and the way up
+    to another bar, are let through."""
+    parts = HARMLESS.split(text)  # what is harmless is every second one
+    return write("".join(part if i % 2 else printable(part, keep="\n\r\t") for i, part in enumerate(parts)))
 
 
 def _call(main: Callable[..., Any]) -> Any:

@@ -105,7 +105,7 @@ class TrainConfig:
 
     activation: Literal["auto", "gelu_tanh", "gelu"] = "auto"
     """A ViT's GELU: by its tanh approximation, or exact. `auto`: as the weights have it that training starts from;
-    without any the approximation, this layout's. Touch it for weights that don't tell, such as this layout's under
+    without any the approximation, bubbliiiing's. Touch it for weights that don't tell, such as bubbliiiing's under
     another file name than `vit-patch_16.pth`."""
 
     drop_rate: float = 0.1
@@ -180,7 +180,7 @@ class TrainConfig:
 
     init_lr: float = 1e-3
     """Highest learning rate, for 256 pictures a step (64 for networks that are not transformers): it is scaled by the
-    batch size, kept within the layout's limits, and printed. Halve it if the loss jumps."""
+    batch size, kept within limits, and printed. Halve it if the loss jumps."""
 
     min_lr: float = 1e-5
     """Learning rate at the end, scaled likewise; usually `init_lr` / 100."""
@@ -189,7 +189,7 @@ class TrainConfig:
     """SGD's and Muon's momentum, and beta1 of Adam and AdamW; 0 to below 1."""
 
     weight_decay: float = 0.05
-    """Decay of the weights (not of biases, norms, class token and position embedding). 0.05 with adamw, 1e-4 with sgd,
+    """Decay of the weights (not of biases, norms, learned tokens and positions). 0.05 with adamw, 1e-4 with sgd,
     0 with adam."""
 
     layer_decay: float = 1.0

@@ -65,13 +65,14 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     train_set, _ = make_datasets(data, config)
     loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
     found = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
-    _, highest = rate_limits(config.optimizer_type, model.transformer)
-    suggestion = min(found.suggestion, highest)
+    lowest, highest = rate_limits(config.optimizer_type, model.transformer)
+    suggestion = min(max(found.suggestion, lowest), highest)
     path = Path(config.save_dir, "learning_rates.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     plot_range_test(found.rates, found.losses, suggestion).savefig(path)
     init_lr = suggestion / batch_scale(stage.batch_size, model.transformer)
-    limited = f" (the most that {config.optimizer_type} is let take is {highest:.0e})" if suggestion == highest else ""
+    within = f" ({config.optimizer_type} is let take {lowest:.0e} to {highest:.0e})"
+    limited = within if suggestion != found.suggestion else ""
     print(
         f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} pictures"
         f"{limited}: init_lr={init_lr:.1e}; see {path}"

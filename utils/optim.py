@@ -119,7 +119,7 @@ def rate_limits(optimizer_type: str, transformer: bool) -> tuple[float, float]:
 
 
 def scale_learning_rate(config: TrainConfig, batch_size: int, transformer: bool) -> tuple[float, float]:
-    """`init_lr` and `min_lr` for this batch size: in proportion to it, then kept within the layout's limits.
+    """`init_lr` and `min_lr` for this batch size: in proportion to it, then kept within limits.
 
     `init_lr` is meant for 64 pictures a step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
     for transformers), 5e-4 to 1e-1 for SGD, and 1e-5 to 1e-2 for Muon, AdamW's part in it included; those of `min_lr`

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nets import draw_model
+from nets.network import FreezableNetwork
 from utils.annotation import ensure_lists
 from utils.config import TrainConfig
 from utils.lists import read_classes, read_list
@@ -38,7 +39,7 @@ class Known(NamedTuple):
         class_counts: training pictures of each class.
         pretrained: whether the run starts from weights.
         transformer: whether the network is one.
-        layers: of the network, as `FreezableNetwork.layers` counts them; one if its backbone is one piece.
+        layers: of the backbone, see `count_layers`.
         parameters: of the network.
         on_cpu: whether it is trained there.
     """
@@ -73,11 +74,16 @@ def settle_recipe(config: TrainConfig, device: torch.device) -> TrainConfig:
         class_counts=np.bincount(images.class_ids),
         pretrained=bool(config.pretrained or config.model_path),
         transformer=network.transformer,
-        layers=len(set(network.layers().values())),
+        layers=count_layers(network),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         on_cpu=device.type == "cpu",
     )
     return apply_recipe(config, known)
+
+
+def count_layers(network: FreezableNetwork) -> int:
+    """The parts of a backbone that can learn at rates of their own: one if it is all one piece."""
+    return len({layer for name, layer in network.layers().items() if not name.startswith("head.")})
 
 
 def apply_recipe(config: TrainConfig, known: Known) -> TrainConfig:

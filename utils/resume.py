@@ -83,7 +83,7 @@ def _say_what_differs(config: TrainConfig) -> None:
     if newest is None or _is_finished(newest) or not (then := read_config(newest)):
         return
     if changed := changed_fields(then, config):
-        told = ", ".join(f"{name}={then.get(name)!r}" for name in changed)
+        told = ", ".join(f"{name}={before!r}" for name, (before, _) in changed.items())
         print(f"{newest} isn't finished; it would go on with its own settings, {told}")
 
 
@@ -127,7 +127,9 @@ def chosen_before(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] 
         if not then or not now or changed_fields(then, asked) or (asked.resume == "auto" and _is_finished(folder)):
             continue
         found = load_newest(folder)
-        if not found or found[1]["class_names"] == class_names:
+        if found is None and not has_only_a_beginning(folder):
+            continue
+        if found is None or found[1]["class_names"] == class_names:
             return {name: value for name, value in now.items() if name not in FREE_FIELDS and value != then.get(name)}
     return None
 
@@ -149,22 +151,20 @@ def _folder_of(resume: str) -> Path:
     return path.parent if path.is_file() else path
 
 
-def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """The fields that decide what comes out of a run and aren't what they were; one that there wasn't then had its
-    default."""
-    now, default = config.as_dict(), TrainConfig().as_dict()
-    return sorted(
-        name
-        for name in then.keys() | now.keys()
-        if name not in FREE_FIELDS and then.get(name, default.get(name)) != now.get(name)
-    )
+def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields that decide what comes out of a run and aren't what they were, with what they were and are. One that
+    there wasn't then had its default; of settings that couldn't be read (none) all have changed."""
+    now = config.as_dict()
+    before = TrainConfig().as_dict() | then if then else dict.fromkeys(now)
+    names = sorted(before.keys() | now.keys())
+    pairs = {name: (before.get(name), now.get(name)) for name in names if name not in FREE_FIELDS}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def check_config(folder: Path, config: TrainConfig) -> None:
     """Raise a ValueError that names the fields in which a run has other settings, if they decide what comes of it."""
-    then, now = read_config(folder), config.as_dict()
-    if changed := changed_fields(then, config):
-        told = ", ".join(f"{name} was {then.get(name)!r} and is {now.get(name)!r}" for name in changed)
+    if changed := changed_fields(read_config(folder), config):
+        told = ", ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items())
         raise ValueError(
             f"resume={config.resume!r}: {told}; give the settings, flags too, that the run was started with (they are "
             f"in {folder / CONFIG_FILE}), or begin a new run, with model_path to start from its weights"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,9 +101,12 @@ def remove_strays(save_dir: Path) -> None:
         for stray in folder.glob(f"*{PARTIAL}"):
             print(f"{stray}, left half-written by a run that was cut off, is deleted")
             stray.unlink(missing_ok=True)
-        lock.release()  # before the rest, since Windows deletes no open file
-        if folder in not_begun and has_only_a_beginning(folder):
+        stray = folder in not_begun and has_only_a_beginning(folder)
+        if stray and os.name == "posix":
             shutil.rmtree(folder)
+        lock.release()
+        if stray and os.name != "posix":  # Windows deletes no file that is open
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def has_only_a_beginning(folder: Path) -> bool:

@@ -66,8 +66,8 @@ def scan_datasets(root: str | Path) -> Scan:
         for entry, split in splits.items():
             scan_classes(entry, scan, split)
         for entry in others:
-            pictures = len(pictures_below(entry, Counter()))
-            scan.skipped[entry.name]["in a folder beside train, val and test: move it into one of them"] += pictures
+            if pictures := len(pictures_below(entry, Counter())):
+                scan.skipped[entry.name]["in a folder beside train, val and test: move it into one of them"] += pictures
         _count_loose(root, scan)
     else:  # class folders; split folders with nothing but the built-in digits in them have made way
         scan_classes(root, scan, "train", besides=set(splits))
