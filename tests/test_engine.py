@@ -195,6 +195,17 @@ def test_an_epoch_returns_means_and_sets_the_rate_at_every_step():
     assert numbers["top1"] == pytest.approx(hits / 24)
 
 
+def test_an_epoch_is_in_training_mode_whatever_came_before():
+    """Validation leaves the network in evaluation mode, in which nothing is dropped."""
+    own = network(drop_rate=0.5)
+    trainer = Trainer(own, CPU, "fp32", 1)
+    seen = []
+    own[1].register_forward_hook(lambda module, *_: seen.append(module.training))
+    trainer.validate(Batches([batch(6)]))
+    trainer.train_epoch(Batches([batch(6)]), build_optimizer(own[1], CONFIG, 1e-3), 0, lambda epoch: 1e-3)
+    assert seen == [False, True]
+
+
 def test_training_learns():
     own = network()
     trainer = Trainer(own, CPU, "fp32", 1)

@@ -147,3 +147,11 @@ def test_preprocessing_round_trip():
     assert before.input_shape == (32, 48)
     assert Preprocessing.from_dict(before.as_dict()) == before
     assert all(type(v) in (list, bool, float, int, str) for v in before.as_dict().values())
+
+
+def test_the_centre_of_a_shape_that_is_no_square():
+    """By hand: a flat strip of a tall picture, as wide as it is, and a part of it with a crop."""
+    preprocessing = Preprocessing.of(TrainConfig(input_shape=(8, 16), eval_crop=1.0))
+    assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((0, 7.5, 10, 12.5))
+    preprocessing = Preprocessing.of(TrainConfig(input_shape=(8, 16), eval_crop=0.5))
+    assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((2.5, 8.75, 7.5, 11.25))

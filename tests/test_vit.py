@@ -323,3 +323,16 @@ def test_norm_and_activation_are_arguments():
     assert model.norm.eps == model.blocks[0].norm1.eps == 1e-3
     assert isinstance(model.blocks[0].mlp.act, nn.ReLU)
     assert small_vit().norm.eps == 1e-6
+
+
+def test_registers_stand_between_the_class_token_and_the_patches():
+    """The class token's output doesn't depend on it, but what shows a place of the picture does."""
+    torch.manual_seed(0)
+    model = build_model("vit_xs_4", 3, (8, 12), num_registers=2).eval()
+    with torch.no_grad():
+        tokens = model.embed(torch.zeros(1, 3, 8, 12))
+        patches = model.patch_embed(torch.zeros(1, 3, 8, 12)) + model.pos_embed[:, 1:]
+        assert torch.equal(tokens[:, 0], model.cls_token[:, 0] + model.pos_embed[:, 0])
+        assert torch.equal(tokens[:, 1:3], model.reg_token)
+        assert torch.equal(tokens[:, 3:], patches)
+        assert torch.equal(model.to_map(tokens), patches.transpose(1, 2).unflatten(2, (2, 3)))
