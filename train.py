@@ -51,10 +51,10 @@ CONFIG = TrainConfig(
     drop_path_rate=0.0,
     # the stages
     freeze_train=True,
-    freeze_epoch=4,  # until the new head knows what it is about
+    freeze_epoch=3,  # until the new head knows what it is about
     freeze_blocks=4,  # of 6
     freeze_batch_size=32,
-    unfreeze_epoch=20,
+    unfreeze_epoch=14,
     unfreeze_batch_size=32,
     # the optimizer
     optimizer_type="adamw",
