@@ -23,6 +23,12 @@ def known(**changes) -> Known:
     return Known(**values | changes)
 
 
+def small_auto(**changes) -> TrainConfig:
+    """A run of seconds by recipe."""
+    fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
+    return TrainConfig(**fixed, recipe="auto", **changes)
+
+
 def changed(config: TrainConfig, other: TrainConfig) -> dict:
     return {name: value for name, value in vars(config).items() if value != getattr(other, name)}
 
@@ -108,8 +114,7 @@ def test_stages_of_ones_own_stay():
 
 def test_a_run_by_recipe_goes_on_by_the_same_command(two_classes, capsys, monkeypatch):
     """Its settings are stored as chosen, so that they stay what they were."""
-    fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
-    config = TrainConfig(**fixed, recipe="auto", unfreeze_epoch=2, save_period=1)
+    config = small_auto(unfreeze_epoch=2, save_period=1)
     train.main(config)
     stored = load_checkpoint(only_run() / LAST)["config"]
     assert (stored["recipe"], stored["optimizer_type"], stored["unfreeze_epoch"]) == ("none", "muon", 2)
@@ -128,8 +133,7 @@ def test_a_run_by_recipe_goes_on_by_the_same_command(two_classes, capsys, monkey
 
 
 def test_what_was_chosen_for_a_run_whose_checkpoints_are_gone_is_not_taken_up(two_classes, capsys):
-    fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
-    config = TrainConfig(**fixed, recipe="auto", unfreeze_epoch=1)
+    config = small_auto(unfreeze_epoch=1)
     train.main(config)
     for path in only_run().glob("*.pth"):
         path.unlink()
@@ -139,8 +143,7 @@ def test_what_was_chosen_for_a_run_whose_checkpoints_are_gone_is_not_taken_up(tw
 
 
 def test_what_was_chosen_for_other_classes_is_not_taken_up(two_classes, capsys):
-    fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
-    config = TrainConfig(**fixed, recipe="auto", unfreeze_epoch=2, save_period=1)
+    config = small_auto(unfreeze_epoch=2, save_period=1)
     train.main(config)
     write_back(only_run(), 1)
     for path in ("cls_train.txt", "cls_val.txt", "cls_test.txt", "model_data/cls_classes.txt"):

@@ -121,13 +121,7 @@ def annotate(
     taken = take_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
     written = write_lists(scan, names, classes_path, targets)
-    left_out = Path(audit_path, LEFT_OUT)
-    if fix:
-        left_out.parent.mkdir(parents=True, exist_ok=True)
-        write_left_out(left_out, reasons)
-    elif left_out.is_file():
-        print(f"attention: the lists before this were made with --fix; what {left_out} names is in them again")
-        left_out.unlink()
+    record_left_out(Path(audit_path, LEFT_OUT), reasons, fix)
     print(format_table(scan, names))
     if findings is not None:
         print(format_findings(findings, audit_path, fix))
@@ -216,6 +210,16 @@ def leave_out(scan: Scan, findings: list[Finding]) -> dict[str, str]:
             if not classes[name]:
                 del classes[name]
     return reasons
+
+
+def record_left_out(path: Path, reasons: dict[str, str], fix: bool) -> None:
+    """Write `left_out.txt` beside lists that were made with `fix`, else delete that of earlier ones, and say so."""
+    if fix:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_left_out(path, reasons)
+    elif path.is_file():
+        print(f"attention: the lists before this were made with --fix; what {path} names is in them again")
+        path.unlink()
 
 
 def format_table(scan: Scan, names: list[str]) -> str:

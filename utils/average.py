@@ -25,13 +25,11 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        state = model.state_dict(keep_vars=True)
-        first_names = {id(tensor): name for name, tensor in reversed(state.items())}  # of what is shared in the network
-        self.weights = {
-            name: tensor
-            for name, tensor in state.items()
-            if tensor.is_floating_point() and first_names[id(tensor)] == name
-        }
+        saved = model.state_dict().keys()
+        named = dict(model.named_parameters()) | dict(
+            model.named_buffers()
+        )  # what is shared under its first name alone
+        self.weights = {name: t for name, t in named.items() if name in saved and t.is_floating_point()}
         self.averages = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
         self.moving = list(self.weights)
         self.swapped = False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nets.safe_load import open_safely
 from nets.seal import check_seal, is_sealed, read_note, seal
-from utils.files import format_bytes, free_bytes, write_whole
+from utils.files import format_bytes, free_bytes, try_unlink, write_whole
 
 FORMAT_VERSION = 4
 LAST = "last_epoch_weights.pth"
@@ -156,10 +156,7 @@ def prune_periodic(folder: Path, keep: int) -> None:
         print(f"attention: {error}; no other checkpoint is deleted")
         return
     for path in surplus:
-        try:
-            path.unlink()
-        except OSError as error:  # on Windows another program may have it open
-            print(f"attention: {path} can't be deleted ({error.strerror}); it is tried again after the next epoch")
+        try_unlink(path, "it is tried again after the next epoch")
 
 
 def find_checkpoint(path: str, name: str = BEST, save_dir: str | Path = "logs") -> Path:

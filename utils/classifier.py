@@ -196,9 +196,10 @@ class Classifier:
 def pixel_network(model: FreezableNetwork, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
     """`model` behind the normalisation that it expects: uint8 pixels (B, 3, height, width) to logits. On `device`, in
     the order of memory and with the kernels that suit it there."""
-    tune_kernels(device, model.convolutional)
+    convolutional = model.convolutional
+    tune_kernels(device, convolutional)
     normalise = Normalise(preprocessing.image_mean, preprocessing.image_std)
-    memory_format = torch.channels_last if model.convolutional else torch.preserve_format
+    memory_format = torch.channels_last if convolutional else torch.preserve_format
     return nn.Sequential(normalise, model).to(device, memory_format=memory_format)
 
 

@@ -14,7 +14,7 @@ from utils.alike import alike_groups
 from utils.annotation import ensure_lists
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
-from utils.files import write_whole
+from utils.files import write_text
 from utils.fingerprints import Fingerprints
 from utils.lists import ImageList, list_in_memory, read_classes, read_list, write_list
 from utils.resume import find_runs
@@ -54,8 +54,7 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
         history = load_checkpoint(run / LAST)["history"]
         best = history[of_fold.best_epoch([row["val_loss"] for row in history])]
         rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
-    with write_whole(root / RESULTS) as file:
-        file.write((json.dumps({"folds": rows}, indent=2) + "\n").encode())
+    write_text(root / RESULTS, json.dumps({"folds": rows}, indent=2) + "\n")
     print(format_folds(rows, stopped_early=config.patience > 0))
     print(f"written to {root / RESULTS}")
 

@@ -42,11 +42,23 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole, in UTF-8; bytes of file names that are none as escapes. A link of that name is replaced,
-    not followed."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole. A link of that name is replaced, not followed."""
     with write_whole(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Likewise, in UTF-8; bytes of file names that are none as escapes."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def try_unlink(path: Path, consequence: str) -> None:
+    """Delete a file; if that can't be, as of one that another program has open on Windows, say so and what follows."""
+    try:
+        path.unlink()
+    except OSError as error:
+        print(f"attention: {path} can't be deleted ({error.strerror}); {consequence}")
 
 
 def _replace(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from utils.calibration import Calibration, fit_calibration
 from utils.classifier import load_classifier
 from utils.config import TrainConfig
-from utils.files import write_whole
+from utils.files import write_bytes
 from utils.lists import ImageList, draw, parse_list, take
 from utils.outputs import compute_outputs
 
@@ -62,8 +62,7 @@ def calibrate_checkpoint(
 def write_embeddings(checkpoint: Path, train: TrainEmbeddings, calibration: Calibration) -> None:
     """Write what a checkpoint makes of training pictures to a file beside it, in fp16."""
     tensors = {"embeddings": train.embeddings.half(), "list": torch.from_numpy(train.images.buffer.copy())}
-    with write_whole(checkpoint.with_name(EMBEDDINGS)) as file:
-        file.write(safetensors.torch.save(tensors, {"of": _digest(calibration)}))
+    write_bytes(checkpoint.with_name(EMBEDDINGS), safetensors.torch.save(tensors, {"of": _digest(calibration)}))
 
 
 def read_embeddings(checkpoint: Path, calibration: Calibration | None, num_classes: int) -> TrainEmbeddings | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.files import write_whole
+from utils.files import write_bytes
 
 NEWLINE, RETURN, SEMICOLON = b"\n\r;"
 MAX_DIGITS = 9
@@ -76,17 +76,12 @@ def write_list(path: str | Path, entries: Iterable[tuple[int, str]]) -> None:
     Raises:
         ValueError: a path has a line break in it, which the format can't hold.
     """
-    _write(path, _format(entries))
+    write_bytes(Path(path), _format(entries))
 
 
 def write_left_out(path: str | Path, reasons: Mapping[str, str]) -> None:
     """Write a line `reason;path` for each path that `reasons` has a reason for."""
-    _write(path, _encode("".join(f"{reason};{_one_line(name)}\n" for name, reason in reasons.items())))
-
-
-def _write(path: str | Path, content: bytes) -> None:
-    with write_whole(Path(path)) as file:
-        file.write(content)
+    write_bytes(Path(path), _encode("".join(f"{reason};{_one_line(name)}\n" for name, reason in reasons.items())))
 
 
 def list_in_memory(entries: Iterable[tuple[int, str]]) -> ImageList:
@@ -257,7 +252,7 @@ def write_classes(path: str | Path, names: Sequence[str]) -> None:
     """
     lines = [f"{_one_line(name)}\n" for name in names]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _write(path, _encode("".join(lines)))
+    write_bytes(Path(path), _encode("".join(lines)))
 
 
 def read_classes(path: str | Path) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.evaluation import Evaluation
-from utils.files import write_text
+from utils.files import try_unlink, write_text
 from utils.mistakes import margins
 from utils.text import printable
 
@@ -72,10 +72,7 @@ def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np
     from torch.utils.tensorboard import SummaryWriter
 
     for earlier in (run / EVENTS).glob("events.out.tfevents.*"):
-        try:
-            earlier.unlink()
-        except OSError as error:  # on Windows TensorBoard may have it open
-            print(f"attention: {earlier} can't be deleted ({error.strerror}); TensorBoard shows both")
+        try_unlink(earlier, "TensorBoard shows both")
     metrics = evaluation.metrics
     figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
     settings = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import TrainConfig
-from utils.files import PARTIAL, write_whole
+from utils.files import PARTIAL, write_bytes, write_text
 from utils.lists import ImageList
 from utils.lock import LOCK_FILE, FolderLock, InUse
 
@@ -67,14 +67,12 @@ def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
-    with write_whole(path) as file:
-        file.write((json.dumps(config.as_dict(), indent=2) + "\n").encode())
+    write_text(path, json.dumps(config.as_dict(), indent=2) + "\n")
 
 
 def write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:
     for key, images in lists.items():
-        with write_whole(path / LIST_FILES[key]) as file:
-            file.write(images.buffer.tobytes())
+        write_bytes(path / LIST_FILES[key], images.buffer.tobytes())
 
 
 def new_run_folder(save_dir: str | Path) -> Path:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from utils.files import try_unlink
+
 EPOCHS = "epochs.csv"
 
 Row = dict[str, float]
@@ -37,10 +39,7 @@ class RunLog:
             self._add_scalars(row)
         self.writer.flush()
         for path in older:
-            try:
-                path.unlink()
-            except OSError as error:  # on Windows TensorBoard may have it open
-                print(f"attention: {path} can't be deleted ({error.strerror}); its curves are shown twice")
+            try_unlink(path, "its curves are shown twice")
 
     def _add_scalars(self, row: Row) -> None:
         for name, value in row.items():

@@ -50,15 +50,16 @@ def scan_datasets(root: str | Path) -> Scan:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}: make it and put a folder of pictures per class into it")
-    splits = {entry: SPLIT_NAMES[entry.name.lower()] for entry in _folders(root) if _is_split(entry)}
+    folders = _folders(root)
+    splits = {entry: SPLIT_NAMES[entry.name.lower()] for entry in folders if _is_split(entry)}
     scan = Scan()
-    if not splits and len(_folders(root)) > 1 and all(entry.name.lower() in SPLIT_NAMES for entry in _folders(root)):
+    if not splits and len(folders) > 1 and all(entry.name.lower() in SPLIT_NAMES for entry in folders):
         raise ValueError(f"the folders in {root} hold no class folders: put the pictures of each class into one there")
     if splits and "train" not in splits.values():
         raise ValueError(
             f"{root} has a folder {next(iter(splits)).name} and none named train: put the classes to train on into one"
         )
-    others = [entry for entry in _folders(root) if entry not in splits]
+    others = [entry for entry in folders if entry not in splits]
     # Folders beside the splits, mostly none, are asked first: that spares walking all of train twice.
     beside = bool(splits) and any(not _holds_only_demo(entry) for entry in others)
     made_way = beside and all(map(_holds_only_demo, splits))
