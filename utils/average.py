@@ -26,9 +26,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         saved = model.state_dict().keys()
-        named = dict(model.named_parameters()) | dict(
-            model.named_buffers()
-        )  # what is shared under its first name alone
+        # What stands in several places of the network has its first name alone here.
+        named = dict(model.named_parameters()) | dict(model.named_buffers())
         self.weights = {name: t for name, t in named.items() if name in saved and t.is_floating_point()}
         self.averages = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
         self.moving = list(self.weights)
