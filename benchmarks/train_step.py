@@ -75,12 +75,13 @@ def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
     """An epoch of Thaw's over features, loader and all."""
     network, trainer, optimizer = thaw(frozen)
     trainer.network = ThawedPart(network)
-    tokens = 1 if frozen == "all" else network[1].pos_embed.shape[1]
-    features = torch.randn(1, steps * batch_size, tokens, 768).to(DTYPES[PRECISION])
+    shape = (768,) if frozen == "all" else (network[1].pos_embed.shape[1], 768)
+    features = torch.randn(1, steps * batch_size, *shape).to(DTYPES[PRECISION])
     dataset = FeatureDataset(features, list_in_memory((i % CLASSES, "picture") for i in range(steps * batch_size)), 0)
     loader = train_loader(dataset, batch_size, num_workers=0)
 
     def work() -> int:
+        trainer.begin_epoch()
         trainer.train_epoch(loader, optimizer, epoch=1, learning_rate=lambda epoch: 1e-4)
         return steps * batch_size
 
