@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -43,6 +43,9 @@ side = st.integers(1, 40) | st.integers(1, 400)
 
 
 @settings(deadline=None, max_examples=300)
+@example(height=1, width=2, shape=(1, 1), letterbox=True, crop=1.0, interpolation="bilinear", kind="levels", seed=0)
+@example(height=2, width=900, shape=(9, 9), letterbox=True, crop=1.0, interpolation="bilinear", kind="levels", seed=0)
+@example(height=900, width=1, shape=(9, 7), letterbox=True, crop=1.0, interpolation="bicubic", kind="levels", seed=0)
 @given(
     height=side,
     width=side,
@@ -80,11 +83,14 @@ def test_the_same_size_stays_as_it_is():
         assert np.array_equal(by_graph(resizer((16, 24), interpolation=interpolation)[0], pixels), pixels)
 
 
-def test_a_sliver_becomes_grey():
-    """A picture so thin that nothing of it is left, as ImageOps.pad has it."""
+def test_a_sliver_keeps_a_line():
+    """A picture so thin that by its aspect ratio nothing of it would be left."""
+    module, preprocessing = resizer((8, 8), letterbox=True)
     for size in ((1, 400), (400, 1)):
-        levels = by_graph(resizer((8, 8), letterbox=True)[0], np.zeros((*size, 3), np.uint8))
-        assert (levels == 128).all()
+        pixels = np.zeros((*size, 3), np.uint8)
+        levels = by_graph(module, pixels)
+        assert [int((levels == level).sum()) for level in (0, 128)] == [8 * 3, 56 * 3]
+        assert np.array_equal(levels, by_pillow(pixels, preprocessing))
 
 
 def test_pictures_of_a_batch_do_not_mix():

@@ -78,10 +78,10 @@ class PixelResize(nn.Module):
         return spans[0], spans[1]
 
     def _letterbox_spans(self, height: Tensor, width: Tensor) -> tuple[Span, Span]:
-        """As ImageOps.pad: all of it, as large as fits, in the middle."""
+        """As EvalTransform and ImageOps.pad: all of it, as large as fits, in the middle."""
         ratio, wanted = width / height, self.size[1] / self.size[0]
-        rows = torch.where(ratio > wanted, (height / width * self.size[1]).round(), float(self.size[0]))
-        columns = torch.where(ratio < wanted, (width / height * self.size[0]).round(), float(self.size[1]))
+        rows = torch.where(ratio > wanted, (height / width * self.size[1]).round().clamp_min(1), float(self.size[0]))
+        columns = torch.where(ratio < wanted, (width / height * self.size[0]).round().clamp_min(1), float(self.size[1]))
         zero = torch.zeros_like(height)
         return (
             Span(zero, height, ((self.size[0] - rows) * 0.5).round(), rows),
@@ -96,7 +96,7 @@ def filter_weights(span: Span, length: int, size: int, interpolation: str) -> Te
         fp32 (2 * size, length): the upper half of the bits of all weights, then the lower one. Rows of pixels outside
         the span mean nothing.
     """
-    scale = span.extent / span.count.clamp_min(1)  # pixels of the picture to one of the result
+    scale = span.extent / span.count  # pixels of the picture to one of the result
     stretch = scale.clamp_min(1)  # an enlarged picture is interpolated, a reduced one averaged
     reach = SUPPORT[interpolation] * stretch
     index = torch.arange(size, dtype=torch.float64) - span.first

@@ -170,10 +170,17 @@ class EvalTransform(Transform):
         """The part, or all of it and grey, resized."""
         image, size = Image.fromarray(region.pixels), self.size[::-1]
         if self.letterbox:
-            image = ImageOps.pad(image, size, self.filter, color=GREY)
+            image = ImageOps.pad(image.resize(self._fitted(*image.size), self.filter), size, color=GREY)
         else:
             image = image.resize(size, self.filter, box=region.box)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def _fitted(self, width: int, height: int) -> tuple[int, int]:
+        """The largest width and height with the aspect ratio of a picture that fit; of a strip a pixel is left."""
+        most_rows, most_columns = self.size
+        if width / height > most_columns / most_rows:
+            return most_columns, max(1, round(height / width * most_columns))
+        return max(1, round(width / height * most_rows)), most_rows
 
 
 class Normalise(nn.Module):
