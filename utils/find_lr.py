@@ -44,16 +44,20 @@ class RangeTest:
     Attributes:
         rates: learning rate of each step, rising.
         losses: training loss of each step, smoothed.
-        suggestion: the rate at which it falls fastest.
+        suggestion: the rate at which it falls fastest; None if it fell at none.
     """
 
     rates: list[float]
     losses: list[float]
-    suggestion: float
+    suggestion: float | None
 
 
 def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device: torch.device, precision: str) -> None:
-    """Print the `init_lr` at which the loss falls fastest in `stage`, and plot how it falls at others."""
+    """Print the `init_lr` at which the loss falls fastest in `stage`, and plot how it falls at others.
+
+    Raises:
+        ValueError: it didn't fall at any.
+    """
     config, model, _ = make_model(config, data.class_names)
     network = pixel_network(model, Preprocessing.of(config), device)
     if config.head_init == "probe":
@@ -65,10 +69,16 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     train_set, _ = make_datasets(data, config)
     loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
     found = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
-    lowest, highest = rate_limits(config.optimizer_type, model.transformer)
-    suggestion = min(max(found.suggestion, lowest), highest)
     path = Path(config.save_dir, "learning_rates.png")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if found.suggestion is None:
+        plot_range_test(found.rates, found.losses).savefig(path)
+        raise ValueError(
+            f"the loss fell at no learning rate, see {path}: look at the pictures' labels, or start from other "
+            f"weights. If it is small from the beginning there is little left to learn: leave init_lr as it is"
+        )
+    lowest, highest = rate_limits(config.optimizer_type, model.transformer)
+    suggestion = min(max(found.suggestion, lowest), highest)
     plot_range_test(found.rates, found.losses, suggestion).savefig(path)
     init_lr = suggestion / batch_scale(stage.batch_size, model.transformer)
     within = f" ({config.optimizer_type} is let take {lowest:.0e} to {highest:.0e})"
@@ -84,9 +94,6 @@ def run_range_test(trainer: Trainer, loader: DataLoader, optimizer: Optimizer) -
 
     Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3. The network is worth nothing
     afterwards.
-
-    Raises:
-        ValueError: the loss didn't fall at any rate.
     """
     trainer.network.train()
     rates: list[float] = []
@@ -116,14 +123,11 @@ def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         epoch += 1
 
 
-def suggest(rates: list[float], losses: list[float]) -> float:
-    """The rate in the middle of the decade over which the loss falls most, before it is at its lowest.
-
-    Raises:
-        ValueError: it didn't fall.
-    """
+def suggest(rates: list[float], losses: list[float]) -> float | None:
+    """The rate in the middle of the decade over which the loss falls most, before it is at its lowest; None if it
+    didn't fall."""
     falling = np.array(losses[: int(np.argmin(losses)) + 1] if losses else [])
     falls = falling[:-DECADE] - falling[DECADE:]
     if not len(falls) or falls.max() <= 0:
-        raise ValueError("the loss fell at no learning rate: look at the pictures' labels, or start from other weights")
+        return None
     return rates[int(np.argmax(falls)) + DECADE // 2]

@@ -33,17 +33,18 @@ def plot_losses(history: Sequence[Row]) -> Figure:
     return figure
 
 
-def plot_range_test(rates: Sequence[float], losses: Sequence[float], suggestion: float) -> Figure:
-    """The loss over the learning rate of a step, and the rate that is suggested."""
+def plot_range_test(rates: Sequence[float], losses: Sequence[float], suggestion: float | None = None) -> Figure:
+    """The loss over the learning rate of a step, and the rate that is suggested, if one is."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(rates, losses)
-    axes.axvline(suggestion, color="tab:red", linestyle="--", label=f"falls fastest: {suggestion:.1e}")
-    lowest, first = min(losses), losses[0]
     axes.set(xscale="log", xlabel="learning rate of the step", ylabel="training loss, smoothed")
-    axes.set_ylim(lowest - 0.1 * (first - lowest), first + 0.5 * (first - lowest))
     axes.grid(alpha=0.3)
-    axes.legend()
+    if suggestion is not None:
+        axes.axvline(suggestion, color="tab:red", linestyle="--", label=f"falls fastest: {suggestion:.1e}")
+        axes.legend()
+        lowest, first = min(losses), losses[0]
+        axes.set_ylim(lowest - 0.1 * (first - lowest), first + 0.5 * (first - lowest))
     return figure
 
 
