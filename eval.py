@@ -47,7 +47,7 @@ def main(
 
     Args:
         data: a list, or a folder with a folder of pictures per class; empty: cls_test.txt, else cls_val.txt.
-        model_path: a checkpoint or a run's folder; empty: the best of the newest run in logs/.
+        model_path: a checkpoint, a run's folder, or a folder of runs, of which the newest counts; empty: logs/.
         classes_path: names the class ids of a list, to be held against the checkpoint's classes.
         out: folder for what is written; empty: the run's, or metrics_out for a checkpoint that lies elsewhere.
         compare: two checkpoints or runs' folders, of which is asked whether the second is better than the first.

@@ -34,7 +34,7 @@ def main(
     """Make one file of a checkpoint, and check on real pictures that it gives what the checkpoint gives.
 
     Args:
-        model_path: a checkpoint or a run's folder; empty: the best of the newest run in logs/.
+        model_path: a checkpoint, a run's folder, or a folder of runs, of which the newest counts; empty: logs/.
         format: onnx: for ONNX Runtime and whatever else reads it; pt2: for torch alone, torch.export; safetensors: the
             weights, with a JSON card, for the model_path of train.py and predict.py.
         precision: fp16: the weights take half the room, of onnx and safetensors; int8: a quarter, at some cost in

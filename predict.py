@@ -54,8 +54,9 @@ def main(
     Args:
         paths: files, folders (with all below them) and globs; "-": paths from the standard input, one a line; none: ask
             for one after the other. If the first is a file of export.py, it is the model.
-        model_path: a checkpoint, a run's folder, or an .onnx or .safetensors file of export.py; empty: the best of the
-            newest run in logs/, before there is one the network that comes with Thaw, for ten kinds of things.
+        model_path: a checkpoint, a run's folder, a folder of runs, of which the newest counts, or an .onnx or
+            .safetensors file of export.py; empty: logs/, before there is a run the network that comes with Thaw, for
+            ten kinds of things.
         top_k: how many classes to give.
         json_lines: print one JSON object a line, with path, label and predictions, or error.
         csv_lines: print a table of comma-separated values.

@@ -101,5 +101,8 @@ def test_finding(here):
     assert find_checkpoint("logs/old") == Path("logs/old", BEST)
     assert find_checkpoint("logs/old", LAST) == Path("logs/old", LAST)
     assert find_checkpoint("logs/old/last_epoch_weights.pth") == Path("logs/old", LAST)
+    assert find_checkpoint("logs") == Path("logs/new", BEST)
     with pytest.raises(FileNotFoundError, match="logs/unfinished"):
         find_checkpoint("logs/unfinished")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint logs/gone"):
+        find_checkpoint("logs/gone")

@@ -159,19 +159,21 @@ def prune_periodic(folder: Path, keep: int) -> None:
         try_unlink(path, "it is tried again after the next epoch")
 
 
-def find_checkpoint(path: str, name: str = BEST, save_dir: str | Path = "logs") -> Path:
-    """The checkpoint that `path` means: a file itself, in a run's folder the one called `name`; if empty, in `save_dir`
-    that of the newest run.
+def find_checkpoint(path: str, name: str = BEST) -> Path:
+    """The checkpoint that `path` means: a file itself, in a run's folder the one called `name`, in a folder of runs, as
+    `save_dir` is, that of the newest; if empty, of the newest in `logs`.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    if path:
-        found = Path(path, name) if Path(path).is_dir() else Path(path)
-        if not found.is_file():
-            raise FileNotFoundError(f"there is no checkpoint {found}")
-        return found
-    runs = sorted(Path(save_dir).glob(f"*/{name}"), key=lambda file: file.stat().st_mtime_ns)
+    place = Path(path or "logs")
+    if place.is_file():
+        return place
+    if (place / name).is_file():
+        return place / name
+    if path and not place.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {place}")
+    runs = sorted(place.glob(f"*/{name}"), key=lambda file: file.stat().st_mtime_ns)
     if not runs:
-        raise FileNotFoundError(f"there is no run with a {name} in {save_dir}/: train first, python train.py")
+        raise FileNotFoundError(f"there is no run with a {name} in {place}/: train first, python train.py")
     return runs[-1]
