@@ -40,7 +40,7 @@ def test_a_run_starts_from_it(here, capsys):
     settled, model, origin = make_model(config, [str(i) for i in range(10)])
     assert "its head of 10 other classes is left out" in capsys.readouterr().out
     assert (settled.eval_crop, Path(origin["file"])) == (1.0, IN_THE_BOX)
-    weights = load_classifier(IN_THE_BOX, precision="fp32").network[1].state_dict()
+    weights = load_classifier(IN_THE_BOX, "cpu", precision="fp32").network[1].state_dict()
     assert torch.equal(model.state_dict()["blocks.5.mlp.fc1.weight"], weights["blocks.5.mlp.fc1.weight"])
 
 

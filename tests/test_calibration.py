@@ -153,7 +153,7 @@ def test_a_finished_run_is_calibrated(trained):
     best, last = (load_checkpoint(run / name) for name in (BEST, LAST))
     assert last["finished"]
     assert bool(last["calibration"]) == (best["step"] == last["step"])
-    classifier = load_classifier(run, "cpu")
+    classifier = load_classifier(run)
     images = read_list("cls_val.txt", 2)
     outputs = compute_outputs(classifier, images, num_workers=0)
     calibration = classifier.calibration

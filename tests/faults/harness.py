@@ -31,6 +31,7 @@ SETTINGS: dict[str, Any] = {
     "save_period": 1,
     "keep_periodic": 1,
     "save_every_steps": 2,
+    "device": "cpu",  # a GPU's sums vary
     "precision": "fp32",
 }
 """Augmentation, dropout, stochastic depth, an average of the weights, both stages, a schedule."""
