@@ -1,6 +1,7 @@
 """nets/torchvision_networks.py and timm_networks.py against the libraries' own networks, frozen, thawed, in runs."""
 
 import copy
+import functools
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,6 +46,13 @@ WITH_BATCH_NORM = ("resnet18", "mobilenetv2", "vgg11_bn", "timm/resnet10t", "tim
 
 
 def build(name: str, shape: tuple[int, int] = (SIDE, SIDE), **options) -> nn.Module:
+    model = copy.deepcopy(drawn_at_random(name, shape, **options))
+    torch.manual_seed(0)
+    return model
+
+
+@functools.cache
+def drawn_at_random(name: str, shape: tuple[int, int], **options) -> nn.Module:
     torch.manual_seed(0)
     return build_model(name, 5, shape, **options)
 

@@ -30,8 +30,13 @@ def test_a_loss_that_does_not_fall_suggests_nothing(losses):
     assert suggest(RATES[: len(losses)].tolist(), losses) is None
 
 
+def suggest_at_once(monkeypatch, suggestion: float | None) -> None:
+    monkeypatch.setattr(find_lr, "STEPS", 3)
+    monkeypatch.setattr(find_lr, "suggest", lambda rates, losses: suggestion)
+
+
 def test_a_loss_that_does_not_fall_is_drawn(two_classes, monkeypatch):
-    monkeypatch.setattr(find_lr, "suggest", lambda rates, losses: None)
+    suggest_at_once(monkeypatch, None)
     with pytest.raises(
         ValueError, match=r"fell at no learning rate, see logs/learning_rates\.png: look at the pictures"
     ):
@@ -47,16 +52,16 @@ def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
 
 
 def test_a_suggestion_is_one_that_would_be_trained_with(two_classes, monkeypatch, capsys):
-    monkeypatch.setattr(find_lr, "suggest", lambda rates, losses: 0.5)
+    suggest_at_once(monkeypatch, 0.5)
     train.main(TrainConfig(**SMALL), find_lr=True)
     assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-02" in capsys.readouterr().out
-    monkeypatch.setattr(find_lr, "suggest", lambda rates, losses: 1e-6)
+    suggest_at_once(monkeypatch, 1e-6)
     train.main(TrainConfig(**SMALL), find_lr=True)
     assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-04" in capsys.readouterr().out
 
 
 def test_the_head_begins_as_in_training(two_classes, monkeypatch, capsys):
-    monkeypatch.setattr(find_lr, "suggest", lambda rates, losses: 1e-4)  # a probe has little left to fall
+    suggest_at_once(monkeypatch, 1e-4)
     train.main(TrainConfig(**SMALL, head_init="probe"), find_lr=True)
     told = capsys.readouterr().out
     assert told.index("head_init: logistic regression") < told.index("the loss falls fastest")

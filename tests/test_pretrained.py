@@ -5,8 +5,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from huggingface_hub import constants
 from safetensors.torch import save
 
 import nets.hub
@@ -23,7 +22,6 @@ from nets.pretrained import find_pretrained
 from nets.torchvision_networks import TORCHVISION, published_by_torchvision
 from nets.weights import load_weights, read_weights
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -60,8 +58,8 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(here):
-    """The address of a hub that has some/vit, a tiny ViT with random weights."""
+def hub(here, monkeypatch):
+    """A hub that has some/vit, a tiny ViT with random weights; the client reads its address when it is imported."""
     torch.manual_seed(0)
     state = build_model("vit_xs_4", 3, (8, 8)).state_dict()
     description = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.75}}
@@ -69,56 +67,50 @@ def hub(here):
     handler = type("Handler", (Hub,), {"files": files})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.handler = handler
-    yield server
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "cache"))
+    yield handler
     server.shutdown()
     server.server_close()
 
 
-SCRIPT = """
-import json, sys
-from nets.pretrained import find_pretrained
-from nets.weights import read_weights
-try:
-    found = read_weights(find_pretrained("vit_xs_4", sys.argv[1]))
-    print(json.dumps({"origin": dict(found.origin), "mean": found.preprocessing["image_mean"], "of": found.source}))
-except (FileNotFoundError, ValueError) as error:
-    print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
-"""
+def fetch(name: str) -> dict:
+    found = read_weights(find_pretrained("vit_xs_4", name))
+    return {"origin": dict(found.origin), "mean": found.preprocessing["image_mean"], "of": found.source}
 
 
-def fetch(server, name: str, **environment: str) -> dict:
-    """In a process of its own, since the client reads the address when it is imported."""
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": "home", "PYTHONPATH": str(ROOT)} | environment
-    result = subprocess.run([sys.executable, "-c", SCRIPT, name], capture_output=True, text=True, env=env, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def test_a_name_on_the_hub_is_pinned_and_kept(hub):
-    content = hub.handler.files["model.safetensors"]
-    found = fetch(hub, "some/vit")
+def test_a_name_on_the_hub_is_pinned_and_kept(hub, monkeypatch):
+    content = hub.files["model.safetensors"]
+    found = fetch("some/vit")
     assert found["origin"].pop("file").endswith(f"{COMMIT}/model.safetensors")
     expected = {"repository": "some/vit", "revision": COMMIT, "sha256": hashlib.sha256(content).hexdigest()}
-    assert found == {"origin": expected, "mean": [0.1, 0.2, 0.3], "of": "timm's ViT"}
-    hub.handler.files = {}
+    assert found == {"origin": expected, "mean": (0.1, 0.2, 0.3), "of": "timm's ViT"}
+    hub.files = {}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for pinned in ("some/vit", f"some/vit@{COMMIT}"):  # from the cache
-        assert fetch(hub, pinned, HF_HUB_OFFLINE="1")["origin"]["revision"] == COMMIT
+        assert fetch(pinned)["origin"]["revision"] == COMMIT
 
 
-def test_what_cannot_be_had_says_what_to_do(hub):
-    assert "at revision v2 could not be fetched" in fetch(hub, "some/vit@v2")["error"]
-    offline = fetch(hub, "some/vit", HF_HUB_OFFLINE="1")["error"]
-    assert offline.startswith("FileNotFoundError: weights of some/vit could not be fetched from the Hugging Face hub")
-    assert "put it, say model_data/vit.safetensors" in offline.replace(os.sep, "/")
-    del hub.handler.files["model.safetensors"]
-    assert "none of model.safetensors, pytorch_model.bin" in fetch(hub, "some/vit")["error"]
+def test_what_cannot_be_had_says_what_to_do(hub, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="at revision v2 could not be fetched"):
+        fetch("some/vit@v2")
+    content = hub.files.pop("model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors, pytorch_model\.bin"):
+        fetch("some/vit")
+    hub.files["model.safetensors"] = content
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="some/vit could not be fetched from the Hugging Face hub") as caught:
+        fetch("some/vit")
+    assert "put it, say model_data/vit.safetensors" in str(caught.value).replace(os.sep, "/")
 
 
 def test_a_file_that_is_not_the_hubs_is_refused(hub):
-    hub.handler.lie = True
-    assert "isn't the one that the hub told" in fetch(hub, "some/vit")["error"]
+    hub.lie = True
+    with pytest.raises(ValueError, match="isn't the one that the hub told"):
+        fetch("some/vit")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval as evaluation
@@ -25,6 +26,7 @@ from utils.engine import NonFiniteLoss, Trainer
 from utils.lists import read_list
 from utils.resume import open_run
 from utils.run_folder import new_run_folder
+from utils.run_log import RunLog
 from utils.transforms import settle_preprocessing
 
 
@@ -52,6 +54,25 @@ def test_what_a_run_leaves(trained):
         r["loss"] for r in last["history"]
     ]
     assert (run / "epoch_loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curve_is_drawn_now_and_then_and_at_the_end(here, monkeypatch):
+    rows = [
+        dict.fromkeys(("loss", "top1", "val_loss", "val_top1"), 0.5) | {"epoch": i, "step": i, "time": i}
+        for i in range(4)
+    ]
+    drawn = []
+    monkeypatch.setattr("utils.plots.plot_losses", lambda history: drawn.append(len(history)) or Figure())
+    log = RunLog(here, [])
+    for i in range(1, 4):
+        log.log_epoch(rows[:i])
+    assert drawn == [1]
+    monkeypatch.setattr("utils.run_log.DRAW_EVERY", 0.0)
+    log.log_epoch(rows)
+    log.close()
+    assert drawn == [1, 4]
+    RunLog(here, rows).close()  # a run that goes on, perhaps cut off before the last was drawn
+    assert drawn == [1, 4, 4]
 
 
 def test_what_a_checkpoint_holds(trained):
@@ -164,7 +185,7 @@ def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeyp
         for weights in (checkpoint["weights"], checkpoint["weights_in_training"]):
             build_model(**checkpoint["model"]).load_state_dict(weights)
     assert load_checkpoint(only_run() / BEST)["epoch"] == 4  # the only one of the last size
-    monkeypatch.setattr("utils.find_lr.STEPS", 35)  # Muon's are slow on one thread
+    monkeypatch.setattr("utils.find_lr.STEPS", 3)
     monkeypatch.setattr("utils.find_lr.suggest", lambda rates, losses: 1e-3)  # over so few steps none may fall
     train.main(dataclasses.replace(config, save_dir="tried"), find_lr=True)
     ends_the_same_when_cut_off(config, (2,), monkeypatch)  # inside the second stage

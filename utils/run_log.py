@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from utils.files import try_unlink
 
 EPOCHS = "epochs.csv"
+DRAW_EVERY = 10.0
+"""Seconds between two drawings of the curve: each takes a part of a second, in which a GPU may do an epoch."""
 
 Row = dict[str, float]
 """One epoch: epoch (from 1), step (updates so far), loss, top1, val_loss, val_top1, learning_rate, skipped (steps left
@@ -21,8 +25,8 @@ out), seconds, and time (at its end, in seconds since 1970)."""
 class RunLog:
     """The log of a run in its folder: TensorBoard events, the losses as text, and their curve.
 
-    All of it is made from the history, at each epoch and anew when a run goes on, so that there is no gap and no
-    doubled point, wherever it was cut off.
+    All of it is made from the history, at each epoch (the curve not as often, if they are short) and anew when a run
+    goes on, so that there is no gap and no doubled point, wherever it was cut off.
 
     Args:
         folder: the run's folder.
@@ -40,6 +44,8 @@ class RunLog:
         self.writer.flush()
         for path in older:
             try_unlink(path, "its curves are shown twice")
+        self._undrawn = history
+        self._drawn_at = -math.inf
 
     def _add_scalars(self, row: Row) -> None:
         for name, value in row.items():
@@ -55,8 +61,6 @@ class RunLog:
 
     def log_epoch(self, history: Sequence[Row]) -> None:
         """Write what is known after an epoch, the last row of `history`."""
-        from utils.plots import plot_losses  # likewise
-
         self._add_scalars(history[-1])
         self.writer.flush()
         for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
@@ -65,8 +69,18 @@ class RunLog:
             writer = csv.DictWriter(file, history[-1].keys())
             writer.writeheader()
             writer.writerows(history)
-        plot_losses(history).savefig(self.folder / "epoch_loss.png")
+        self._undrawn = history
+        if time.monotonic() - self._drawn_at >= DRAW_EVERY:
+            self._draw()
+
+    def _draw(self) -> None:
+        from utils.plots import plot_losses  # likewise
+
+        plot_losses(self._undrawn).savefig(self.folder / "epoch_loss.png")
+        self._undrawn, self._drawn_at = (), time.monotonic()
 
     def close(self) -> None:
-        """Finish the event file."""
+        """Finish the event file and the curve."""
         self.writer.close()
+        if self._undrawn:
+            self._draw()
