@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from huggingface_hub import constants
 from safetensors.torch import save
 
 import nets.hub
@@ -22,29 +23,30 @@ from nets.pretrained import find_pretrained
 from nets.torchvision_networks import TORCHVISION, published_by_torchvision
 from nets.weights import load_weights, read_weights
 
+ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download needs."""
+    """As much of the hub as a download needs. It has some/vit; some/liar, of which it tells a wrong hash; and
+    some/thing without weights."""
 
     files: dict[str, bytes]
-    lie = False
 
     def do_HEAD(self) -> None:
-        match = re.fullmatch(r"/some/vit/resolve/(\w+)/([\w.]+)", self.path)
-        if not match or match[1] not in ("main", "v1", COMMIT) or match[2] not in self.files:
+        match = re.fullmatch(r"/some/(vit|liar|thing)/resolve/(\w+)/([\w.]+)", self.path)
+        known = match and match[2] in ("main", "v1", COMMIT)
+        content = self.files.get(match[3]) if known else None
+        if content is None or (match[1], match[3]) == ("thing", "model.safetensors"):
             self.send_response(404)
-            known = match and match[1] in ("main", "v1", COMMIT)
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RevisionNotFound")
             self.send_header("X-Error-Message", "not found")
             self.send_header("X-Repo-Commit", COMMIT)
             self.end_headers()
             return
-        content = self.files[match[2]]
         self.send_response(200)
         self.send_header("X-Repo-Commit", COMMIT)
-        digest = hashlib.sha256(content + b"!" * self.lie).hexdigest()
+        digest = hashlib.sha256(content + b"!" * (match[1] == "liar")).hexdigest()
         self.send_header("ETag", f'"{digest}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -57,60 +59,72 @@ class Hub(BaseHTTPRequestHandler):
         """Nothing."""
 
 
-@pytest.fixture
-def hub(here, monkeypatch):
-    """A hub that has some/vit, a tiny ViT with random weights; the client reads its address when it is imported."""
+@pytest.fixture(scope="module")
+def hub():
     torch.manual_seed(0)
     state = build_model("vit_xs_4", 3, (8, 8)).state_dict()
     description = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.75}}
-    files = {"model.safetensors": save(state), "config.json": json.dumps(description).encode()}
-    handler = type("Handler", (Hub,), {"files": files})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Hub.files = {"model.safetensors": save(state), "config.json": json.dumps(description).encode()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(here / "cache"))
-    yield handler
+    yield server
     server.shutdown()
     server.server_close()
 
 
-def fetch(name: str) -> dict:
-    found = read_weights(find_pretrained("vit_xs_4", name))
-    return {"origin": dict(found.origin), "mean": found.preprocessing["image_mean"], "of": found.source}
+SCRIPT = """
+import json, sys
+from nets.pretrained import find_pretrained
+from nets.weights import read_weights
+for name in sys.argv[1:]:
+    try:
+        found = read_weights(find_pretrained("vit_xs_4", name))
+        answer = {"origin": dict(found.origin), "mean": found.preprocessing["image_mean"], "of": found.source}
+    except (FileNotFoundError, ValueError) as error:
+        answer = f"{type(error).__name__}: {error}"
+    print(json.dumps(answer))
+"""
 
 
-def test_a_name_on_the_hub_is_pinned_and_kept(hub, monkeypatch):
-    content = hub.files["model.safetensors"]
-    found = fetch("some/vit")
-    assert found["origin"].pop("file").endswith(f"{COMMIT}/model.safetensors")
-    expected = {"repository": "some/vit", "revision": COMMIT, "sha256": hashlib.sha256(content).hexdigest()}
-    assert found == {"origin": expected, "mean": (0.1, 0.2, 0.3), "of": "timm's ViT"}
-    hub.files = {}
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for pinned in ("some/vit", f"some/vit@{COMMIT}"):  # from the cache
-        assert fetch(pinned)["origin"]["revision"] == COMMIT
+def fetch(hub, folder: Path, *names: str, **environment: str) -> list:
+    """What comes of names, in a process of its own, since the client reads the address when it is imported."""
+    address = f"http://127.0.0.1:{hub.server_address[1]}"
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": "home", "PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-c", SCRIPT, *names]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def test_what_cannot_be_had_says_what_to_do(hub, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="at revision v2 could not be fetched"):
-        fetch("some/vit@v2")
-    content = hub.files.pop("model.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors, pytorch_model\.bin"):
-        fetch("some/vit")
-    hub.files["model.safetensors"] = content
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="some/vit could not be fetched from the Hugging Face hub") as caught:
-        fetch("some/vit")
-    assert "put it, say model_data/vit.safetensors" in str(caught.value).replace(os.sep, "/")
+@pytest.fixture(scope="module")
+def online(hub, tmp_path_factory) -> tuple[Path, list]:
+    folder = tmp_path_factory.mktemp("online")
+    return folder, fetch(hub, folder, "some/vit", "some/vit@v2", "some/thing", "some/liar")
 
 
-def test_a_file_that_is_not_the_hubs_is_refused(hub):
-    hub.lie = True
-    with pytest.raises(ValueError, match="isn't the one that the hub told"):
-        fetch("some/vit")
+def test_a_name_on_the_hub_is_pinned(online):
+    _, (found, *_) = online
+    file, digest = found["origin"]["file"], hashlib.sha256(Hub.files["model.safetensors"]).hexdigest()
+    assert file.endswith(f"{COMMIT}/model.safetensors")
+    expected = {"repository": "some/vit", "revision": COMMIT, "sha256": digest, "file": file}
+    assert found == {"origin": expected, "mean": [0.1, 0.2, 0.3], "of": "timm's ViT"}
+
+
+def test_what_the_hub_has_not_is_told(online):
+    _, (_, no_revision, no_weights, liar) = online
+    assert "at revision v2 could not be fetched" in no_revision
+    assert "none of model.safetensors, pytorch_model.bin" in no_weights
+    assert liar.startswith("ValueError: ")
+    assert "isn't the one that the hub told" in liar
+
+
+def test_without_a_network_it_is_from_the_cache_or_says_what_to_do(hub, online):
+    folder, _ = online
+    names = ("some/vit", f"some/vit@{COMMIT}", "some/other")
+    *cached, other = fetch(hub, folder, *names, HF_HUB_OFFLINE="1")
+    assert [found["origin"]["revision"] for found in cached] == [COMMIT, COMMIT]
+    assert other.startswith("FileNotFoundError: weights of some/other could not be fetched from the Hugging Face hub")
+    assert "put it, say model_data/other.safetensors" in other.replace(os.sep, "/")
 
 
 @pytest.mark.parametrize(

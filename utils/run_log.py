@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ class RunLog:
         for path in older:
             try_unlink(path, "its curves are shown twice")
         self._undrawn = history
-        self._drawn_at = -math.inf
+        self._drawn_at = time.monotonic()
 
     def _add_scalars(self, row: Row) -> None:
         for name, value in row.items():
