@@ -1,6 +1,7 @@
 """utils/annotation.py: folders to lists, on made folders."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.conftest import write_picture
 from utils import demo
 from utils.annotation import annotate, ensure_lists
 from utils.config import TrainConfig
+from utils.eval_data import list_folder
 from utils.lists import read_classes, read_list
 from utils.scan import scan_datasets
 
@@ -55,6 +57,20 @@ def test_the_simple_layout(here):
     assert len(entries("cls_train.txt")) == 8
     assert len(entries("cls_val.txt")) == 2
     assert not Path("cls_test.txt").exists()
+
+
+def test_folders_whose_names_look_alike_are_one_class(here):
+    """As a Mac writes names, taken apart, and as others do."""
+    composed = ("Käse", "한글")
+    for split, form in (("train", "NFD"), ("test", "NFC")):
+        for name in composed:
+            touch(*(f"datasets/{split}/{unicodedata.normalize(form, name)}/{i}.png" for i in range(3)))
+    annotate()
+    assert read_classes("model_data/cls_classes.txt") == list(composed)
+    assert len(read_list("cls_test.txt", 2)) == 6
+    assert len(list_folder("datasets/train", list(composed))) == 6
+    Path("model_data/cls_classes.txt").write_text(unicodedata.normalize("NFD", "\n".join(composed)), encoding="utf-8")
+    assert read_classes("model_data/cls_classes.txt") == list(composed)
 
 
 def test_a_val_folder_is_used_as_it_is(here):

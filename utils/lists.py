@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,7 +257,8 @@ def write_classes(path: str | Path, names: Sequence[str]) -> None:
 
 
 def read_classes(path: str | Path) -> list[str]:
-    """Read class names, one a line; the line number is the class id.
+    """Read class names, one a line; the line number is the class id. Their letters are composed, as `utils.scan` has
+    them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -265,7 +267,7 @@ def read_classes(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no class file {path}: run python txt_annotation.py")
-    names = [_decode(line) for _, line in _lines(path)]
+    names = [unicodedata.normalize("NFC", _decode(line)) for _, line in _lines(path)]
     doubled = sorted(name for name, count in Counter(names).items() if count > 1)
     if doubled:
         raise ValueError(f"{path} names {', '.join(doubled)} twice: every class has one line")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,15 +79,20 @@ def scan_datasets(root: str | Path) -> Scan:
 
 
 def scan_classes(folder: Path, scan: Scan, split: str, besides: frozenset[Path] | set[Path] = frozenset()) -> None:
-    """Add to `scan` what lies in `folder`, whose folders, but for those in `besides`, are named after classes."""
+    """Add to `scan` what lies in `folder`, whose folders, but for those in `besides`, are named after classes.
+
+    A name's letters count as composed: macOS takes accents and Hangul apart in the names of files, and such folders
+    look like those of other systems, and mean the same class.
+    """
     for entry in _folders(folder):
         if entry in besides:
             continue
-        found = scan.pictures[split].setdefault(entry.name, [])
-        found += pictures_below(entry, scan.skipped[entry.name])
+        name = unicodedata.normalize("NFC", entry.name)
+        found = scan.pictures[split].setdefault(name, [])
+        found += pictures_below(entry, scan.skipped[name])
         if not found:
-            del scan.pictures[split][entry.name]
-            scan.skipped[entry.name][f"no pictures in {folder.name}"] += 1
+            del scan.pictures[split][name]
+            scan.skipped[name][f"no pictures in {folder.name}"] += 1
     _count_loose(folder, scan)
 
 
