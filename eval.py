@@ -50,7 +50,7 @@ def main(
         model_path: a checkpoint, a run's folder, or a folder of runs, of which the newest counts; empty: logs/.
         classes_path: names the class ids of a list, to be held against the checkpoint's classes.
         out: folder for what is written; empty: the run's, or metrics_out for a checkpoint that lies elsewhere.
-        compare: two checkpoints or runs' folders, of which is asked whether the second is better than the first.
+        compare: two of what model_path may be, of which is asked whether the second is better than the first.
         strangers: folder of pictures that are of none of the classes: how many are rejected goes into the report.
         raw: take the probabilities as the network gives them, without the temperature fitted after training.
         max_error: part of the accepted answers that may be wrong, for the figures on rejection.
@@ -66,9 +66,10 @@ def main(
             raise ValueError(
                 "compare names its two checkpoints and knows no strangers: leave model_path, strangers off"
             )
-        a, b = (load_classifier(path, device, raw) for path in map(find_checkpoint, compare))
+        checkpoints = [find_checkpoint(path) for path in compare]
+        a, b = (load_classifier(path, device, raw) for path in checkpoints)
         images = read_images(data, classes_path, a.class_names)
-        what = dict(zip(("a", "b", "data"), (*compare, data), strict=True))
+        what = dict(zip(("a", "b", "data"), (*map(str, checkpoints), data), strict=True))
         compare_classifiers(a, b, images, what, Path(out or OUT), num_workers, batch_size)
         return
     started = time.perf_counter()

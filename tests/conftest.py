@@ -44,9 +44,11 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def no_graph(monkeypatch) -> None:
-    """Runs don't trace their network for TensorBoard, a quarter of their time; that of `trained_folder` does."""
-    monkeypatch.setattr(SummaryWriter, "add_graph", lambda *arguments: None)
+def no_graph(request, monkeypatch) -> None:
+    """Runs don't trace their network for TensorBoard, a quarter of their time; that of `trained_folder` does, and those
+    of tests that are marked."""
+    if not request.node.get_closest_marker("graph"):
+        monkeypatch.setattr(SummaryWriter, "add_graph", lambda *arguments: None)
 
 
 @pytest.fixture

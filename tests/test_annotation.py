@@ -65,10 +65,11 @@ def test_folders_whose_names_look_alike_are_one_class(here):
     for split, form in (("train", "NFD"), ("test", "NFC")):
         for name in composed:
             touch(*(f"datasets/{split}/{unicodedata.normalize(form, name)}/{i}.png" for i in range(3)))
+    touch("datasets/train/Käse/3.png")  # on a Mac it is the folder that is there
     annotate()
     assert read_classes("model_data/cls_classes.txt") == list(composed)
     assert len(read_list("cls_test.txt", 2)) == 6
-    assert len(list_folder("datasets/train", list(composed))) == 6
+    assert len(list_folder("datasets/train", list(composed))) == 7
     Path("model_data/cls_classes.txt").write_text(unicodedata.normalize("NFD", "\n".join(composed)), encoding="utf-8")
     assert read_classes("model_data/cls_classes.txt") == list(composed)
 

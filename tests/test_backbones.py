@@ -208,6 +208,7 @@ def test_one_step_frozen_and_one_thawed(name):
         assert len(changed) > 0.9 * len(learning) or name == "timm/resnet10t"  # whose blocks begin switched off
 
 
+@pytest.mark.graph
 @pytest.mark.parametrize("name", ["mobilenetv2", "timm/convnext_atto", "timm/test_vit"])
 def test_a_run_frozen_then_thawed(two_classes, capsys, name):
     """Over cached features, to a checkpoint that the way of eval.py and predict.py opens, with maps."""

@@ -97,12 +97,16 @@ def test_finding(here):
         for name in (BEST, LAST):
             Path("logs", run, name).touch()
     os.utime("logs/old/best_epoch_weights.pth", (time.time() - 100,) * 2)
+    Path("logs", BEST).touch()  # another program's
     assert find_checkpoint("") == Path("logs/new", BEST)
     assert find_checkpoint("logs/old") == Path("logs/old", BEST)
     assert find_checkpoint("logs/old", LAST) == Path("logs/old", LAST)
     assert find_checkpoint("logs/old/last_epoch_weights.pth") == Path("logs/old", LAST)
-    assert find_checkpoint("logs") == Path("logs/new", BEST)
-    with pytest.raises(FileNotFoundError, match="logs/unfinished"):
-        find_checkpoint("logs/unfinished")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint logs/gone"):
-        find_checkpoint("logs/gone")
+    assert find_checkpoint("logs") == Path("logs", BEST)
+    Path("logs").rename("elsewhere")
+    Path("elsewhere", BEST).unlink()
+    assert find_checkpoint("elsewhere") == Path("elsewhere/new", BEST)
+    with pytest.raises(FileNotFoundError, match=f"there is no {BEST} in elsewhere/unfinished/, nor in a folder in it"):
+        find_checkpoint("elsewhere/unfinished")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint elsewhere/gone"):
+        find_checkpoint("elsewhere/gone")

@@ -367,7 +367,7 @@ def test_nothing_trained_yet(here):
     result = run("eval.py", cwd=here)
     assert result.returncode == 1
     (message,) = result.stderr.splitlines()
-    assert message.startswith("error: there is no run")
+    assert message.startswith("error: there is no best_epoch_weights.pth in a run in logs/: train first")
     assert message.endswith("train first, python train.py")
     result = run("predict.py", "a.jpg", cwd=here)
     assert result.returncode == 1

@@ -12,6 +12,7 @@ from tests.conftest import SMALL
 from utils import find_lr
 from utils.config import TrainConfig
 from utils.find_lr import suggest
+from utils.plots import plot_range_test
 
 RATES = np.geomspace(1e-7, 1.0, 140)
 
@@ -28,6 +29,7 @@ def test_the_steepest_rate_of_a_curve_is_found(steepest):
 @pytest.mark.parametrize("losses", [[], [1.0, 2.0, 3.0], [2.0, 1.0, 3.0]])
 def test_a_loss_that_does_not_fall_suggests_nothing(losses):
     assert suggest(RATES[: len(losses)].tolist(), losses) is None
+    assert plot_range_test(RATES[: len(losses)], losses).axes[0].get_legend() is None
 
 
 def suggest_at_once(monkeypatch, suggestion: float | None) -> None:

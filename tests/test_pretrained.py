@@ -121,7 +121,7 @@ def test_what_the_hub_has_not_is_told(online):
 def test_without_a_network_it_is_from_the_cache_or_says_what_to_do(hub, online):
     folder, _ = online
     names = ("some/vit", f"some/vit@{COMMIT}", "some/other")
-    *cached, other = fetch(hub, folder, *names, HF_HUB_OFFLINE="1")
+    *cached, other = fetch(hub, folder, *names, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
     assert [found["origin"]["revision"] for found in cached] == [COMMIT, COMMIT]
     assert other.startswith("FileNotFoundError: weights of some/other could not be fetched from the Hugging Face hub")
     assert "put it, say model_data/other.safetensors" in other.replace(os.sep, "/")

@@ -169,11 +169,12 @@ def find_checkpoint(path: str, name: str = BEST) -> Path:
     place = Path(path or "logs")
     if place.is_file():
         return place
-    if (place / name).is_file():
+    if path and (place / name).is_file():
         return place / name
     if path and not place.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {place}")
     runs = sorted(place.glob(f"*/{name}"), key=lambda file: file.stat().st_mtime_ns)
     if not runs:
-        raise FileNotFoundError(f"there is no run with a {name} in {place}/: train first, python train.py")
+        nowhere = f"{place}/, nor in a folder in it" if path else f"a run in {place}/: train first, python train.py"
+        raise FileNotFoundError(f"there is no {name} in {nowhere}")
     return runs[-1]

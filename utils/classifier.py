@@ -237,10 +237,11 @@ def read_exported(path: Path) -> dict[str, Any]:
 
 
 def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, precision: str = "") -> Classifier:
-    """Open a checkpoint, the best one in a run's folder, or weights of export.py; nothing else is needed.
+    """Open a checkpoint or weights of export.py; nothing else is needed.
 
     Args:
-        path: the file or folder; `.safetensors` for weights of export.py, which have no calibration but a temperature.
+        path: the file, or a folder, see `utils.checkpoint.find_checkpoint`; `.safetensors` for weights of export.py,
+            which have no calibration but a temperature.
         device: auto, cuda, cpu or mps.
         raw: give probabilities as the network does, without the temperature that was fitted after training.
         precision: "fp32", "bf16" or "fp16"; empty: what the run was set to. Either as far as this device has it.

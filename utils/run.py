@@ -267,12 +267,13 @@ class Run:
 
     def close(self) -> None:
         """Finish the log, and let others write to the folder."""
-        try:
-            self.log.close()
-        except OSError as error:
-            self._say_unlogged(error)
-        finally:
-            self._lock.release()
+        with held():
+            try:
+                self.log.close()
+            except OSError as error:
+                self._say_unlogged(error)
+            finally:
+                self._lock.release()
 
     def _say_unlogged(self, error: OSError) -> None:
         """A run is worth more than its curve."""

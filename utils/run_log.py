@@ -14,7 +14,7 @@ from utils.files import try_unlink
 
 EPOCHS = "epochs.csv"
 DRAW_EVERY = 10.0
-"""Seconds between two drawings of the curve: each takes a part of a second, in which a GPU may do an epoch."""
+"""Seconds between two drawings of the curve, at least: each takes a part of a second, as long as an epoch on a GPU."""
 
 Row = dict[str, float]
 """One epoch: epoch (from 1), step (updates so far), loss, top1, val_loss, val_top1, learning_rate, skipped (steps left
