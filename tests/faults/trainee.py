@@ -71,7 +71,13 @@ def plant(fault: str, number: int) -> None:
         left[0] -= 1
         return left[0] < 0
 
-    save, seal, replace, unlink, finish = torch.save, checkpoint.seal, os.replace, Path.unlink, run.Run.finish
+    save, seal, replace, unlink, calibrate = (
+        torch.save,
+        checkpoint.seal,
+        os.replace,
+        Path.unlink,
+        train.calibrate_checkpoint,
+    )
 
     def half(content, file):
         whole = io.BytesIO()
@@ -92,7 +98,7 @@ def plant(fault: str, number: int) -> None:
         if fault == "after rename" and str(new).endswith(".pth") and now():
             die()
 
-    def finishing(self, calibrate):
+    def finishing(*arguments):
         """The files of the end are renamed one after the other: embeddings, best, last; die before or after one."""
 
         def dying_replace(old, new):
@@ -104,7 +110,7 @@ def plant(fault: str, number: int) -> None:
             left[0] -= 2
 
         files.os.replace = dying_replace
-        finish(self, calibrate)
+        return calibrate(*arguments)
 
     def dying_unlink(path, missing_ok=False):
         unlink(path, missing_ok)
@@ -120,7 +126,7 @@ def plant(fault: str, number: int) -> None:
     elif fault in ("before rename", "after rename"):
         files.os.replace = around_replace
     elif fault == "finishing":
-        run.Run.finish = finishing
+        train.calibrate_checkpoint = finishing
     elif fault == "in retention":
         Path.unlink = dying_unlink
     if fault.startswith("plain"):
