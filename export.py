@@ -14,7 +14,7 @@ from utils.eval_data import read_images, read_run_list
 from utils.export_check import Comparison, ExportError, compare
 from utils.export_facts import ExportFacts
 from utils.export_formats import FORMATS, STEMS, write_card
-from utils.files import format_bytes, write_whole
+from utils.files import format_bytes, write_text, write_whole
 from utils.lists import ImageList, draw, take
 from utils.model_card import CHECKED, write_model_card
 
@@ -125,8 +125,7 @@ def export(classifier: Classifier, facts: ExportFacts, format: str, images: Imag
 
 def write_report(path: Path, report: dict) -> None:
     """Write what the check found."""
-    with write_whole(path) as file:
-        file.write((json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def format_comparison(comparison: Comparison) -> str:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from utils.device import choose_precision, pick_device
-from utils.files import write_whole
+from utils.files import write_text
 
 DEVICE = pick_device("auto")
 PRECISION, _ = choose_precision("auto", DEVICE)
@@ -68,8 +68,7 @@ class Finished:
         """The result of `run`, from the file if it is there."""
         if key not in self.runs:
             self.runs[key] = run()
-            with write_whole(self.path) as file:
-                file.write(json.dumps(self.runs, indent=1).encode())
+            write_text(self.path, json.dumps(self.runs, indent=1))
             print(f"{key}: {self.runs[key][0]:.0f} s, {self.runs[key][1]:.1%}", flush=True)
         return self.runs[key]
 

@@ -14,7 +14,7 @@ from utils.classifier import Classifier
 from utils.eval_data import read_run_list
 from utils.export_facts import ExportFacts
 from utils.export_formats import FORMATS, STEMS
-from utils.files import format_bytes, write_whole
+from utils.files import format_bytes, write_bytes
 from utils.text import printable
 
 CARD = "README.md"
@@ -58,8 +58,7 @@ def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, fac
         files=[(path.name, format_bytes(path.stat().st_size), digest_file(path)) for path in files],
         onnx=next((path.name for path in files if path.suffix == ".onnx"), ""),
     )
-    with write_whole(folder / CARD) as file:
-        file.write(page.encode("utf-8"))
+    write_bytes(folder / CARD, page.encode("utf-8"))
     return folder / CARD
 
 

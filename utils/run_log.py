@@ -73,7 +73,7 @@ class RunLog:
             self._draw()
 
     def _draw(self) -> None:
-        from utils.plots import plot_losses  # likewise
+        from utils.plots import plot_losses  # not for the workers either
 
         plot_losses(self._undrawn).savefig(self.folder / "epoch_loss.png")
         self._undrawn, self._drawn_at = (), time.monotonic()

@@ -71,13 +71,8 @@ def plant(fault: str, number: int) -> None:
         left[0] -= 1
         return left[0] < 0
 
-    save, seal, replace, unlink, calibrate = (
-        torch.save,
-        checkpoint.seal,
-        os.replace,
-        Path.unlink,
-        train.calibrate_checkpoint,
-    )
+    save, seal, replace, unlink = torch.save, checkpoint.seal, os.replace, Path.unlink
+    calibrate = train.calibrate_checkpoint
 
     def half(content, file):
         whole = io.BytesIO()
