@@ -195,6 +195,11 @@ def unpack_cifar(tar: Path, folder: Path) -> Path:
     return folder
 
 
+def pace(name: str, method: str, side: int, epochs: int) -> str:
+    """The name of a run that is made to learn what it takes."""
+    return f"{epochs} epochs of {side} pixels: {name} {method}"
+
+
 def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, seconds: float) -> tuple[int, int]:
     """The largest size at which enough epochs fit into so many seconds, and how many do, by what the fewest epochs take
     and one more. For the logistic regression, which has no epochs, nought."""
@@ -203,8 +208,7 @@ def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, s
 
     def paced(side: int, epochs: int) -> float:
         run = METHODS[method]
-        key = f"{epochs} epochs of {side} pixels: {name} {method}"
-        return finished.get(key, lambda: run(data, weights, side, epochs, 0))[0]
+        return finished.get(pace(name, method, side, epochs), lambda: run(data, weights, side, epochs, 0))[0]
 
     chosen, another = (SIZES[0], fewest), 0.0
     for side in SIZES:
@@ -281,6 +285,10 @@ def main(
             if key not in finished.runs:
                 side, epochs = fit(finished, name, method, places[name], weights, 60 * time_given)
                 print(f"{key}: {epochs} epochs of {side} pixels", flush=True)
+                if epochs == 0:  # a seed would change nothing: the run that was made for its pace is this one
+                    same = pace(name, method, side, epochs)
+                    finished.get(key, lambda same=same: finished.runs[same])
+                    continue
                 run = METHODS[method]
                 finished.get(key, lambda run=run, n=name, s=side, e=epochs, x=seed: run(places[n], weights, s, e, x))
     table = list(results_of(finished, chosen, seeds))
