@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -12,14 +11,14 @@ from utils.classifier import BATCH, Classifier, load_classifier
 from utils.compare import compare as compare_scores
 from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
-from utils.eval_data import read_images, read_run_list, read_strangers
+from utils.eval_data import read_images, read_strangers
 from utils.evaluation import Evaluation, evaluate_corrupted
 from utils.files import write_text
 from utils.finish import read_embeddings
 from utils.gallery import shown_pictures
 from utils.lists import ImageList
 from utils.mistakes import worst_mistakes
-from utils.outputs import compute_outputs
+from utils.outputs import Outputs, compute_outputs
 from utils.report import format_metrics, write_comparison, write_events, write_numbers
 from utils.report_page import WORST, render
 from utils.run_folder import CONFIG_FILE, LIST_FILES
@@ -59,7 +58,7 @@ def main(
         num_workers: processes that load pictures; 0: none besides the main one.
         device: auto, cuda, cpu or mps.
     """
-    check(batch_size, num_workers, corrupted, max_error)
+    check(batch_size, num_workers, corrupted, max_error, out)
     data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
     if compare:
         if model_path or strangers:
@@ -82,23 +81,22 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     times = [started, time.perf_counter()]
     outputs = compute_outputs(classifier, images, num_workers, batch_size)
-    of_strangers = compute_outputs(classifier, stranger_images, num_workers, batch_size) if stranger_images else None
+    of_strangers = meet(classifier, stranger_images, num_workers, batch_size) if stranger_images else None
     times.append(time.perf_counter())
     worse = evaluate_corrupted(classifier, images, outputs, corrupted, num_workers, batch_size)
     times.append(time.perf_counter())
     evaluation = Evaluation(checkpoint, data, classifier, images, outputs, worse, of_strangers, max_error)
-    told = notes(evaluation)
-    write_report(folder, evaluation, told)
+    write_report(folder, evaluation)
     times.append(time.perf_counter())
     print(format_metrics(evaluation.metrics))
-    for note in told:
+    for note in evaluation.metrics["notes"]:
         print(f"attention: {cli.printable(note)}")
     parts = zip(("loading", "inference", "corruptions", "report"), times, times[1:], strict=False)
     print(", ".join(f"{name} {end - start:.1f} s" for name, start, end in parts))
     print(f"written to {folder}/; open {folder / PAGE}")
 
 
-def check(batch_size: int, num_workers: int, corrupted: int, max_error: float) -> None:
+def check(batch_size: int, num_workers: int, corrupted: int, max_error: float, out: str) -> None:
     """Raise a ValueError that names what can't work."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give 1 or more")
@@ -106,6 +104,23 @@ def check(batch_size: int, num_workers: int, corrupted: int, max_error: float) -
         raise ValueError(f"num_workers={num_workers}, corrupted={corrupted}: give 0 or more")
     if not 0 <= max_error < 1:
         raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ValueError(f"out={out!r}: it is a file; give a folder")
+
+
+def meet(classifier: Classifier, strangers: ImageList, num_workers: int, batch_size: int) -> Outputs:
+    """What a classifier makes of strangers; those that can't be read are named and left out.
+
+    Raises:
+        ValueError: none of them can.
+    """
+    outputs = compute_outputs(classifier, strangers, num_workers, batch_size, skip_unreadable=True, title="strangers")
+    unreadable = sorted(set(range(len(strangers))) - set(outputs.indices.tolist()))
+    if len(unreadable) == len(strangers):
+        raise ValueError(f"strangers: none of the {len(strangers)} pictures can be read")
+    for i in unreadable:
+        print(f"attention: a stranger that can't be read is left out: {cli.printable(strangers.path(i))}")
+    return outputs
 
 
 def own_folder(checkpoint: Path) -> Path:
@@ -161,9 +176,8 @@ def compare_classifiers(
     print(f"written to {folder}/comparison.json, and all pictures that only one names right to {folder}/flipped.csv")
 
 
-def write_report(folder: Path, evaluation: Evaluation, told: list[str]) -> None:
-    """Write the numbers, the page with what is `told` first, the confusion matrix as a picture and, in a run's folder,
-    TensorBoard's events."""
+def write_report(folder: Path, evaluation: Evaluation) -> None:
+    """Write the numbers, the page, the confusion matrix as a picture and, in a run's folder, TensorBoard's events."""
     from utils.plots import plot_confusion
 
     classifier = evaluation.classifier
@@ -171,49 +185,10 @@ def write_report(folder: Path, evaluation: Evaluation, told: list[str]) -> None:
     confusion = plot_confusion(evaluation.scores.confusion, classifier.class_names)
     confusion.savefig(folder / "confusion_matrix.png")
     train = read_embeddings(evaluation.checkpoint, classifier.calibration, len(classifier.class_names))
-    page = render(evaluation, train, told)
-    write_text(folder / PAGE, page)
+    write_text(folder / PAGE, render(evaluation, train))
     if is_run(folder):
         worst = shown_pictures(evaluation, worst_mistakes(evaluation.scores, WORST))
         write_events(folder, evaluation, confusion, worst)
-
-
-def notes(evaluation: Evaluation) -> list[str]:
-    """What a reader of the figures should know first."""
-    told = []
-    metrics, classifier = evaluation.metrics, evaluation.classifier
-    n = len(evaluation.images)
-    if seen := count_in_list(evaluation, "train"):
-        told.append(f"{seen} of the {n} pictures were trained on: with new pictures the figures would be worse")
-    if seen := count_in_list(evaluation, "val"):
-        told.append(
-            f"{seen} of the {n} pictures are of the validation list, on which the best epoch, the temperature and the "
-            f"thresholds were chosen: new pictures would do a little worse"
-        )
-    if metrics["absent_classes"]:
-        told.append(f"No pictures, so not in the means: {', '.join(metrics['absent_classes'])}")
-    if classifier.calibration is None and classifier.temperature != 1:
-        told.append(
-            "Exported weights: the temperature fitted after training is in them, thresholds to reject by are not"
-        )
-    elif classifier.calibration is None:
-        told.append(
-            "Not calibrated: only the best checkpoint of a finished run is. Probabilities are the network's own"
-        )
-    elif classifier.raw:
-        told.append("Probabilities are the network's own, as asked for: the fitted temperature isn't used")
-    return told
-
-
-def count_in_list(evaluation: Evaluation, key: str) -> int:
-    """How many of the pictures are in the training or validation list ("train" or "val") that the run began with, as
-    far as its folder has it."""
-    classifier = evaluation.classifier
-    of_run = read_run_list(evaluation.checkpoint, classifier.config, classifier.class_names, key)
-    if of_run is None:
-        return 0
-    known = {os.path.realpath(of_run.path(i)) for i in range(len(of_run))}
-    return sum(os.path.realpath(evaluation.images.path(i)) in known for i in range(len(evaluation.images)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,19 @@ from utils.config import Device
 from utils.images import open_image
 from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
 from utils.onnx_classifier import SUFFIX, OnnxClassifier, is_onnx, open_onnx
-from utils.prediction import Answer, Failure, Prediction, csv_header, shorten, to_bars, to_csv, to_json, to_line, to_row
+from utils.prediction import (
+    Answer,
+    Failure,
+    Prediction,
+    csv_header,
+    display_width,
+    shorten,
+    to_bars,
+    to_csv,
+    to_json,
+    to_line,
+    to_row,
+)
 from utils.scan import is_demo, pictures_below
 from utils.text import printable
 
@@ -195,12 +207,11 @@ def choose_rejection(classifier: Model, reject_below: str, max_error: float, tta
             least = -1.0
         if not 0 <= least <= 1:
             raise ValueError(f"reject_below={reject_below!r}: give auto, or a number from 0 to 1")
-        rejection = Rejection(least, calibration.farthest if calibration else float("inf"))
+        rejection = Rejection(least, calibration.farthest if classifier.can_reject else float("inf"))
     told = f"rejected below {min(rejection.least_probability, 1):.1%}"
-    if calibration is None:
-        told += "; nothing is known of distances and of what this costs: that takes a calibrated checkpoint"
-    elif classifier.raw:
-        told += "; what this costs is known of calibrated probabilities only"
+    if not classifier.can_reject:
+        needed = "leave raw off" if classifier.raw else "that takes a calibrated checkpoint"
+        told += f"; nothing is known of distances and of what this costs: {needed}"
     else:
         told += f", or farther than {rejection.farthest:.0f}° from all classes: {rejection.format_cost(calibration)}"
         told += "; with --tta probabilities are lower, so that fewer are accepted" if tta else ""
@@ -221,7 +232,7 @@ def choose_format(
     width = shutil.get_terminal_size().columns
     if single:
         return lambda answer: to_bars(answer, width)
-    longest = max(len(name) for name in (*classifier.class_names, UNKNOWN))
+    longest = max(display_width(printable(name)) for name in (*classifier.class_names, UNKNOWN))
     return lambda answer: to_row(answer, width, min(longest, width // 3))
 
 
@@ -237,8 +248,12 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
             yield from expand(line for line in read_lines() if line != "-")
             continue
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]
+        walked: tuple[str, ...] = ()  # "**" matches a folder and what is in it
         for match in matches:
+            if match.startswith(walked):
+                continue
             if os.path.isdir(match):
+                walked += (os.path.join(match, ""),)
                 found = pictures_below(match, skipped := Counter())
                 for reason, count in skipped.items():
                     print(f"passed over in {match}: {count} {reason}", file=sys.stderr)
@@ -248,10 +263,14 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
 
 
 def read_lines() -> Iterator[str]:
-    """The lines of the standard input that aren't empty; bytes that are no UTF-8 as file names have them."""
+    """The lines of the standard input that aren't empty; bytes that are no UTF-8 as file names have them, on Windows
+    in the code page of its console."""
     for line in sys.stdin.buffer:
         if name := line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8):  # PowerShell writes one
-            yield os.fsdecode(name)
+            try:
+                yield os.fsdecode(name)
+            except UnicodeDecodeError:  # there is this on Windows only, and so is the codec
+                yield name.decode("oem", "replace")
 
 
 def ask() -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import export
 import train
+from nets.vit import SIZES, Size
 from utils import export_formats, onnx_write
 from utils.checkpoint import LAST, find_checkpoint
 from utils.classifier import load_classifier
@@ -41,6 +42,9 @@ SMALL = {
     "precision": "fp32",
 }
 """A run of seconds, with dropout, stochastic depth, random crops, mirroring and both stages."""
+SIZES["vit_of_the_tests"] = Size(patch_size=4, num_features=48, depth=6, num_heads=3)
+TINY = SMALL | {"backbone": "vit_of_the_tests"}
+"""The same with a sixteenth of the weights, where no other process has to know the network."""
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +88,17 @@ def write_two_classes(datasets: Path) -> Path:
             for i in range(count):
                 write_picture(datasets / split / name / f"{i:02d}.png", level, seed=i)
     return datasets
+
+
+def write_scene(datasets: Path) -> None:
+    """Twenty pictures in each of two classes by a fixed camera: all of them look alike."""
+    scene = Image.effect_noise((120, 90), 80).resize((480, 360), Image.Resampling.BICUBIC).convert("RGB")
+    for name in ("good", "scratched"):
+        (datasets / name).mkdir(parents=True)
+        for i in range(20):
+            picture = scene.copy()
+            picture.paste((200, 30 if name == "good" else 90, i), (10 * i, 100, 10 * i + 8, 108))
+            picture.save(datasets / name / f"{i}.png")
 
 
 def write_back(run: Path, epoch: int) -> None:

@@ -1,5 +1,6 @@
 """eval.py and predict.py on a trained checkpoint, as commands and as functions."""
 
+import codecs
 import copy
 import csv
 import io
@@ -191,7 +192,40 @@ def test_folders_globs_and_hidden_files(here):
     assert list(predict.expand(["a"])) == ["a/1.png", "a/b/2.JPG"]
     assert list(predict.expand(["*"])) == ["a/1.png", "a/b/2.JPG", "c"]
     assert list(predict.expand(["**/1.png"])) == ["a/1.png"]
+    assert list(predict.expand(["a/**"])) == ["a/1.png", "a/b/2.JPG"]
+    assert list(predict.expand(["**"])) == ["a/1.png", "a/b/2.JPG", "c"]
     assert list(predict.expand(["c", "none*.png", "a/notes.txt"])) == ["c", "none*.png", "a/notes.txt"]
+
+
+def test_a_folder_below_that_cannot_be_opened(here, monkeypatch, capsys):
+    """Whoever runs the tests may be allowed to open any."""
+    for name in ("a/1.png", "a/b/2.png", "c/3.png"):
+        write_picture(here / name)
+    scandir = os.scandir
+
+    def refuse(path):
+        if path in (os.path.join("a", "b"), "c"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)
+    assert list(predict.expand(["a"])) == ["a/1.png"]
+    assert "passed over in a: 1 a folder that can't be opened" in capsys.readouterr().err
+    with pytest.raises(PermissionError):
+        list(predict.expand(["c"]))
+
+
+def test_names_that_a_windows_console_pipes(monkeypatch):
+    def fsdecode(name: bytes) -> str:
+        return name.decode("utf-8", "surrogatepass")
+
+    monkeypatch.setattr("os.fsdecode", fsdecode)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Jürgen.png\r\n".encode("cp850") + "ä.png".encode())))
+    codecs.register(find_oem := lambda name: codecs.lookup("cp850") if name == "oem" else None)
+    try:
+        assert list(predict.read_lines()) == ["Jürgen.png", "ä.png"]
+    finally:
+        codecs.unregister(find_oem)
 
 
 def test_asking_ends_with_the_input(monkeypatch):
@@ -250,6 +284,8 @@ def test_an_unreadable_picture_in_a_list_is_one_line(trained, tmp_path, workers)
 def test_no_such_data_and_a_file_to_save_in(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no list or folder none"):
         evaluation.main(data="none")
+    with pytest.raises(ValueError, match=r"out='cls_val\.txt': it is a file"):
+        evaluation.main(out="cls_val.txt", compare=("logs", "logs"))
     with pytest.raises(ValueError, match=r"save='cls_val\.txt': it is a file"):
         predict.main(("datasets/test/dark/00.png",), save="cls_val.txt")
 

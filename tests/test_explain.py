@@ -70,6 +70,20 @@ def test_the_map_of_a_class_is_that_of_grad_cam(make, shape, expected_grid):
     assert (maps.rollout is None) == (make is not vit)
 
 
+def test_a_map_of_one_place_speaks_for_the_class_or_not():
+    """A resnet at 32 x 32 has a last map of one place; the class with the largest logit has something that speaks for
+    it there."""
+    model = resnet((32, 32)).eval()
+    model.head.bias.data.zero_()
+    classifier = make_classifier(model, (32, 32))
+    batch = pixels(shape=(32, 32))
+    _, logits = classifier.forward(batch)
+    both = [explain(classifier, batch, class_ids).cam for class_ids in (logits.argmax(1), logits.argmin(1))]
+    assert both[0].shape == (2, 1, 1)
+    for cam, of_class in zip(both, (logits.amax(1), logits.amin(1)), strict=True):
+        assert cam.flatten().tolist() == (of_class > 0).float().tolist()
+
+
 def test_rollout_is_that_of_timms_attention():
     """timm's blocks keep their attention weights when told to take the products apart; the product is taken here with
     numpy."""

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import eval as evaluation
 from nets.seal import digest_file
-from tests.conftest import write_picture
 from utils.checkpoint import find_checkpoint
 from utils.classifier import load_classifier
 from utils.export_facts import ExportFacts
@@ -56,6 +57,11 @@ def test_counts_figures_and_hashes(own_run, tmp_path):
     assert f"| model&#46;onnx | 0.00 MB | `{report['sha256']}` |" in page
     assert "gone" not in page
     assert "script" not in page
+    assert "were trained on" not in page
+    evaluation.main(model_path=str(own_run), data="datasets/train", corrupted=0)
+    page = card_of(own_run, folder)
+    assert "- **36 of the 40 pictures were trained on&#58;" in page
+    assert "- **4 of the 40 pictures are of the validation list&#44;" in page
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,14 @@ def test_what_it_says_of_the_network(own_run, tmp_path, letterbox):
     assert "was trained from scratch" in page
     assert f"divided by {classifier.temperature:.3f}" in page
     assert "calibrated" in page
-    assert "the network's own, not calibrated" in card_of(own_run, tmp_path, calibration=None)
+    assert "the network's own, not calibrated" in card_of(own_run, tmp_path, calibration=None, temperature=1.0)
+
+
+def test_weights_that_export_py_wrote_are_calibrated_and_of_unknown_origin(exported, tmp_path):
+    weights = exported("safetensors")
+    page = card_of(weights, tmp_path)
+    assert f"calibrated: logits are divided by {load_classifier(find_checkpoint('')).temperature:.3f}" in page
+    assert "weights that aren't known here, or from scratch" in page
 
 
 def test_its_code_runs_without_thaw(exported, trained, tmp_path):
@@ -130,7 +143,8 @@ def test_its_code_runs_without_thaw(exported, trained, tmp_path):
         shutil.copy(model.with_name(name), tmp_path)
     page = card_of(checkpoint, tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    write_picture(tmp_path / "picture.jpg", 190, size=(70, 50))
+    transparent = Image.fromarray(np.full((50, 70, 4), (60, 60, 60, 0), np.uint8))  # dark, if that is what counted
+    transparent.save(tmp_path / "picture.jpg", "PNG")
     result = subprocess.run(
         [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
     )

@@ -224,7 +224,7 @@ def test_names_on_standard_input_may_be_any_bytes(trained, tmp_path):
     assert json.loads(result.stdout)["label"] == "dark"
 
 
-def test_a_terminal_gets_a_table_and_bars(trained):
+def test_a_terminal_gets_a_table_and_bars(trained, tmp_path):
     def in_terminal(*args: str) -> str:
         main, terminal = pty.openpty()
         process = subprocess.Popen(
@@ -247,6 +247,9 @@ def test_a_terminal_gets_a_table_and_bars(trained):
     assert len(rows) == 11
     assert max(map(display_width, rows)) <= 60
     assert rows[0].startswith("dark ") and rows[0].endswith("00.png")
+    save_checkpoint(tmp_path / "wide.pth", load_checkpoint(find_checkpoint("")) | {"class_names": ["苹果手机壳", "b"]})
+    rows = in_terminal("--model-path", str(tmp_path / "wide.pth"), "datasets/test").splitlines()
+    assert rows[0].startswith("苹果手机壳 ")
     bars = in_terminal(DARK).splitlines()
     assert bars[0] == DARK
     assert [bar.split()[0] for bar in bars[1:]] == ["dark", "light"]
@@ -336,14 +339,18 @@ def test_to_be_explained_is_to_be_saved(trained, tmp_path, monkeypatch):
     assert (tmp_path / predict.EXPLAINED / "dark.png").is_file()
 
 
-def test_rejection_auto_says_what_it_costs(trained, capsys):
+def test_rejection_auto_says_what_it_costs(trained, tmp_path, capsys):
     predict.main((DARK,), reject_below="auto")
     told = capsys.readouterr().err
     assert "of 4 validation pictures" in told and "° from all classes" in told
     predict.main((DARK,), reject_below="auto", tta=True)
     assert "with --tta probabilities are lower" in capsys.readouterr().err
-    predict.main((DARK,), reject_below="0.7", raw=True)
-    assert "validation pictures" not in capsys.readouterr().err
+    write_picture(tmp_path / "black.png", 0)
+    for rejected, raw in ((True, False), (False, True)):
+        predict.main((str(tmp_path / "black.png"),), reject_below="0.1", raw=raw)
+        answer, told = capsys.readouterr()
+        assert ("unknown" in answer) == rejected
+        assert ("° from all classes" in told, "nothing is known of distances" in told) == (rejected, raw)
 
 
 def test_rejection_needs_a_number_or_a_finished_run(trained, tmp_path, capsys):

@@ -15,7 +15,7 @@ import eval as evaluation_script
 from nets import build_model
 from tests.conftest import SMALL, write_picture
 from utils.calibration import fit_calibration
-from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
+from utils.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.classifier import Classifier, pixel_network
 from utils.config import TrainConfig
 from utils.evaluation import Evaluation, evaluate_corrupted
@@ -82,8 +82,9 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
 def make_page(folder: Path, names: list[str], n: int = 60, **options) -> Path:
     evaluation = make_evaluation(folder, names, n, **options)
     train = TrainEmbeddings(evaluation.images, evaluation.outputs.embeddings)
+    evaluation.metrics["notes"].append("A note, <b>escaped</b>")
     page = folder / "report.html"
-    page.write_text(render(evaluation, train, ["A note, <b>escaped</b>"]), encoding="utf-8")
+    page.write_text(render(evaluation, train), encoding="utf-8")
     return page
 
 
@@ -228,6 +229,18 @@ def test_strangers_must_be_there(trained, tmp_path):
         evaluation_script.main(strangers="datasets/test", raw=True, out=str(tmp_path))
 
 
+def test_strangers_that_cannot_be_read_are_named_and_left_out(trained, tmp_path, capsys):
+    strangers = tmp_path / "strangers"
+    write_picture(strangers / "whole.png")
+    (strangers / "broken.jpg").write_text("no picture")
+    evaluation_script.main(strangers=str(strangers), out=str(tmp_path), corrupted=0, num_workers=0)
+    assert f"can't be read is left out: {strangers}/broken.jpg" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["rejection"]["strangers"] == 1
+    (strangers / "whole.png").unlink()
+    with pytest.raises(ValueError, match="strangers: none of the 1 pictures can be read"):
+        evaluation_script.main(strangers=str(strangers), out=str(tmp_path), corrupted=0, num_workers=0)
+
+
 def test_a_checkpoint_elsewhere_reports_into_the_working_folder(trained, tmp_path, monkeypatch):
     shutil.copy(find_checkpoint(""), tmp_path / "model.pth")
     shutil.copytree("datasets/test", tmp_path / "pictures")
@@ -237,12 +250,19 @@ def test_a_checkpoint_elsewhere_reports_into_the_working_folder(trained, tmp_pat
     assert not (tmp_path / "metrics_out" / EVENTS).exists()
 
 
-def test_the_last_checkpoint_is_reported_without_neighbours(trained, tmp_path):
-    (run,) = trained.glob("logs/*")
-    evaluation_script.main(model_path=str(run / LAST), out=str(tmp_path))
-    best, last = (load_checkpoint(run / name)["step"] for name in (BEST, LAST))
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert ("Not calibrated" in page) == (best != last)
+def test_a_checkpoint_that_is_not_calibrated_is_reported_without_neighbours(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(find_checkpoint("").parent, run)
+    save_checkpoint(run / LAST, load_checkpoint(run / LAST) | {"calibration": {}})
+    for name, other in (("dark", "light"), ("light", "dark")):
+        shutil.copytree(f"datasets/test/{other}", tmp_path / "all_wrong" / name)
+    options = {"data": str(tmp_path / "all_wrong"), "out": str(tmp_path), "corrupted": 0, "num_workers": 0}
+    for name, calibrated in ((BEST, True), (LAST, False)):
+        evaluation_script.main(model_path=str(run / name), **options)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "mistakes, the most surprising first" in page
+        assert ("Not calibrated" in page) == (not calibrated)
+        assert ("36 training pictures the one that the network finds most like it" in page) == calibrated
 
 
 @pytest.fixture(scope="module")
@@ -272,10 +292,15 @@ def open_page(browser, path: Path, width: int = 1280, scheme: str = "light"):
     return page, complaints, time.perf_counter() - start
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_loads_without_a_complaint_at_two_widths(here, browser, width, scheme):
-    page, complaints, _ = open_page(browser, make_page(here, AWKWARD), width, scheme)
+@pytest.fixture(scope="module")
+def awkward_page(tmp_path_factory) -> Path:
+    """A page of classes with awkward names."""
+    return make_page(tmp_path_factory.mktemp("awkward"), AWKWARD)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_loads_without_a_complaint_at_two_widths(awkward_page, browser, width, scheme):
+    page, complaints, _ = open_page(browser, awkward_page, width, scheme)
     assert complaints == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
@@ -285,8 +310,8 @@ def test_the_page_loads_without_a_complaint_at_two_widths(here, browser, width, 
     assert len(picture) > 50_000
 
 
-def test_names_do_no_harm(here, browser):
-    page, complaints, _ = open_page(browser, make_page(here, AWKWARD))
+def test_names_do_no_harm(awkward_page, browser):
+    page, complaints, _ = open_page(browser, awkward_page)
     assert complaints == []
     assert page.locator("img[src=x]").count() == 0
     assert page.locator("main script, main b b, header i").count() == 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils import demo
-from utils.audit import Finding, Picture, find_faults
+from utils.audit import Finding, Picture, find_faults, linked
 from utils.audit_report import format_findings, write_audit
 from utils.config import TrainConfig
 from utils.fingerprints import Fingerprints
@@ -111,12 +111,7 @@ def annotate(
     if audit and not all(map(is_demo, scan.paths())):
         fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
         findings = audit_scan(scan, names, groups, fingerprints, audit_path)
-        groups += [
-            [picture.path for picture in group]
-            for finding in findings
-            if finding.kind != "alike by nature"
-            for group in finding.groups
-        ]
+        groups += linked(findings)
     reasons = leave_out(scan, findings or []) if fix else {}
     taken = take_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,11 @@ FEW = 10
 """Training pictures below which a class is called tiny."""
 MANY_COPIES = 5
 """Equal pictures from which on they are taken for a placeholder, such as "image not available"."""
-ALIKE_BY_NATURE = 1 / 3
+ALIKE_BY_NATURE = "alike by nature"
+MOST_ALIKE = 1 / 3
 """The part of a class that can look alike before that is taken for how its pictures are, not for a fault."""
+DARK = 16
+"""Level of 255 that nothing in a picture is brighter than if it has 12 bits in a file of 16."""
 UNEVEN = 10
 """How many times the smallest class the largest may be."""
 SUFFIXES = {
@@ -82,11 +85,23 @@ def find_faults(
     return [
         *_unreadable(pictures),
         *_blank(readable),
-        *_duplicates([picture for picture in readable if not picture.fingerprint.flat]),
+        *_dark(readable),
+        *find_duplicates(readable),
         *_split_groups(readable, groups),
         *_wrong_suffix(readable),
         *_class_sizes(readable, class_names),
         *_shortcuts(readable),
+    ]
+
+
+def linked(findings: Iterable[Finding]) -> list[list[str]]:
+    """Paths of pictures that `findings` show together, and that should be in one split therefore. Not those that are
+    alike by nature: a class of which all is one group could be in no more than one."""
+    return [
+        [picture.path for picture in group]
+        for finding in findings
+        if finding.kind != ALIKE_BY_NATURE
+        for group in finding.groups
     ]
 
 
@@ -110,7 +125,19 @@ def _blank(pictures: Sequence[Picture]) -> Iterator[Finding]:
         yield Finding("blank", f"blank: {_count(len(blank), 'picture')} of one colour", [[p] for p in blank], blank)
 
 
-def _duplicates(pictures: Sequence[Picture]) -> Iterator[Finding]:
+def _dark(pictures: Sequence[Picture]) -> Iterator[Finding]:
+    dark = [p for p in pictures if max(p.fingerprint.thumbnail, default=255) <= DARK and not p.fingerprint.flat]
+    if dark:
+        message = (
+            f"nearly black: {_count(len(dark), 'picture')}; if these are of a microscope or the like, with 12 bits in "
+            f"files of 16, multiply their levels by 16: of 16 bits 65535 is white"
+        )
+        yield Finding("dark", message, [[p] for p in dark])
+
+
+def find_duplicates(pictures: Sequence[Picture]) -> Iterator[Finding]:
+    """Of readable pictures those that are equal or look alike; blank ones are left out."""
+    pictures = [picture for picture in pictures if not picture.fingerprint.flat]
     by_digest = defaultdict(list)
     for picture in pictures:
         by_digest[picture.fingerprint.digest].append(picture)
@@ -129,11 +156,14 @@ def _duplicates(pictures: Sequence[Picture]) -> Iterator[Finding]:
     for indices in alike_groups([group[0].fingerprint for group in rest]):
         group = [picture for i in indices for picture in rest[i]]
         smallest = min(sizes[picture.class_name] for picture in group)
-        (by_nature if len(group) > max(FEW, ALIKE_BY_NATURE * smallest) else alike).append(group)
+        (by_nature if len(group) > max(FEW, MOST_ALIKE * smallest) else alike).append(group)
     if by_nature:
         told = _count(sum(map(len, by_nature)), "picture")
-        message = f"{told} look alike, a large part of a class: one scene or camera? They aren't told apart any further"
-        yield Finding("alike by nature", message, by_nature)
+        message = (
+            f"{told} look alike, a large part of a class: one scene or camera? They aren't told apart any further, and "
+            f"may be in several splits: what belongs together of them, --group-regex keeps together"
+        )
+        yield Finding(ALIKE_BY_NATURE, message, by_nature)
     yield from _by_place("alike", alike)
 
 

@@ -58,7 +58,8 @@ class Classifier:
         calibration: what the validation pictures told of it; None: it isn't the best of a finished run.
         raw: whether nothing that was fitted after training is used.
         config: the settings of its run, as in `TrainConfig.as_dict`.
-        origin: where the weights that its run began with were from, see `nets.weights.Weights`; empty: random ones.
+        origin: where the weights that its run began with were from, see `nets.weights.Weights`; empty: random ones;
+            None: that isn't known.
     """
 
     network: nn.Module
@@ -71,7 +72,7 @@ class Classifier:
     calibration: Calibration | None = None
     raw: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
-    origin: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] | None = None
 
     @property
     def can_reject(self) -> bool:
@@ -117,7 +118,9 @@ class Classifier:
 
         Args:
             images: one picture or several; a path, a picture of Pillow's (turned upright by its EXIF orientation), or
-                an array of uint8, (height, width, 3) in RGB or (height, width) in grey.
+                an array of uint8, (height, width, 3) in RGB or (height, width) in grey. A JPEG that comes as a path is
+                decoded no finer than the network needs, so that its pixels differ from those of the same picture in
+                memory by about one level of 255.
             top_k: how many classes to give.
             batch_size: pictures that go through the network at a time.
             tta: average over the centre, the corners and, if training mirrored, their mirror images: five or ten times
@@ -232,7 +235,7 @@ def read_exported(path: Path) -> dict[str, Any]:
         "temperature": facts.temperature,
         "calibration": {},
         "config": {"precision": "auto"},
-        "origin": {},
+        "origin": None,
     }
 
 
@@ -271,6 +274,7 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
             raise TypeError("its calibration is of another network")
     except (TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} can't be used: its parts don't fit together ({error})") from error
+    origin = checkpoint["origin"]
     return Classifier(
         network=cast_products(pixel_network(model, preprocessing, place), arithmetic).eval(),
         preprocessing=preprocessing,
@@ -282,5 +286,5 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         calibration=calibration,
         raw=raw,
         config=checkpoint["config"],
-        origin={str(name): str(value) for name, value in checkpoint["origin"].items()},
+        origin=origin and {str(name): str(value) for name, value in origin.items()},
     )

@@ -20,7 +20,7 @@ class Maps(NamedTuple):
     """Of a batch, each with values from 0 to 1.
 
     Attributes:
-        cam: (B, rows, columns), which parts speak for the class: Grad-CAM.
+        cam: (B, rows, columns), which parts speak for the class: Grad-CAM; all 0 where none does.
         rollout: (B, rows, columns), from which parts attention gathers, whatever the class; None: the network has none.
     """
 
@@ -59,14 +59,17 @@ def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
     if not qkvs:
         return Maps(cam, None)
     weights = [_attention_weights(qkv, block.attn) for qkv, block in zip(qkvs, blocks, strict=True)]
-    return Maps(cam, _scaled(attention_rollout(weights)[:, 0, model.num_prefix_tokens :].unflatten(1, model.grid)))
+    rollout = attention_rollout(weights)[:, 0, model.num_prefix_tokens :].unflatten(1, model.grid)
+    low, high = rollout.amin(dim=(1, 2), keepdim=True), rollout.amax(dim=(1, 2), keepdim=True)
+    return Maps(cam, ((rollout - low) / (high - low).clamp_min(1e-12)).cpu())
 
 
 def _grad_cam(features: Tensor, gradient: Tensor, model: nn.Module) -> Tensor:
     """The map (B, rows, columns) from what `model.map_layer` gave and the gradient there."""
     features, gradient = model.to_map(features), model.to_map(gradient)  # (B, C, rows, columns)
     cam = (features * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1)
-    return _scaled(cam.relu())
+    cam = cam.relu()
+    return (cam / cam.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)).cpu()
 
 
 @contextmanager
@@ -94,12 +97,6 @@ def attention_rollout(weights: list[Tensor]) -> Tensor:
     for block in weights:
         rolled = (block + shortcut) / 2 @ rolled
     return rolled
-
-
-def _scaled(maps: Tensor) -> Tensor:
-    """Maps (B, rows, columns) from 0 to 1, each by its own range; all 0 where there is none."""
-    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
-    return ((maps - low) / (high - low).clamp_min(1e-12)).cpu()
 
 
 def overlay(pixels: Tensor, heat: Tensor, side: int) -> Image.Image:

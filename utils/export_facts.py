@@ -27,7 +27,8 @@ INPUT_DESCRIPTION = {
     "name": INPUT,
     "dtype": "uint8",
     "shape": ["batch", "height", "width", 3],
-    "content": "upright RGB pictures of any size, those of a batch of one size; nothing else is to be done to them",
+    "content": "upright RGB pictures of any size, those of a batch of one size, white where they were transparent; "
+    "nothing else is to be done to them",
 }
 OUTPUT_DESCRIPTION = {
     "name": OUTPUT,

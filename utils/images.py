@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -175,7 +176,7 @@ def read_region(
     """
     with _opened(path, max_pixels, allow_truncated) as image:
         if image.format in ("JPEG", "MPO"):
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = _orientation(image)
             width, height = image.size[::-1] if orientation in LYING else image.size
             box, size = choose(width, height)
             spare = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / DETAIL
@@ -231,10 +232,19 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if _orientation(image) != 1:
+        ImageOps.exif_transpose(image, in_place=True)
     rgb = to_rgb(image)
     rgb.format = image.format
     return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag; 1, upright, where there is none, or none that can be read: the picture is whole all the same."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, LookupError, struct.error):
+        return 1
 
 
 class Header(NamedTuple):
@@ -283,16 +293,14 @@ def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: boo
         Image.MAX_IMAGE_PIXELS = max_pixels
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels are more than max_pixels={max_pixels}; raise it"
-                )
+                raise Image.DecompressionBombError  # as Pillow itself does from twice as many on
             ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
             yield image
     except Exception as error:  # Pillow's decoders raise nearly every type there is on a broken file
-        raise ImageError.of(path, _cause(path, error)) from error
+        raise ImageError.of(path, _cause(path, error, max_pixels)) from error
 
 
-def _cause(path: str | Path, error: Exception) -> str:
+def _cause(path: str | Path, error: Exception, max_pixels: int) -> str:
     """Why it failed, in words for the user; names the plug-in that would have read it, if there is one."""
     missing = isinstance(error, FileNotFoundError)
     kind = b""
@@ -304,4 +312,9 @@ def _cause(path: str | Path, error: Exception) -> str:
         if kind[4:8] == b"ftyp" and kind[8:12] in (b"avif", b"avis"):
             return "it is AVIF, which this build of Pillow lacks; pip install -U pillow to read it"
         return "it is of no known picture format" if kind else "it is empty"
+    if isinstance(error, Image.DecompressionBombError):
+        return (
+            f"it has more pixels than max_pixels={max_pixels} allows; raise that, a setting of train.py and "
+            f"txt_annotation.py, or shrink the picture"
+        )
     return "there is no such file" if missing else f"{type(error).__name__}: {error}"

@@ -53,7 +53,7 @@ def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, fac
         letterbox=classifier.preprocessing.letterbox_image,
         shape=classifier.preprocessing.input_shape,
         counts=count_pictures(checkpoint, classifier),
-        calibrated=classifier.calibration is not None,
+        calibrated=classifier.calibration is not None or facts.temperature != 1,  # weights of export.py have only that
         metrics=read_metrics(checkpoint, facts.provenance["checkpoint_sha256"]),
         files=[(path.name, format_bytes(path.stat().st_size), digest_file(path)) for path in files],
         onnx=next((path.name for path in files if path.suffix == ".onnx"), ""),
@@ -103,9 +103,9 @@ def count_pictures(checkpoint: Path, classifier: Classifier) -> list[dict[str, A
 
 
 def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | None:
-    """What eval.py wrote of this checkpoint: on how many pictures of what, and rows of figure, value and interval, and
-    of class, support and recall with its interval. None if it wasn't run, or for another checkpoint, or an earlier
-    state of this one.
+    """What eval.py wrote of this checkpoint: on how many pictures of what, what to know first, and rows of figure,
+    value and interval, and of class, support and recall with its interval. None if it wasn't run, or for another
+    checkpoint, or an earlier state of this one.
 
     Raises:
         ValueError: the file isn't what eval.py writes.
@@ -124,6 +124,7 @@ def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | N
         return {
             "data": str(metrics["data"]),
             "pictures": int(metrics["pictures"]),
+            "notes": [str(note) for note in metrics["notes"]],
             "rows": [(name, format_value(value, interval)) for name, value, interval in rows],
             "classes": [(name, int(n), format_value(value, interval)) for name, n, value, interval in classes],
         }

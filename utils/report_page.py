@@ -39,13 +39,12 @@ MOST_CLASS_ROWS = 1000
 MOST_PAIR_ROWS = 50
 
 
-def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequence[str]) -> str:
+def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
     """The page, with everything in it.
 
     Args:
         evaluation: what it is about.
         train: training pictures, to show the nearest of beside a mistake.
-        notes: what a reader should know first.
     """
     scores, metrics, names = evaluation.scores, evaluation.metrics, evaluation.classifier.class_names
     gallery = Gallery(evaluation, train)
@@ -59,7 +58,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None, notes: Sequenc
         checkpoint=printable(str(evaluation.checkpoint)),
         data=printable(evaluation.data),
         names=[printable(name) for name in names],
-        notes=[printable(note) for note in notes],
+        notes=[printable(note) for note in metrics["notes"]],
         cards=cards(metrics),
         curves=curves(epochs, evaluation.classifier.config),
         confusion=confusion_cells(scores.confusion),

@@ -97,14 +97,27 @@ def scan_classes(folder: Path, scan: Scan, split: str, besides: frozenset[Path] 
 
 
 def pictures_below(folder: str | Path, skipped: Counter[str]) -> list[str]:
-    """The paths of all pictures in `folder` and below, sorted; what is hidden or no picture is counted in `skipped`.
+    """The paths of all pictures in `folder` and below, sorted; what is hidden, no picture, or a folder below that can't
+    be opened is counted in `skipped`.
 
-    Links to files are followed, links to folders are not, so that no loop is run through. Nothing is opened.
+    Links to files are followed, links to folders are not, so that no loop is run through. No file is opened.
+
+    Raises:
+        OSError: `folder` can't be opened.
     """
     found = []
-    folders = [str(folder)]
+    top = str(folder)
+    folders = [top]
     while folders:
-        with os.scandir(folders.pop()) as entries:
+        inside = folders.pop()
+        try:
+            entries = os.scandir(inside)
+        except PermissionError:
+            if inside == top:
+                raise
+            skipped["a folder that can't be opened"] += 1
+            continue
+        with entries:
             for entry in entries:
                 if entry.name.startswith("."):
                     skipped["hidden"] += 1
