@@ -1,7 +1,7 @@
 """Train an image classifier: edit CONFIG, then `python train.py`. Every field is also a flag, see `--help`.
 
-The backbone is frozen first and thawed at `freeze_epoch`. What each field means, and all the others, stand in
-`utils/config.py`.
+As CONFIG stands the backbone is frozen first and thawed at `freeze_epoch`; `recipe="auto"` trains all of it from the
+start. What each field means, and all the others, stand in `utils/config.py`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(
     cross_validate: int = 0,
     group_regex: str = "",
 ) -> None:
-    """Train an image classifier: first with a frozen backbone, then all of it.
+    """Train an image classifier, in the stages that the settings say.
 
     Args:
         config: the settings.
@@ -173,10 +173,9 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
             stage.freeze(model)
             if trainer.average:
                 trainer.average.settle_frozen(model.frozen_state())
+            trainer.network, loader, val_loader = feed(stage, network, cache, train_set, val_set)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.take_up(optimizer, stage)
-            thawed, loader, val_loader = feed(stage, network, cache, train_set, val_set)
-            trainer.network = thawed
             while not run.is_past(stage):
                 numbers = trainer.train_epoch(loader, optimizer, run.epoch, stage.learning_rate, run.after_step)
                 run.finish_epoch(numbers | trainer.validate(val_loader))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import train
-from tests.conftest import SMALL, write_picture
+from tests.conftest import TINY, write_picture, write_scene
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.cross_validation import assign_folds, cross_validate
@@ -18,7 +18,7 @@ from utils.lists import ImageList, list_in_memory
 def test_it_is_no_summary():
     for other in ("summary", "find_lr"):
         with pytest.raises(ValueError, match="cross_validate: that trains"):
-            train.main(TrainConfig(**SMALL), cross_validate=3, **{other: True})
+            train.main(TrainConfig(**TINY), cross_validate=3, **{other: True})
 
 
 @pytest.fixture
@@ -50,6 +50,15 @@ def test_what_belongs_together_or_looks_alike_stays_together(noise, tmp_path):
     assert set(fold_of) == {0, 1, 2, 3}
 
 
+def test_pictures_of_one_scene_are_divided_all_the_same(here):
+    write_scene(here / "datasets")
+    paths = sorted(map(str, Path("datasets").rglob("*.png")))
+    images = list_in_memory((int("scratched" in path), path) for path in paths)
+    fold_of = assign_folds(images, 5, TrainConfig(), "")
+    for class_id in (0, 1):
+        assert np.bincount(fold_of[images.class_ids == class_id]).tolist() == [4] * 5
+
+
 @pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])
 def test_more_folds_than_there_are_pictures_or_groups(noise, folds, regex):
     with pytest.raises(ValueError, match=f"cross_validate={folds}: give 2 to (20|7)"):
@@ -58,13 +67,13 @@ def test_more_folds_than_there_are_pictures_or_groups(noise, folds, regex):
 
 def test_groups_are_for_cross_validation():
     with pytest.raises(ValueError, match="group_regex: that is for cross_validate"):
-        train.main(TrainConfig(**SMALL), group_regex="x")
+        train.main(TrainConfig(**TINY), group_regex="x")
 
 
 def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
     for number, path in enumerate(sorted(Path("datasets/train").rglob("*.png"))):
         write_picture(path, size=(70, 70), seed=number)  # none alike
-    config = TrainConfig(**SMALL)
+    config = TrainConfig(**TINY)
     trained = []
 
     def fail_at_the_third(of_fold):
@@ -87,3 +96,13 @@ def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
     for i, lines in enumerate(validated, 1):
         trained_on = Path(f"logs/cross_validation/fold_{i}/train.txt").read_text().splitlines()
         assert sorted(trained_on + lines) == everything
+
+    def stop(of_fold):
+        raise KeyboardInterrupt
+
+    cross_validate(config, 3, "", stop)  # all is there
+    for folds, regex in ((2, ""), (3, r"(\d)\.png$")):  # but of no other division
+        with pytest.raises(KeyboardInterrupt):
+            cross_validate(config, folds, regex, stop)
+    with pytest.raises(ValueError, match=r"resume='logs/.*': that is one run"):
+        cross_validate(TrainConfig(**TINY, resume=rows[0]["run"]), 3, "", train.main)

@@ -35,6 +35,13 @@ def images(here) -> ImageList:
     return list_in_memory((i, f"{i}.png") for i in range(23))
 
 
+def test_a_run_on_the_processor_leaves_the_gpu_alone(images, monkeypatch):
+    """Pinning memory would begin to use it, and fail where another program has filled it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
+    assert not train_loader(dataset, 5, 0).pin_memory
+
+
 def epoch_of(images, workers, seed=1, epoch=0, batch_size=5):
     loader = train_loader(
         ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed), batch_size, workers

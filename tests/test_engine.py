@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
             nn.init.constant_(own[1].head.bias, float("nan"))
         return 1e-3
 
-    with pytest.raises(NonFiniteLoss, match=r"finite at step 113 .*pictures 072\.png.*Lower init_lr"):
+    with pytest.raises(NonFiniteLoss, match=r"finite at step 113 .*pictures: 072\.png.*Lower init_lr"):
         trainer.train_epoch(Batches([batch()] * 30), build_optimizer(own[1], CONFIG, 1e-3), 0, rate)
     assert len(poisoned) == 20  # seen at the next look
 
@@ -252,6 +252,14 @@ def test_evaluation_keeps_order_and_every_picture_and_no_dropout():
         CPU,
         "fp32",
     )
+    sizes = []
+    handle = own.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    trainer = Trainer(own, CPU, "fp32", 1)
+    trainer.micro_batches = 3  # as training had to
+    found = trainer.validate(Batches([(pixels, targets)]))
+    assert sizes == [4, 4, 3]
+    assert found["val_loss"] == pytest.approx(nn.functional.cross_entropy(*whole).item(), abs=1e-5)
+    handle.remove()
     assert whole[0].shape == (11, 3)
     torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(parts[1], targets)

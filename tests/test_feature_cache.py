@@ -10,7 +10,7 @@ import torch
 
 import train
 from nets import build_model
-from tests.conftest import SMALL, write_back, write_picture
+from tests.conftest import SMALL, TINY, write_back, write_picture
 from utils.classifier import pixel_network
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, FileSource, ImageDataset, train_loader
@@ -77,7 +77,7 @@ def test_a_cached_epoch_is_an_uncached_one_bit_for_bit(pictures, blocks, samplin
 
 def test_the_views_are_the_plain_picture_and_augmented_ones(pictures):
     network, dataset = make_network(), dataset_of(pictures)
-    features = open_features(pictures, network=network, views=3).rows.unflatten(0, (3, 18))
+    features = open_features(pictures, network=network, views=3).views
     plain = dataset_of(pictures, EvalTransform(PREPROCESSING))
     for view, source in ((0, plain), (1, dataset), (2, dataset)):
         pixels = torch.stack([source[(view, i, 0)][0] for i in range(18)])
@@ -112,18 +112,22 @@ def computed(monkeypatch):
     return paths
 
 
+def same(one, other):
+    return all(map(torch.equal, one.views, other.views))
+
+
 def test_it_is_computed_once_and_said_beforehand(pictures, computed, capsys):
     first = open_features(pictures)
     told = capsys.readouterr().out
-    assert "features of 3 views of 18 pictures: 0.21 MB, computed into cache/features-" in told
+    assert "features of 3 views of 18 pictures: 0.21 MB, 3 to be computed, in cache/" in told
     second = open_features(pictures)
-    assert len(computed) == 1
-    assert "pictures: 0.21 MB, from cache/features-" in capsys.readouterr().out
-    assert torch.equal(first.rows, second.rows)
-    (path,) = Path("cache").glob("features-*.bin")
+    assert len(computed) == 3
+    assert "pictures: 0.21 MB, 0 to be computed" in capsys.readouterr().out
+    assert same(first, second)
+    path = next(Path("cache").glob("features-*.bin"))
     os.truncate(path, path.stat().st_size // 2)  # which torch would fill up with zeros
-    assert torch.equal(open_features(pictures).rows, first.rows)
-    assert len(computed) == 2
+    assert same(open_features(pictures), first)
+    assert len(computed) == 4
 
 
 @pytest.mark.parametrize(
@@ -131,7 +135,7 @@ def test_it_is_computed_once_and_said_beforehand(pictures, computed, capsys):
     ["weights", "freezing point", "list", "label", "picture", "crop", "flip", "mean", "precision", "views", "seed"],
 )
 def test_it_is_computed_anew_when_something_changed(pictures, computed, change):
-    before = open_features(pictures).rows
+    before = open_features(pictures)
     config, network, options = CONFIG, make_network(), {}
     if change == "weights":
         network[1].blocks[3].mlp.fc2.bias.data[0] += 1
@@ -146,7 +150,7 @@ def test_it_is_computed_anew_when_something_changed(pictures, computed, change):
     elif change == "precision":
         options["precision"] = "bf16"
     elif change == "views":
-        options["views"] = 2
+        options["views"] = 4
     else:
         field, value = {
             "crop": ("train_crop", 0.9),
@@ -156,11 +160,10 @@ def test_it_is_computed_anew_when_something_changed(pictures, computed, change):
         }[change]
         config = dataclasses.replace(CONFIG, **{field: value})
     open_features(pictures, config, network, **options)
-    assert len(computed) == 2
-    assert len(list(Path("cache").iterdir())) == (2 if change in ("freezing point", "views") else 1)
-    assert torch.equal(open_features(list_in_memory((i % 3, f"{i:02d}.png") for i in range(18))).rows, before) == (
-        change != "picture"
-    )
+    assert len(computed) == (4 if change == "views" else 6)
+    assert len(list(Path("cache").iterdir())) == {"freezing point": 6, "views": 4}.get(change, 3)
+    again = open_features(list_in_memory((i % 3, f"{i:02d}.png") for i in range(18)))
+    assert same(again, before) == (change != "picture")
 
 
 def test_every_setting_that_shapes_a_training_picture_is_in_the_key():
@@ -183,7 +186,7 @@ def test_what_is_thawed_does_not_count(pictures, computed):
     network[1].head.weight.data.zero_()
     network[1].blocks[4].mlp.fc2.bias.data[0] += 1
     open_features(pictures, dataclasses.replace(CONFIG, init_lr=0.1, num_workers=2), network)
-    assert len(computed) == 1
+    assert len(computed) == 3
 
 
 @pytest.mark.parametrize("gigabytes", [0.0, 1.0])
@@ -191,16 +194,17 @@ def test_beyond_the_limit_it_is_read_from_its_file(pictures, capsys, gigabytes):
     config = dataclasses.replace(CONFIG, feature_cache_gb=gigabytes)
     features = open_features(pictures, config)
     assert ("not held in memory" in capsys.readouterr().out) == (gigabytes == 0)
-    expected = features.rows.clone()
-    path = next(Path("cache").iterdir())
-    assert path.stat().st_size == features.rows.nbytes + 18
-    with path.open("r+b") as file:  # only what maps the file sees this
-        file.write(bytes(8))
-    assert torch.equal(features.rows, expected) == (gigabytes == 1)
+    expected = [view.clone() for view in features.views]
+    for path in Path("cache").iterdir():
+        assert path.stat().st_size == expected[0].nbytes + 18
+        with path.open("r+b") as file:  # only what maps the file sees this
+            file.write(bytes(8))
+    for view, before in zip(features.views, expected, strict=True):
+        assert torch.equal(view, before) == (gigabytes == 1)
 
 
 def test_it_is_kept_in_the_runs_precision(pictures):
-    full, half = (open_features(pictures, precision=precision).rows for precision in ("fp32", "bf16"))
+    full, half = (open_features(pictures, precision=precision).views[0] for precision in ("fp32", "bf16"))
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(half.float(), full, atol=0.1, rtol=0.05)
 
@@ -212,21 +216,29 @@ def test_an_unreadable_picture_is_stood_in_for_and_named_each_time(pictures, her
         features = open_features(pictures, dataset=dataset)
         assert dataset.newly_unreadable() == ["04.png"]
         assert dataset.newly_unreadable() == []
-    plain = features.rows[:18]
+    plain = features.views[0]
     others = [i for i in range(1, 18, 3) if i != 4]
     assert any(torch.allclose(plain[4], plain[i], atol=1e-5) for i in others)
 
 
-def test_what_was_cut_off_leaves_nothing_behind(pictures, monkeypatch):
+def test_of_what_was_cut_off_whole_views_are_left(pictures, computed, monkeypatch):
+    batches = []
+
     def fail(self, pixels, compute=FeatureCache._compute):
-        if len(pixels) > 1:
+        batches.append(len(pixels))
+        if len(batches) == 7:  # one tries the network; of 18 pictures in batches of 5 it is the second of view 1
             raise KeyboardInterrupt
         return compute(self, pixels)
 
-    monkeypatch.setattr(FeatureCache, "_compute", fail)
-    with pytest.raises(KeyboardInterrupt):
-        open_features(pictures)
-    assert list(Path("cache").iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureCache, "_compute", fail)
+        with pytest.raises(KeyboardInterrupt):
+            open_features(pictures)
+    assert len(list(Path("cache").iterdir())) == 1
+    cut_off = open_features(pictures)
+    assert len(computed) == 2 + 2
+    shutil.rmtree("cache")
+    assert same(open_features(pictures), cut_off)
 
 
 def test_no_room_is_an_error_beforehand(pictures, monkeypatch):
@@ -253,7 +265,7 @@ def test_a_stage_is_cached_when_it_computes_less_so(changes, views):
 
 def cached_run(**changes):
     config = TrainConfig(
-        **SMALL | {"freeze_epoch": 3, "unfreeze_epoch": 4, "feature_views": 2, "save_period": 1} | changes
+        **TINY | {"freeze_epoch": 3, "unfreeze_epoch": 4, "feature_views": 2, "save_period": 1} | changes
     )
     train.main(config)
     return config
@@ -263,9 +275,10 @@ def cached_run(**changes):
 def test_a_whole_run_over_features(two_classes, capsys, computed, blocks):
     cached_run(freeze_blocks=blocks)
     told = capsys.readouterr().out
-    assert told.count("computed into") == len(computed) == 2  # to train on and to validate on
+    assert "2 to be computed" in told and "1 to be computed" in told  # to train on and to validate on
+    assert len(computed) == 3
     cached_run(freeze_blocks=blocks)
-    assert len(computed) == 2
+    assert len(computed) == 3
     losses = [[float(line) for line in run.read_text().split()] for run in Path("logs").glob("*/epoch_loss.txt")]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
@@ -274,7 +287,7 @@ def test_a_whole_run_over_features(two_classes, capsys, computed, blocks):
 def test_the_probes_features_and_those_of_the_stage_stay_side_by_side(two_classes, computed):
     for _ in range(2):
         cached_run(freeze_blocks="all", head_init="probe")
-    assert len(computed) == 3  # one view of the validation pictures serves both
+    assert len(computed) == 3  # the plain views serve both
 
 
 def test_a_run_that_goes_on_finds_its_features(two_classes, computed):
@@ -294,5 +307,5 @@ def test_nothing_is_opened_in_a_stage_that_is_over(two_classes, capsys, computed
         os.remove(path)
     write_back(run, epoch=4)
     train.main(dataclasses.replace(config, resume=str(run)))
-    assert len(computed) == 2
+    assert len(computed) == 3
     assert "epoch 5/5" in capsys.readouterr().out

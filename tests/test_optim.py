@@ -170,11 +170,17 @@ def test_momentum_and_nesterov_reach_the_optimizer():
         ("sgd", 1e-2, 1e-4, 64, False, (1e-2, 1e-4)),
         ("sgd", 1.0, 1e-2, 128, False, (1e-1, 1e-3)),
         ("sgd", 1e-5, 1e-7, 256, True, (5e-4, 5e-6)),
+        ("adamw", 1e-3, 1e-3, 256, True, (1e-3, 1e-5)),  # no constant rate
     ],
 )
-def test_scaling_and_limits(kind, init_lr, min_lr, batch, transformer, expected):
+def test_scaling_and_limits(kind, init_lr, min_lr, batch, transformer, expected, capsys):
     config = TrainConfig(optimizer_type=kind, init_lr=init_lr, min_lr=min_lr)
-    assert scale_learning_rate(config, batch, transformer) == pytest.approx(expected)
+    rates = [scale_learning_rate(config, field, batch, transformer) for field in ("init_lr", "min_lr")]
+    assert rates == pytest.approx(expected)
+    scale = batch / (256 if transformer else 64)
+    within = [math.isclose(asked * scale, rate) for asked, rate in zip((init_lr, min_lr), expected, strict=True)]
+    told = capsys.readouterr().out
+    assert [f"{field}: " not in told for field in ("init_lr", "min_lr")] == within
 
 
 def test_cosine_at_chosen_epochs():

@@ -42,7 +42,7 @@ def test_it_is_scikit_learns_with_the_best_penalty(num_classes, balanced):
     features, val_features = features_of(ids, 1, views=2), features_of(val_ids, 2)
     probe = fit_probe(features, val_features, num_classes, balanced)
 
-    x, val_x = features.rows.numpy(), val_features.rows.numpy()
+    x, val_x = torch.cat(features.views).numpy(), val_features.views[0].numpy()
     losses = {}
     for c in INVERSE_PENALTIES:
         peer = LogisticRegression(C=c, max_iter=1000, class_weight="balanced" if balanced else None)
@@ -63,7 +63,7 @@ def test_a_class_without_pictures_is_the_least_likely():
     ids = np.array([0, 1, 3] * 20)
     for val_ids in (ids, np.array([0, 1, 2, 3] * 10)):
         probe = fit_probe(features_of(ids, 1), val := features_of(val_ids, 2), num_classes=5, balanced=False)
-        logits = val.rows @ probe.weight.T + probe.bias
+        logits = val.views[0] @ probe.weight.T + probe.bias
         assert not probe.weight[[2, 4]].any()
         known = logits[:, [0, 1, 3]]
         assert (logits[:, [2, 4]] < known.median()).all()

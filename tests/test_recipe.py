@@ -8,7 +8,7 @@ import pytest
 
 import train
 from nets import draw_model
-from tests.conftest import SMALL, write_back
+from tests.conftest import TINY, write_back
 from tests.test_train import only_run
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import StageConfig, TrainConfig
@@ -25,7 +25,7 @@ def known(**changes) -> Known:
 
 def small_auto(**changes) -> TrainConfig:
     """A run of seconds by recipe."""
-    fixed = {name: SMALL[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
+    fixed = {name: TINY[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
     return TrainConfig(**fixed, recipe="auto", **changes)
 
 
@@ -103,6 +103,16 @@ def test_a_backbone_of_one_piece_has_no_layers_to_slow_down():
     assert count_layers(draw_model("vit_xs_4", 2, (8, 8))) == 8
     whole = apply_recipe(AUTO, known(layers=1))
     assert (whole.layer_decay, whole.init_lr) == (1.0, TrainConfig.init_lr)
+    kept = apply_recipe(dataclasses.replace(AUTO, keep=("layer_decay",)), known())
+    assert (kept.layer_decay, kept.init_lr) == (1.0, TrainConfig.init_lr)
+    own = apply_recipe(dataclasses.replace(AUTO, layer_decay=0.8), known())
+    assert own.init_lr == apply_recipe(AUTO, known()).init_lr > TrainConfig.init_lr
+
+
+def test_a_head_that_is_kept_is_no_reason(capsys):
+    for keep, reason in ((("head_init",), "all of it learns in all epochs"), ((), "a frozen stage has nothing left")):
+        assert not apply_recipe(dataclasses.replace(AUTO, keep=keep), known()).freeze_train
+        assert reason in capsys.readouterr().out
 
 
 def test_stages_of_ones_own_stay():

@@ -14,7 +14,7 @@ import train
 from tests.conftest import SMALL, write_back, write_picture
 from utils import lock
 from utils.annotation import annotate
-from utils.checkpoint import BEST, LAST, load_checkpoint
+from utils.checkpoint import BEST, LAST, load_checkpoint, load_newest
 from utils.config import TrainConfig
 from utils.lists import compare_lists, list_in_memory, read_list, write_list
 from utils.lock import FolderLock, InUse
@@ -103,6 +103,44 @@ def change_pictures() -> None:
     shutil.copy(dark[1][1], moved)
     changed = [(0, "datasets/train/dark/new.png"), (0, str(moved)), (0, light[0][1]), *dark[2:], *light[1:]]
     write_list("cls_train.txt", changed)
+
+
+def test_accepted_lists_are_known_from_then_on(cut_off, monkeypatch):
+    """Though the run is cut off again before its next step."""
+    change_pictures()
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_stages", lambda run, *_: run.close())
+        train.main(TrainConfig(**SMALL, accept_changed_lists=True))
+    assert (cut_off / "train_list.txt").read_bytes() == Path("cls_train.txt").read_bytes()
+    train.main(TrainConfig(**SMALL))
+    assert load_checkpoint(cut_off / LAST)["finished"]
+
+
+def test_a_new_run_that_comes_to_nothing_leaves_nothing(two_classes, monkeypatch, capsys):
+    monkeypatch.setattr(train, "begin", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(TrainConfig(**SMALL))
+    assert runs() == []
+    assert "is removed: the run came to nothing" in capsys.readouterr().out
+
+
+def test_another_runs_checkpoint_beside_its_own_is_left_alone(trained, cut_off):
+    (source,) = (trained / "logs").iterdir()
+    shutil.copy(source / LAST, cut_off / "from_another.pth")  # which is farther
+    path, content = load_newest(cut_off)
+    assert (path.name, content["epoch"]) == (LAST, 2)
+
+
+def test_checkpoints_of_single_epochs_that_are_too_many_make_way_before_it_goes_on(trained, cut_off, capsys):
+    """On a disk that was full there is room for no other file."""
+    for epoch in (1, 2, 3):
+        shutil.copy(cut_off / LAST, cut_off / f"ep{epoch:03d}-loss0-val_loss0.pth")
+    shutil.copy(next((trained / "logs").glob("*/ep004-*")), cut_off)
+    assert load_newest(cut_off)[1]["epoch"] == 4
+    run = train.open_run(TrainConfig(**SMALL, keep_periodic=2), ["dark", "light"], {})
+    run.lock.release()
+    assert sorted(path.name[:5] for path in cut_off.glob("ep*.pth")) == ["ep003", "ep004"]
+    assert run.checkpoint["epoch"] == load_checkpoint(cut_off / LAST)["epoch"] == 4
 
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])

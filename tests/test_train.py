@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import eval as evaluation
 import train
 from nets import build_model
-from tests.conftest import NAMES, SMALL, write_picture, write_two_classes
+from tests.conftest import NAMES, SMALL, TINY, write_picture, write_two_classes
 from tests.faults.harness import digest
 from utils.annotation import annotate
 from utils.build import make_model
@@ -113,7 +114,7 @@ def test_tensorboard_has_scalars_pictures_and_the_graph(trained):
 
 def test_frozen_then_thawed(two_classes):
     """In stage 1 the frozen part stays as it was built; in stage 2 it moves."""
-    config = TrainConfig(**SMALL | {"save_period": 1})
+    config = TrainConfig(**TINY | {"save_period": 1})
     start = {name: value.clone() for name, value in make_model(config, NAMES).model.state_dict().items()}
     train.main(config)
     first, second = (load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2))
@@ -134,7 +135,7 @@ GRADUAL = {
 
 def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
     """Each part moves from its stage on and not before; a run cut off between any two stages ends like a whole one."""
-    config = TrainConfig(**SMALL | GRADUAL)
+    config = TrainConfig(**TINY | GRADUAL)
     start = {name: value.clone() for name, value in make_model(config, NAMES).model.state_dict().items()}
     train.main(config)
     states = [start] + [load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2, 3)]
@@ -173,11 +174,11 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize(("backbone", "optimizer"), [("vit_xs_4", "muon"), ("mobilenetv2", "adamw")])
+@pytest.mark.parametrize(("backbone", "optimizer"), [("vit_of_the_tests", "muon"), ("mobilenetv2", "adamw")])
 def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone, optimizer):
     """Each checkpoint takes pictures of its stage's size; a run cut off between stages or inside ends like a whole."""
     variant = {"backbone": backbone, "optimizer_type": optimizer, "device": "cpu"}  # a GPU's sums vary
-    config = TrainConfig(**SMALL | GROWING | variant)
+    config = TrainConfig(**TINY | GROWING | variant)
     train.main(config)
     for number, shape in enumerate(stage.input_shape for stage in config.all_stages for _ in range(stage.epochs)):
         checkpoint = load_checkpoint(next(only_run().glob(f"ep{number + 1:03d}-*")))
@@ -195,7 +196,7 @@ def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, mo
     """After the epochs it says, of the last stage alone; also if it was cut off right before its end."""
     losses = iter([0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43])  # three of the first stage
     monkeypatch.setattr("utils.engine.cross_entropy", lambda logits, targets: next(losses))
-    config = TrainConfig(**SMALL | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
+    config = TrainConfig(**TINY | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
     with monkeypatch.context() as patch:
         patch.setattr("utils.run.Run.finish", lambda run, calibrate: None)
         train.main(config)
@@ -203,7 +204,7 @@ def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, mo
     last = load_checkpoint(only_run() / LAST)
     assert [row["val_loss"] for row in last["history"]] == [0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43]
     train.main(config)
-    assert (load_checkpoint(only_run() / LAST) | {"finished": False}).keys() == last.keys()
+    assert state_of(load_checkpoint(only_run() / LAST)) == state_of(last)
     assert load_checkpoint(only_run() / LAST)["finished"]
     assert load_checkpoint(only_run() / BEST)["epoch"] == 1
 
@@ -211,7 +212,7 @@ def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, mo
 def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(two_classes):
     digests = []
     for i, changes in enumerate(({}, {}, {"num_workers": 2}, {"seed": 12})):
-        train.main(TrainConfig(**SMALL | {"save_dir": f"logs{i}", "unfreeze_epoch": 2} | changes))
+        train.main(TrainConfig(**TINY | {"save_dir": f"logs{i}", "unfreeze_epoch": 2} | changes))
         digests.append(state_of(load_checkpoint(next(Path(f"logs{i}").glob(f"*/{LAST}")))))
     assert digests[0] == digests[1] == digests[2]
     assert digests[0] != digests[3]
@@ -324,17 +325,17 @@ def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
 
 def test_the_config_reaches_the_network():
     config = TrainConfig(
-        **SMALL, drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4, activation="gelu", freeze_train=False
+        **TINY, drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4, activation="gelu", freeze_train=False
     )
     block = make_model(config, NAMES).model.blocks[-1]
     assert (block.mlp.drop1.p, block.attn.attn_drop_rate, block.drop_path.drop_rate) == pytest.approx((0.2, 0.3, 0.4))
     assert block.mlp.act.approximate == "none"
     with pytest.raises(ValueError, match="pretrained=True: no weights are published"):
-        make_model(TrainConfig(**SMALL | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
+        make_model(TrainConfig(**TINY | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
 
 
 def test_another_seed_gives_other_weights():
-    one, same, other = (make_model(TrainConfig(**SMALL, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2))
+    one, same, other = (make_model(TrainConfig(**TINY, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -349,13 +350,13 @@ def test_another_seed_gives_other_weights():
 )
 def test_what_cannot_be_built_fails_before_anything_is_written(here, changed, told):
     with pytest.raises(ValueError, match=told):
-        train.main(TrainConfig(**SMALL | changed))
+        train.main(TrainConfig(**TINY | changed))
     assert list(here.iterdir()) == []
 
 
 def test_weights_that_cannot_be_had_leave_no_run_behind(two_classes):
     with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
-        train.main(TrainConfig(**SMALL, model_path="nowhere.pth"))
+        train.main(TrainConfig(**TINY, model_path="nowhere.pth"))
     assert not list(Path("logs").iterdir())
 
 
@@ -366,10 +367,10 @@ def test_two_runs_in_one_second(here):
 
 
 def test_summary_prints_and_leaves(two_classes, capsys):
-    train.main(TrainConfig(**SMALL), summary=True)
+    train.main(TrainConfig(**TINY), summary=True)
     told = capsys.readouterr().out
     assert not Path("logs").exists()
-    model = build_model("vit_xs_4", 2, (8, 8))
+    model = build_model("vit_of_the_tests", 2, (8, 8))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in told
     assert "stage 1: epochs 1 to 1, 8 x 8 pixels, frozen: embeddings or stem, and 4 blocks; 4 steps of 8" in told
     assert "stage 2: epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 pictures an epoch; learning" in told
@@ -389,8 +390,8 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, 
         return train_epoch(trainer, loader, optimizer, epoch, learning_rate, after_step)
 
     monkeypatch.setattr(Trainer, "train_epoch", poison_third)
-    with pytest.raises(NonFiniteLoss, match=r"finite at step 11 .*pictures datasets.train"):
-        train.main(TrainConfig(**SMALL))
+    with pytest.raises(NonFiniteLoss, match=r"finite at step 11 .*pictures: datasets.train"):
+        train.main(TrainConfig(**TINY))
     for name in (BEST, LAST):
         checkpoint = load_checkpoint(only_run() / name)
         assert checkpoint["epoch"] <= 2
@@ -398,9 +399,9 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, 
 
 
 def test_freezing_what_has_learned_nothing_is_warned_about(capsys):
-    make_model(TrainConfig(**SMALL), NAMES)
+    make_model(TrainConfig(**TINY), NAMES)
     assert "freezes a backbone that has learned nothing" in capsys.readouterr().out
-    make_model(TrainConfig(**SMALL | {"freeze_train": False}), NAMES)
+    make_model(TrainConfig(**TINY | {"freeze_train": False}), NAMES)
     assert "learned nothing" not in capsys.readouterr().out
 
 
@@ -408,7 +409,7 @@ def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
     for name in "ab":
         for i in range(3):
             write_picture(here / "datasets" / name / f"{i}.png", size=(400, 300), seed=ord(name) + i)
-    train.main(TrainConfig(**SMALL), summary=True)
+    train.main(TrainConfig(**TINY), summary=True)
     assert "attention: the pictures have some 120 thousand pixels" in capsys.readouterr().out
 
 
@@ -416,24 +417,48 @@ def test_a_missing_list_of_the_users_own(here):
     write_two_classes(here / "datasets")
     annotate()
     with pytest.raises(FileNotFoundError, match=r"mine\.txt"):
-        train.main(TrainConfig(**SMALL, train_annotation_path="mine.txt"))
+        train.main(TrainConfig(**TINY, train_annotation_path="mine.txt"))
 
 
-def test_classes_can_be_balanced_in_either_way(two_classes):
-    losses = set()
+def test_classes_can_be_balanced_in_either_way(two_classes, monkeypatch):
+    """22 dark and 14 light pictures: what is set reaches the loader or the loss."""
+    made = {}
+
+    def noting(name, make):
+        def made_last(*args, **options):
+            made[name] = make(*args, **options)
+            return made[name]
+
+        return made_last
+
+    for name in ("train_loader", "make_trainer"):
+        monkeypatch.setattr(train, name, noting(name, getattr(train, name)))
+    monkeypatch.setattr(Trainer, "train_epoch", lambda *args: 1 / 0)
     for balance in ({}, {"sampler": "balanced"}, {"class_weights": "balanced"}):
-        settings = SMALL | {"unfreeze_epoch": 1, "save_dir": "-".join(["run", *balance])}
-        train.main(TrainConfig(**settings, **balance))
-        (folder,) = Path(settings["save_dir"]).iterdir()
-        losses.add(load_checkpoint(folder / LAST)["history"][0]["loss"])
-    assert len(losses) == 3
+        made.clear()
+        with pytest.raises(ZeroDivisionError):
+            train.main(TrainConfig(**TINY, **balance, resume="no"))
+        loader, loss = made["train_loader"], made["make_trainer"].loss
+        assert loader.sampler.sampling == balance.get("sampler", "shuffle")
+        expected = pytest.approx([36 / 2 / 22, 36 / 2 / 14]) if "class_weights" in balance else None
+        assert (None if loss.class_weights is None else loss.class_weights.tolist()) == expected
+
+
+def test_an_epochs_seconds_are_its_own(two_classes, monkeypatch):
+    def feed(*args, feed=train.feed):
+        time.sleep(1.5)
+        return feed(*args)
+
+    monkeypatch.setattr(train, "feed", feed)
+    train.main(TrainConfig(**TINY | {"unfreeze_epoch": 2}))
+    assert all(row["seconds"] < 1.5 for row in load_checkpoint(only_run() / LAST)["history"])
 
 
 def test_an_unreadable_picture_is_named_at_the_end_of_its_epoch(two_classes, capsys):
     annotate()
     images = read_list("cls_train.txt", 2)
     Path(images.path(5)).write_text("no picture")
-    train.main(TrainConfig(**SMALL, max_bad_fraction=0.05))
+    train.main(TrainConfig(**TINY, max_bad_fraction=0.05))
     lines = capsys.readouterr().out.splitlines()
     told = [i for i, line in enumerate(lines) if "1 unreadable" in line]
     assert len(told) == 1
@@ -454,7 +479,7 @@ def test_a_compiled_network_trains_the_same(two_classes, monkeypatch):
     weights = []
     for torch_compile in (False, True):
         changes = {"freeze_epoch": 2, "unfreeze_epoch": 3, "feature_views": 1, "save_dir": f"logs{torch_compile}"}
-        train.main(TrainConfig(**SMALL | changes, torch_compile=torch_compile))
+        train.main(TrainConfig(**TINY | changes, torch_compile=torch_compile))
         weights.append(load_checkpoint(next(Path(f"logs{torch_compile}").glob(f"*/{LAST}")))["weights"])
     assert compiled == ["ThawedPart", "Sequential"]
     assert weights[0].keys() == weights[1].keys()

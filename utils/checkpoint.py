@@ -71,7 +71,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         raise SaveError(
             f"{path} can't be written ({cause.strerror}). It takes {format_bytes(count_bytes(content))}, and "
             f"{format_bytes(free_bytes(path.parent))} are free; what was saved before is untouched. Make room, or "
-            f"lower keep_periodic, and start the same command again: it goes on from there"
+            f"lower keep_periodic, and go on with the run"
         ) from error
 
 
@@ -129,14 +129,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint in a run's folder that is farthest and whole; None if there is none. What is wrong with those that
-    claim to be farther is printed."""
+    """The checkpoint in a run's folder that is farthest and whole, of those that the run wrote; None if there is none.
+    What is wrong with those that claim to be farther is printed."""
 
     def steps(path: Path) -> tuple[float, bool]:
         progress = read_progress(path)
         return progress.step if progress else float("inf"), path.name == LAST
 
-    for path in sorted(folder.glob("*.pth"), key=steps, reverse=True):
+    own = [path for path in folder.glob("*.pth") if path.name in (LAST, BEST) or PERIODIC.fullmatch(path.name)]
+    for path in sorted(own, key=steps, reverse=True):
         try:
             return path, load_checkpoint(path)
         except (ValueError, OSError) as error:

@@ -119,7 +119,7 @@ class TrainConfig:
 
     freeze_train: bool = True
     """Train in two stages: with a frozen backbone up to `freeze_epoch`, then all of it. False: all of it from the
-    start, for networks that are not pretrained."""
+    start, without pretrained weights or with `head_init="probe"`."""
 
     freeze_epoch: int = 50
     """Epoch at which the backbone is thawed, at most `unfreeze_epoch`."""
@@ -150,7 +150,7 @@ class TrainConfig:
     """Pictures a step while frozen. It takes less memory than thawed, so it can be larger; with "all" by far."""
 
     unfreeze_epoch: int = 100
-    """Epochs in all. From pretrained weights 20 to 100; from scratch 300 and more."""
+    """Epochs in all. From pretrained weights 5 to 100, few with `head_init="probe"`; from scratch 300 and more."""
 
     unfreeze_batch_size: int = 32
     """Pictures a step once thawed. As large as memory takes; the learning rate follows it."""
@@ -232,7 +232,7 @@ class TrainConfig:
 
     eval_crop: float | None = None
     """The part of each side that the centre crop keeps, above 0 to 1. None: as the weights expect that training starts
-    from, without any 0.875. 1 for pictures that fill their frame."""
+    from, else 0.875. 1 for pictures that fill their frame."""
 
     train_crop: float = 0.08
     """The least area that a random training crop keeps, above 0 to 1. Towards 1 if a crop can cut off what matters."""
@@ -266,7 +266,8 @@ class TrainConfig:
 
     cutmix: float = 0.0
     """CutMix: a box of each training picture comes from another, and its part of the label. 1 for hundreds of epochs
-    (Yun et al., 2019); with `mixup` besides, each step draws one of the two. Likewise. 0: none."""
+    (Yun et al., 2019); with `mixup` besides, each step draws one of the two. A stage on cached features goes
+    without. 0: none."""
 
     sampler: Literal["shuffle", "balanced"] = "shuffle"
     """`shuffle`: every training picture once an epoch. `balanced`: every class equally often, the pictures of small
@@ -296,14 +297,15 @@ class TrainConfig:
     """Folder for what can be made again, such as that file. On a fast disk."""
 
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
-    """How pictures are resized. `auto`: as the weights expect, without any bilinear."""
+    """How pictures are resized. `auto`: as the weights expect, else bilinear."""
 
     image_mean: tuple[float, float, float] | None = None
-    """Mean of red, green and blue (0 to 1) that is subtracted. None: as the weights expect, without any ImageNet's,
-    0.485 0.456 0.406. Touch it for weights that don't tell (DeiT's have AugReg's names and ImageNet's mean)."""
+    """Mean of red, green and blue (0 to 1) that is subtracted. None: as the weights expect, else ImageNet's, 0.485
+    0.456 0.406. Touch it for weights that don't tell (DeiT's have AugReg's names and ImageNet's mean)."""
 
     image_std: tuple[float, float, float] | None = None
-    """Deviation of red, green and blue that is divided by. None: likewise, without any 0.229 0.224 0.225."""
+    """Deviation of red, green and blue that is divided by. None: as the weights expect, else ImageNet's,
+    0.229 0.224 0.225."""
 
     save_period: int = 10
     """Keep the checkpoint of every so many epochs by itself, besides the best and the last."""
@@ -315,7 +317,8 @@ class TrainConfig:
     """Save the last checkpoint every so many steps too, not only after each epoch; 0: don't."""
 
     save_every_minutes: float = 10.0
-    """Save it too when so many minutes have gone by: what a power cut can cost at most. 0: only after each epoch."""
+    """Save it too when so many minutes have gone by: what a power cut can cost at most of an epoch. 0:
+    only after each epoch."""
 
     save_dir: str = "logs"
     """Folder that gets a folder for every run."""

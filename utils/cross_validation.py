@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.alike import alike_groups
 from utils.annotation import ensure_lists
+from utils.audit import Picture, find_duplicates, linked
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.files import write_text
@@ -36,8 +36,10 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
         train: makes a run of a config.
 
     Raises:
-        ValueError: there are too few pictures, or groups of them, for so many folds.
+        ValueError: there are too few pictures, or groups of them, for so many folds; or `resume` is a run.
     """
+    if config.resume not in ("auto", "no"):
+        raise ValueError(f"resume={config.resume!r}: that is one run; cross_validate makes many, so give auto or no")
     ensure_lists(config)
     names = read_classes(config.classes_path)
     pictures = read_all(config, len(names))
@@ -47,16 +49,27 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
     for fold in range(folds):
         print(f"fold {fold + 1} of {folds}: {(fold_of == fold).sum()} of {len(pictures)} pictures are validated on")
         of_fold = prepare_fold(config, pictures, fold_of == fold, root / f"fold_{fold + 1}")
-        run = next(find_runs(of_fold, finished=True), None) if config.resume == "auto" else None
-        if run is None:
+        last = find_finished(of_fold, names) if config.resume == "auto" else None
+        if last is None:
             train(of_fold)
-            run = next(find_runs(of_fold, finished=True))
-        history = load_checkpoint(run / LAST)["history"]
+            last = find_finished(of_fold, names)
+        history = last["history"]
         best = history[of_fold.best_epoch([row["val_loss"] for row in history])]
-        rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
+        rows.append({"run": last["run"], "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
     write_text(root / RESULTS, json.dumps({"folds": rows}, indent=2) + "\n")
     print(format_folds(rows, stopped_early=config.patience > 0))
     print(f"written to {root / RESULTS}")
+
+
+def find_finished(config: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
+    """The last checkpoint, and `run`, its folder, of the newest finished run with these settings, lists and classes."""
+    paths = {"train": config.train_annotation_path, "val": config.val_annotation_path}
+    lists = {key: read_list(path, len(class_names)).digest() for key, path in paths.items()}
+    for run in find_runs(config, finished=True):
+        last = load_checkpoint(run / LAST)
+        if (last["lists"], last["class_names"]) == (lists, class_names):
+            return last | {"run": str(run)}
+    return None
 
 
 def read_all(config: TrainConfig, num_classes: int) -> ImageList:
@@ -79,8 +92,9 @@ def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex
     groups = group_by_name(paths, group_regex)
     if not all(map(is_demo, paths)):
         cache = Fingerprints(Path(config.cache_dir, "fingerprints.sqlite"), config.max_pixels, config.allow_truncated)
-        read = [(path, found) for path, found in zip(paths, cache.read(paths), strict=True) if not found.error]
-        groups += [[read[i][0] for i in group] for group in alike_groups([found for _, found in read])]
+        places = zip(paths, map(str, images.class_ids), cache.read(paths), strict=True)
+        pictures = [Picture(path, "train", name, found) for path, name, found in places if not found.error]
+        groups += linked(find_duplicates(pictures))
     unit_of = {path: number for number, unit in enumerate(join_groups(paths, groups)) for path in unit}
     units = np.array([unit_of[path] for path in paths])
     fewest = min(len(np.unique(units[images.class_ids == class_id])) for class_id in np.unique(images.class_ids))

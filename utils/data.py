@@ -172,14 +172,13 @@ class FeatureDataset(Dataset):
     """What the frozen part of a network made of the pictures of a list: a drop-in for `ImageDataset` behind it.
 
     Args:
-        features: (views, n, N, C); which of the views of a picture comes changes from epoch to epoch.
+        views: of each the features (n, N, C); which of them of a picture comes changes from epoch to epoch.
         images: the list.
         seed: of the order.
     """
 
-    def __init__(self, features: Tensor, images: ImageList, seed: int) -> None:
-        self.num_views = len(features)
-        self.rows = features.flatten(0, 1)  # (views · n, N, C)
+    def __init__(self, views: Sequence[Tensor], images: ImageList, seed: int) -> None:
+        self.views = tuple(views)
         self.images = images
         self.class_ids = images.class_ids
         self.targets = torch.from_numpy(images.class_ids.astype(np.int64))
@@ -190,9 +189,8 @@ class FeatureDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
         """A batch: features (B, N, C) and class ids (B,)."""
-        epoch, index, repeat = torch.tensor(keys).unbind(1)
-        view = (epoch + index + repeat) % self.num_views
-        return self.rows[view * len(self) + index], self.targets[index]
+        features = [self.views[(epoch + i + repeat) % len(self.views)][i] for epoch, i, repeat in keys]
+        return torch.stack(features), self.targets[[i for _, i, _ in keys]]
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -306,7 +304,7 @@ def _loader(
         num_workers=num_workers,
         collate_fn=dataset.collate,
         drop_last=sampling is not None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # a run on the processor leaves the GPU alone
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_interrupt,
         # Forked workers share the list; those that are spawned each get a copy of it.

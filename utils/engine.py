@@ -65,6 +65,7 @@ class Trainer:
         micro_batches: into how many parts a batch is split, one after the other, to fit into memory.
         done: steps of the present epoch so far.
         losses: (steps of the epoch,) the loss of each that is done; NaN where it was left out.
+        loaded: how many of them are from the process before, which looked at them.
         hits: (steps of the epoch,) the correct predictions in each.
     """
 
@@ -94,8 +95,13 @@ class Trainer:
 
     def begin_epoch(self) -> None:
         """Forget the steps of the epoch before."""
-        self.done = 0
+        self.done = self.loaded = 0
         self.losses = self.hits = torch.zeros(0, device=self.device)
+
+    @property
+    def new_losses(self) -> Tensor:
+        """Those of `losses` that are of this process."""
+        return self.losses[self.loaded : self.done]
 
     def train_step(self, inputs: Tensor, targets: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
         """One update from a batch of what the network takes and class ids (B,), without waiting for the device (but for
@@ -205,6 +211,7 @@ class Trainer:
         self.network.train()
         steps = len(loader)
         self.done = min(self.done, steps)  # a run may go on with a shorter list
+        self.loaded = min(self.loaded, self.done)
         self.losses, self.hits = (_lengthen(values[: self.done], steps) for values in (self.losses, self.hits))
         loader.sampler.epoch, loader.sampler.start = epoch, self.done * loader.batch_size
         with tqdm(
@@ -237,7 +244,7 @@ class Trainer:
     def _check_losses(self, loader: DataLoader, learning_rate: float) -> None:
         """Look whether the losses since the last look are finite, and say what is wrong if not."""
         recent = max(MOST_SKIPPED, PRINT_EVERY)
-        first = max(0, self.done - recent)
+        first = max(self.loaded, self.done - recent)
         losses = self.losses[first : self.done]
         bad = torch.nonzero(~losses.isfinite()).flatten().tolist()
         if not bad:
@@ -249,7 +256,7 @@ class Trainer:
         paths = batch_paths(loader, number)
         told = (
             f"the loss or its gradient isn't finite at step {self.step - self.done + number + 1} (learning rate about "
-            f"{learning_rate:.1e}; pictures {', '.join(paths[:4])}{f' and {len(paths) - 4} more' * (len(paths) > 4)})"
+            f"{learning_rate:.1e}; its pictures: {', '.join(paths)})"
         )
         if not skip:
             raise NonFiniteLoss(f"{told}; {REMEDY}")
@@ -268,7 +275,9 @@ class Trainer:
             NonFiniteLoss: the loss isn't finite.
         """
         with self.evaluated_weights():
-            logits, targets = compute_logits(self.network, loader, self.device, self.precision, "validating")
+            logits, targets = compute_logits(
+                self.network, loader, self.device, self.precision, "validating", self.micro_batches
+            )
         loss = cross_entropy(logits, targets)
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the validation loss is {loss} after step {self.step}; {REMEDY}")
@@ -289,7 +298,7 @@ class Trainer:
         self.step, self.micro_batches = state["step"], state["micro_batches"]
         if state["scaler"]:  # there is none if another device had no use for it
             self.scaler.load_state_dict(state["scaler"])
-        self.done = len(state["epoch_losses"])
+        self.done = self.loaded = len(state["epoch_losses"])
         self.losses, self.hits = state["epoch_losses"].to(self.device), state["epoch_hits"].to(self.device)
 
 
@@ -334,14 +343,21 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @torch.inference_mode()
 def compute_logits(
-    network: nn.Module, loader: DataLoader, device: torch.device, precision: str, title: str = "evaluating"
+    network: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    precision: str,
+    title: str = "evaluating",
+    micro_batches: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) in fp32 and class ids (N,) of every picture of `loader`, in its order, on the CPU."""
+    """Logits (N, classes) in fp32 and class ids (N,) of every picture of `loader`, in its order, on the CPU. Batches go
+    through the network in so many parts."""
     network.eval()
     logits, targets = [], []
     bar = tqdm(fetch(loader), desc=title, total=len(loader), unit="batch", leave=False, disable=None)
     for inputs, batch_targets in bar:
-        with autocast(device, precision):
-            logits.append(network(inputs.to(device, non_blocking=True)).float())
+        for part in inputs.to(device, non_blocking=True).tensor_split(min(micro_batches, len(inputs))):
+            with autocast(device, precision):
+                logits.append(network(part).float())
         targets.append(batch_targets)
     return torch.cat(logits).cpu(), torch.cat(targets)

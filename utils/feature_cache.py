@@ -61,8 +61,9 @@ LARGEST_BATCH = 64
 class FeatureCache:
     """What the frozen part of a network makes of pictures, computed once and kept in files in `cache_dir`.
 
-    A file is named after all that its features depend on: the list and its files, the frozen weights, the transforms,
-    the arithmetic. If one of them changes, another takes its place.
+    A file has one view of each picture, and is named after all that its features depend on: the list and its files,
+    the frozen weights, the transforms, the arithmetic, the view. If one of them changes, another takes its place. A run
+    that is cut off before the first step finds the views that were done.
 
     Args:
         network: of `utils.classifier.pixel_network`, as far frozen as it shall be when `open` is called.
@@ -94,39 +95,42 @@ class FeatureCache:
             TooManyUnreadable: see `utils.data.ImageDataset`.
         """
         blank = torch.zeros(1, 3, *self.config.input_shape, dtype=torch.uint8)
-        shape = (num_views, len(dataset), *self._compute(blank).shape[1:])
-        size = math.prod(shape) * self.dtype.itemsize
-        path, older = self._place(dataset, list_path, num_views)
-        is_whole = path.is_file() and path.stat().st_size == size + len(dataset)
-        in_memory = size <= self.config.feature_cache_gb * 1e9
+        shape = (len(dataset), *self._compute(blank).shape[1:])
+        size = math.prod(shape) * self.dtype.itemsize  # of a view
+        places = self._places(dataset, list_path, num_views)
+        missing = [view for view, (path, _) in enumerate(places) if not _has_size(path, size + len(dataset))]
+        in_memory = num_views * size <= self.config.feature_cache_gb * 1e9
         print(
-            f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} pictures: {format_bytes(size)}, "
-            f"{'from' if is_whole else 'computed into'} {path}, {'' if in_memory else 'not '}held in memory"
+            f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} pictures: "
+            f"{format_bytes(num_views * size)}, {len(missing)} to be computed, in {self.config.cache_dir}/, "
+            f"{'' if in_memory else 'not '}held in memory"
         )
-        if not is_whole:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            check_room(size, path.parent, "feature_views to fewer, or cache_features to False")
-            with replace_cache(path, replaces=older) as file:
-                self._write(dataset, num_views, file)
-        # Shared: a private mapping would be counted as memory, and one larger than that refused.
-        stored = torch.from_file(str(path), shared=True, size=size + len(dataset), dtype=torch.uint8)
-        features = stored[:size].view(self.dtype).view(shape)
-        dataset.unreadable.logical_or_(stored[size:].bool())
-        return FeatureDataset(features.clone() if in_memory else features, dataset.images, dataset.seed)
+        if missing:
+            Path(self.config.cache_dir).mkdir(parents=True, exist_ok=True)
+            remedy = "feature_views to fewer, or cache_features to False"
+            check_room(len(missing) * size, Path(self.config.cache_dir), remedy)
+        views = []
+        for view, (path, older) in enumerate(places):
+            if view in missing:
+                with replace_cache(path, replaces=older) as file:
+                    self._write(dataset, view, num_views, file)
+            # Shared: a private mapping would be counted as memory, and one larger than that refused.
+            stored = torch.from_file(str(path), shared=True, size=size + len(dataset), dtype=torch.uint8)
+            features = stored[:size].view(self.dtype).view(shape)
+            dataset.unreadable.logical_or_(stored[size:].bool())
+            views.append(features.clone() if in_memory else features)
+        return FeatureDataset(views, dataset.images, dataset.seed)
 
-    def _write(self, dataset: ImageDataset, num_views: int, file: BinaryIO) -> None:
-        """Write the features, view by view, then a byte a picture: 1 if it couldn't be read."""
+    def _write(self, dataset: ImageDataset, view: int, num_views: int, file: BinaryIO) -> None:
+        """Write the features of one view, then a byte a picture: 1 if it couldn't be read."""
         plain = dataset.with_transform(EvalTransform(Preprocessing.of(self.config)))
-        total = num_views * len(dataset)
-        with tqdm(total=total, desc="features", unit="picture", leave=False, disable=None) as bar:
-            for view in range(num_views):
-                loader = eval_loader(dataset if view else plain, self._batch_size, self.config.num_workers)
-                loader.sampler.epoch = view
-                for pixels, _ in fetch(loader):
-                    # A smaller batch would go through other kernels, which differ in the last bits from a whole one's.
-                    whole = pixels[torch.arange(loader.batch_size) % len(pixels)]
-                    file.write(self._compute(whole)[: len(pixels)].contiguous().view(torch.uint8).numpy())
-                    bar.update(len(pixels))
+        loader = eval_loader(dataset if view else plain, self._batch_size, self.config.num_workers)
+        loader.sampler.epoch = view
+        title = f"features, view {view + 1} of {num_views}"
+        for pixels, _ in tqdm(fetch(loader), title, len(loader), unit="batch", leave=False, disable=None):
+            # A smaller batch would go through other kernels, which differ in the last bits from a whole one's.
+            whole = pixels[torch.arange(loader.batch_size) % len(pixels)]
+            file.write(self._compute(whole)[: len(pixels)].contiguous().view(torch.uint8).numpy())
         file.write(dataset.unreadable.to(torch.uint8).numpy())
 
     @torch.inference_mode()
@@ -134,11 +138,10 @@ class FeatureCache:
         with autocast(self.device, self.precision):
             return self.frozen(pixels.to(self.device, non_blocking=True)).to(self.dtype).cpu()
 
-    def _place(self, dataset: ImageDataset, list_path: str, num_views: int) -> tuple[Path, str]:
-        """The file, and a glob of those whose place it takes."""
+    def _places(self, dataset: ImageDataset, list_path: str, num_views: int) -> list[tuple[Path, str]]:
+        """For each view the file, and a glob of those whose place it takes."""
         model = self.frozen.model
         frozen = model.frozen_state()
-        of_list = digest([os.path.abspath(list_path), str(num_views), *frozen])
         of_content = digest(
             [
                 f"{self.precision} {self.device.type} {torch.__version__} {self._batch_size}",
@@ -149,7 +152,16 @@ class FeatureCache:
                 *(part for name, value in frozen.items() for part in (name, _bytes(value))),
             ]
         )
-        return Path(self.config.cache_dir, f"features-{of_list}-{of_content}.bin"), f"features-{of_list}-*.bin"
+        places = []
+        for view in range(num_views):
+            of_list = digest([os.path.abspath(list_path), str(view), *frozen])
+            path = Path(self.config.cache_dir, f"features-{of_list}-{of_content}.bin")
+            places.append((path, f"features-{of_list}-*.bin"))
+        return places
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _bytes(tensor: Tensor) -> memoryview:

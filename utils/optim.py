@@ -118,18 +118,23 @@ def rate_limits(optimizer_type: str, transformer: bool) -> tuple[float, float]:
     return limits["adam" if optimizer_type == "adamw" else optimizer_type]
 
 
-def scale_learning_rate(config: TrainConfig, batch_size: int, transformer: bool) -> tuple[float, float]:
-    """`init_lr` and `min_lr` for this batch size: in proportion to it, then kept within limits.
+def scale_learning_rate(config: TrainConfig, field: str, batch_size: int, transformer: bool) -> float:
+    """`init_lr` or `min_lr` for this batch size: in proportion to it, then kept within limits, which is printed.
 
     `init_lr` is meant for 64 pictures a step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
     for transformers), 5e-4 to 1e-1 for SGD, and 1e-5 to 1e-2 for Muon, AdamW's part in it included; those of `min_lr`
     are a hundredth of them.
     """
-    low, high = rate_limits(config.optimizer_type, transformer)
-    scale = batch_scale(batch_size, transformer)
-    init_lr = min(max(config.init_lr * scale, low), high)
-    min_lr = min(max(config.min_lr * scale, low / 100), high / 100)
-    return init_lr, min_lr
+    part = {"init_lr": 1, "min_lr": 100}[field]
+    low, high = (limit / part for limit in rate_limits(config.optimizer_type, transformer))
+    asked = getattr(config, field) * batch_scale(batch_size, transformer)
+    rate = min(max(asked, low), high)
+    if not math.isclose(rate, asked):
+        print(
+            f"{field}: {getattr(config, field):g} is {asked:.2g} a step of {batch_size} pictures -> {rate:.2g}, the "
+            f"limit for {config.optimizer_type}"
+        )
+    return rate
 
 
 def learning_rate_at(epoch: float, epochs: int, init_lr: float, min_lr: float, decay: str) -> float:

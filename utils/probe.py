@@ -47,7 +47,7 @@ def init_head(
     if len(known) < 2 or not np.isin(val_set.class_ids, known).any():
         raise ValueError(
             "head_init='probe': the training list must have pictures of two classes, and the validation list some of "
-            "them too; set it to random"
+            'them too; set it to random, with a recipe by keep=("head_init",)'
         )
     model.freeze_backbone("all")
     features = cache.open(train_set, config.train_annotation_path, 1)
@@ -95,7 +95,7 @@ def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classe
 
 def _arrays(dataset: FeatureDataset) -> tuple[np.ndarray, np.ndarray]:
     """All views one after the other: features (views · n, C) and class ids (views · n,)."""
-    return dataset.rows.float().numpy(), dataset.targets.repeat(dataset.num_views).numpy()
+    return torch.cat(dataset.views).float().numpy(), dataset.targets.repeat(len(dataset.views)).numpy()
 
 
 def _unscaled(

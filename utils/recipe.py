@@ -131,9 +131,11 @@ def for_pretrained(known: Known, config: TrainConfig) -> list[Choice]:
     """Fine-tuning: what the weights know is to be kept, so the steps are few and careful."""
     count = known.class_counts.sum()
     few = known.on_cpu or count < SMALL_BATCH_UP_TO
+    probed = is_open(config, "head_init") or config.head_init == "probe"
+    unfrozen = "after that a frozen stage has nothing left to do" if probed else "all of it learns in all epochs"
     choices = [
         Choice("head_init", "probe", "the head begins as good as the pretrained backbone allows"),
-        Choice("freeze_train", False, "after that a frozen stage has nothing left to do"),
+        Choice("freeze_train", False, unfrozen),
         Choice("unfreeze_epoch", *((5, "on a processor each epoch is dear") if known.on_cpu else (15, "on a GPU"))),
         Choice("unfreeze_batch_size", *((16, "many small steps") if few else (64, "pictures enough"))),
         Choice("train_crop", 0.3, "a short run has no time for small crops"),
@@ -144,7 +146,8 @@ def for_pretrained(known: Known, config: TrainConfig) -> list[Choice]:
         choices.append(Choice("augmentation", "none", "a short run learns more from pictures as they are"))
     if known.transformer and known.layers > 1:
         choices.append(Choice("layer_decay", 0.7, "early layers are good already"))
-        if config.optimizer_type == "adamw":
+        slowed = is_open(config, "layer_decay") or config.layer_decay < 1
+        if config.optimizer_type == "adamw" and slowed:
             choices.append(Choice("init_lr", 4e-3, "with early layers slowed down the late ones can be fast"))
     return choices
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import LAST, SaveError, load_newest, read_progress
+from utils.checkpoint import LAST, SaveError, load_newest, prune_periodic, read_progress, save_checkpoint
 from utils.config import TrainConfig
 from utils.files import write_whole
 from utils.lists import ImageList, compare_lists, read_list
@@ -53,7 +53,7 @@ def open_run(
     """
     try:
         return _open(config, class_names, lists, asked or config)
-    except FileNotFoundError:
+    except (FileNotFoundError, SaveError):
         raise
     except OSError as error:
         raise SaveError(
@@ -66,7 +66,7 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
     remove_strays(Path(config.save_dir))
     if config.resume == "auto":
         for path in find_runs(config, finished=False):
-            run = _take_up(path)
+            run = _take_up(path, config)
             if run and _has_classes(run, class_names):
                 check_lists(run, config, lists)
                 return run
@@ -98,7 +98,7 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
     if not path.is_dir() or not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"resume={config.resume!r}: there is no run; give its folder, auto or no")
     check_config(path, config)
-    run = _take_up(path)
+    run = _take_up(path, config)
     if run is None:
         raise ValueError(f"resume={config.resume!r}: it has no whole checkpoint; begin a new run with resume=no")
     if not _has_classes(run, class_names):
@@ -199,6 +199,9 @@ def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageLi
             f"resume=no, or go on with accept_changed_lists, which isn't the same as a run without interruption"
         )
     print(f"attention: the lists have changed since the run began. {'; '.join(told)}")
+    # Together, and at once: a copy of lists that no checkpoint knows of would be taken for somebody's change.
+    digests = {key: images.digest() for key, images in lists.items()}
+    save_checkpoint(run.path / LAST, run.checkpoint | {"lists": digests})
     write_lists(run.path, lists)
 
 
@@ -209,9 +212,12 @@ def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
     return False
 
 
-def _take_up(path: Path) -> RunFolder | None:
+def _take_up(path: Path, config: TrainConfig) -> RunFolder | None:
     """A run that was begun; None if it has no whole checkpoint, though it came farther than its beginning."""
     lock = FolderLock(path)
+    prune_periodic(
+        path, max(1, config.keep_periodic)
+    )  # a full disk may be why it was cut off; the newest may be needed
     found = load_newest(path)
     if found is None and not has_only_a_beginning(path):
         lock.release()

@@ -14,7 +14,16 @@ from torch.optim import Optimizer
 
 from nets.network import FreezableNetwork
 from utils.build import of_size
-from utils.checkpoint import BEST, LAST, count_bytes, load_checkpoint, prune_periodic, read_progress, save_checkpoint
+from utils.checkpoint import (
+    BEST,
+    LAST,
+    SaveError,
+    count_bytes,
+    load_checkpoint,
+    prune_periodic,
+    read_progress,
+    save_checkpoint,
+)
 from utils.config import TrainConfig
 from utils.engine import REMEDY, NonFiniteLoss, Trainer
 from utils.files import format_bytes, free_bytes
@@ -62,7 +71,7 @@ class Run:
         self.model = model
         self.trainer = trainer
         self.folder = folder.path
-        self._lock = folder.lock
+        self._opened = folder
         self.optimizer: Optimizer | None = None
         self.identity = {
             "class_names": class_names,
@@ -86,7 +95,7 @@ class Run:
             self._say_how_it_goes_on(self._resumed)
         self._check_room()
         self._saved_step = trainer.step if self._resumed else -1
-        self._saved_at = self._epoch_started = time.monotonic()
+        self._saved_at = time.monotonic()
         self.log = RunLog(self.folder, self.history)
 
     def _say_how_it_goes_on(self, checkpoint: Mapping[str, Any]) -> None:
@@ -112,7 +121,8 @@ class Run:
             return
         weights = count_bytes(self.model.state_dict())
         size = weights * (1 + MOMENTS[config.optimizer_type] + (config.ema_decay > 0))
-        number = 3 + min(config.keep_periodic, config.epochs // config.save_period)
+        most_periodic = config.keep_periodic and config.keep_periodic + 1  # the oldest goes once all others are saved
+        number = 3 + min(most_periodic, config.epochs // config.save_period)
         there = sum(path.stat().st_size for path in self.folder.glob("*.pth"))
         needed, free = number * size - there, free_bytes(self.folder)
         if needed > free:
@@ -143,14 +153,15 @@ class Run:
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
     def take_up(self, optimizer: Optimizer, stage: Stage) -> None:
-        """Save the state of this optimizer from now on. If the run that goes on was cut off inside `stage`, give it
-        that of the old one."""
+        """Save the state of this optimizer, and time epochs, from now on. If the run that goes on was cut off inside
+        `stage`, give it that of the old one."""
         if self._resumed and (self.epoch > stage.start or self.trainer.done):
             # The groups' options stay as they were just made: `fused` depends on the device.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": self._resumed["optimizer"]["state"], "param_groups": groups})
         self._resumed = None
         self.optimizer = optimizer
+        self._epoch_started = time.monotonic()
 
     def after_step(self) -> None:
         """Save if `save_every_steps` or `save_every_minutes` asks for it."""
@@ -178,8 +189,9 @@ class Run:
     def _content(self) -> dict[str, Any]:
         with self.trainer.evaluated_weights():
             weights = self.model.state_dict()
-        if self.config.on_nan == "stop" and not self.trainer.losses[: self.trainer.done].isfinite().all():
-            raise NonFiniteLoss(f"a loss since step {self.trainer.step - self.trainer.done} isn't finite; {REMEDY}")
+        if self.config.on_nan == "stop" and not self.trainer.new_losses.isfinite().all():
+            first = self.trainer.step - len(self.trainer.new_losses)
+            raise NonFiniteLoss(f"a loss since step {first} isn't finite; {REMEDY}")
         in_training = self.model.state_dict() if self.trainer.average else {}
         for tensors in (weights, in_training):
             wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
@@ -239,17 +251,19 @@ class Run:
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Within it, a signal or the death of a worker has the run saved, and says how to go on with it."""
+        """Within it, a signal or the death of a worker has the run saved; that, or a checkpoint that can't be written,
+        has it said how to go on with the run."""
         try:
             yield
-        except (Stopped, WorkerDied) as reason:
+        except (Stopped, WorkerDied, SaveError) as reason:
             received()
             if self.finished:
                 print(f"\n{type(reason).__name__}: {self.folder} is finished")
             elif not self.new:
-                self.save()
+                if not isinstance(reason, SaveError):
+                    self.save()
                 how = f"--resume {self.folder}" if self.config.resume == "no" else "the same command"
-                print(f"\n{type(reason).__name__}: {self.folder} is saved at step {self.trainer.step}; {how} goes on")
+                print(f"\n{type(reason).__name__}: {self.folder} is saved at step {self._saved_step}; {how} goes on")
             raise
 
     def log_pictures(self, network: nn.Module, pixels: Tensor) -> None:
@@ -266,14 +280,17 @@ class Run:
             self._say_unlogged(error)
 
     def close(self) -> None:
-        """Finish the log, and let others write to the folder."""
+        """Finish the log, and let others write to the folder; one without a checkpoint is of no use and removed."""
         with held():
             try:
                 self.log.close()
             except OSError as error:
                 self._say_unlogged(error)
             finally:
-                self._lock.release()
+                if self.new:
+                    self._opened.discard_if_new()
+                else:
+                    self._opened.lock.release()
 
     def _say_unlogged(self, error: OSError) -> None:
         """A run is worth more than its curve."""

@@ -43,6 +43,7 @@ class RunFolder:
         self.lock.release()
         if self.checkpoint is None and has_only_a_beginning(self.path):
             shutil.rmtree(self.path)
+            print(f"{self.path} is removed: the run came to nothing that could be saved")
 
 
 def begin_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from nets.network import FreezableNetwork
 from utils.config import TrainConfig
-from utils.optim import batch_scale, learning_rate_at, scale_learning_rate
+from utils.optim import learning_rate_at, scale_learning_rate
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,6 @@ def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> li
         if batch_size < wanted.batch_size:
             print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has no more pictures")
         start = stages[-1].end if stages else 0
-        init_lr, min_lr = scale_learning_rate(config, batch_size, transformer)
-        asked = config.init_lr * batch_scale(batch_size, transformer)
-        if not math.isclose(init_lr, asked):
-            print(
-                f"init_lr: {config.init_lr:g} is {asked:.2g} a step of {batch_size} pictures -> {init_lr:.2g}, the "
-                f"limit for {config.optimizer_type}"
-            )
         stages.append(
             Stage(
                 start=start,
@@ -80,8 +72,8 @@ def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> li
                 frozen=wanted.frozen,
                 batch_size=batch_size,
                 input_shape=wanted.input_shape,
-                init_lr=init_lr,
-                min_lr=min_lr,
+                init_lr=scale_learning_rate(config, "init_lr", batch_size, transformer),
+                min_lr=scale_learning_rate(config, "min_lr", batch_size, transformer),
                 run_epochs=config.epochs,
                 decay=config.lr_decay_type,
                 warmup=config.thaw_warmup if stages else 0.0,

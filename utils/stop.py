@@ -36,8 +36,7 @@ class WorkerDied(ChildProcessError):
 
     def __init__(self, error: RuntimeError) -> None:
         super().__init__(
-            f"{str(error).strip()} A worker that is killed has usually run out of memory: lower num_workers. The same "
-            f"command goes on with the run"
+            f"{str(error).strip()} A worker that is killed has usually run out of memory: lower num_workers"
         )
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import struct
@@ -103,26 +104,27 @@ def small_disk(tmp_path):
 CONFIG = SMALL | {"save_period": 1, "keep_periodic": 1}
 
 
-@pytest.mark.parametrize("checkpoints", [0.5, 1.5, 2.5])
-def test_a_full_disk_leaves_what_was_saved(two_classes, small_disk, monkeypatch, checkpoints, run_copy):
+@pytest.mark.parametrize("checkpoints", [0.2, 1.5, 2.5])  # the first is smaller: there is no optimizer yet
+def test_a_full_disk_leaves_what_was_saved(two_classes, small_disk, monkeypatch, checkpoints, run_copy, capsys):
     """The disk is seen to be full only when it is written to, as with a quota."""
     disk = small_disk(int(checkpoints * (run_copy / LAST).stat().st_size))
     monkeypatch.setattr(run, "free_bytes", lambda folder: 1 << 60)
     os.chdir(two_classes.parent)
     with pytest.raises(SaveError, match=r"\.pth can't be written \(No space left on device\)\. It takes .* are free"):
         train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
-    (folder,) = disk.iterdir()
-    kept = list(folder.glob("*.pth"))
-    assert len(kept) >= int(checkpoints)
+    kept = list(disk.rglob("*.pth"))
+    assert (len(kept) > 0) == (checkpoints > 1) and len(kept) >= int(checkpoints)
     for path in kept:
         load_checkpoint(path)
-    assert not list(folder.glob("*.partial"))
+    assert not list(disk.rglob("*.partial"))
+    assert bool(kept) or not list(disk.iterdir())
+    assert ("is saved at step" in capsys.readouterr().out) == bool(kept)
 
 
 def test_a_full_disk_is_seen_before_the_first_epoch(two_classes, small_disk, run_copy):
     disk = small_disk(2 * (run_copy / LAST).stat().st_size)
     os.chdir(two_classes.parent)
-    with pytest.raises(ValueError, match=r"save_dir=.*4 checkpoints of up to .* take .* more, and .* are free"):
+    with pytest.raises(ValueError, match=r"save_dir=.*5 checkpoints of up to .* take .* more, and .* are free"):
         train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
 
 
@@ -282,11 +284,18 @@ def test_no_file_runs_code_or_takes_more_memory_than_it_is_long(trained, tmp_pat
     folder.mkdir(parents=True)
     shutil.copy(source / "config.json", folder)
     write_trap(kind, folder / LAST, source / LAST)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = peak_memory()
     with pytest.raises(ValueError, match=r"opened as weights|whole|damaged"):
         go_through(door, folder / LAST)
     assert not list(tmp_path.rglob("canary"))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB; the bomb has 268 MB
+    assert peak_memory() - before < 200_000  # the bomb has 268 MB
+
+
+def peak_memory() -> int:
+    """Of this process since the peak was last forgotten, in kB."""
+    (line,) = re.findall(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(line)
 
 
 def test_the_traps_go_off_where_nobody_looks(here):
@@ -335,12 +344,12 @@ def test_two_archives_in_one_file(run_copy):
         directory, end = archive.start_dir, len(whole) - len(archive.comment) - 22
     twice = whole[:end] + whole[directory:end] + whole[end : end + 20] + bytes(2)
     (run_copy / LAST).write_bytes(twice)
-    with pytest.raises(ValueError, match=r"two archives|damaged"):
+    with pytest.raises(ValueError, match="two archives"):
         load_checkpoint(run_copy / LAST)
     # The same, of a file that claims to be so large that its end has no room to say where the directory is.
     large = whole[:end] + whole[directory:end] + whole[end : end + 16] + b"\xff" * 4 + bytes(2)
     (run_copy / LAST).write_bytes(large)
-    with pytest.raises(ValueError, match=r"two archives|damaged"):
+    with pytest.raises(ValueError, match="two archives"):
         load_checkpoint(run_copy / LAST)
 
 
