@@ -5,6 +5,7 @@ import functools
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -43,6 +44,20 @@ FAMILIES = {
 }
 """One network of each kind, the smallest, and how many blocks it has to freeze."""
 WITH_BATCH_NORM = ("resnet18", "mobilenetv2", "vgg11_bn", "timm/resnet10t", "timm/mobilenetv3_small_050")
+
+
+class Narrow(nn.Linear):
+    """A linear layer that is 64 wide where VGG has 4096: its classifier of 119 million weights proves nothing more."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(*(64 if features == 4096 else features for features in (in_features, out_features)))
+
+
+@pytest.fixture(autouse=True)
+def narrow_vgg(request, monkeypatch) -> None:
+    """Ours and torchvision's are then built alike."""
+    if request.function is not test_all_of_torchvisions_can_be_drawn_and_frozen:
+        monkeypatch.setattr("torchvision.models.vgg.nn", SimpleNamespace(**vars(nn) | {"Linear": Narrow}))
 
 
 def build(name: str, shape: tuple[int, int] = (SIDE, SIDE), **options) -> nn.Module:

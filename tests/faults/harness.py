@@ -38,7 +38,10 @@ SETTINGS: dict[str, Any] = {
 TRAIN, VAL = 36, 8
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.faults.trainee"])
+# Besides the trainee what it imports late, so that a run is killed in its training, not while it still imports.
+context.set_forkserver_preload(
+    ["tests.faults.trainee", "torch._dynamo", "torch.utils.tensorboard", "utils.plots", "sklearn.covariance"]
+)
 
 
 def prepare(folder: Path, data: str) -> Path:

@@ -3,6 +3,7 @@
 `python -m pytest tests/faults` is the short form, with `-m "slow or not slow"` the whole.
 """
 
+import functools
 import random
 import time
 from pathlib import Path
@@ -22,14 +23,12 @@ POINTS = ("at open", "mid-write", "before flush", "before rename", "after rename
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """What a run of each data set comes to without interruption."""
-    outcomes = {}
 
-    def of(data: str):
-        if data not in outcomes:
-            folder = prepare(tmp_path_factory.mktemp("whole") / data, data)
-            finish(folder)
-            outcomes[data] = outcome(folder)
-        return outcomes[data]
+    @functools.cache
+    def of(data: str) -> dict[str, str]:
+        folder = prepare(tmp_path_factory.mktemp("whole") / data, data)
+        finish(folder)
+        return outcome(folder)
 
     return of
 
@@ -49,7 +48,7 @@ def test_the_same_seed_whatever_the_workers(tmp_path, whole, num_workers):
 def test_killed_at_any_time(tmp_path, whole, seed):
     """3 to 10 kills a run, 104 in all."""
     chance = random.Random(seed)
-    kills, round_number = 3 + seed % 8, 0
+    kills, round_number, killed_in_training = 3 + seed % 8, 0, 0
     data = DATA[seed % 2]
     while kills:
         folder = prepare(tmp_path / f"run{round_number}", data)
@@ -57,19 +56,22 @@ def test_killed_at_any_time(tmp_path, whole, seed):
         while kills:
             before, noted = last_step(folder), len(read_steps(folder))
             process = start(folder)
-            process.join(chance.uniform(0.1, 1.5))
-            ended = process.exitcode is not None
-            if not ended:
+            process.join(chance.uniform(0.1, 2.5))
+            killed = process.exitcode is None
+            if killed:
                 process.kill()
                 process.join()
                 kills -= 1
+            ended = is_finished(folder)  # perhaps just before the kill
             if len(read_steps(folder)) > noted:
+                killed_in_training += killed and not ended
                 assert before + 1 - int(read_steps(folder)[noted].split()[0]) <= INTERVAL
             if ended:
                 break
         if not ended:
             finish(folder)
         assert outcome(folder) == whole(data)
+    assert killed_in_training
 
 
 @pytest.mark.parametrize("seed", slow_from(0, range(34)))
@@ -102,6 +104,12 @@ def test_killed_between_the_files_of_the_first_epoch(tmp_path, number):
     assert best["epoch"] == 1 and best["calibration"]
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the run in it is at its end: the next start would begin a new one."""
+    notes = map(read_progress, folder.glob(f"logs/*/{LAST}"))
+    return any(progress and progress.finished for progress in notes)
+
+
 def kill_inside_saving(tmp_path: Path, whole, point: str, number: int, data: str) -> None:
     folder = prepare(tmp_path / "run", data)
     process = start(folder, fault=point, number=number if point != "in retention" else number % 2)
@@ -109,8 +117,7 @@ def kill_inside_saving(tmp_path: Path, whole, point: str, number: int, data: str
     assert process.exitcode == -9
     if list(run_folder(folder).glob("*.pth")):
         assert load_newest(run_folder(folder))
-    progress = read_progress(run_folder(folder) / LAST)
-    if not (progress and progress.finished):  # else the next start would begin a new run
+    if not is_finished(folder):
         finish(folder)
     assert outcome(folder) == whole(data)
     assert not list(run_folder(folder).glob("*.partial"))
