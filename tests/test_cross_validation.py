@@ -50,13 +50,14 @@ def test_what_belongs_together_or_looks_alike_stays_together(noise, tmp_path):
     assert set(fold_of) == {0, 1, 2, 3}
 
 
-def test_pictures_of_one_scene_are_divided_all_the_same(here):
+def test_pictures_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys):
     write_scene(here / "datasets")
     paths = sorted(map(str, Path("datasets").rglob("*.png")))
     images = list_in_memory((int("scratched" in path), path) for path in paths)
     fold_of = assign_folds(images, 5, TrainConfig(), "")
     for class_id in (0, 1):
         assert np.bincount(fold_of[images.class_ids == class_id]).tolist() == [4] * 5
+    assert "attention: 40 pictures look alike, a large part of a class" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])
@@ -86,23 +87,25 @@ def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
         cross_validate(config, 3, "", fail_at_the_third)
     train.main(config, cross_validate=3)
     told = capsys.readouterr().out
-    rows = json.loads(Path("logs/cross_validation/cross_validation.json").read_text())["folds"]
+    (results,) = Path("logs/cross_validation").glob("3_folds_*/cross_validation.json")
+    rows = json.loads(results.read_text())["folds"]
     assert len(list(Path("logs").rglob(LAST))) == len(rows) == 3
     last = [load_checkpoint(Path(row["run"]) / LAST)["history"][-1]["val_top1"] for row in rows]
     assert f"top-1 {np.mean(last):.1%} ± {np.std(last, ddof=1):.1%}" in told
-    validated = [Path(f"logs/cross_validation/fold_{i}/val.txt").read_text().splitlines() for i in (1, 2, 3)]
+    validated = [(results.parent / f"fold_{i}/val.txt").read_text().splitlines() for i in (1, 2, 3)]
     everything = sorted(line for lines in validated for line in lines)
     assert len(everything) == len(set(everything)) == 40
     for i, lines in enumerate(validated, 1):
-        trained_on = Path(f"logs/cross_validation/fold_{i}/train.txt").read_text().splitlines()
+        trained_on = (results.parent / f"fold_{i}/train.txt").read_text().splitlines()
         assert sorted(trained_on + lines) == everything
 
     def stop(of_fold):
         raise KeyboardInterrupt
 
     cross_validate(config, 3, "", stop)  # all is there
-    for folds, regex in ((2, ""), (3, r"(\d)\.png$")):  # but of no other division
+    for folds, regex in ((2, ""), (3, r"(\d)\.png$")):  # but of no other division, nor is one gone on with
         with pytest.raises(KeyboardInterrupt):
             cross_validate(config, folds, regex, stop)
+    assert len(list(Path("logs/cross_validation").iterdir())) == 3
     with pytest.raises(ValueError, match=r"resume='logs/.*': that is one run"):
         cross_validate(TrainConfig(**TINY, resume=rows[0]["run"]), 3, "", train.main)

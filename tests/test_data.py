@@ -38,6 +38,7 @@ def images(here) -> ImageList:
 def test_a_run_on_the_processor_leaves_the_gpu_alone(images, monkeypatch):
     """Pinning memory would begin to use it, and fail where another program has filled it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
     assert not train_loader(dataset, 5, 0).pin_memory
 

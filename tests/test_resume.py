@@ -92,6 +92,10 @@ def test_other_arithmetic_is_said(cut_off, capsys):
     assert "attention: threads was 1 and is 2; the run goes on, but not bit for bit" in capsys.readouterr().out
 
 
+def lists_here() -> dict:
+    return {key: read_list(f"cls_{key}.txt", 2) for key in ("train", "val")}
+
+
 def change_pictures() -> None:
     """One picture more, one less, one moved, one relabelled."""
     images = read_list("cls_train.txt", 2)
@@ -137,6 +141,11 @@ def test_checkpoints_of_single_epochs_that_are_too_many_make_way_before_it_goes_
         shutil.copy(cut_off / LAST, cut_off / f"ep{epoch:03d}-loss0-val_loss0.pth")
     shutil.copy(next((trained / "logs").glob("*/ep004-*")), cut_off)
     assert load_newest(cut_off)[1]["epoch"] == 4
+    change_pictures()
+    with pytest.raises(ValueError, match="was begun with other lists"):
+        train.open_run(TrainConfig(**SMALL, keep_periodic=2), ["dark", "light"], lists_here())
+    assert len(list(cut_off.glob("ep*.pth"))) == 4
+    annotate()
     run = train.open_run(TrainConfig(**SMALL, keep_periodic=2), ["dark", "light"], {})
     run.lock.release()
     assert sorted(path.name[:5] for path in cut_off.glob("ep*.pth")) == ["ep003", "ep004"]

@@ -84,7 +84,8 @@ def annotate(
         group_regex: pictures whose file names have the same part matched by this stay on one side when such a set is
             taken, such as '^(patient\\d+)_'; its first group counts, if it has one.
         audit: read every picture and look for what is wrong; what was read is remembered, so that only new ones are
-            read the next time. Pictures that look alike then stay on one side, too.
+            read the next time. Pictures that look alike then stay on one side, too, but for those that do by
+            nature.
         fix: leave the pictures that the audit names as left out out of the lists; the files stay as they are.
         audit_path: folder that gets audit.json, audit.html and, with fix, left_out.txt.
         cache_dir: where what was read is remembered.

@@ -126,7 +126,7 @@ def _blank(pictures: Sequence[Picture]) -> Iterator[Finding]:
 
 
 def _dark(pictures: Sequence[Picture]) -> Iterator[Finding]:
-    dark = [p for p in pictures if max(p.fingerprint.thumbnail, default=255) <= DARK and not p.fingerprint.flat]
+    dark = [p for p in pictures if max(p.fingerprint.thumbnail, default=255) <= DARK]
     if dark:
         message = (
             f"nearly black: {_count(len(dark), 'picture')}; if these are of a microscope or the like, with 12 bits in "

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from utils.annotation import ensure_lists
-from utils.audit import Picture, find_duplicates, linked
+from utils.audit import ALIKE_BY_NATURE, Picture, find_duplicates, linked
+from utils.cache_file import digest
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.files import write_text
@@ -27,7 +28,8 @@ RESULTS = "cross_validation.json"
 
 def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Callable[[TrainConfig], Any]) -> None:
     """Train once for each of `folds` parts of the training and validation pictures, validated on that part; print and
-    write the mean and deviation of top-1. With `resume` at auto the same command goes on where it was cut off.
+    write the mean and deviation of top-1. With `resume` at auto the same command goes on where it was cut off; each
+    division of the pictures has a folder of its own.
 
     Args:
         config: the settings of each run; its lists together are divided anew.
@@ -44,32 +46,22 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
     names = read_classes(config.classes_path)
     pictures = read_all(config, len(names))
     fold_of = assign_folds(pictures, folds, config, group_regex)
-    root = Path(config.save_dir, FOLDER)
+    division = digest([*names, pictures.buffer.tobytes(), fold_of.tobytes()])[:8]
+    root = Path(config.save_dir, FOLDER, f"{folds}_folds_{division}")
     rows = []
     for fold in range(folds):
         print(f"fold {fold + 1} of {folds}: {(fold_of == fold).sum()} of {len(pictures)} pictures are validated on")
         of_fold = prepare_fold(config, pictures, fold_of == fold, root / f"fold_{fold + 1}")
-        last = find_finished(of_fold, names) if config.resume == "auto" else None
-        if last is None:
+        run = next(find_runs(of_fold, finished=True), None) if config.resume == "auto" else None
+        if run is None:
             train(of_fold)
-            last = find_finished(of_fold, names)
-        history = last["history"]
+            run = next(find_runs(of_fold, finished=True))
+        history = load_checkpoint(run / LAST)["history"]
         best = history[of_fold.best_epoch([row["val_loss"] for row in history])]
-        rows.append({"run": last["run"], "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
+        rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
     write_text(root / RESULTS, json.dumps({"folds": rows}, indent=2) + "\n")
     print(format_folds(rows, stopped_early=config.patience > 0))
     print(f"written to {root / RESULTS}")
-
-
-def find_finished(config: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
-    """The last checkpoint, and `run`, its folder, of the newest finished run with these settings, lists and classes."""
-    paths = {"train": config.train_annotation_path, "val": config.val_annotation_path}
-    lists = {key: read_list(path, len(class_names)).digest() for key, path in paths.items()}
-    for run in find_runs(config, finished=True):
-        last = load_checkpoint(run / LAST)
-        if (last["lists"], last["class_names"]) == (lists, class_names):
-            return last | {"run": str(run)}
-    return None
 
 
 def read_all(config: TrainConfig, num_classes: int) -> ImageList:
@@ -81,7 +73,7 @@ def read_all(config: TrainConfig, num_classes: int) -> ImageList:
 
 def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex: str) -> np.ndarray:
     """The fold (n,) of each picture, 0 to `folds` - 1: every class divided as evenly as its groups allow. Pictures that
-    look alike, or belong to one group by name, are in one fold.
+    look alike, but for those that do by nature, or belong to one group by name, are in one fold.
 
     Raises:
         ValueError: a class has too few pictures, or groups of them.
@@ -94,7 +86,11 @@ def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex
         cache = Fingerprints(Path(config.cache_dir, "fingerprints.sqlite"), config.max_pixels, config.allow_truncated)
         places = zip(paths, map(str, images.class_ids), cache.read(paths), strict=True)
         pictures = [Picture(path, "train", name, found) for path, name, found in places if not found.error]
-        groups += linked(find_duplicates(pictures))
+        findings = list(find_duplicates(pictures))
+        groups += linked(findings)
+        for finding in findings:
+            if finding.kind == ALIKE_BY_NATURE:
+                print(f"attention: {finding.message}")
     unit_of = {path: number for number, unit in enumerate(join_groups(paths, groups)) for path in unit}
     units = np.array([unit_of[path] for path in paths])
     fewest = min(len(np.unique(units[images.class_ids == class_id])) for class_id in np.unique(images.class_ids))

@@ -189,8 +189,13 @@ class FeatureDataset(Dataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
         """A batch: features (B, N, C) and class ids (B,)."""
-        features = [self.views[(epoch + i + repeat) % len(self.views)][i] for epoch, i, repeat in keys]
-        return torch.stack(features), self.targets[[i for _, i, _ in keys]]
+        epoch, index, repeat = torch.tensor(keys).unbind(1)
+        of_view = (epoch + index + repeat) % len(self.views)
+        batch = self.views[0].new_empty(len(keys), *self.views[0].shape[1:])
+        for number, features in enumerate(self.views):
+            rows = (of_view == number).nonzero()[:, 0]
+            batch[rows] = features[index[rows]]
+        return batch, self.targets[index]
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

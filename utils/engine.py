@@ -244,12 +244,12 @@ class Trainer:
     def _check_losses(self, loader: DataLoader, learning_rate: float) -> None:
         """Look whether the losses since the last look are finite, and say what is wrong if not."""
         recent = max(MOST_SKIPPED, PRINT_EVERY)
-        first = max(self.loaded, self.done - recent)
+        skip = self.on_nan == "skip"
+        first = max(0 if skip else self.loaded, self.done - recent)
         losses = self.losses[first : self.done]
         bad = torch.nonzero(~losses.isfinite()).flatten().tolist()
         if not bad:
             return
-        skip = self.on_nan == "skip"
         number = first + bad[-1 if skip else 0]
         if skip and number + 1 < self.done:
             return  # that one was told

@@ -66,9 +66,9 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
     remove_strays(Path(config.save_dir))
     if config.resume == "auto":
         for path in find_runs(config, finished=False):
-            run = _take_up(path, config)
+            run, newest = _open_folder(path)
             if run and _has_classes(run, class_names):
-                check_lists(run, config, lists)
+                _go_on(run, newest, config, lists)
                 return run
             print(f"attention: {path} isn't finished, but {'has other classes' if run else 'has no whole checkpoint'}")
         _say_what_differs(config)
@@ -98,7 +98,7 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
     if not path.is_dir() or not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"resume={config.resume!r}: there is no run; give its folder, auto or no")
     check_config(path, config)
-    run = _take_up(path, config)
+    run, newest = _open_folder(path)
     if run is None:
         raise ValueError(f"resume={config.resume!r}: it has no whole checkpoint; begin a new run with resume=no")
     if not _has_classes(run, class_names):
@@ -106,7 +106,7 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
             f"resume={config.resume!r}: that run has the classes {', '.join(run.checkpoint['class_names'])}, and "
             f"{config.classes_path} names {', '.join(class_names)}"
         )
-    check_lists(run, config, lists)
+    _go_on(run, newest, config, lists)
     return run
 
 
@@ -171,15 +171,14 @@ def check_config(folder: Path, config: TrainConfig) -> None:
         )
 
 
-def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageList]) -> None:
-    """Compare the lists with those that a run began with.
+def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageList]) -> bool:
+    """Whether the lists have changed since a run began.
 
     Raises:
-        ValueError: they have changed, and `accept_changed_lists` isn't set; names the pictures.
+        ValueError: they have, and `accept_changed_lists` isn't set; names the pictures.
     """
     if run.checkpoint is None:
-        write_lists(run.path, lists)
-        return
+        return False
     told = []
     for key, images in lists.items():
         if run.checkpoint["lists"].get(key) == images.digest():
@@ -191,7 +190,7 @@ def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageLi
         differences = compare_lists(before, images, names) if known else f"{copy}, what it was, is gone or changed"
         told.append(f"{getattr(config, f'{key}_annotation_path')}: {differences}")
     if not told:
-        return
+        return False
     if not config.accept_changed_lists:
         run.lock.release()
         raise ValueError(
@@ -199,10 +198,7 @@ def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageLi
             f"resume=no, or go on with accept_changed_lists, which isn't the same as a run without interruption"
         )
     print(f"attention: the lists have changed since the run began. {'; '.join(told)}")
-    # Together, and at once: a copy of lists that no checkpoint knows of would be taken for somebody's change.
-    digests = {key: images.digest() for key, images in lists.items()}
-    save_checkpoint(run.path / LAST, run.checkpoint | {"lists": digests})
-    write_lists(run.path, lists)
+    return True
 
 
 def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
@@ -212,17 +208,33 @@ def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
     return False
 
 
-def _take_up(path: Path, config: TrainConfig) -> RunFolder | None:
-    """A run that was begun; None if it has no whole checkpoint, though it came farther than its beginning."""
+def _open_folder(path: Path) -> tuple[RunFolder | None, Path | None]:
+    """A run that was begun, and the file of its farthest checkpoint; no run if none is whole, though it came farther
+    than its beginning."""
     lock = FolderLock(path)
-    prune_periodic(
-        path, max(1, config.keep_periodic)
-    )  # a full disk may be why it was cut off; the newest may be needed
     found = load_newest(path)
-    if found is None and not has_only_a_beginning(path):
-        lock.release()
-        return None
-    if found and found[0].name != LAST:  # it is the farthest, so it is the last
-        with write_whole(path / LAST) as file, found[0].open("rb") as newest:
-            shutil.copyfileobj(newest, file)
-    return RunFolder(path, lock, found[1] if found else None)
+    if found:
+        return RunFolder(path, lock, found[1]), found[0]
+    if has_only_a_beginning(path):
+        return RunFolder(path, lock, None), None
+    lock.release()
+    return None, None
+
+
+def _go_on(run: RunFolder, newest: Path | None, config: TrainConfig, lists: Mapping[str, ImageList]) -> None:
+    """Make the run's folder what it goes on from: its farthest checkpoint, `newest`, the last one, with these lists.
+
+    Raises:
+        ValueError: see `check_lists`; nothing has been touched then.
+    """
+    changed = check_lists(run, config, lists)
+    if newest:
+        # A full disk may be why it was cut off. The newest of them may be what it goes on from.
+        prune_periodic(run.path, max(1, config.keep_periodic))
+        if newest.name != LAST:  # it is the farthest, so it is the last
+            with write_whole(run.path / LAST) as file, newest.open("rb") as farthest:
+                shutil.copyfileobj(farthest, file)
+    if changed:  # known to the checkpoint first: copies that it doesn't know would be taken for somebody's change
+        digests = {key: images.digest() for key, images in lists.items()}
+        save_checkpoint(run.path / LAST, run.checkpoint | {"lists": digests})
+    write_lists(run.path, lists)

@@ -260,10 +260,13 @@ class Run:
             if self.finished:
                 print(f"\n{type(reason).__name__}: {self.folder} is finished")
             elif not self.new:
-                if not isinstance(reason, SaveError):
-                    self.save()
-                how = f"--resume {self.folder}" if self.config.resume == "no" else "the same command"
-                print(f"\n{type(reason).__name__}: {self.folder} is saved at step {self._saved_step}; {how} goes on")
+                try:
+                    if not isinstance(reason, SaveError):
+                        self.save()
+                finally:
+                    how = f"--resume {self.folder}" if self.config.resume == "no" else "the same command"
+                    saved = f"{self.folder} is saved at step {self._saved_step}"
+                    print(f"\n{type(reason).__name__}: {saved}; {how} goes on")
             raise
 
     def log_pictures(self, network: nn.Module, pixels: Tensor) -> None:

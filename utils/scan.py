@@ -97,24 +97,17 @@ def scan_classes(folder: Path, scan: Scan, split: str, besides: frozenset[Path] 
 
 
 def pictures_below(folder: str | Path, skipped: Counter[str]) -> list[str]:
-    """The paths of all pictures in `folder` and below, sorted; what is hidden, no picture, or a folder below that can't
-    be opened is counted in `skipped`.
+    """The paths of all pictures in `folder` and below, sorted; what is hidden, no picture, or a folder that can't be
+    opened is counted in `skipped`.
 
     Links to files are followed, links to folders are not, so that no loop is run through. No file is opened.
-
-    Raises:
-        OSError: `folder` can't be opened.
     """
     found = []
-    top = str(folder)
-    folders = [top]
+    folders = [str(folder)]
     while folders:
-        inside = folders.pop()
         try:
-            entries = os.scandir(inside)
+            entries = os.scandir(folders.pop())
         except PermissionError:
-            if inside == top:
-                raise
             skipped["a folder that can't be opened"] += 1
             continue
         with entries:
