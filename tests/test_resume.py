@@ -39,6 +39,17 @@ def cut_off(trained, tmp_path, monkeypatch) -> Path:
     return Path(run)
 
 
+@pytest.fixture
+def untrained(monkeypatch) -> None:
+    """What a start does before its first step is all that it does."""
+
+    def let_go(run, *_):
+        run.log.close()
+        run._opened.lock.release()
+
+    monkeypatch.setattr(train, "train_stages", let_go)
+
+
 def test_the_same_command_goes_on_with_an_unfinished_run(cut_off, capsys):
     train.main(TrainConfig(**SMALL))
     assert f"going on with {cut_off} after epoch 2" in capsys.readouterr().out
@@ -46,7 +57,7 @@ def test_the_same_command_goes_on_with_an_unfinished_run(cut_off, capsys):
     assert load_checkpoint(cut_off / LAST)["finished"]
 
 
-def test_a_field_that_is_new_since_had_its_default(cut_off):
+def test_a_field_that_is_new_since_had_its_default(cut_off, untrained):
     settings = json.loads((cut_off / "config.json").read_text())
     del settings["patience"]
     (cut_off / "config.json").write_text(json.dumps(settings))
@@ -59,12 +70,12 @@ def test_a_field_that_is_new_since_had_its_default(cut_off):
 
 def test_a_finished_run_is_not_gone_on_with(cut_off):
     for _ in range(2):
-        train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 3}))
+        train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 1}))
     assert len(runs()) == 3
 
 
 @pytest.mark.parametrize("changed", [{"seed": 5}, {"weight_decay": 0.1}, {"resume": "no"}, {"model_path": "w.pth"}])
-def test_other_settings_are_another_run(cut_off, changed, capsys):
+def test_other_settings_are_another_run(cut_off, untrained, changed, capsys):
     shutil.copy(cut_off / LAST, "w.pth")
     before = (cut_off / LAST).read_bytes()
     train.main(TrainConfig(**SMALL | changed))
@@ -76,14 +87,14 @@ def test_other_settings_are_another_run(cut_off, changed, capsys):
     assert (cut_off / LAST).read_bytes() == before
 
 
-def test_what_may_change_is_said(cut_off, capsys):
+def test_what_may_change_is_said(cut_off, untrained, capsys):
     train.main(TrainConfig(**SMALL | {"save_every_steps": 3, "keep_periodic": 2}))
     told = capsys.readouterr().out
     assert "keep_periodic: 5 -> 2\nsave_every_steps: 0 -> 3\n" in told
     assert runs() == [cut_off]
 
 
-def test_other_arithmetic_is_said(cut_off, capsys):
+def test_other_arithmetic_is_said(cut_off, untrained, capsys):
     torch.set_num_threads(2)
     try:
         train.main(TrainConfig(**SMALL))
@@ -168,7 +179,7 @@ def test_changed_lists_are_named_and_refused_unless_accepted(cut_off, capsys, re
     assert load_checkpoint(cut_off / LAST)["finished"]
 
 
-def test_other_classes_are_another_run(cut_off):
+def test_other_classes_are_another_run(cut_off, untrained):
     for name in ("dark", "light"):
         for split in ("train", "test"):
             Path("datasets", split, name).rename(Path("datasets", split, f"{name} ones"))
@@ -194,7 +205,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_in_its_folder(cut_off):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_whose_checkpoints_were_put_away_is_left_alone(cut_off, monkeypatch, capsys, fails):
+def test_a_run_whose_checkpoints_were_put_away_is_left_alone(cut_off, untrained, monkeypatch, capsys, fails):
     """Its curves and its report are all that is left here; they are neither replaced nor removed."""
     for path in cut_off.glob("*.pth"):
         path.unlink()
@@ -247,7 +258,7 @@ def test_a_start_that_fails_gives_the_folder_back(cut_off, monkeypatch):
     assert (cut_off / LAST).is_file()
 
 
-def test_what_killed_runs_left_is_removed(cut_off, capsys):
+def test_what_killed_runs_left_is_removed(cut_off, untrained, capsys):
     (cut_off / f"{LAST}.0badcafe.partial").write_text("half")
     Path("logs/not begun").mkdir()
     Path("logs/not begun/in_use_by.txt").touch()
@@ -257,7 +268,7 @@ def test_what_killed_runs_left_is_removed(cut_off, capsys):
     assert not list(cut_off.glob("*.partial"))
 
 
-def test_the_damage_of_all_checkpoints_begins_a_new_run(cut_off, capsys):
+def test_the_damage_of_all_checkpoints_begins_a_new_run(cut_off, untrained, capsys):
     (cut_off / LAST).write_bytes(b"")
     train.main(TrainConfig(**SMALL))
     assert f"{cut_off / LAST} can't be opened" in capsys.readouterr().out

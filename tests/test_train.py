@@ -72,7 +72,8 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(here, monkeypatch):
     assert drawn == []
     monkeypatch.setattr("utils.run_log.DRAW_EVERY", 0.0)
     log.log_epoch(rows)
-    log.close()
+    assert drawn == [4]
+    log.close()  # nothing is new
     assert drawn == [4]
     RunLog(here, rows).close()  # a run that goes on, perhaps cut off before the last was drawn
     assert drawn == [4, 4]

@@ -155,3 +155,11 @@ def test_the_centre_of_a_shape_that_is_no_square():
     assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((0, 7.5, 10, 12.5))
     preprocessing = Preprocessing.of(TrainConfig(input_shape=(8, 16), eval_crop=0.5))
     assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((2.5, 8.75, 7.5, 11.25))
+
+
+@pytest.mark.parametrize("size", [(900, 2), (2, 900)])
+def test_of_a_strip_a_line_is_left_between_the_bars(size):
+    transform = EvalTransform(Preprocessing.of(TrainConfig(input_shape=(32, 32), letterbox_image=True)))
+    pixels = transform(Image.new("RGB", size, "white"))
+    assert (pixels == 255).sum().item() == 3 * 32
+    assert (pixels == 128).sum().item() == 3 * 32 * 31

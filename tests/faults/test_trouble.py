@@ -281,6 +281,18 @@ def test_a_step_that_was_left_out_is_no_fault_of_those_after_it(two_classes, nan
     assert [row["skipped"] for row in last["history"]] == [0, 1, 0, 0]
 
 
+def test_a_step_may_be_left_out_right_after_the_run_goes_on(two_classes, nan_at_step, monkeypatch):
+    """The last of its epoch: it isn't one of many in a row."""
+    nan_at_step(9)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "after_step", lambda run: stop_at(run, 9))
+        with pytest.raises(Stopped):
+            train.main(TrainConfig(**NAN, on_nan="skip"))
+    train.main(TrainConfig(**NAN, on_nan="skip"))
+    last = load_checkpoint(only_run() / LAST)
+    assert [row["skipped"] for row in last["history"]] == [0, 1, 0, 0]
+
+
 def stop_at(run, step: int) -> None:
     if run.trainer.step == step:
         raise Stopped(signal.SIGINT)
