@@ -56,7 +56,7 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
     for place, file in product((folder, BOX), (LAYOUT_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")):
         if file and (place / file).is_file():
             return Found(place / file)
-    remedy = f"Fetch it where there is a network and put it at {folder / stem}.{{}}, or set pretrained=False"
+    remedy = f"Fetch it where there is internet and put it at {folder / stem}.{{}}, or set pretrained=False"
     if name in TORCHVISION:
         return download_from_url(published_by_torchvision(name)[0], f"pretrained=True: {remedy.format('pth')}")
     repository = HUB_REPOS.get(name)
@@ -81,7 +81,5 @@ def _find_named(wanted: str, folder: Path) -> Found:
             f"pretrained={wanted!r}: there is no such file, and it is no name on the Hugging Face hub, owner/name"
         )
     local = folder / f"{stem}.safetensors"
-    remedy = (
-        f"Fetch its model.safetensors where there is a network, and set pretrained to where you put it, say {local}"
-    )
+    remedy = f"Fetch its model.safetensors where there is internet, and set pretrained to where you put it, say {local}"
     return download_from_hub(repository, revision or None, remedy)

@@ -242,6 +242,12 @@ def test_a_test_set_is_taken_out_if_wanted(here, capsys):
     assert not (train & test or val & test or train & val)
     annotate(test_fraction=0.5, val_fraction=0.4, audit=False)  # parts of the whole, both
     assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
+    with pytest.raises(ValueError, match=r"cls_test\.txt holds pictures that were taken out of train.*as before"):
+        annotate(audit=False)
+    assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
+    Path("cls_test.txt").unlink()
+    annotate(audit=False)
+    assert [len(entries(name)) for name in LISTS[:2]] == [90, 10]
     touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/test/a/1.jpg")
     with pytest.raises(ValueError, match=r"test_fraction=0\.2: there are test pictures already"):
         annotate(test_fraction=0.2, audit=False)

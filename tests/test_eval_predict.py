@@ -278,7 +278,7 @@ def test_an_unreadable_picture_in_a_list_is_one_line(trained, tmp_path, workers)
     assert "Traceback" not in result.stderr
     message = result.stderr.splitlines()[-1]
     assert message.startswith(f"error: {tmp_path}/broken.jpg can't be read as a picture: it is of no known")
-    assert message.endswith("python txt_annotation.py --fix makes lists without such pictures")
+    assert message.endswith("with its flags and --fix leaves such pictures out")
 
 
 def test_no_such_data_and_a_file_to_save_in(trained, tmp_path):

@@ -114,6 +114,8 @@ def annotate(
         findings = audit_scan(scan, names, groups, fingerprints, audit_path)
         groups += linked(findings)
     reasons = leave_out(scan, findings or []) if fix else {}
+    if not test_fraction:
+        check_test_list(scan, test_annotation_path)
     taken = take_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
     written = write_lists(scan, names, classes_path, targets)
@@ -124,6 +126,16 @@ def annotate(
     for line in taken:
         print(line)
     print(f"written: {', '.join(written)}")
+
+
+def check_test_list(scan: Scan, test_annotation_path: str | Path) -> None:
+    """Raise a ValueError if pictures to test on, taken out of train before, would be trained on again."""
+    first = read_first_path(test_annotation_path)
+    if first and not scan.pictures["test"] and os.path.abspath(first) in map(os.path.abspath, scan.paths()):
+        raise ValueError(
+            f"test_fraction=0: {test_annotation_path} holds pictures that were taken out of train, which would be "
+            f"trained on again; give --test-fraction as before, or delete {test_annotation_path} if you mean it"
+        )
 
 
 def take_out(scan: Scan, fractions: dict[str, float], seed: int, groups: Sequence[Sequence[str]]) -> list[str]:

@@ -39,7 +39,7 @@ def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) 
             lines.append(f"  {'':<{width}}    {', '.join(picture.path for picture in group[:NAMED])}")
     lines.append(f"  all of it: {folder}/audit.html, {folder}/audit.json")
     if not fix and any(finding.left_out for finding in findings):
-        lines.append("  python txt_annotation.py --fix makes lists without the faulty ones; no file is touched")
+        lines.append("  the same command with --fix makes lists without the faulty ones; no file is touched")
     return "\n".join(["audit:", *lines])
 
 

@@ -132,7 +132,7 @@ class ImageDataset(Dataset):
             return self.transform.resize(self.source.region(index, self.transform))
         except ImageError as error:
             if self.max_bad_fraction is None:
-                remedy = "mend or remove it; python txt_annotation.py --fix makes lists without such pictures"
+                remedy = "mend or remove it; txt_annotation.py with its flags and --fix leaves such pictures out"
                 raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
             self.unreadable[index] = True
             self._check_unreadable()
@@ -158,7 +158,7 @@ class ImageDataset(Dataset):
             raise TooManyUnreadable(
                 f"{len(bad)} of {len(self)} pictures can't be read, more than max_bad_fraction="
                 f"{self.max_bad_fraction}: {named}; mend or remove them, or run python "
-                f"txt_annotation.py --fix to have lists without them"
+                f"txt_annotation.py, with the flags as before and --fix, to have lists without them"
             )
 
     def newly_unreadable(self) -> list[str]:

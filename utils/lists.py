@@ -141,7 +141,7 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
         number = _line_number(images.buffer, images.starts[worst])
         raise ValueError(
             f"{path}, line {number}: class id {images.class_ids[worst]}, but there are {num_classes} classes (0 to "
-            f"{num_classes - 1}); list and class file differ: run python txt_annotation.py"
+            f"{num_classes - 1}); list and class file differ: run python txt_annotation.py, with the flags as before"
         )
     return images
 

@@ -101,6 +101,7 @@ def apply_recipe(config: TrainConfig, known: Known) -> TrainConfig:
     if is_open(config, "min_lr"):
         chosen["min_lr"] = chosen.get("init_lr", config.init_lr) / 100
         print(f"recipe: min_lr={chosen['min_lr']:.2g}: a hundredth of init_lr")
+    print('recipe: a field at its default counts as not set; to have it so, name it too: keep=("unfreeze_epoch",)')
     return dataclasses.replace(config, **chosen)
 
 
