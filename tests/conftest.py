@@ -2,7 +2,11 @@
 
 import copy
 import functools
+import io
 import os
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +72,24 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no ../shared with real pictures beside the project")
     return SHARED
+
+
+@pytest.fixture
+def command(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """What `python <script> ...` prints and leaves with, of this process: a new one takes seconds to import torch."""
+
+    def run(script: str, *args: str, input: str = "") -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [script, *args])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode())))
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(Path(train.__file__).with_name(script)), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return subprocess.CompletedProcess(args, status, *capsys.readouterr())
+
+    return run
 
 
 def write_picture(path: Path, level: int = 128, size: tuple[int, int] = (20, 16), seed: int = 0) -> Path:

@@ -135,8 +135,8 @@ def test_a_checkpoint_is_all_that_is_needed(trained, tmp_path, monkeypatch, caps
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("pictures/")]) == 11
 
 
-def test_predict_command_on_files_folders_and_globs(trained):
-    result = run("predict.py", "datasets/test/dark/00.png", "datasets/test/light", "datasets/test/*/0[12].png")
+def test_predict_command_on_files_folders_and_globs(trained, command):
+    result = command("predict.py", "datasets/test/dark/00.png", "datasets/test/light", "datasets/test/*/0[12].png")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 1 + 5 + 4
@@ -146,9 +146,9 @@ def test_predict_command_on_files_folders_and_globs(trained):
     assert BEST in result.stderr
 
 
-def test_predict_json_and_unreadable_files(trained, tmp_path):
+def test_predict_json_and_unreadable_files(trained, tmp_path, command):
     (tmp_path / "broken.jpg").write_text("no picture")
-    result = run(
+    result = command(
         "predict.py", "--json", "--top-k", "1", "none.jpg", str(tmp_path / "broken.jpg"), "datasets/test/light/00.png"
     )
     assert result.returncode == 1
@@ -158,8 +158,8 @@ def test_predict_json_and_unreadable_files(trained, tmp_path):
     assert [p["class"] for p in answers[2]["predictions"]] == ["light"]
 
 
-def test_predict_asks_for_pictures(trained):
-    result = run("predict.py", input="datasets/test/dark/00.png\nnone.jpg\ndatasets/test/light/00.png\n\n")
+def test_predict_asks_for_pictures(trained, command):
+    result = command("predict.py", input="datasets/test/dark/00.png\nnone.jpg\ndatasets/test/light/00.png\n\n")
     lines = result.stdout.splitlines()
     assert len(lines) == 3
     assert "dark" in lines[0]
@@ -270,10 +270,10 @@ def test_the_built_in_digits_make_way(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_unreadable_picture_in_a_list_is_one_line(trained, tmp_path, workers):
+def test_an_unreadable_picture_in_a_list_is_one_line(trained, tmp_path, workers, command):
     (tmp_path / "list.txt").write_text(f"0;{trained}/datasets/test/dark/00.png\n1;broken.jpg\n")
     (tmp_path / "broken.jpg").write_text("no picture")
-    result = run("eval.py", "--data", str(tmp_path / "list.txt"), "--num-workers", workers)
+    result = command("eval.py", "--data", str(tmp_path / "list.txt"), "--num-workers", workers)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     message = result.stderr.splitlines()[-1]

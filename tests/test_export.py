@@ -21,7 +21,6 @@ import train
 from nets import build_model
 from nets.safe_load import read_header
 from tests.conftest import EXPORTS, NAMES, SMALL, write_picture
-from tests.test_eval_predict import run
 from utils import export_check, export_formats
 from utils.annotation import annotate
 from utils.build import make_model
@@ -302,8 +301,8 @@ def test_int8_may_lose_a_point():
         assert (comparison.fault("int8") == "") == passes
 
 
-def test_the_command_fails_with_a_line(trained, tmp_path):
-    result = run("export.py", "--format", "pt2", "--precision", "int8", "--out", str(tmp_path))
+def test_the_command_fails_with_a_line(trained, tmp_path, command):
+    result = command("export.py", "--format", "pt2", "--precision", "int8", "--out", str(tmp_path))
     assert result.returncode == 1
     assert result.stderr == "error: precision=int8 isn't for format=pt2: take fp32\n"
 

@@ -185,14 +185,8 @@ def test_text_is_shortened_to_columns():
     assert shorten("abc", 3) == "abc"
 
 
-def run(*args: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "predict.py", *args]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **options)
-
-
-def test_csv_and_a_list_on_standard_input(trained, tmp_path):
-    result = run("--csv", "-", input=f"{DARK}\ndatasets/test/light\n\nnone.png\n")
+def test_csv_and_a_list_on_standard_input(trained, command):
+    result = command("predict.py", "--csv", "-", input=f"{DARK}\ndatasets/test/light\n\nnone.png\n")
     assert result.returncode == 1
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
     assert [row["path"] for row in rows] == [DARK, *(f"datasets/test/light/{i:02d}.png" for i in range(5)), "none.png"]
@@ -202,8 +196,8 @@ def test_csv_and_a_list_on_standard_input(trained, tmp_path):
     assert "7 pictures: 5 as light, 1 as dark; 1 can't be read" in result.stderr
 
 
-def test_standard_input_beside_other_paths(trained):
-    result = run("--json", LIGHT, "-", DARK, input="datasets/test/dark/01.png\n-\n")
+def test_standard_input_beside_other_paths(trained, command):
+    result = command("predict.py", "--json", LIGHT, "-", DARK, input="datasets/test/dark/01.png\n-\n")
     labels = [(json.loads(line)["path"], json.loads(line)["label"]) for line in result.stdout.splitlines()]
     assert labels == [(LIGHT, "light"), ("datasets/test/dark/01.png", "dark"), (DARK, "dark")]
 
