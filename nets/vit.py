@@ -320,7 +320,7 @@ def vit(
     attn_drop_rate: float = 0.1,
     drop_path_rate: float = 0.1,
 ) -> VisionTransformer:
-    """A ViT of one of the `SIZES`, base with patch 16 unless told.
+    """A ViT of one of the `SIZES`, base with patch 16 unless told. It is called as in `classification-pytorch`.
 
     `pretrained` starts from published weights (see `nets.pretrained.find_pretrained`); their kind of GELU, epsilon and
     registers then take the place of `activation`, `norm_eps` and `num_registers`, and their head is kept if it has
