@@ -104,8 +104,7 @@ def check(batch_size: int, num_workers: int, corrupted: int, max_error: float, o
         raise ValueError(f"num_workers={num_workers}, corrupted={corrupted}: give 0 or more")
     if not 0 <= max_error < 1:
         raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise ValueError(f"out={out!r}: it is a file; give a folder")
+    cli.check_folder("out", out)
 
 
 def meet(classifier: Classifier, strangers: ImageList, num_workers: int, batch_size: int) -> Outputs:

@@ -67,8 +67,7 @@ def check(format: str, precision: str, pictures: int, out: str) -> None:
     """Raise a ValueError that names what can't work."""
     if precision not in PRECISIONS[format]:
         raise ValueError(f"precision={precision} isn't for format={format}: take {' or '.join(PRECISIONS[format])}")
-    if Path(out).is_file():
-        raise ValueError(f"out={out!r}: it is a file; give a folder")
+    cli.check_folder("out", out)
     if pictures < 1:
         raise ValueError(f"pictures={pictures}: give 1 or more; nothing is exported unchecked")
 

@@ -126,9 +126,8 @@ def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: s
         raise ValueError(f"top_k={top_k}: give a whole number from 1 up")
     if json_lines and csv_lines:
         raise ValueError("json and csv: choose one of them")
-    for name, folder in (("save", save), ("sort_into", sort_into)):
-        if folder and Path(folder).exists() and not Path(folder).is_dir():
-            raise ValueError(f"{name}={folder!r}: it is a file; give a folder")
+    cli.check_folder("save", save)
+    cli.check_folder("sort_into", sort_into)
 
 
 def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

@@ -217,6 +217,7 @@ def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, tra
 
 def test_an_exported_file_saves_sorts_rejects_and_writes_tables(exported, tmp_path, capsys):
     paths = (str(exported("fp32")), "datasets/test/dark/00.png", "datasets/test/light/00.png")
+    capsys.readouterr()  # of the export, if no test before asked for that file
     predict.main(paths, csv_lines=True, top_k=50, save=str(tmp_path / "saved"), sort_into=str(tmp_path / "sorted"))
     assert capsys.readouterr().out.startswith("path,label,class_1,probability_1,class_2,probability_2,note\n")
     assert len(list((tmp_path / "saved").iterdir())) == 2

@@ -71,6 +71,12 @@ def _call(main: Callable[..., Any]) -> Any:
         sys.exit(1)
 
 
+def check_folder(field: str, folder: str) -> None:
+    """Raise a ValueError if what is to be a folder to write to is a file."""
+    if folder and Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"{field}={folder!r}: it is a file; give a folder")
+
+
 def command(*words: str) -> str:
     """A command as it is typed on this system's command line."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

@@ -290,10 +290,7 @@ class Run:
             except OSError as error:
                 self._say_unlogged(error)
             finally:
-                if self.new:
-                    self._opened.discard_if_new()
-                else:
-                    self._opened.lock.release()
+                self._opened.discard_if_new()
 
     def _say_unlogged(self, error: OSError) -> None:
         """A run is worth more than its curve."""

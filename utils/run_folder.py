@@ -39,7 +39,8 @@ class RunFolder:
     checkpoint: dict[str, Any] | None
 
     def discard_if_new(self) -> None:
-        """Remove the folder of a run that can't begin; one that goes on stays as it is."""
+        """Let others write to the folder. One of a run that came to nothing is removed; one that goes on, or has been
+        saved, stays as it is."""
         self.lock.release()
         if self.checkpoint is None and has_only_a_beginning(self.path):
             shutil.rmtree(self.path)

@@ -268,28 +268,22 @@ def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
     assert load_checkpoint(only_run() / BEST)["epoch"] <= 3
 
 
-def test_a_step_that_was_left_out_is_no_fault_of_those_after_it(two_classes, nan_at_step, monkeypatch):
-    """Cut off in the same epoch, and gone on with by the stricter setting."""
-    nan_at_step(5)
+@pytest.mark.parametrize(
+    ("bad_step", "stop", "then"),
+    [
+        (5, 7, {"save_every_steps": 1}),  # before the run is cut off, and gone on with by the stricter setting
+        (9, 9, {"on_nan": "skip"}),  # right after it goes on, the last of its epoch: it isn't one of many in a row
+    ],
+)
+def test_a_step_is_left_out_in_an_epoch_that_was_cut_off(two_classes, nan_at_step, monkeypatch, bad_step, stop, then):
+    nan_at_step(bad_step)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "after_step", lambda run: stop_at(run, 7))
+        patch.setattr(train.Run, "after_step", lambda run: stop_at(run, stop))
         with pytest.raises(Stopped):
             train.main(TrainConfig(**NAN, on_nan="skip"))
-    train.main(TrainConfig(**NAN, save_every_steps=1))
+    train.main(TrainConfig(**NAN, **then))
     last = load_checkpoint(only_run() / LAST)
     assert last["finished"]
-    assert [row["skipped"] for row in last["history"]] == [0, 1, 0, 0]
-
-
-def test_a_step_may_be_left_out_right_after_the_run_goes_on(two_classes, nan_at_step, monkeypatch):
-    """The last of its epoch: it isn't one of many in a row."""
-    nan_at_step(9)
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "after_step", lambda run: stop_at(run, 9))
-        with pytest.raises(Stopped):
-            train.main(TrainConfig(**NAN, on_nan="skip"))
-    train.main(TrainConfig(**NAN, on_nan="skip"))
-    last = load_checkpoint(only_run() / LAST)
     assert [row["skipped"] for row in last["history"]] == [0, 1, 0, 0]
 
 
