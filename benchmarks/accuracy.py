@@ -4,14 +4,15 @@
 
 All start from the same weights, DINOv2's ViT-S/14 as it lies in `../shared/models`, and have the same pictures and the
 same time on the same machine: for everything from the first picture read to the network that is tested, besides
-building it and testing it. How many epochs fit is measured beforehand, for 112, 168 and 224 pixels, and the largest
-size at which three fit is taken, for every method alike; what runs over its time by more than a tenth is marked. Test
-pictures choose nothing here: Thaw takes a tenth of the training pictures out for that, the others train on all of them
-and are tested as they end. (The recipe's rate and crop were found on trashnet, with time_to_accuracy.py; the other two
-data sets had no part in it.) timm comes twice, with its usual augmentation and with as little as the recipe's. The
-logistic regression is the same for every seed. Runs take turns by method; what is finished is kept in `--results` and
-not done again, so a table of hours may be made in parts, of which each asks for a machine of the same speed. The last
-line is JSON.
+building it and testing it. The size of the pictures is the same for all that train: the largest of 112, 168 and 224
+pixels at which three epochs of each fit, by what is measured beforehand. Each has as many epochs as fit there; what
+runs over its time by more than a tenth is marked. Test pictures choose nothing here: Thaw takes a tenth of the training
+pictures out for that, the others train on all of them and are tested as they end. (The recipe's rate and crop were
+found on trashnet, with time_to_accuracy.py; the other two data sets had no part in it.) timm comes twice, with its
+usual augmentation and with as little as the recipe's. The logistic regression is the same for every seed, of the
+largest pictures that it has the time for. Runs take turns by method; what is finished is kept in `--results` and not
+done again, so a table of hours may be made in parts, of which each asks for a machine of the same speed. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ from utils.device import autocast
 
 SIZES = (112, 168, 224)
 LEAST_EPOCHS = 3
+FEWEST_EPOCHS = {"thaw": 1, "timm": 1, "timm, mild": 1, "fastai": 2}  # fastai's first is frozen
 DATA = ("trashnet", "sign_digits", "cifar10")
 CIFAR_TRAIN, CIFAR_TEST = 100, 100  # of each class
 
 Result = tuple[float, float]
 """Seconds and test accuracy of a run."""
+Epochs = dict[str, int]
+"""Epochs of each method that has any."""
 
 
 def run_timm_usual(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
@@ -200,31 +204,53 @@ def pace(name: str, method: str, side: int, epochs: int) -> str:
     return f"{epochs} epochs of {side} pixels: {name} {method}"
 
 
-def fit(finished: Finished, name: str, method: str, data: Path, weights: Path, seconds: float) -> tuple[int, int]:
-    """The largest size at which enough epochs fit into so many seconds, and how many do, by what the fewest epochs take
-    and one more. For the logistic regression, which has no epochs, nought."""
-    fewest = {"fastai": 2, "logistic": 0}.get(method, 1)  # fastai's first is frozen
-    enough = 0 if method == "logistic" else LEAST_EPOCHS
+def fit(finished: Finished, name: str, run: Callable[[str, int, int], Result], seconds: float) -> tuple[int, Epochs]:
+    """The largest size at which enough epochs of every method fit into so many seconds, else the smallest, and how many
+    epochs each has there: by what the fewest take that it can have, and one more."""
 
-    def paced(side: int, epochs: int) -> float:
-        run = METHODS[method]
-        return finished.get(pace(name, method, side, epochs), lambda: run(data, weights, side, epochs, 0))[0]
+    def paced(method: str, side: int, epochs: int) -> float:
+        return finished.get(pace(name, method, side, epochs), lambda: run(method, side, epochs))[0]
 
-    chosen, another = (SIZES[0], fewest), 0.0
+    an_epoch = dict.fromkeys(FEWEST_EPOCHS, 1.0)
+    chosen: tuple[int, Epochs] = SIZES[0], {}
     for side in SIZES:
-        left = seconds - paced(side, fewest)
-        if left < (enough - fewest) * another:
-            break  # another epoch takes no less than one of smaller pictures
-        if method == "logistic":
-            chosen = (side, 0)
-            continue
-        another = paced(side, fewest + 1) - paced(side, fewest)
-        epochs = max(fewest, fewest + int(left / another)) if another > 0 else enough
-        if side == SIZES[0] or epochs >= enough:
-            chosen = (side, epochs)
-        if epochs < enough:
-            break
+        epochs = dict(FEWEST_EPOCHS)
+        for method, fewest in FEWEST_EPOCHS.items():
+            left = seconds - paced(method, side, fewest)
+            # an epoch takes no less than one of smaller pictures, which spares the second run where it can't be enough
+            if left > 0 and (side == SIZES[0] or left >= (LEAST_EPOCHS - fewest) * an_epoch[method]):
+                an_epoch[method] = max(1.0, paced(method, side, fewest + 1) + left - seconds)
+                epochs[method] += int(left / an_epoch[method])
+            if side > SIZES[0] and epochs[method] < LEAST_EPOCHS:
+                return chosen
+        chosen = side, epochs
     return chosen
+
+
+def fit_logistic(finished: Finished, name: str, run: Callable[[str, int, int], Result], seconds: float) -> int:
+    """The largest size at which the logistic regression, which has no epochs, fits, else the smallest."""
+    chosen = SIZES[0]
+    for side in SIZES:
+        if finished.get(pace(name, "logistic", side, 0), lambda side=side: run("logistic", side, 0))[0] > seconds:
+            break
+        chosen = side
+    return chosen
+
+
+def make(finished: Finished, name: str, data: Path, weights: Path, minutes: float, method: str, seed: int) -> None:
+    """One run of the table."""
+
+    def run(method: str, side: int, epochs: int, seed: int = 0) -> Result:
+        return METHODS[method](data, weights, side, epochs, seed)
+
+    key = f"{name} {minutes:g} {method} {seed}"
+    if method == "logistic":  # a seed would change nothing: the run that was made for its pace is this one
+        side = fit_logistic(finished, name, run, 60 * minutes)
+        finished.get(key, lambda: finished.runs[pace(name, method, side, 0)])
+    else:
+        side, epochs = fit(finished, name, run, 60 * minutes)
+        print(f"{key}: {epochs[method]} epochs of {side} pixels", flush=True)
+        finished.get(key, lambda: run(method, side, epochs[method], seed))
 
 
 def results_of(finished: Finished, chosen: list[tuple[str, float, str]], seeds: int) -> Iterator[dict[str, Any]]:
@@ -281,16 +307,8 @@ def main(
             places["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder, "cifar10"))
         chosen = list(product(places, minutes, methods))
         for seed, (name, time_given, method) in product(range(seeds), chosen):
-            key = f"{name} {time_given:g} {method} {seed}"
-            if key not in finished.runs:
-                side, epochs = fit(finished, name, method, places[name], weights, 60 * time_given)
-                print(f"{key}: {epochs} epochs of {side} pixels", flush=True)
-                if epochs == 0:  # a seed would change nothing: the run that was made for its pace is this one
-                    same = pace(name, method, side, epochs)
-                    finished.get(key, lambda same=same: finished.runs[same])
-                    continue
-                run = METHODS[method]
-                finished.get(key, lambda run=run, n=name, s=side, e=epochs, x=seed: run(places[n], weights, s, e, x))
+            if f"{name} {time_given:g} {method} {seed}" not in finished.runs:
+                make(finished, name, places[name], weights, time_given, method, seed)
     table = list(results_of(finished, chosen, seeds))
     for row in table:
         told = f"{row['data']:<12}{row['minutes']:>4g} min  {row['method']:<11}{row['mean']:7.1%} ± {row['std']:.1%}"
