@@ -250,7 +250,7 @@ def test_a_run_frozen_then_thawed(two_classes, capsys, name):
 @pytest.mark.parametrize(("changes", "epoch"), [({}, 1), ({"ema_decay": 0.9, "cache_features": False}, 3)])
 def test_a_convolutional_run_goes_on_bit_for_bit(two_classes, changes, epoch):
     """With its batch norms' statistics, and those of the average's."""
-    config = TrainConfig(**RUN | {"backbone": "mobilenetv2", "unfreeze_epoch": 4, "device": "cpu"} | changes)
+    config = TrainConfig(**RUN | {"backbone": "timm/test_resnet", "unfreeze_epoch": 4, "device": "cpu"} | changes)
     train.main(config)
     run = next(Path("logs").iterdir())
     before, best = load_checkpoint(run / LAST), (run / BEST).read_bytes()

@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.covariance import LedoitWolf
 
 import train
-from tests.conftest import SMALL, write_picture, write_two_classes
+from tests.conftest import TINY, write_picture, write_two_classes
 from utils.annotation import annotate
 from utils.calibration import FAR, Calibration, fit_calibration, fit_temperature
 from utils.checkpoint import BEST, LAST, load_checkpoint
@@ -172,7 +172,7 @@ def test_a_state_of_its_own_gets_no_other_ones_calibration(here):
     annotate("datasets")
     val = (here / "cls_val.txt").read_text().splitlines()  # all labels wrong: what is learned only makes it worse
     (here / "cls_val.txt").write_text("".join(f"{1 - int(line[0])}{line[1:]}\n" for line in val))
-    train.main(TrainConfig(**SMALL))
+    train.main(TrainConfig(**TINY))
     (run,) = here.glob("logs/*")
     best, last = (load_checkpoint(run / name) for name in (BEST, LAST))
     assert best["step"] < last["step"]
@@ -182,21 +182,21 @@ def test_a_state_of_its_own_gets_no_other_ones_calibration(here):
 
 def test_unreadable_pictures_are_left_out_of_calibration(two_classes, capsys):
     """All validation pictures of a class and some training pictures break after training."""
-    train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 1}))
+    train.main(TrainConfig(**TINY | {"unfreeze_epoch": 1}))
     (run,) = Path("logs").iterdir()
     train_images, val_images = read_list("cls_train.txt", 2), read_list("cls_val.txt", 2)
     before = load_checkpoint(run / BEST)["calibration"]
     broken = [val_images.path(i) for i in np.flatnonzero(val_images.class_ids == 0)] + [train_images.path(3)]
     for path in broken:
         Path(path).write_text("no picture")
-    after = calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**SMALL))
+    after = calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**TINY))
     assert len(after["correct"]) == len(before["correct"]) - len(broken) + 1
     kept = read_embeddings(run / BEST, Calibration.from_dict(after), 2)
     assert len(kept.images) == len(train_images) - 1
     assert train_images.path(3) not in [kept.images.path(i) for i in range(len(kept.images))]
     for path in (*broken, *(val_images.path(i) for i in range(len(val_images)))):
         Path(path).write_text("no picture")
-    assert calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**SMALL)) == {}
+    assert calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**TINY)) == {}
 
 
 def test_rare_classes_are_drawn_too():
@@ -238,7 +238,7 @@ def test_a_class_left_out_of_training_is_rejected_far_more_often(here):
     for name, level in (("dark", 60), ("light", 190)):
         for i in range(120):
             write_picture(here / "datasets" / "train" / name / f"{i:02d}.png", level, seed=i)
-    train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 6}))
+    train.main(TrainConfig(**TINY | {"unfreeze_epoch": 6}))
     classifier = load_classifier(next(here.glob("logs/*")), "cpu")
     rejection = classifier.calibration.choose_rejection(0.05)
 

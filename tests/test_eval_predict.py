@@ -399,19 +399,19 @@ def test_preprocessing_that_cannot_be(trained, tmp_path, change):
         load_classifier(tmp_path / "w.pth", "cpu")
 
 
-def test_nothing_trained_yet(here):
+def test_nothing_trained_yet(here, command):
     result = run("eval.py", cwd=here)
     assert result.returncode == 1
     (message,) = result.stderr.splitlines()
     assert message.startswith("error: there is no best_epoch_weights.pth in a run in logs/: train first")
     assert message.endswith("train first, python train.py")
-    result = run("predict.py", "a.jpg", cwd=here)
+    result = command("predict.py", "a.jpg")
     assert result.returncode == 1
     assert "a.jpg can't be read as a picture: there is no such file" in result.stdout + result.stderr
 
 
-def test_a_value_that_cannot_work_on_the_command_line(here):
-    result = run("train.py", "--init-lr", "0", cwd=here)
+def test_a_value_that_cannot_work_on_the_command_line(here, command):
+    result = command("train.py", "--init-lr", "0")
     assert result.returncode == 1
     assert result.stderr == "error: init_lr=0.0: give a number above 0\n"
 

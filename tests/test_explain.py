@@ -117,7 +117,7 @@ def test_the_map_points_to_what_decides():
     """A network that has learned to tell by one bright patch whether it is there looks at that patch."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    model = build_model("vit_xs_4", 2, (16, 16), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0)
+    model = build_model("vit_of_the_tests", 2, (16, 16), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0)
     classifier = make_classifier(model, (16, 16))
 
     def batch(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from tests.conftest import SMALL
+from tests.conftest import TINY
 from utils import find_lr
 from utils.config import TrainConfig
 from utils.find_lr import suggest
@@ -42,12 +42,12 @@ def test_a_loss_that_does_not_fall_is_drawn(two_classes, monkeypatch):
     with pytest.raises(
         ValueError, match=r"fell at no learning rate, see logs/learning_rates\.png: look at the pictures"
     ):
-        train.main(TrainConfig(**SMALL), find_lr=True)
+        train.main(TrainConfig(**TINY), find_lr=True)
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
 
 
 def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
-    train.main(TrainConfig(**SMALL), find_lr=True)
+    train.main(TrainConfig(**TINY), find_lr=True)
     (init_lr,) = re.findall(r"init_lr=([\d.e-]+); see logs/learning_rates\.png", capsys.readouterr().out)
     assert 1e-5 < float(init_lr) < 1
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
@@ -55,16 +55,16 @@ def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
 
 def test_a_suggestion_is_one_that_would_be_trained_with(two_classes, monkeypatch, capsys):
     suggest_at_once(monkeypatch, 0.5)
-    train.main(TrainConfig(**SMALL), find_lr=True)
+    train.main(TrainConfig(**TINY), find_lr=True)
     assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-02" in capsys.readouterr().out
     suggest_at_once(monkeypatch, 1e-6)
-    train.main(TrainConfig(**SMALL), find_lr=True)
+    train.main(TrainConfig(**TINY), find_lr=True)
     assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-04" in capsys.readouterr().out
 
 
 def test_the_head_begins_as_in_training(two_classes, monkeypatch, capsys):
     suggest_at_once(monkeypatch, 1e-4)
-    train.main(TrainConfig(**SMALL, head_init="probe"), find_lr=True)
+    train.main(TrainConfig(**TINY, head_init="probe"), find_lr=True)
     told = capsys.readouterr().out
     assert told.index("head_init: logistic regression") < told.index("the loss falls fastest")
 
@@ -75,7 +75,7 @@ def test_it_ends_where_the_loss_grows(two_classes, monkeypatch):
     run = find_lr.run_range_test
     monkeypatch.setattr(find_lr, "HIGHEST", 1e9)
     monkeypatch.setattr(find_lr, "run_range_test", lambda *parts: found.append(run(*parts)) or found[0])
-    train.main(TrainConfig(**SMALL | {"optimizer_type": "sgd"}), find_lr=True)
+    train.main(TrainConfig(**TINY | {"optimizer_type": "sgd"}), find_lr=True)
     assert len(found[0].rates) < find_lr.STEPS
     assert torch.tensor(found[0].losses).isfinite().all()
     losses = found[0].losses
