@@ -62,6 +62,7 @@ def test_a_suggestion_is_one_that_would_be_trained_with(two_classes, monkeypatch
     assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-04" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to set identical")  # in three steps the loss needn't fall
 def test_the_head_begins_as_in_training(two_classes, monkeypatch, capsys):
     suggest_at_once(monkeypatch, 1e-4)
     train.main(TrainConfig(**TINY, head_init="probe"), find_lr=True)
