@@ -83,9 +83,7 @@ def test_lists_that_do_not_do_are_an_error_before_anything_is_computed(class_ids
 def test_a_run_begins_with_the_probe(two_classes, capsys, changes):
     """It goes on from there, keeps the backbone as it was, and a resumed run doesn't fit it again."""
     config = TrainConfig(
-        **TINY
-        | {"head_init": "probe", "unfreeze_epoch": 2, "save_period": 1, "init_lr": 1e-6, "min_lr": 0.0}
-        | changes
+        **TINY | {"head_init": "probe", "unfreeze_epoch": 2, "save_period": 1, "init_lr": 1e-6, "min_lr": 0.0} | changes
     )
     train.main(config)
     told = capsys.readouterr().out
