@@ -216,10 +216,11 @@ def fit(finished: Finished, name: str, run: Callable[[str, int, int], Result], s
     for side in SIZES:
         epochs = dict(FEWEST_EPOCHS)
         for method, fewest in FEWEST_EPOCHS.items():
-            left = seconds - paced(method, side, fewest)
+            first = paced(method, side, fewest)
+            left = seconds - first
             # an epoch takes no less than one of smaller pictures, which spares the second run where it can't be enough
             if left > 0 and (side == SIZES[0] or left >= (LEAST_EPOCHS - fewest) * an_epoch[method]):
-                an_epoch[method] = max(1.0, paced(method, side, fewest + 1) + left - seconds)
+                an_epoch[method] = max(1.0, paced(method, side, fewest + 1) - first)
                 epochs[method] += int(left / an_epoch[method])
             if side > SIZES[0] and epochs[method] < LEAST_EPOCHS:
                 return chosen

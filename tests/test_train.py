@@ -177,7 +177,7 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize(("backbone", "optimizer"), [("vit_of_the_tests", "muon"), ("timm/test_resnet", "adamw")])
+@pytest.mark.parametrize(("backbone", "optimizer"), [("vit_of_the_tests", "muon"), ("mobilenetv2", "adamw")])
 def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone, optimizer):
     """Each checkpoint takes pictures of its stage's size; a run cut off between stages or inside ends like a whole."""
     variant = {"backbone": backbone, "optimizer_type": optimizer, "device": "cpu"}  # a GPU's sums vary
