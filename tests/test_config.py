@@ -113,11 +113,23 @@ def test_stages_of_another_size():
         TrainConfig(stages=(small,))
 
 
+def best_epochs(config, losses, error=0.0):
+    """The best after each epoch with these losses, of one standard error."""
+    rows = [{"val_calibrated_loss": loss, "val_calibrated_loss_error": error} for loss in losses]
+    return [config.best_epoch(rows[: i + 1]) for i in range(len(rows))]
+
+
 def test_the_best_epoch_is_one_of_the_last_ones_size():
     config = TrainConfig(stages=(StageConfig(2, "nothing", 8, (96, 96)), StageConfig(3, "nothing")))
-    assert [config.best_epoch(losses) for losses in ([0.5], [0.5, 0.6], [0.5, 0.6, 0.9], [0.5, 0.6, 0.9, 0.8])] == [
-        *(0, 0, 2, 3)
-    ]
+    assert best_epochs(config, [0.5, 0.6, 0.9, 0.8]) == [0, 0, 2, 3]
+
+
+def test_the_best_epoch_is_the_latest_that_is_worse_by_chance_alone():
+    config = TrainConfig(freeze_train=False, unfreeze_epoch=6)
+    losses = [0.9, 0.5, 0.62, 0.58, 0.7, 0.61]
+    assert best_epochs(config, losses) == [0, 1, 1, 1, 1, 1]
+    assert best_epochs(config, losses, error=0.1) == [0, 1, 1, 3, 3, 3]
+    assert best_epochs(config, losses, error=0.15) == [0, 1, 2, 3, 3, 5]
 
 
 @pytest.mark.parametrize(

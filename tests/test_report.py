@@ -68,8 +68,9 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
     run.mkdir(exist_ok=True)
     with (run / EPOCHS).open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["epoch", "loss", "top1", "val_loss", "val_top1"])
-        writer.writerows([e, 2 / e, 1 - 1 / e, 2.2 / e, 1 - 1.1 / e] for e in range(1, 9))
+        calibrated = ("val_calibrated_loss", "val_calibrated_loss_error")
+        writer.writerow(["epoch", "loss", "top1", "val_loss", "val_top1", *calibrated])
+        writer.writerows([e, 2 / e, 1 - 1 / e, 2.2 / e, 1 - 1.1 / e, 2.1 / e, 0.0] for e in range(1, 9))
     outputs = Outputs(logits, embeddings, class_ids, torch.rand(n, generator=generator), torch.arange(n))
     strangers = Outputs(
         logits[: n // 2] / 3, -embeddings[: n // 2], class_ids[: n // 2], torch.rand(n // 2), torch.arange(n // 2)
@@ -397,7 +398,8 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(here):
 
 def test_curves_are_of_whole_runs():
     """An export in a run's folder has other settings, and a file of epochs may be anybody's."""
-    epochs = [{"epoch": i, "loss": 1.0, "val_loss": 1.0, "top1": 0.5, "val_top1": 0.5} for i in (1, 2, 3)]
+    numbers = ("loss", "val_loss", "top1", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error")
+    epochs = [dict.fromkeys(numbers, 0.5) | {"epoch": i} for i in (1, 2, 3)]
     config = TrainConfig(**SMALL).as_dict()
     assert curves(epochs, config)["epochs"] == 3
     assert curves(epochs, {"precision": "auto"}) is None

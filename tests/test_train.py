@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -90,11 +91,13 @@ def test_what_a_checkpoint_holds(trained):
     assert [row["epoch"] for row in last["history"]] == [1, 2, 3, 4]
 
 
-def test_the_best_is_that_of_the_lowest_validation_loss(trained):
+def test_the_best_is_the_latest_within_an_error_of_the_lowest_calibrated_loss(trained):
     best, last = (load_checkpoint(only_run() / name) for name in (BEST, LAST))
-    losses = [row["val_loss"] for row in last["history"]]
-    assert best["epoch"] == losses.index(min(losses)) + 1
-    assert best["best_val_loss"] == last["best_val_loss"] == min(losses)
+    losses = np.array([row["val_calibrated_loss"] for row in last["history"]])
+    errors = np.array([row["val_calibrated_loss_error"] for row in last["history"]])
+    lowest = losses.argmin()
+    assert best["epoch"] == 1 + np.flatnonzero(losses <= losses[lowest] + errors[lowest]).max()
+    assert best["best_val_loss"] == last["best_val_loss"] == last["history"][best["epoch"] - 1]["val_loss"]
 
 
 def test_it_learns(trained):
@@ -198,14 +201,14 @@ def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeyp
 def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, monkeypatch, capsys):
     """After the epochs it says, of the last stage alone; also if it was cut off right before its end."""
     losses = iter([0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43])  # three of the first stage
-    monkeypatch.setattr("utils.engine.cross_entropy", lambda logits, targets: next(losses))
+    monkeypatch.setattr("utils.engine.calibrated_loss", lambda logits, targets: (next(losses), 0.0))
     config = TrainConfig(**TINY | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
     with monkeypatch.context() as patch:
         patch.setattr("utils.run.Run.finish", lambda run, calibrate: None)
         train.main(config)
     assert "the run ends here (patience)" in capsys.readouterr().out
     last = load_checkpoint(only_run() / LAST)
-    assert [row["val_loss"] for row in last["history"]] == [0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43]
+    assert [row["val_calibrated_loss"] for row in last["history"]] == [0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43]
     train.main(config)
     assert state_of(load_checkpoint(only_run() / LAST)) == state_of(last)
     assert load_checkpoint(only_run() / LAST)["finished"]

@@ -154,7 +154,7 @@ def fit_temperature(logits: Tensor, class_ids: Tensor) -> float:
     mean 0 and deviation 1 on the temperature's logarithm, weighs as little as one picture; it keeps a handful of
     pictures that are all named right from asking for certainty.
     """
-    logits = logits.double()
+    logits, class_ids = logits.double(), class_ids.clone()  # inference_mode's own ids can't be in a gradient
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -167,6 +167,13 @@ def fit_temperature(logits: Tensor, class_ids: Tensor) -> float:
 
     optimizer.step(loss)
     return log_temperature.exp().item()
+
+
+def calibrated_loss(logits: Tensor, class_ids: Tensor) -> tuple[float, float]:
+    """Cross-entropy in nats of logits (n, classes) at the temperature that suits them best, and its standard error: the
+    mean over the pictures, and how far chance in their choice takes it."""
+    losses = F.cross_entropy(logits / fit_temperature(logits, class_ids), class_ids, reduction="none")
+    return losses.mean().item(), losses.std(correction=0).item() / len(losses) ** 0.5
 
 
 def fit_calibration(

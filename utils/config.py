@@ -164,9 +164,9 @@ class TrainConfig:
     `CONFIG`."""
 
     patience: int = 0
-    """End the run when the validation loss hasn't fallen for so many epochs of its last stage; 0: never. 5 to 10.
-    A run that ends early never reaches the low learning rates at the cosine's end, so where you know how many epochs
-    it takes, give that many instead."""
+    """End the run when the calibrated validation loss hasn't fallen for so many epochs of its last stage; 0: never.
+    5 to 10. A run that ends early never reaches the low learning rates at the cosine's end, so where you know how many
+    epochs it takes, give that many instead."""
 
     thaw_warmup: float = 0.0
     """Epochs over which the learning rate rises again, from a tenth, after each thaw; 0 or more. 0.5 to 2 where the
@@ -275,7 +275,7 @@ class TrainConfig:
 
     class_weights: Literal["none", "balanced"] = "none"
     """`balanced`: every class counts alike in the training loss, its pictures weighted by one over their number. The
-    gentler of the two; use one of them. The validation loss, which chooses the best epoch, stays unweighted."""
+    gentler of the two; use one of them. The validation loss, by which the best epoch is chosen, stays unweighted."""
 
     max_bad_fraction: float = 0.01
     """A picture that can't be read while training is replaced by another of its class, and named at the epoch's end.
@@ -412,12 +412,21 @@ class TrainConfig:
         """The input shape of each epoch."""
         return [stage.input_shape for stage in self.all_stages for _ in range(stage.epochs)]
 
-    def best_epoch(self, val_losses: Sequence[float]) -> int:
-        """The epoch, counted from 0, with the lowest of these losses, one an epoch so far, among those whose pictures
-        had the last one's size: losses at other sizes don't compare."""
+    def best_epoch(self, history: Sequence[Mapping[str, float]]) -> int:
+        """The epoch, counted from 0, that is the best of these so far: the latest whose calibrated validation loss is
+        within one standard error of the lowest, among those whose pictures had the last one's size, as losses at other
+        sizes don't compare.
+
+        Breiman et al., Classification and Regression Trees, 1984, section 3.4.3, have this rule for the size of a tree.
+        Learning rates fall, so later epochs are better unless the validation pictures, which may be few, say otherwise
+        by more than chance. The loss is that of calibrated answers, since a network goes on learning to tell classes
+        apart when it has long grown too sure of itself, and that costs only the plain loss.
+        """
         shapes = self.epoch_shapes
-        comparable = [i for i in range(len(val_losses)) if shapes[i] == shapes[len(val_losses) - 1]]
-        return min(comparable, key=lambda i: val_losses[i])
+        comparable = [i for i in range(len(history)) if shapes[i] == shapes[len(history) - 1]]
+        lowest = min((history[i] for i in comparable), key=lambda row: row["val_calibrated_loss"])
+        most = lowest["val_calibrated_loss"] + lowest["val_calibrated_loss_error"]
+        return max(i for i in comparable if history[i]["val_calibrated_loss"] <= most)
 
     @property
     def epochs(self) -> int:

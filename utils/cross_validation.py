@@ -57,7 +57,7 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
             train(of_fold)
             run = next(find_runs(of_fold, finished=True))
         history = load_checkpoint(run / LAST)["history"]
-        best = history[of_fold.best_epoch([row["val_loss"] for row in history])]
+        best = history[of_fold.best_epoch(history)]
         rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
     write_text(root / RESULTS, json.dumps({"folds": rows}, indent=2) + "\n")
     print(format_folds(rows, stopped_early=config.patience > 0))

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.average import WeightAverage
+from utils.calibration import calibrated_loss
 from utils.config import TrainConfig
 from utils.data import balanced_class_weights, batch_paths, fetch
 from utils.device import autocast
@@ -269,7 +270,8 @@ class Trainer:
         return self.average.in_place() if self.average else nullcontext()
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
-        """`val_loss` and `val_top1` over every picture of `loader`.
+        """`val_loss` and `val_top1` over every picture of `loader`, and the loss that calibrated answers would have,
+        with its standard error.
 
         Raises:
             NonFiniteLoss: the loss isn't finite.
@@ -281,7 +283,13 @@ class Trainer:
         loss = cross_entropy(logits, targets)
         if not math.isfinite(loss):
             raise NonFiniteLoss(f"the validation loss is {loss} after step {self.step}; {REMEDY}")
-        return {"val_loss": loss, "val_top1": top_k_accuracy(logits, targets, 1)}
+        calibrated, error = calibrated_loss(logits, targets)
+        return {
+            "val_loss": loss,
+            "val_top1": top_k_accuracy(logits, targets, 1),
+            "val_calibrated_loss": calibrated,
+            "val_calibrated_loss_error": error,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the trainer besides the weights."""

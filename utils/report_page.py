@@ -139,7 +139,7 @@ def read_epochs(folder: Path) -> list[dict[str, float]]:
 
 def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[str, Any] | None:
     """The learning curves as lines of points in a box of 100 by 100, and where the backbone was thawed."""
-    keys = ("epoch", "loss", "val_loss", "top1", "val_top1")
+    keys = ("epoch", "loss", "val_loss", "top1", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error")
     if len(epochs) < 2 or not all(key in row and math.isfinite(row[key]) for row in epochs for key in keys):
         return None
     try:
@@ -157,7 +157,7 @@ def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[s
 
     first, *later = settings.all_stages
     thaw = first.epochs if later and first.frozen != "nothing" else 0
-    best = settings.best_epoch([row["val_loss"] for row in epochs]) + 1
+    best = settings.best_epoch(epochs) + 1
     return {
         "epochs": int(last),
         "best": int(best),

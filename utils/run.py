@@ -143,13 +143,13 @@ class Run:
         return self._saved_step < 0
 
     def is_past(self, stage: Stage) -> bool:
-        """Whether `stage` has had all its epochs, or is the last one and the validation loss hasn't fallen for
-        `patience` epochs of it."""
+        """Whether `stage` has had all its epochs, or is the last one and the calibrated validation loss hasn't fallen
+        for `patience` epochs of it."""
         if self.epoch >= stage.end:
             return True
         if not self.config.patience or stage.end < stage.run_epochs:
             return False
-        losses = [row["val_loss"] for row in self.history[stage.start :]]
+        losses = [row["val_calibrated_loss"] for row in self.history[stage.start :]]
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
     def take_up(self, optimizer: Optimizer, stage: Stage) -> None:
@@ -200,7 +200,7 @@ class Run:
                     f"{len(wrong)} weights aren't finite at step {self.trainer.step}, {wrong[0]} among them, so this "
                     f"state isn't saved; lower init_lr, or set precision to bf16 or fp32"
                 )
-        losses = [row["val_loss"] for row in self.history]
+        best_loss = self.history[self.config.best_epoch(self.history)]["val_loss"] if self.history else math.inf
         return (
             self.identity
             | self.trainer.state_dict()
@@ -211,7 +211,7 @@ class Run:
                 "weights_in_training": in_training,
                 "optimizer": self.optimizer.state_dict() if self.optimizer else {},
                 "epoch": self.epoch,
-                "best_val_loss": losses[self.config.best_epoch(losses)] if losses else math.inf,
+                "best_val_loss": best_loss,
                 "history": self.history,
                 "calibration": {},
                 "finished": False,
@@ -219,8 +219,7 @@ class Run:
         )
 
     def finish_epoch(self, numbers: dict[str, float]) -> None:
-        """Print, log and save an epoch: as the last, as the best if none had a lower validation loss, and by itself
-        every `save_period` epochs."""
+        """Print, log and save an epoch: as the last, as the best if it is, and by itself every `save_period` epochs."""
         with held():
             now = time.monotonic()
             row = {"epoch": self.epoch + 1, "step": self.trainer.step} | numbers
@@ -229,7 +228,7 @@ class Run:
             self.history.append(row)
             self.trainer.begin_epoch()
             content = self._content()
-            is_best = self.config.best_epoch([row["val_loss"] for row in self.history]) == self.epoch - 1
+            is_best = self.config.best_epoch(self.history) == self.epoch - 1
             print(format_row(row, self.config.epochs, is_best))
             # Logged before it is saved: a run cut off in between does this epoch again, and its log is made anew.
             self._log()

@@ -17,8 +17,9 @@ DRAW_EVERY = 10.0
 """Seconds between two drawings of the curve, at least: each takes a part of a second, as long as an epoch on a GPU."""
 
 Row = dict[str, float]
-"""One epoch: epoch (from 1), step (updates so far), loss, top1, val_loss, val_top1, learning_rate, skipped (steps left
-out), seconds, and time (at its end, in seconds since 1970)."""
+"""One epoch: epoch (from 1), step (updates so far), loss, top1, val_loss, val_top1, val_calibrated_loss (of calibrated
+answers), val_calibrated_loss_error (its standard error), learning_rate, skipped (steps left out), seconds, and time (at
+its end, in seconds since 1970)."""
 
 
 class RunLog:

@@ -1,0 +1,123 @@
+"""Which epoch of a run to take: test accuracy by ways of choosing it, on training pictures alone.
+
+    python benchmarks/best_epoch.py [--seeds 2]
+
+Of the training pictures of each data set every third is put aside to test; the data sets' own test pictures have no
+part in it. Runs are as `recipe="auto"` has them, from DINOv2's ViT-S/14, and one besides whose learning rate doesn't
+fall. A tenth of what they train on is put aside once more, to choose by: by the lowest loss, by the lowest loss at the
+temperature that suits it best, by the highest top-1, as Thaw does (see `TrainConfig.best_epoch`), or not at all, which
+takes the last epoch. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+from accuracy import unpack_cifar
+from measure import machine
+from time_to_accuracy import MEAN, STD, in_folder_of_its_own, test_thaw
+
+import train
+from utils.annotation import annotate
+from utils.checkpoint import LAST, load_checkpoint
+from utils.config import TrainConfig
+
+RUNS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "trashnet": ("trashnet", 112, 8, {}),
+    "sign_digits": ("sign_digits", 70, 3, {}),
+    "cifar10": ("cifar10", 70, 6, {}),
+    "trashnet, constant rate": ("trashnet", 70, 8, {"min_lr": 4e-3}),
+}
+"""Data, side of the pictures, epochs and changed settings of each kind of run."""
+
+Row = Mapping[str, float]
+"""An epoch of a run's history, with its `test_top1`."""
+
+RULES: dict[str, Callable[[TrainConfig, Sequence[Row]], Row]] = {
+    "lowest loss": lambda _, rows: min(rows, key=lambda row: row["val_loss"]),
+    "lowest calibrated loss": lambda _, rows: min(rows, key=lambda row: row["val_calibrated_loss"]),
+    "highest top-1": lambda _, rows: max(rows, key=lambda row: row["val_top1"]),
+    "as Thaw does": lambda config, rows: rows[config.best_epoch(rows)],
+    "the last": lambda _, rows: rows[-1],
+}
+
+
+def divide(source: Path, folder: Path) -> Path:
+    """Links to the pictures of `source/train`, every third of a class under `test` in `folder`, the others under
+    `train`."""
+    for of_class in (source / "train").iterdir():
+        for i, picture in enumerate(sorted(of_class.iterdir())):
+            place = folder / ("test" if i % 3 == 2 else "train") / of_class.name / picture.name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(picture)
+    return folder
+
+
+def run(config: TrainConfig, data: Path) -> tuple[TrainConfig, list[Row]]:
+    """The settings of a run, its recipe's among them, and its history, with the test accuracy of each epoch."""
+    with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
+        annotate(data, audit=False)
+        train.main(config)
+    (folder,) = Path(config.save_dir).iterdir()
+    last = load_checkpoint(folder / LAST)
+    scores = [test_thaw(checkpoint) for checkpoint in sorted(folder.glob("ep*.pth"))]
+    rows = [row | {"test_top1": score} for row, score in zip(last["history"], scores, strict=True)]
+    return TrainConfig.from_dict(last["config"]), rows
+
+
+def main(seeds: int = 2, shared: Path = Path("../shared")) -> None:
+    """Compare the ways of choosing.
+
+    Args:
+        seeds: runs of each kind.
+        shared: the folder with `data` and `models`.
+    """
+    weights = (shared / "models/dinov2_vits14_saliency_fp16.safetensors").resolve()
+    if not weights.is_file():
+        sys.exit(f"there is no {weights}: give --shared FOLDER")
+    found: dict[str, dict[str, list[float]]] = {kind: {rule: [] for rule in RULES} for kind in RUNS}
+    with tempfile.TemporaryDirectory() as folder:
+        sources = {name: (shared / "data" / name).resolve() for name in ("trashnet", "sign_digits")}
+        sources["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder, "cifar10"))
+        places = {name: divide(source, Path(folder, "divided", name)) for name, source in sources.items()}
+        for seed, (kind, (name, side, epochs, changes)) in product(range(seeds), RUNS.items()):
+            config = TrainConfig(
+                recipe="auto",
+                backbone="vit_s_14",
+                model_path=str(weights),
+                activation="gelu",  # the weights' README says so, and mean and deviation
+                image_mean=MEAN,
+                image_std=STD,
+                input_shape=(side, side),
+                unfreeze_epoch=epochs,
+                keep=("unfreeze_epoch", *changes),
+                save_period=1,
+                keep_periodic=epochs,
+                num_workers=1,
+                seed=seed,
+                **changes,
+            )
+            settled, rows = in_folder_of_its_own(run, config, places[name])
+            print(f"{kind} {seed}: test top-1 {[round(row['test_top1'], 3) for row in rows]}", flush=True)
+            for rule, choose in RULES.items():
+                found[kind][rule].append(choose(settled, rows)["test_top1"])
+    for kind, by_rule in found.items():
+        told = ", ".join(f"{rule} {statistics.mean(scores):.1%}" for rule, scores in by_rule.items())
+        print(f"{kind}: {told}")
+    print(json.dumps({"benchmark": "best_epoch", "top1": found, "machine": machine(), "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
