@@ -150,8 +150,9 @@ def run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Re
     return in_folder_of_its_own(_run_thaw, data, weights, side, epochs, seed)
 
 
-def _run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
-    config = TrainConfig(
+def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any) -> TrainConfig:
+    """The settings of a run of `recipe="auto"` but for its epochs and `changes`."""
+    return TrainConfig(
         recipe="auto",
         backbone="vit_s_14",
         model_path=str(weights),
@@ -160,10 +161,15 @@ def _run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> R
         image_std=STD,
         input_shape=(side, side),
         unfreeze_epoch=epochs,
-        keep=("unfreeze_epoch",),
+        keep=("unfreeze_epoch", *changes),
         num_workers=1,
         seed=seed,
+        **changes,
     )
+
+
+def _run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
+    config = auto_config(weights, side, epochs, seed)
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
         annotate(data, audit=False)
         started = time.perf_counter()

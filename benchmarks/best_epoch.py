@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
-from accuracy import unpack_cifar
+from accuracy import auto_config, unpack_cifar
 from measure import machine
-from time_to_accuracy import MEAN, STD, in_folder_of_its_own, test_thaw
+from time_to_accuracy import in_folder_of_its_own, test_thaw
 
 import train
 from utils.annotation import annotate
@@ -93,22 +93,8 @@ def main(seeds: int = 2, shared: Path = Path("../shared")) -> None:
         sources["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder, "cifar10"))
         places = {name: divide(source, Path(folder, "divided", name)) for name, source in sources.items()}
         for seed, (kind, (name, side, epochs, changes)) in product(range(seeds), RUNS.items()):
-            config = TrainConfig(
-                recipe="auto",
-                backbone="vit_s_14",
-                model_path=str(weights),
-                activation="gelu",  # the weights' README says so, and mean and deviation
-                image_mean=MEAN,
-                image_std=STD,
-                input_shape=(side, side),
-                unfreeze_epoch=epochs,
-                keep=("unfreeze_epoch", *changes),
-                save_period=1,
-                keep_periodic=epochs,
-                num_workers=1,
-                seed=seed,
-                **changes,
-            )
+            kept = {"save_period": 1, "keep_periodic": epochs}
+            config = auto_config(weights, side, epochs, seed, **kept, **changes)
             settled, rows = in_folder_of_its_own(run, config, places[name])
             print(f"{kind} {seed}: test top-1 {[round(row['test_top1'], 3) for row in rows]}", flush=True)
             for rule, choose in RULES.items():
