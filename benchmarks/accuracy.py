@@ -151,7 +151,7 @@ def run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Re
 
 
 def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any) -> TrainConfig:
-    """The settings of a run of `recipe="auto"` but for its epochs and `changes`."""
+    """The settings of a run of `recipe="auto"`, from which its epochs and `changes` are kept."""
     return TrainConfig(
         recipe="auto",
         backbone="vit_s_14",
