@@ -181,7 +181,7 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
                 run.finish_epoch(numbers | trainer.validate(val_loader))
                 report_unreadable(train_set, val_set)
         if run.epoch < config.epochs and not run.finished:
-            print(f"the validation loss hasn't fallen for {config.patience} epochs: the run ends here (patience)")
+            print(f"patience: the calibrated validation loss hasn't fallen for {config.patience} epochs: the run ends")
         if not run.finished:
             run.finish(calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, config))
 

@@ -122,9 +122,11 @@ def best_epochs(config, losses, error=0.0):
 def test_the_best_epoch_is_one_of_the_last_ones_size():
     config = TrainConfig(stages=(StageConfig(2, "nothing", 8, (96, 96)), StageConfig(3, "nothing")))
     assert best_epochs(config, [0.5, 0.6, 0.9, 0.8]) == [0, 0, 2, 3]
+    stages = [StageConfig(1, "nothing", 8, shape) for shape in ((224, 224), (96, 96), None)]
+    assert best_epochs(TrainConfig(stages=tuple(stages)), [0.5, 0.9, 0.7]) == [0, 1, 2]  # not the first stage's
 
 
-def test_the_best_epoch_is_the_latest_that_is_worse_by_chance_alone():
+def test_the_best_epoch_is_the_latest_within_one_standard_error_of_the_lowest():
     config = TrainConfig(freeze_train=False, unfreeze_epoch=6)
     losses = [0.9, 0.5, 0.62, 0.58, 0.7, 0.61]
     assert best_epochs(config, losses) == [0, 1, 1, 1, 1, 1]

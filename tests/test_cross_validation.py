@@ -9,7 +9,7 @@ import pytest
 
 import train
 from tests.conftest import TINY, write_picture, write_scene
-from utils.checkpoint import LAST, load_checkpoint
+from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.cross_validation import assign_folds, cross_validate
 from utils.lists import ImageList, list_in_memory
@@ -91,6 +91,8 @@ def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
     rows = json.loads(results.read_text())["folds"]
     assert len(list(Path("logs").rglob(LAST))) == len(rows) == 3
     last = [load_checkpoint(Path(row["run"]) / LAST)["history"][-1]["val_top1"] for row in rows]
+    best = [load_checkpoint(Path(row["run"]) / BEST) for row in rows]
+    assert [row["best_top1"] for row in rows] == [one["history"][-1]["val_top1"] for one in best]
     assert f"top-1 {np.mean(last):.1%} ± {np.std(last, ddof=1):.1%}" in told
     validated = [(results.parent / f"fold_{i}/val.txt").read_text().splitlines() for i in (1, 2, 3)]
     everything = sorted(line for lines in validated for line in lines)

@@ -240,6 +240,11 @@ def test_a_validation_loss_that_is_not_finite():
     nn.init.constant_(own[1].head.bias, float("nan"))
     with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
         Trainer(own, CPU, "fp32", 1).validate(Batches([batch()]))
+    with torch.no_grad():
+        own[1].head.bias.zero_()[-1] = -math.inf  # as if overflowed, for a class that has no picture here
+    pixels, targets = batch()
+    with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
+        Trainer(own, CPU, "fp32", 1).validate(Batches([(pixels, torch.zeros_like(targets))]))
 
 
 def test_evaluation_keeps_order_and_every_picture_and_no_dropout():

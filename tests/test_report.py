@@ -401,7 +401,11 @@ def test_curves_are_of_whole_runs():
     numbers = ("loss", "val_loss", "top1", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error")
     epochs = [dict.fromkeys(numbers, 0.5) | {"epoch": i} for i in (1, 2, 3)]
     config = TrainConfig(**SMALL).as_dict()
-    assert curves(epochs, config)["epochs"] == 3
+    assert (curves(epochs, config)["epochs"], curves(epochs, config)["best"]) == (3, 3)
+    crossing = [(0.9, 0.9), (0.8, 0.3), (0.2, 0.9)]  # the plain loss and the calibrated, of which the second counts
+    keys = ("val_loss", "val_calibrated_loss", "val_calibrated_loss_error")
+    rows = [row | dict(zip(keys, (*losses, 0.1), strict=True)) for row, losses in zip(epochs, crossing, strict=True)]
+    assert curves(rows, config)["best"] == 2
     assert curves(epochs, {"precision": "auto"}) is None
     assert curves([epochs[0]] * 3, config) is None
     assert curves([row | {"epoch": row["epoch"] + 5} for row in epochs], config) is None

@@ -206,7 +206,7 @@ def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, mo
     with monkeypatch.context() as patch:
         patch.setattr("utils.run.Run.finish", lambda run, calibrate: None)
         train.main(config)
-    assert "the run ends here (patience)" in capsys.readouterr().out
+    assert "patience: the calibrated validation loss" in capsys.readouterr().out
     last = load_checkpoint(only_run() / LAST)
     assert [row["val_calibrated_loss"] for row in last["history"]] == [0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43]
     train.main(config)

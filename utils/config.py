@@ -414,19 +414,20 @@ class TrainConfig:
 
     def best_epoch(self, history: Sequence[Mapping[str, float]]) -> int:
         """The epoch, counted from 0, that is the best of these so far: the latest whose calibrated validation loss is
-        within one standard error of the lowest, among those whose pictures had the last one's size, as losses at other
-        sizes don't compare.
+        within one standard error of the lowest, among the last ones with pictures of one size, as losses at other sizes
+        don't compare.
 
         Breiman et al., Classification and Regression Trees, 1984, section 3.4.3, have this rule for the size of a tree.
-        Learning rates fall, so later epochs are better unless the validation pictures, which may be few, say otherwise
-        by more than chance. The loss is that of calibrated answers, since a network goes on learning to tell classes
-        apart when it has long grown too sure of itself, and that costs only the plain loss.
+        Learning rates fall, so later epochs are mostly better; one standard error of a loss is a convention for what
+        the validation pictures, which may be few, must say to the contrary. The loss is that of calibrated answers,
+        since a network goes on learning to tell classes apart when it has long grown too sure of itself, and that costs
+        only the plain loss.
         """
-        shapes = self.epoch_shapes
-        comparable = [i for i in range(len(history)) if shapes[i] == shapes[len(history) - 1]]
-        lowest = min((history[i] for i in comparable), key=lambda row: row["val_calibrated_loss"])
+        shapes = self.epoch_shapes[: len(history)]
+        first = max((i + 1 for i, shape in enumerate(shapes) if shape != shapes[-1]), default=0)
+        lowest = min(history[first:], key=lambda row: row["val_calibrated_loss"])
         most = lowest["val_calibrated_loss"] + lowest["val_calibrated_loss_error"]
-        return max(i for i in comparable if history[i]["val_calibrated_loss"] <= most)
+        return max(i for i in range(first, len(history)) if history[i]["val_calibrated_loss"] <= most)
 
     @property
     def epochs(self) -> int:

@@ -281,9 +281,10 @@ class Trainer:
                 self.network, loader, self.device, self.precision, "validating", self.micro_batches
             )
         loss = cross_entropy(logits, targets)
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(f"the validation loss is {loss} after step {self.step}; {REMEDY}")
-        calibrated, error = calibrated_loss(logits, targets)
+        # Logits that have overflowed for wrong classes alone leave the plain loss finite.
+        calibrated, error = calibrated_loss(logits, targets) if math.isfinite(loss) else (loss, loss)
+        if not math.isfinite(calibrated):
+            raise NonFiniteLoss(f"the validation loss is {calibrated} after step {self.step}; {REMEDY}")
         return {
             "val_loss": loss,
             "val_top1": top_k_accuracy(logits, targets, 1),

@@ -301,6 +301,7 @@ def format_row(row: Mapping[str, float], epochs: int, is_best: bool) -> str:
     skipped = f"; {row['skipped']} steps left out" if row["skipped"] else ""
     return (
         f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.3f}, top-1 {row['top1']:.1%}; validation loss "
-        f"{row['val_loss']:.3f}, top-1 {row['val_top1']:.1%}; {row['seconds']:.1f} s{skipped}"
+        f"{row['val_loss']:.3f}, calibrated {row['val_calibrated_loss']:.3f}, top-1 {row['val_top1']:.1%}; "
+        f"{row['seconds']:.1f} s{skipped}"
         f"{' (best so far)' if is_best else ''}"
     )
