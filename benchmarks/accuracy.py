@@ -6,13 +6,13 @@ All start from the same weights, DINOv2's ViT-S/14 as it lies in `../shared/mode
 same time on the same machine: for everything from the first picture read to the network that is tested, besides
 building it and testing it. The size of the pictures is the same for all that train: the largest of 112, 168 and 224
 pixels at which three epochs of each fit, by what is measured beforehand. Each has as many epochs as fit there; what
-runs over its time by more than a tenth is marked. Test pictures choose nothing here: Thaw takes a tenth of the training
-pictures out for that, the others train on all of them and are tested as they end. (The recipe's rate and crop were
-found on trashnet, with time_to_accuracy.py; the rule for the best epoch on training pictures of all three, with
-best_epoch.py.) timm comes twice, with its usual augmentation and with as little as the recipe's. The logistic
-regression is the same for every seed, of the largest pictures that it has the time for. Runs take turns by method; what
-is finished is kept in `--results` and not done again, so a table of hours may be made in parts, of which each asks for
-a machine of the same speed. The last line is JSON.
+runs over its time by more than a tenth is marked. Test pictures choose nothing within a run: Thaw takes a tenth of the
+training pictures out for that, the others train on all of them and are tested as they end. (Of the recipe, rate and
+crop were chosen by test pictures of trashnet, with time_to_accuracy.py; the rule for the best epoch by training
+pictures of all three, with best_epoch.py.) timm comes twice, with its usual augmentation and with as little as the
+recipe's. The logistic regression is the same for every seed, of the largest pictures that it has the time for. Runs
+take turns by method; what is finished is kept in `--results` and not done again, so a table of hours may be made in
+parts, of which each asks for a machine of the same speed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -299,7 +299,7 @@ def main(
     Args:
         data: of trashnet, sign_digits and cifar10.
         minutes: of training.
-        methods: of thaw, timm, fastai and logistic.
+        methods: of `METHODS`.
         seeds: runs of each.
         shared: the folder with `data` and `models`.
         results: file of the runs that are finished.

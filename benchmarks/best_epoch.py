@@ -3,10 +3,9 @@
     python benchmarks/best_epoch.py [--seeds 2]
 
 Of the training pictures of each data set every third is put aside to test; the data sets' own test pictures have no
-part in it. Runs are as `recipe="auto"` has them, from DINOv2's ViT-S/14, and one besides whose learning rate doesn't
-fall. A tenth of what they train on is put aside once more, to choose by: by the lowest loss, by the lowest loss at the
-temperature that suits it best, by the highest top-1, as Thaw does (see `TrainConfig.best_epoch`), or not at all, which
-takes the last epoch. The last line is JSON.
+part in it. Runs are as `recipe="auto"` has them, from DINOv2's ViT-S/14. A tenth of what they train on is put aside
+once more, to choose by: by the lowest loss, by the lowest loss at the temperature that suits it best, by the highest
+top-1, as Thaw does (see `TrainConfig.best_epoch`), or not at all, which takes the last epoch. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,13 +32,8 @@ from utils.annotation import annotate
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
 
-RUNS: dict[str, tuple[str, int, int, dict[str, Any]]] = {
-    "trashnet": ("trashnet", 112, 8, {}),
-    "sign_digits": ("sign_digits", 70, 3, {}),
-    "cifar10": ("cifar10", 70, 6, {}),
-    "trashnet, constant rate": ("trashnet", 70, 8, {"min_lr": 4e-3}),
-}
-"""Data, side of the pictures, epochs and changed settings of each kind of run."""
+RUNS = {"trashnet": (112, 8), "sign_digits": (70, 3), "cifar10": (70, 6)}
+"""Side of the pictures and epochs of the runs on each data set."""
 
 Row = Mapping[str, float]
 """An epoch of a run's history, with its `test_top1`."""
@@ -87,21 +80,20 @@ def main(seeds: int = 2, shared: Path = Path("../shared")) -> None:
     weights = (shared / "models/dinov2_vits14_saliency_fp16.safetensors").resolve()
     if not weights.is_file():
         sys.exit(f"there is no {weights}: give --shared FOLDER")
-    found: dict[str, dict[str, list[float]]] = {kind: {rule: [] for rule in RULES} for kind in RUNS}
+    found: dict[str, dict[str, list[float]]] = {name: {rule: [] for rule in RULES} for name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
         sources = {name: (shared / "data" / name).resolve() for name in ("trashnet", "sign_digits")}
         sources["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder, "cifar10"))
         places = {name: divide(source, Path(folder, "divided", name)) for name, source in sources.items()}
-        for seed, (kind, (name, side, epochs, changes)) in product(range(seeds), RUNS.items()):
-            kept = {"save_period": 1, "keep_periodic": epochs}
-            config = auto_config(weights, side, epochs, seed, **kept, **changes)
+        for seed, (name, (side, epochs)) in product(range(seeds), RUNS.items()):
+            config = auto_config(weights, side, epochs, seed, save_period=1, keep_periodic=epochs)
             settled, rows = in_folder_of_its_own(run, config, places[name])
-            print(f"{kind} {seed}: test top-1 {[round(row['test_top1'], 3) for row in rows]}", flush=True)
+            print(f"{name} {seed}: test top-1 {[round(row['test_top1'], 3) for row in rows]}", flush=True)
             for rule, choose in RULES.items():
-                found[kind][rule].append(choose(settled, rows)["test_top1"])
-    for kind, by_rule in found.items():
+                found[name][rule].append(choose(settled, rows)["test_top1"])
+    for name, by_rule in found.items():
         told = ", ".join(f"{rule} {statistics.mean(scores):.1%}" for rule, scores in by_rule.items())
-        print(f"{kind}: {told}")
+        print(f"{name}: {told}")
     print(json.dumps({"benchmark": "best_epoch", "top1": found, "machine": machine(), "torch": torch.__version__}))
 
 
