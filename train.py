@@ -1,4 +1,4 @@
-"""Train an image classifier: edit CONFIG, then `python train.py`. Every field is also a flag, see `--help`.
+"""Train an image classifier: edit CONFIG, then `python train.py`. Every field but `stages` is also a flag.
 
 As CONFIG stands the backbone is frozen first and thawed at `freeze_epoch`; `recipe="auto"` trains all of it from the
 start. What each field means, and all the others, stand in `utils/config.py`.
@@ -38,7 +38,7 @@ from utils.summary import format_config, format_model, format_stages
 from utils.transforms import Preprocessing
 
 # As it stands, for the built-in handwritten digits: the network in model_data/, which has seen aeroplanes and cats,
-# learns to read in a minute or two of two cores. For photos "Your own pictures" in README.md has another to put in its
+# learns to read in minutes, often one and a half. For photos "Your own pictures" in README.md has another to put in its
 # place; little of this one suits them.
 CONFIG = TrainConfig(
     # the network

@@ -50,7 +50,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run. `CONFIG` on top of `train.py` sets those that people edit; each is also a flag.
+    """The settings of a run. `CONFIG` on top of `train.py` sets those that people edit; all but `stages` are flags too.
 
     Raises:
         ValueError: a value can't work; the message names field, value and remedy.
@@ -78,8 +78,8 @@ class TrainConfig:
     """Network. For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14; with DINOv2's
     weights vit_s_14, vit_b_14 or vit_l_14; for fine detail, and slow, vit_s_8 or vit_b_8. Or another: resnet18, 34, 50,
     101 or 152; mobilenetv2; vgg11, 13 or 16, also with _bn; swin_transformer_tiny, _small or _base; or timm/<name>, any
-    of timm's if that is installed. For pictures of about 16 to 64 pixels: vit_xs_4, vit_t_4 or vit_s_4. Larger is
-    slower and more accurate if there are pictures enough."""
+    of timm's, if that is installed, whose head is a linear layer. For pictures of about 16 to 64 pixels: vit_xs_4,
+    vit_t_4 or vit_s_4. Larger is slower and more accurate if there are pictures enough."""
 
     input_shape: tuple[int, int] = (224, 224)
     """Height and width in pixels that pictures are brought to, multiples of the network's patch. Larger shows finer
@@ -189,7 +189,7 @@ class TrainConfig:
     """SGD's and Muon's momentum, and beta1 of Adam and AdamW; 0 to below 1."""
 
     weight_decay: float = 0.05
-    """Decay of the weights (not of biases, norms, learned tokens and positions). 0.05 with adamw, 1e-4 with sgd,
+    """Decay of the weights (not of biases, norms, learned tokens and positions). 0.05 with adamw, 5e-4 with sgd,
     0 with adam."""
 
     layer_decay: float = 1.0
