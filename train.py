@@ -38,8 +38,8 @@ from utils.summary import format_config, format_model, format_stages
 from utils.transforms import Preprocessing
 
 # As it stands, for the built-in handwritten digits: the network in model_data/, which has seen aeroplanes and cats,
-# learns to read in minutes, often one and a half. For photos "Your own pictures" in README.md has another to put in its
-# place; little of this one suits them.
+# learns to read in a minute and a half, on slow cores in some minutes. For photos "Your own pictures" in README.md has
+# another to put in its place; little of this one suits them.
 CONFIG = TrainConfig(
     # the network
     backbone="vit_xs_4",  # 6 blocks, patches of 4 pixels
