@@ -39,11 +39,20 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from time_to_accuracy import BATCH, MEAN, STD, build_timm, in_folder_of_its_own, run_timm, test_thaw, timm_loaders
+from time_to_accuracy import (
+    BATCH,
+    MEAN,
+    STD,
+    annotate_by_seed,
+    build_timm,
+    in_folder_of_its_own,
+    run_timm,
+    test_thaw,
+    timm_loaders,
+)
 from torch import nn
 
 import train
-from utils.annotation import annotate
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import TrainConfig
 from utils.device import autocast
@@ -171,7 +180,7 @@ def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any
 def _run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
     config = auto_config(weights, side, epochs, seed)
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
-        annotate(data, audit=False)
+        annotate_by_seed(data, seed)
         started = time.perf_counter()
         train.main(config)
         seconds = time.perf_counter() - started

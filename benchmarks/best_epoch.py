@@ -25,10 +25,9 @@ import torch
 import tyro
 from accuracy import auto_config, unpack_cifar
 from measure import machine
-from time_to_accuracy import in_folder_of_its_own, test_thaw
+from time_to_accuracy import annotate_by_seed, in_folder_of_its_own, test_thaw
 
 import train
-from utils.annotation import annotate
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
 
@@ -61,7 +60,7 @@ def divide(source: Path, folder: Path) -> Path:
 def run(config: TrainConfig, data: Path) -> tuple[TrainConfig, list[Row]]:
     """The settings of a run, its recipe's among them, and its history, with the test accuracy of each epoch."""
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
-        annotate(data, audit=False)
+        annotate_by_seed(data, config.seed)
         train.main(config)
     (folder,) = Path(config.save_dir).iterdir()
     last = load_checkpoint(folder / LAST)

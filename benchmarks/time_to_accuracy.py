@@ -139,7 +139,7 @@ def recipe(weights: Path, side: int, seed: int, workers: int) -> TrainConfig:
 def run_thaw(data: Path, config: TrainConfig) -> tuple[float, float, list[tuple[float, float]]]:
     """Seconds of the whole run, the test accuracy of its best checkpoint, and both after each epoch."""
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
-        annotate(data, audit=False)
+        annotate_by_seed(data, config.seed)
         started = time.time()
         train.main(config)
         seconds = time.time() - started
@@ -166,6 +166,13 @@ def in_folder_of_its_own(function: Callable[..., Result], *args: object) -> Resu
             return function(*args)
         finally:
             os.chdir(before)
+
+
+def annotate_by_seed(data: Path, seed: int) -> None:
+    """Lists of `data` in the working folder, which is empty. The seed alone says which pictures are for validation:
+    they are drawn by path, too, and that of `data` may be of a temporary folder."""
+    Path("datasets").symlink_to(data, target_is_directory=True)
+    annotate("datasets", seed=seed, audit=False)
 
 
 def main(
