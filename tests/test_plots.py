@@ -43,9 +43,10 @@ def test_of_many_classes_the_confused_are_shown(classes):
 
 
 def test_loss_curves_hold_the_history():
-    history = [{"epoch": i, "loss": 3 - i, "val_loss": 4 - i, "top1": 0.1 * i, "val_top1": 0.2 * i} for i in (1, 2)]
+    keys = ("epoch", "loss", "val_loss", "val_calibrated_loss", "top1", "val_top1")
+    history = [dict(zip(keys, (i, 3 - i, 4 - i, 3.5 - i, 0.1 * i, 0.2 * i), strict=True)) for i in (1, 2)]
     loss, top1 = plot_losses(history).axes
-    assert [line.get_ydata().tolist() for line in loss.lines] == [[2, 1], [3, 2]]
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[2, 1], [3, 2], [2.5, 1.5]]
     assert [line.get_xdata().tolist() for line in top1.lines] == [[1, 2], [1, 2]]
 
 

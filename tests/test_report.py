@@ -406,6 +406,11 @@ def test_curves_are_of_whole_runs():
     keys = ("val_loss", "val_calibrated_loss", "val_calibrated_loss_error")
     rows = [row | dict(zip(keys, (*losses, 0.1), strict=True)) for row, losses in zip(epochs, crossing, strict=True)]
     assert curves(rows, config)["best"] == 2
+    assert curves(rows, config)["plots"][0]["lines"] == {
+        "train": "0.00,44.44 50.00,44.44 100.00,44.44",
+        "val": "0.00,0.00 50.00,11.11 100.00,77.78",
+        "calibrated": "0.00,0.00 50.00,66.67 100.00,0.00",
+    }
     assert curves(epochs, {"precision": "auto"}) is None
     assert curves([epochs[0]] * 3, config) is None
     assert curves([row | {"epoch": row["epoch"] + 5} for row in epochs], config) is None

@@ -17,14 +17,19 @@ matplotlib.rcParams["font.family"] = font_families()
 MOST_CLASSES = 40
 """Classes that a confusion matrix shows: with more, nobody can read it."""
 
+CURVES = {
+    "loss": {"loss": "training", "val_loss": "validation", "val_calibrated_loss": "validation, calibrated"},
+    "top-1": {"top1": "training", "val_top1": "validation"},
+}
+"""What `plot_losses` shows on the left and on the right: columns of the history, and what they are called."""
+
 
 def plot_losses(history: Sequence[Row]) -> Figure:
-    """The curves of training and validation loss, and of validation accuracy."""
+    """The curves of training and validation loss, of the calibrated one, which decides, and of accuracy."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    loss_axes, top1_axes = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    for axes, keys, title in ((loss_axes, ("loss", "val_loss"), "loss"), (top1_axes, ("top1", "val_top1"), "top-1")):
-        for key, label in zip(keys, ("training", "validation"), strict=True):
+    for axes, (title, curves) in zip(figure.subplots(1, 2), CURVES.items(), strict=True):
+        for key, label in curves.items():
             axes.plot(epochs, [row[key] for row in history], label=label, marker="." if len(epochs) < 30 else None)
         axes.set(xlabel="epoch", title=title)
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -149,7 +149,8 @@ def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[s
     last = epochs[-1]["epoch"]
     if [row["epoch"] for row in epochs] != list(range(1, len(epochs) + 1)) or last > settings.epochs:
         return None
-    top = max(max(row["loss"], row["val_loss"]) for row in epochs)
+    losses = {"train": "loss", "val": "val_loss", "calibrated": "val_calibrated_loss"}
+    top = max(row[key] for row in epochs for key in losses.values())
 
     def line(key: str, highest: float) -> str:
         points = ((100 * (row["epoch"] - 1) / (last - 1), 100 - 100 * row[key] / highest) for row in epochs)
@@ -165,8 +166,8 @@ def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[s
         "thaw": thaw if 0 < thaw < last else None,
         "thaw_x": 100 * (thaw - 0.5) / (last - 1),
         "plots": [
-            {"title": "Loss", "top": f"{top:.2f}", "train": line("loss", top), "val": line("val_loss", top)},
-            {"title": "Top-1", "top": "100 %", "train": line("top1", 1), "val": line("val_top1", 1)},
+            {"title": "Loss", "top": f"{top:.2f}", "lines": {kind: line(key, top) for kind, key in losses.items()}},
+            {"title": "Top-1", "top": "100 %", "lines": {"train": line("top1", 1), "val": line("val_top1", 1)}},
         ],
     }
 
