@@ -253,6 +253,16 @@ def fit_logistic(finished: Finished, name: str, run: Callable[[str, int, int], R
     return chosen
 
 
+def settle(
+    finished: Finished, name: str, run: Callable[[str, int, int], Result], minutes: float, method: str
+) -> tuple[int, int]:
+    """The size of the pictures and the epochs that a method has in so many minutes; the logistic regression has 0."""
+    if method == "logistic":
+        return fit_logistic(finished, name, run, 60 * minutes), 0
+    side, epochs = fit(finished, name, run, 60 * minutes)
+    return side, epochs[method]
+
+
 def make(finished: Finished, name: str, data: Path, weights: Path, minutes: float, method: str, seed: int) -> None:
     """One run of the table."""
 
@@ -260,24 +270,29 @@ def make(finished: Finished, name: str, data: Path, weights: Path, minutes: floa
         return METHODS[method](data, weights, side, epochs, seed)
 
     key = f"{name} {minutes:g} {method} {seed}"
+    side, epochs = settle(finished, name, run, minutes, method)
+    print(f"{key}: {epochs} epochs of {side} pixels", flush=True)
     if method == "logistic":  # a seed would change nothing: the run that was made for its pace is this one
-        side = fit_logistic(finished, name, run, 60 * minutes)
         finished.get(key, lambda: finished.runs[pace(name, method, side, 0)])
     else:
-        side, epochs = fit(finished, name, run, 60 * minutes)
-        print(f"{key}: {epochs[method]} epochs of {side} pixels", flush=True)
-        finished.get(key, lambda: run(method, side, epochs[method], seed))
+        finished.get(key, lambda: run(method, side, epochs, seed))
 
 
 def results_of(finished: Finished, chosen: list[tuple[str, float, str]], seeds: int) -> Iterator[dict[str, Any]]:
     """A row of the table for each data set, time and method."""
+
+    def run(*pace: object) -> Result:
+        raise AssertionError(f"the runs are finished, and {pace} isn't")
+
     for name, minutes, method in chosen:
+        side, epochs = settle(finished, name, run, minutes, method)
         runs = [finished.runs[f"{name} {minutes:g} {method} {seed}"] for seed in range(seeds)]
         scores = [score for _, score in runs]
         spread = statistics.stdev(scores) if seeds > 1 else 0.0
         late = sum(seconds > 66 * minutes for seconds, _ in runs)
         row = {"data": name, "minutes": minutes, "method": method, "mean": statistics.mean(scores), "std": spread}
-        yield row | {"n": seeds, "seconds": [round(seconds) for seconds, _ in runs], "late": late}
+        row |= {"n": seeds, "side": side, "epochs": epochs, "late": late}
+        yield row | {"seconds": [round(seconds) for seconds, _ in runs]}
 
 
 def differences(finished: Finished, chosen: list[tuple[str, float, str]], seeds: int) -> Iterator[dict[str, Any]]:
@@ -328,7 +343,8 @@ def main(
     table = list(results_of(finished, chosen, seeds))
     for row in table:
         told = f"{row['data']:<12}{row['minutes']:>4g} min  {row['method']:<11}{row['mean']:7.1%} ± {row['std']:.1%}"
-        print(told + f"  ({row['late']} of {row['n']} ran over their time)" * (row["late"] > 0))
+        told += f"  ({row['epochs']} epochs of {row['side']} pixels)"
+        print(told + f", {row['late']} of {row['n']} ran over their time" * (row["late"] > 0))
     apart = list(differences(finished, chosen, seeds)) if seeds > 1 and "thaw" in methods else []
     for row in apart:
         told = f"{row['data']:<12}{row['minutes']:>4g} min  thaw - {row['peer']:<11}{100 * row['mean']:+6.1f} points"
