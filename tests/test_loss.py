@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.loss import TrainingLoss
+from utils.loss import Batch, TrainingLoss
 
 CLASSES = 4
 
@@ -24,8 +24,16 @@ def soft_labels(loss: TrainingLoss, batch) -> Tensor:
     return batch.share * own + (1 - batch.share) * other
 
 
-@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 2.0, 0.5])])
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "mixup": 0.4}])
+@pytest.mark.parametrize(
+    ("weights", "options"),
+    [
+        (None, {}),
+        (None, {"label_smoothing": 0.1}),
+        (None, {"label_smoothing": 0.1, "mixup": 0.4}),
+        (torch.tensor([0.5, 1.0, 2.0, 0.5]), {}),
+        (torch.tensor([0.5, 1.0, 2.0, 0.5]), {"mixup": 0.4}),
+    ],
+)
 def test_equals_torchs_with_soft_labels(weights, options):
     loss = TrainingLoss(weights, **options)
     batch = loss.mix(*flat_pictures(), seed=3)
@@ -35,6 +43,26 @@ def test_equals_torchs_with_soft_labels(weights, options):
     )
     torch.testing.assert_close(loss(logits, batch), expected)
     assert (batch.share == 1) == ("mixup" not in options)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_balanced_weights_keep_what_a_picture_shows(smoothing):
+    """A hundred common pictures and one rare, which can be told apart: at the lowest loss each is named as it is."""
+    loss = TrainingLoss(torch.tensor([0.505, 50.5]), smoothing)
+    logits = torch.zeros(2, 2, requires_grad=True)  # of a common picture, and of the rare one
+    counts = torch.tensor([100.0, 1.0])
+    batch = Batch(logits, torch.arange(2), torch.arange(2), 1.0)
+    optimizer = torch.optim.LBFGS([logits], max_iter=100)
+
+    def descend() -> Tensor:
+        optimizer.zero_grad()
+        mean = (counts * loss(logits, batch)).mean()
+        mean.backward()
+        return mean
+
+    optimizer.step(descend)
+    shown = logits.detach().softmax(dim=1).diagonal()
+    assert (shown > 0.9).all() and (smoothing == 0 or torch.allclose(shown, torch.tensor(1 - smoothing / 2), atol=1e-3))
 
 
 def test_mixup_blends_each_picture_with_another_in_the_labels_parts():

@@ -45,7 +45,7 @@ class TrainingLoss:
     """Cross-entropy of a batch, and how its pictures are mixed before.
 
     Attributes:
-        class_weights: weight of each class, (classes,); None: all alike.
+        class_weights: weight of the pictures of each class, (classes,); None: all alike.
         label_smoothing: the part of each label that is spread over all classes, 0 to below 1 (Szegedy et al.,
             "Rethinking the Inception Architecture", 2016, section 7).
         mixup: both parameters of the Beta distribution that the share of the one picture is drawn from; 0: no MixUp
@@ -86,10 +86,12 @@ class TrainingLoss:
         return batch.share * own + (1 - batch.share) * self._cross_entropy(logits, batch.others)
 
     def _cross_entropy(self, logits: Tensor, class_ids: Tensor) -> Tensor:
-        # The weights' mean over the list is 1, so that the batch's mean is a plain one.
-        return F.cross_entropy(
-            logits, class_ids, self.class_weights, reduction="none", label_smoothing=self.label_smoothing
-        )
+        loss = F.cross_entropy(logits, class_ids, reduction="none", label_smoothing=self.label_smoothing)
+        if self.class_weights is None:
+            return loss
+        # Not torch's `weight`: that weighs the smoothed part of a label by the class it goes to, so that a rare class
+        # outweighs what the picture shows. The mean over the list is 1, so that the batch's mean is a plain one.
+        return self.class_weights[class_ids] * loss
 
 
 PLAIN = TrainingLoss()
