@@ -36,11 +36,33 @@ def test_evaluation_is_short_side_then_centre(size):
     assert (own.int() - peer(image).int()).abs().max() <= 2  # the long side may be rounded otherwise, by one pixel
 
 
-def test_a_picture_of_extreme_shape_costs_no_more_than_another():
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(640, 480), (300, 224), (50, 40)])
+def test_evaluation_is_one_resize_of_pillows(size, interpolation):
+    """Of pictures that lie, in which Pillow, too, goes across first."""
+    transform = EvalTransform(preprocessing(interpolation=interpolation, eval_crop=0.9))
+    image = noise(*size)
+    box = transform.choose_box(*size)
+    peer = image.resize((224, 224), Image.Resampling[interpolation.upper()], box=box)
+    assert torch.equal(transform(image), pil_to_tensor(peer))
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_picture_of_extreme_shape_costs_no_more_than_another(upright, monkeypatch):
     """10 pixels by 20,000 would be 512 million pixels if its short side were brought to 256 first."""
-    pixels = EvalTransform(preprocessing())(gradient(20_000, 10))
+    made = []
+    resize = Image.Image.resize
+
+    def watched(image: Image.Image, size: tuple[int, int], *args, **options) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(image, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    image = gradient(20_000, 10)
+    pixels = EvalTransform(preprocessing())(image.transpose(Image.Transpose.TRANSPOSE) if upright else image)
     assert pixels.shape == (3, 224, 224)
     assert abs(pixels[0].float().mean().item() - 127) < 2
+    assert max(made) <= 224 * 224
 
 
 def test_evaluation_at_a_shape_that_is_not_square():

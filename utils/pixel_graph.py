@@ -4,9 +4,6 @@ What `EvalTransform` does to a picture in memory is two matrix products here, on
 computed from the picture's size. Pillow's arithmetic (its `Resample.c`) is followed to the bit: weights are whole
 numbers of 22 bits, and levels are rounded to whole numbers after each product. So that fp32 adds up without rounding, a
 weight is split into two of 11 bits; then neither the order of the sums nor TF32 changes a pixel.
-
-It is always across first. Pillow 13 goes down first where that saves it work, in pictures much taller than wide: with
-bilinear that moves some levels by 1, with bicubic by more where the picture is as black or white as can be.
 """
 
 from __future__ import annotations

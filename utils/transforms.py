@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "image_std": (0.229, 0.224, 0.225),
 }
 UNSET = (None, "auto")
+WIDEST_FILTER = 2
+"""How far bicubic reaches, in pixels of the result."""
 
 
 def settle_preprocessing(config: TrainConfig, expected: Mapping[str, Any]) -> TrainConfig:
@@ -168,12 +171,24 @@ class EvalTransform(Transform):
 
     def resize(self, region: Region) -> Tensor:
         """The part, or all of it and grey, resized."""
-        image, size = Image.fromarray(region.pixels), self.size[::-1]
+        size = self.size[::-1]
         if self.letterbox:
-            image = ImageOps.pad(image.resize(self._fitted(*image.size), self.filter), size, color=GREY)
+            height, width = region.pixels.shape[:2]
+            fitted = self._resize(Region(region.pixels, (0, 0, width, height)), self._fitted(width, height))
+            image = ImageOps.pad(fitted, size, color=GREY)
         else:
-            image = image.resize(size, self.filter, box=region.box)
+            image = self._resize(region, size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def _resize(self, region: Region, size: tuple[int, int]) -> Image.Image:
+        """The part at this width and height, across first and then down. Left to itself Pillow 13 begins with what
+        saves it work, and as levels are rounded in between, an export or another Pillow would have other pixels."""
+        left, top, right, bottom = (float(np.float32(edge)) for edge in region.box)  # as Pillow takes a box
+        reach = math.ceil(WIDEST_FILTER * max(1, (bottom - top) / size[1])) + 1
+        first = max(0, math.floor(top) - reach)
+        rows = Image.fromarray(region.pixels[first : math.ceil(bottom) + reach])
+        across = rows.resize((size[0], rows.height), self.filter, box=(left, 0, right, rows.height))
+        return across.resize(size, self.filter, box=(0, top - first, size[0], bottom - first))
 
     def _fitted(self, width: int, height: int) -> tuple[int, int]:
         """The largest width and height with the aspect ratio of a picture that fit; of a strip a pixel is left."""
