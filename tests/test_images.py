@@ -4,6 +4,7 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
@@ -19,7 +20,7 @@ from PIL import Image, ImageCms
 
 from utils.checkpoint import find_checkpoint
 from utils.classifier import load_classifier
-from utils.images import HAS_HEIF, ImageError, open_image, read_header, read_region
+from utils.images import HAS_HEIF, ImageError, open_image, read_header, read_region, upright_rgb
 from utils.scan import pictures_below
 
 
@@ -207,6 +208,22 @@ def test_a_whole_picture_with_broken_exif_is_upright(here, suffix):
     assert open_image(f"a.{suffix}").size == (40, 20)
     region = read_region(f"a.{suffix}", lambda width, height: ((0, 0, width, height), (20, 40)))
     assert region.pixels.shape == (20, 40, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_tag_of_an_unusual_type_beside_the_orientation(here, suffix, mode):
+    """ResolutionUnit as text; Pillow's own turning would write it anew and fail."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x0128, 2, 4, b"in.")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
+    sideways = np.zeros((10, 20), np.uint8)
+    sideways[:, :10] = 255
+    Image.fromarray(sideways).convert(mode).save(f"a.{suffix}", exif=exif)
+    picture = open_image(f"a.{suffix}")
+    for upright in (np.asarray(picture), np.asarray(upright_rgb(picture))):  # turned once, not twice
+        assert upright.shape == (20, 10, 3)
+        assert upright[:8].min() > 200
+        assert upright[12:].max() < 50
 
 
 def test_too_many_pixels_are_refused_unless_allowed(here):

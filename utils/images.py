@@ -16,7 +16,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageFile
 
 from utils.config import TrainConfig
 
@@ -83,7 +83,7 @@ JPEG_REDUCTIONS = {
 }
 END_OF_JPEG = b"\xff\xd9"
 
-# By the EXIF tag Orientation, of which 1 is upright.
+# By the EXIF tag Orientation, of which 1 is upright: for arrays, and for pictures of Pillow's.
 UPRIGHT = {
     2: lambda pixels: cv2.flip(pixels, 1),
     3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
@@ -92,6 +92,15 @@ UPRIGHT = {
     6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
     7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
     8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
+}
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 LYING = (5, 6, 7, 8)
 
@@ -232,9 +241,11 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
-    if _orientation(image) != 1:
-        ImageOps.exif_transpose(image, in_place=True)
     rgb = to_rgb(image)
+    if (turn := TURNS.get(_orientation(image))) is not None:
+        # Not ImageOps.exif_transpose, which writes all of the EXIF anew and fails on a tag of another type than usual.
+        rgb = rgb.transpose(turn)
+        rgb.info = {}  # it says how the file lies
     rgb.format = image.format
     return rgb
 
