@@ -255,6 +255,15 @@ def test_a_test_set_is_taken_out_if_wanted(here, capsys):
         annotate(test_fraction=0.95, audit=False)
 
 
+def test_test_pictures_stay_that_wherever_the_lists_are(here):
+    touch(*(f"pets/{name}/{i:02d}.jpg" for name in "ab" for i in range(20)))
+    fields = ("train_annotation_path", "val_annotation_path", "test_annotation_path")
+    places = {field: f"pets/{field}.txt" for field in fields}
+    annotate("pets", **places, test_fraction=0.2, audit=False)
+    with pytest.raises(ValueError, match=r"test_annotation_path\.txt holds pictures that were taken out of train"):
+        annotate("pets", **places, audit=False)
+
+
 def test_what_lies_beside_the_splits_is_said(two_classes, capsys):
     touch("datasets/more/1.jpg", "datasets/loose.jpg")
     annotate()

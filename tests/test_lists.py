@@ -132,6 +132,9 @@ def test_no_class_file(here):
 def test_the_first_path(here):
     write_list("list.txt", [(0, "a;b.jpg"), (1, "c.jpg")])
     assert read_first_path("list.txt") == "a;b.jpg"
+    (here / "sub").mkdir()
+    write_list("sub/list.txt", [(0, "a.jpg")])
+    assert read_first_path("sub/list.txt") == read_list("sub/list.txt", 1).path(0) == "sub/a.jpg"
     (here / "empty.txt").touch()
     assert read_first_path("empty.txt") is read_first_path("none.txt") is None
 

@@ -132,8 +132,7 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no list {path}: run python txt_annotation.py")
-    folder = "" if path.parent == Path() else str(path.parent)
-    images = _parse(np.fromfile(path, np.uint8), folder, str(path))
+    images = _parse(np.fromfile(path, np.uint8), _folder(path), str(path))
     if not len(images):
         raise ValueError(f"{path} is empty: put pictures into datasets/ and run python txt_annotation.py")
     if images.class_ids.max() >= num_classes:
@@ -222,10 +221,15 @@ def _line_number(buffer: np.ndarray, start: int) -> int:
 
 
 def read_first_path(path: str | Path) -> str | None:
-    """The path in the first line of a list, as it stands there; None if there is no list or nothing in it."""
+    """The first picture of a list, as it can be opened; None if there is no list or nothing in it."""
     if not Path(path).is_file():
         return None
-    return next((_decode(line.partition(b";")[2]) for _, line in _lines(path)), None)
+    return next((os.path.join(_folder(path), _decode(line.partition(b";")[2])) for _, line in _lines(path)), None)
+
+
+def _folder(path: str | Path) -> str:
+    """What relative paths in a list start from; nothing if that is the working folder."""
+    return "" if Path(path).parent == Path() else str(Path(path).parent)
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
