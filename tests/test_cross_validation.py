@@ -9,9 +9,10 @@ import pytest
 
 import train
 from tests.conftest import TINY, write_picture, write_scene
+from utils.annotation import annotate
 from utils.checkpoint import BEST, LAST, load_checkpoint
 from utils.config import TrainConfig
-from utils.cross_validation import assign_folds, cross_validate
+from utils.cross_validation import assign_folds, cross_validate, read_all
 from utils.lists import ImageList, list_in_memory
 
 
@@ -48,6 +49,22 @@ def test_what_belongs_together_or_looks_alike_stays_together(noise, tmp_path):
         assert len(set(fold_of[3 * patient : 3 * patient + 3])) == 1
     assert fold_of[0] == fold_of[30]
     assert set(fold_of) == {0, 1, 2, 3}
+
+
+def test_links_are_grouped_by_their_own_names(two_classes, capsys):
+    """As txt_annotation.py does: what they lead to may be called anything."""
+    store = two_classes.parent / "store"
+    store.mkdir()
+    for number, path in enumerate(sorted((two_classes / "train").rglob("*.png"))):
+        write_picture(store / f"{number:x}.png", size=(70, 70), seed=number)
+        path.unlink()
+        path.with_name(f"p{number // 4:02d}_{number}.png").symlink_to(store / f"{number:x}.png")
+    annotate(two_classes)
+    pictures = read_all(TrainConfig(), 2)
+    fold_of = assign_folds(pictures, 3, TrainConfig(), r"^(p\d+)_")
+    patients = np.array([Path(pictures.path(i)).name[:3] for i in range(len(pictures))])
+    assert all(len(set(fold_of[patients == patient])) == 1 for patient in patients)
+    assert "group_regex: 10 groups; 0 pictures" in capsys.readouterr().out
 
 
 def test_pictures_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys):

@@ -105,9 +105,6 @@ def annotate(
     scan = scan_datasets(datasets_path)
     names = choose_classes(scan, classes_path)
     groups = group_by_name(scan.paths(), group_regex)
-    if groups:
-        alone = len(scan.paths()) - sum(map(len, groups))
-        print(f"group_regex: {len(groups)} groups; {alone} pictures whose names it doesn't match stand by themselves")
     findings = None
     if audit and not all(map(is_demo, scan.paths())):
         fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,8 @@ def read_all(config: TrainConfig, num_classes: int) -> ImageList:
     """The training and validation pictures as one list, sorted by path."""
     lists = [read_list(path, num_classes) for path in (config.train_annotation_path, config.val_annotation_path)]
     entries = [(images.path(i), int(images.class_ids[i])) for images in lists for i in range(len(images))]
-    return list_in_memory((class_id, str(Path(path).resolve())) for path, class_id in sorted(entries))
+    # Not resolved: group_regex is for the names that links have.
+    return list_in_memory((class_id, os.path.abspath(path)) for path, class_id in sorted(entries))
 
 
 def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex: str) -> np.ndarray:

@@ -68,8 +68,9 @@ def join_groups(paths: Iterable[str], groups: Iterable[Sequence[str]]) -> list[l
     return list(units.values())
 
 
-def group_by_name(paths: Iterable[str], group_regex: str) -> list[list[str]]:
+def group_by_name(paths: Sequence[str], group_regex: str) -> list[list[str]]:
     """Paths whose file names have the same part matched by `group_regex`: its first group, or all of it if it has none.
+    How many groups there are is printed.
 
     Raises:
         ValueError: it is no regular expression, or matches no name.
@@ -87,4 +88,6 @@ def group_by_name(paths: Iterable[str], group_regex: str) -> list[list[str]]:
             groups.setdefault(key, []).append(path)
     if not groups:
         raise ValueError(f"group_regex={group_regex!r}: it matches no file name")
+    alone = len(paths) - sum(map(len, groups.values()))
+    print(f"group_regex: {len(groups)} groups; {alone} pictures whose names it doesn't match stand by themselves")
     return list(groups.values())
