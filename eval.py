@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from nets.seal import digest_file
 from utils import cli
 from utils.checkpoint import find_checkpoint
 from utils.classifier import BATCH, Classifier, load_classifier
@@ -73,6 +74,7 @@ def main(
         return
     started = time.perf_counter()
     checkpoint = find_checkpoint(model_path)
+    sha256 = digest_file(checkpoint)
     classifier = load_classifier(checkpoint, device, raw)
     print(f"checkpoint {checkpoint} on {data}")
     images = read_images(data, classes_path, classifier.class_names)
@@ -85,7 +87,7 @@ def main(
     times.append(time.perf_counter())
     worse = evaluate_corrupted(classifier, images, outputs, corrupted, num_workers, batch_size)
     times.append(time.perf_counter())
-    evaluation = Evaluation(checkpoint, data, classifier, images, outputs, worse, of_strangers, max_error)
+    evaluation = Evaluation(checkpoint, sha256, data, classifier, images, outputs, worse, of_strangers, max_error)
     write_report(folder, evaluation)
     times.append(time.perf_counter())
     print(format_metrics(evaluation.metrics))

@@ -18,6 +18,7 @@ from PIL import Image
 
 import eval as evaluation
 import predict
+from nets.seal import digest_file
 from tests.conftest import write_picture
 from utils import cli
 from utils.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
@@ -28,6 +29,7 @@ from utils.engine import compute_logits
 from utils.images import open_image
 from utils.labelled import save_labelled
 from utils.lists import read_list
+from utils.outputs import compute_outputs
 from utils.prediction import Prediction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +97,20 @@ def test_eval_command(trained, tmp_path):
     for row in predictions:
         assert float(row["probability"]) + float(row["probability_2"]) == pytest.approx(1, abs=1e-5)
         assert float(row["margin"]) == pytest.approx(float(row["probability"]) - float(row["probability_2"]), abs=1e-5)
+
+
+def test_figures_are_of_the_file_that_was_opened(trained, tmp_path, monkeypatch):
+    """Of a run that is going on, which saves a better epoch meanwhile."""
+    checkpoint = Path(shutil.copy(find_checkpoint(""), tmp_path / "a.pth"))
+    opened = digest_file(checkpoint)
+
+    def infer(*args, **options):
+        checkpoint.write_bytes(b"another")
+        return compute_outputs(*args, **options)
+
+    monkeypatch.setattr(evaluation, "compute_outputs", infer)
+    evaluation.main(model_path=str(checkpoint), out=str(tmp_path), corrupted=0)
+    assert json.loads((tmp_path / "metrics.json").read_text())["checkpoint_sha256"] == opened
 
 
 def test_evaluating_a_folder_and_a_list_is_the_same(trained, tmp_path):

@@ -77,7 +77,7 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
     )
     corrupted = {"none": (9, 10), "blur": (7, 10)}
     (run / BEST).touch()
-    return Evaluation(run / BEST, "<i>list</i>.txt", classifier, images, outputs, corrupted, strangers, 0.05)
+    return Evaluation(run / BEST, "", "<i>list</i>.txt", classifier, images, outputs, corrupted, strangers, 0.05)
 
 
 def make_page(folder: Path, names: list[str], n: int = 60, **options) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from nets.seal import digest_file
 from utils.classifier import Classifier
 from utils.corruptions import CORRUPTIONS, corrupt
 from utils.data import FileSource, ImageDataset, eval_loader, fetch
@@ -31,6 +30,7 @@ class Evaluation:
 
     Attributes:
         checkpoint: the file.
+        checkpoint_sha256: of the file as it was opened; a run that is going on may have put another in its place.
         data: what it was evaluated on, a list or a folder.
         classifier: what the file holds.
         images: the pictures.
@@ -41,6 +41,7 @@ class Evaluation:
     """
 
     checkpoint: Path
+    checkpoint_sha256: str
     data: str
     classifier: Classifier
     images: ImageList
@@ -66,7 +67,7 @@ class Evaluation:
         figures = evaluation_metrics(self.scores, self.classifier.class_names)
         return {
             "checkpoint": str(self.checkpoint),
-            "checkpoint_sha256": digest_file(self.checkpoint),
+            "checkpoint_sha256": self.checkpoint_sha256,
             "data": self.data,
             "notes": self._notes(figures["absent_classes"]),
             "temperature": self.classifier.temperature,
