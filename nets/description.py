@@ -17,13 +17,13 @@ def _is_share(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value <= 1
 
 
-def _is_colour(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(map(_is_share, value))
+def _is_mean(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(v == 0 or _is_share(v) for v in value)
 
 
 PREPROCESSING: dict[str, Callable[[Any], bool]] = {
-    "image_mean": _is_colour,
-    "image_std": _is_colour,
+    "image_mean": _is_mean,
+    "image_std": lambda value: _is_mean(value) and all(value),
     "interpolation": lambda value: value in FILTERS.values(),
     "eval_crop": _is_share,
 }

@@ -387,11 +387,19 @@ def test_what_stands_beside_the_file_is_heeded(here):
     assert found == {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "interpolation": "bicubic", "eval_crop": 0.9}
 
 
+def test_pictures_from_0_to_1_are_expected(here):
+    """No mean to subtract, as some networks have it, is a mean all the same."""
+    (here / "config.json").write_text('{"pretrained_cfg": {"mean": [0, 0.0, 0], "std": [1, 1, 1]}}')
+    found = read_weights(of_timm("vit_tiny_patch16_224", "", "w.pth").file).preprocessing
+    assert (found["image_mean"], found["image_std"]) == ((0, 0, 0), (1, 1, 1))
+
+
 @pytest.mark.parametrize(
     "config",
     [
         '{"pretrained_cfg": {"mean": [0.5, NaN, 0.5], "std": "x", "interpolation": ["bicubic"], "crop_pct": 7}}',
-        '{"pretrained_cfg": {"mean": [0, 0, 0], "crop_pct": true}, "hidden_act": ["gelu"], "layer_norm_eps": "1"}',
+        '{"pretrained_cfg": {"mean": [-0.1, 0, 0], "std": [0, 1, 1], "crop_pct": true}}',
+        '{"hidden_act": ["gelu"], "layer_norm_eps": "1"}',
         '{"pretrained_cfg": 3}',
         "[1, 2]",
         "[" * 100_000,

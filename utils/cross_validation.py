@@ -119,7 +119,7 @@ def prepare_fold(config: TrainConfig, images: ImageList, validated: np.ndarray, 
 
 def format_folds(rows: list[dict[str, Any]], stopped_early: bool) -> str:
     """Top-1 over the folds, as lines for people."""
-    honest, chosen = "which these pictures had no part in choosing", "which they chose, so that it is a little too high"
+    honest, chosen = "which these pictures didn't choose", "which they chose, so that it is a little too high"
     told = []
     for key, what in (
         ("last_top1", f"after the last epoch, {chosen if stopped_early else honest}"),
