@@ -5,7 +5,8 @@
 Of the training pictures of each data set every third is put aside to test; the data sets' own test pictures have no
 part in it. Runs are as `recipe="auto"` has them, from DINOv2's ViT-S/14. A tenth of what they train on is put aside
 once more, to choose by: by the lowest loss, by the lowest loss at the temperature that suits it best, by the highest
-top-1, as Thaw does (see `TrainConfig.best_epoch`), or not at all, which takes the last epoch. The last line is JSON.
+top-1 (of equal ones the latest), as Thaw does (see `TrainConfig.best_epoch`), or not at all, which takes the last
+epoch. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Row = Mapping[str, float]
 RULES: dict[str, Callable[[TrainConfig, Sequence[Row]], Row]] = {
     "lowest loss": lambda _, rows: min(rows, key=lambda row: row["val_loss"]),
     "lowest calibrated loss": lambda _, rows: min(rows, key=lambda row: row["val_calibrated_loss"]),
-    "highest top-1": lambda _, rows: max(rows, key=lambda row: row["val_top1"]),
+    "highest top-1": lambda _, rows: max(rows, key=lambda row: (row["val_top1"], row["epoch"])),
     "as Thaw does": lambda config, rows: rows[config.best_epoch(rows)],
     "the last": lambda _, rows: rows[-1],
 }
