@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nets.seal import digest_file
+from utils.config import TrainConfig
 from utils.transforms import Preprocessing
 
 if TYPE_CHECKING:
@@ -141,24 +143,11 @@ def are_names(names: Any) -> bool:
 
 def is_preprocessing(values: Preprocessing) -> bool:
     """Whether these can be settings of a run, and don't ask for more memory than a picture may take."""
-
-    def are(numbers: Any, count: int, kind: type | tuple[type, ...]) -> bool:
-        return isinstance(numbers, tuple) and len(numbers) == count and all(type(n) in kind for n in numbers)
-
-    return (
-        type(values.max_pixels) is int
-        and values.max_pixels > 0
-        and type(values.allow_truncated) is bool
-        and type(values.letterbox_image) is bool
-        and are(values.input_shape, 2, (int,))
-        and all(side >= 1 for side in values.input_shape)
-        and math.prod(values.input_shape) <= MOST_INPUT_PIXELS
-        and _is_number(values.eval_crop)
-        and 0 < values.eval_crop <= 1
-        and values.interpolation in ("bilinear", "bicubic")
-        and are(values.image_mean, 3, (int, float))
-        and are(values.image_std, 3, (int, float))
-    )
+    try:
+        TrainConfig(**dataclasses.asdict(values))
+    except (ValueError, OverflowError):  # the second of a whole number beyond all floats
+        return False
+    return math.prod(values.input_shape) <= MOST_INPUT_PIXELS
 
 
 def _is_number(value: Any) -> bool:
