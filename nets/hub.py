@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import urllib.error
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,21 +40,23 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Fou
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    def fetch(name: str, revision: str | None, optional: bool = False) -> Path | None:
+    missing = []
+
+    def fetch(name: str, revision: str | None) -> Path | None:
         try:
             return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and not optional:  # it is not in the cache, and no network
-                raise
+        except EntryNotFoundError as error:  # of the repository, or of the cache where there is no network
+            missing.append(error)
             return None
 
     try:
         path = next(filter(None, (fetch(name, revision) for name in HUB_FILES)), None)
         if path is None:
-            raise FileNotFoundError(f"it has none of {', '.join(HUB_FILES)}")
+            cause = next((error for error in missing if isinstance(error, LocalEntryNotFoundError)), None)
+            raise cause or FileNotFoundError(f"it has none of {', '.join(HUB_FILES)}")
         commit = path.parent.name  # the cache has a folder for each
         for name in DESCRIPTIONS:
-            fetch(name, commit, optional=True)
+            fetch(name, commit)
     except Exception as error:  # the hub's client lets through whatever its HTTP library raises
         pinned = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
@@ -82,7 +83,7 @@ def download_from_url(url: str, remedy: str) -> Found:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), digits)
-        except (OSError, urllib.error.URLError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f"{name} could not be fetched from {url} ({error}). {remedy}") from error
     if not digest_file(path).startswith(digits):
         raise ValueError(f"{path} is damaged: its SHA-256 doesn't begin with {digits}; delete it and try again")

@@ -2,6 +2,7 @@
 downloads from files."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -28,16 +29,17 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download needs. It has some/vit; some/liar, of which it tells a wrong hash; and
-    some/thing without weights."""
+    """As much of the hub as a download needs. It has some/vit; some/old, whose weights are pickled; some/liar, of which
+    it tells a wrong hash; and some/thing without weights."""
 
     files: dict[str, bytes]
 
     def do_HEAD(self) -> None:
-        match = re.fullmatch(r"/some/(vit|liar|thing)/resolve/(\w+)/([\w.]+)", self.path)
+        match = re.fullmatch(r"/some/(vit|old|liar|thing)/resolve/(\w+)/([\w.]+)", self.path)
         known = match and match[2] in ("main", "v1", COMMIT)
         content = self.files.get(match[3]) if known else None
-        if content is None or (match[1], match[3]) == ("thing", "model.safetensors"):
+        lacking = {"vit": "bin", "old": "safetensors", "liar": "bin", "thing": ("bin", "safetensors")}
+        if content is None or match[3].endswith(lacking[match[1]]):
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RevisionNotFound")
             self.send_header("X-Error-Message", "not found")
@@ -64,7 +66,9 @@ def hub():
     torch.manual_seed(0)
     state = build_model("vit_xs_4", 3, (8, 8)).state_dict()
     description = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.75}}
-    Hub.files = {"model.safetensors": save(state), "config.json": json.dumps(description).encode()}
+    torch.save(state, pickled := io.BytesIO())
+    weights = {"model.safetensors": save(state), "pytorch_model.bin": pickled.getvalue()}
+    Hub.files = weights | {"config.json": json.dumps(description).encode()}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -99,7 +103,7 @@ def fetch(hub, folder: Path, *names: str, **environment: str) -> list:
 @pytest.fixture(scope="module")
 def online(hub, tmp_path_factory) -> tuple[Path, list]:
     folder = tmp_path_factory.mktemp("online")
-    return folder, fetch(hub, folder, "some/vit", "some/vit@v2", "some/thing", "some/liar")
+    return folder, fetch(hub, folder, "some/vit", "some/vit@v2", "some/thing", "some/liar", "some/old")
 
 
 def test_a_name_on_the_hub_is_pinned(online):
@@ -111,7 +115,7 @@ def test_a_name_on_the_hub_is_pinned(online):
 
 
 def test_what_the_hub_has_not_is_told(online):
-    _, (_, no_revision, no_weights, liar) = online
+    _, (_, no_revision, no_weights, liar, _) = online
     assert "at revision v2 could not be fetched" in no_revision
     assert "none of model.safetensors, pytorch_model.bin" in no_weights
     assert liar.startswith("ValueError: ")
@@ -120,9 +124,10 @@ def test_what_the_hub_has_not_is_told(online):
 
 def test_without_a_network_it_is_from_the_cache_or_says_what_to_do(hub, online):
     folder, _ = online
-    names = ("some/vit", f"some/vit@{COMMIT}", "some/other")
+    names = ("some/vit", f"some/vit@{COMMIT}", "some/old", "some/other")
     *cached, other = fetch(hub, folder, *names, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
-    assert [found["origin"]["revision"] for found in cached] == [COMMIT, COMMIT]
+    assert [found["origin"]["revision"] for found in cached] == [COMMIT] * 3
+    assert cached[2]["origin"]["file"].endswith("pytorch_model.bin")
     assert other.startswith("FileNotFoundError: weights of some/other could not be fetched from the Hugging Face hub")
     assert "put it, say model_data/other.safetensors" in other.replace(os.sep, "/")
 
