@@ -16,7 +16,7 @@ from utils.classifier import BATCH, Picture
 from utils.export_facts import INPUT, OUTPUT, ExportFacts
 from utils.images import ImageError, upright_rgb
 from utils.onnx_file import read_onnx
-from utils.parallel import map_ahead
+from utils.parallel import MOST_AHEAD, map_ahead
 from utils.prediction import Failure, Prediction, answer_with
 from utils.transforms import EvalTransform, Preprocessing
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import onnxruntime
 
 SUFFIX = ".onnx"
-MOST_AHEAD = 4
-"""Pictures that are in memory at a time: they are there as large as they were taken."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+MOST_AHEAD = 4
+"""Results that may be under way where each is a picture as large as it was taken."""
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
