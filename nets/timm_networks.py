@@ -83,13 +83,15 @@ def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates:
         network, ignored = _create(name, num_classes, options), ("attn_drop_rate", "drop_path_rate")
     head, head_name = network.get_classifier(), network.pretrained_cfg["classifier"]
     if not isinstance(head, nn.Linear) or not isinstance(head_name, str):
-        raise ValueError(f"backbone={name!r}: its head is no linear layer, which Thaw needs; choose another")
+        raise ValueError(f"backbone='{TIMM}{name}': its head is no linear layer, which Thaw needs; choose another")
     if head.bias is None:
-        raise ValueError(f"backbone={name!r}: its head has no bias, which Thaw needs; choose another")
+        raise ValueError(f"backbone='{TIMM}{name}': its head has no bias, which Thaw needs; choose another")
     before = network.state_dict().keys()
     network.reset_classifier(0)
     if others := before - network.state_dict().keys() - {f"{head_name}.weight", f"{head_name}.bias"}:
-        raise ValueError(f"backbone={name!r}: its head is no linear layer alone, it has {min(others)}; choose another")
+        raise ValueError(
+            f"backbone='{TIMM}{name}': its head is no linear layer alone, it has {min(others)}; choose another"
+        )
     with torch.device("meta"):
         twin = _create(name, 0, options)
     names = find_chain(twin, input_shape, name)

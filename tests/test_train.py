@@ -16,6 +16,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 import eval as evaluation
 import train
@@ -116,6 +117,16 @@ def test_tensorboard_has_scalars_pictures_and_the_graph(trained):
         assert [point.step for point in points] == [4, 10, 16, 22]
     assert len(events.Tags()["images"]) >= 1
     assert events.Tags()["graph"]
+
+
+def test_a_network_that_torch_cannot_trace_is_trained_all_the_same(two_classes, monkeypatch, capsys):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("Tracer cannot infer")
+
+    monkeypatch.setattr(SummaryWriter, "add_graph", fail)
+    train.main(TrainConfig(**TINY | {"unfreeze_epoch": 2}))
+    assert "TensorBoard gets no graph of the network, which torch can't trace (Tracer" in capsys.readouterr().out
+    assert len(load_checkpoint(only_run() / LAST)["history"]) == 2
 
 
 def test_frozen_then_thawed(two_classes):

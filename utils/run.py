@@ -274,6 +274,8 @@ class Run:
             self.log.log_pictures(network, pixels)
         except OSError as error:
             self._say_unlogged(error)
+        except RuntimeError as error:
+            print(f"attention: TensorBoard gets no graph of the network, which torch can't trace ({error!s:.80})")
 
     def _log(self) -> None:
         try:
