@@ -11,6 +11,7 @@ import numpy as np
 
 from utils.alike import alike_groups
 from utils.fingerprints import Fingerprint
+from utils.images import SUFFIXES
 from utils.scan import SPLITS
 
 FEW = 10
@@ -24,20 +25,6 @@ DARK = 16
 """Level of 255 that nothing in a picture is brighter than if it has 12 bits in a file of 16."""
 UNEVEN = 10
 """How many times the smallest class the largest may be."""
-SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-    "PNG": (".png",),
-    "GIF": (".gif",),
-    "BMP": (".bmp",),
-    "DIB": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "PPM": (".ppm", ".pgm"),
-    "JPEG2000": (".jp2",),
-    "AVIF": (".avif",),
-    "HEIF": (".heic", ".heif"),
-}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from utils.cache_file import check_room, describe_files, digest, replace_cache
 from utils.config import TrainConfig
 from utils.files import format_bytes
-from utils.images import Box, ImageError, Region, read_header, read_region
+from utils.images import Box, ImageError, Region, read_region, read_size
 from utils.lists import ImageList
 from utils.parallel import map_parallel
 from utils.transforms import Transform
@@ -146,6 +146,6 @@ def _expected_size(images: ImageList, config: TrainConfig) -> int:
     pixels = []
     for i in range(0, len(images), max(1, len(images) // SAMPLE)):
         with suppress(ImageError):
-            header = read_header(images.path(i), config.max_pixels)
-            pixels.append(math.prod(cached_size(header.height, header.width, config)))
+            width, height = read_size(images.path(i), config.max_pixels)
+            pixels.append(math.prod(cached_size(height, width, config)))
     return int(3 * len(images) * sum(pixels) / max(len(pixels), 1))

@@ -10,6 +10,7 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,25 +27,23 @@ if HAS_HEIF:
 
     pillow_heif.register_heif_opener()
 
-HEIF_SUFFIXES = frozenset([".heic", ".heif"])
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".bmp",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".ppm",
-        ".pgm",
-        ".jp2",
-        ".avif",
-    ]
-) | (HEIF_SUFFIXES if HAS_HEIF else frozenset())
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "DIB": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "PPM": (".ppm", ".pgm"),
+    "JPEG2000": (".jp2",),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),
+}
+"""What files of a format are called, by Pillow's name for it."""
+HEIF_SUFFIXES = frozenset(SUFFIXES["HEIF"])
+IMAGE_SUFFIXES = frozenset(chain(*SUFFIXES.values())) - (frozenset() if HAS_HEIF else HEIF_SUFFIXES)
 """Files with these, in upper or lower case, are taken for pictures when folders are scanned."""
 
 # What a file may be, whatever its name says. Pillow knows more formats; those left out are no photos, and some of their
@@ -83,7 +82,7 @@ JPEG_REDUCTIONS = {
 }
 END_OF_JPEG = b"\xff\xd9"
 
-# By the EXIF tag Orientation, of which 1 is upright: for arrays, and for pictures of Pillow's.
+# By the EXIF tag Orientation, of which 1 is upright.
 UPRIGHT = {
     2: lambda pixels: cv2.flip(pixels, 1),
     3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
@@ -92,15 +91,6 @@ UPRIGHT = {
     6: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE),
     7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
     8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
-}
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
 }
 LYING = (5, 6, 7, 8)
 
@@ -242,10 +232,9 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     rgb = to_rgb(image)
-    if (turn := TURNS.get(_orientation(image))) is not None:
+    if (turn := UPRIGHT.get(_orientation(image))) is not None:
         # Not ImageOps.exif_transpose, which writes all of the EXIF anew and fails on a tag of another type than usual.
-        rgb = rgb.transpose(turn)
-        rgb.info = {}  # it says how the file lies
+        rgb = Image.fromarray(turn(np.array(rgb)))
     rgb.format = image.format
     return rgb
 
@@ -258,22 +247,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-class Header(NamedTuple):
-    """What a file says of itself: its format, and its size in pixels, before it is turned upright in most formats."""
-
-    format: str
-    width: int
-    height: int
-
-
-def read_header(path: str | Path, max_pixels: int = MAX_PIXELS) -> Header:
-    """Read no more of a picture than its header.
+def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height that a picture's header says, in most formats before it is turned upright. No more is read.
 
     Raises:
         ImageError: the file is missing, is no picture, or says it has more than `max_pixels`.
     """
     with _opened(path, max_pixels) as image:
-        return Header(image.format, *image.size)
+        return image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

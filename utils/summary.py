@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nets.wrapped import OWN
 from utils.config import TrainConfig
-from utils.images import ImageError, read_header
+from utils.images import ImageError, read_size
 from utils.lists import ImageList
 from utils.stages import Stage
 
@@ -48,9 +49,10 @@ def format_model(model: nn.Module, stages: list[Stage]) -> str:
         table[f"trained in stage {number}"] = [
             sum(p.numel() for p in part if p.requires_grad) for part in parts.values()
         ]
+    columns = [[*counts, sum(counts)] for counts in table.values()]
     lines = ["  " + " " * 12 + "".join(f"{title:>20}" for title in table)]
-    for name, counts in zip([*parts, "all"], zip(*((*c, sum(c)) for c in table.values()), strict=True), strict=True):
-        lines.append(f"  {name:<12}" + "".join(f"{count:>20,}" for count in counts))
+    for row, name in enumerate([*parts, "all"]):
+        lines.append(f"  {name:<12}" + "".join(f"{column[row]:>20,}" for column in columns))
     return "\n".join([*lines, f"  forward of a picture: {count_flops(model) / 1e9:.3g} GFLOPs"])
 
 
@@ -78,11 +80,9 @@ def warn_of_small_input(images: ImageList, input_shape: tuple[int, int], max_pix
     areas = []
     for index in range(0, len(images), max(1, len(images) // 20)):
         try:
-            header = read_header(images.path(index), max_pixels)
+            areas.append(math.prod(read_size(images.path(index), max_pixels)))
         except ImageError as error:
             print(f"attention: {error}")
-            continue
-        areas.append(header.width * header.height)
     if max(input_shape) < 100 and areas and statistics.median(areas) > 16 * input_shape[0] * input_shape[1]:
         print(
             f"attention: the pictures have some {statistics.median(areas) / 1e3:.0f} thousand pixels, and input_shape "
