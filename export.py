@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +13,7 @@ from utils.eval_data import read_images, read_run_list
 from utils.export_check import Comparison, ExportError, compare
 from utils.export_facts import ExportFacts
 from utils.export_formats import FORMATS, STEMS, write_card
-from utils.files import format_bytes, write_text, write_whole
+from utils.files import format_bytes, write_json, write_whole
 from utils.lists import ImageList, draw, take
 from utils.model_card import CHECKED, write_model_card
 
@@ -112,19 +111,14 @@ def export(classifier: Classifier, facts: ExportFacts, format: str, images: Imag
         report |= facts.provenance | comparison.as_dict(precision)
         print(format_comparison(comparison))
         if fault := comparison.fault(precision):
-            write_report(failed, report)
+            write_json(failed, report)
             worst = ", ".join(f"{name} ({off:.2g})" for name, off in comparison.worst()[:3])
             raise ExportError(
                 f"the exported file differs from the checkpoint: {fault}. {f'Worst: {worst}. ' if worst else ''}"
                 f"It isn't kept; see {failed}"
             )
-    write_report(path.with_name(path.name + CHECKED), report)
+    write_json(path.with_name(path.name + CHECKED), report)
     failed.unlink(missing_ok=True)
-
-
-def write_report(path: Path, report: dict) -> None:
-    """Write what the check found."""
-    write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
 
 
 def format_comparison(comparison: Comparison) -> str:

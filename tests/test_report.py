@@ -26,7 +26,7 @@ from utils.lists import list_in_memory, take
 from utils.mistakes import worst_mistakes
 from utils.outputs import Outputs
 from utils.plots import MOST_CLASSES, plot_confusion
-from utils.report import EVENTS, format_metrics, write_csv, write_events, write_numbers
+from utils.report import EVENTS_FOLDER, format_metrics, write_csv, write_events, write_numbers
 from utils.report_page import LABELS, WORST, curves, label_gallery, render, slices
 from utils.run_log import EPOCHS
 from utils.transforms import EvalTransform, Preprocessing
@@ -125,15 +125,15 @@ def test_of_many_classes_the_terminal_shows_the_worst(here):
 
 def test_a_run_gets_its_report_and_tensorboard_too(trained, capsys):
     (run,) = trained.glob("logs/*")
-    (run / EVENTS).mkdir(exist_ok=True)
-    (run / EVENTS / "mine.txt").touch()  # which isn't deleted
+    (run / EVENTS_FOLDER).mkdir(exist_ok=True)
+    (run / EVENTS_FOLDER / "mine.txt").touch()  # which isn't deleted
     for _ in range(2):
         evaluation_script.main(strangers="datasets/train/dark")
-    assert sorted(path.name for path in (run / EVENTS).iterdir() if "tfevents" not in path.name) == ["mine.txt"]
+    assert sorted(path.name for path in (run / EVENTS_FOLDER).iterdir() if "tfevents" not in path.name) == ["mine.txt"]
     told = capsys.readouterr().out
     assert f"open {run.relative_to(trained)}/report.html" in told
     assert "inference" in told
-    events = EventAccumulator(str(run / EVENTS)).Reload()
+    events = EventAccumulator(str(run / EVENTS_FOLDER)).Reload()
     assert "confusion matrix" in events.Tags()["images"]
     assert "_hparams_/session_start_info" in events.summary_metadata
     metrics = json.loads((run / "metrics.json").read_text())
@@ -167,7 +167,7 @@ def test_worst_mistakes_reach_tensorboard_and_the_page(here):
     pictures = shown_pictures(evaluation, worst)
     assert len(pictures) == len(worst)
     write_events(here, evaluation, plot_confusion(np.eye(3, dtype=int), ["a", "b", "c"]), pictures)
-    images = EventAccumulator(str(here / EVENTS), size_guidance={"images": 0}).Reload()
+    images = EventAccumulator(str(here / EVENTS_FOLDER), size_guidance={"images": 0}).Reload()
     assert sum(tag.startswith("worst mistakes") for tag in images.Tags()["images"]) >= 1
 
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_elsewhere_reports_into_the_working_folder(trained, tmp_pat
     monkeypatch.chdir(tmp_path)
     evaluation_script.main(data="pictures", model_path="model.pth")
     assert (tmp_path / "metrics_out" / "report.html").is_file()
-    assert not (tmp_path / "metrics_out" / EVENTS).exists()
+    assert not (tmp_path / "metrics_out" / EVENTS_FOLDER).exists()
 
 
 def test_a_checkpoint_that_is_not_calibrated_is_reported_without_neighbours(trained, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import jinja2
 
 from utils.audit import Finding, Picture
-from utils.files import write_text
+from utils.files import write_json, write_text
 from utils.fingerprints import Fingerprints
 from utils.text import printable
 
@@ -50,7 +49,7 @@ def write_audit(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"pictures": len(pictures), "findings": [_as_dict(finding) for finding in findings]}
-    write_text(folder / "audit.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "audit.json", content)
     template = Path(__file__).with_name("audit_page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = [_for_page(finding, fingerprints) for finding in findings]

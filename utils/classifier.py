@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -163,10 +163,10 @@ class Classifier:
         # Asked for one by one, pictures are answered one by one.
         loaded = map_ahead(partial(self._load, transform), images, 2 * batch_size if batch_size > 1 else 1)
         while batch := list(islice(loaded, batch_size)):
-            readable = [views for _, views in batch if isinstance(views, Tensor)]
-            answers = self._answer(torch.stack(readable), top_k, rejection) if readable else iter(())
+            readable = [(path, views) for path, views in batch if isinstance(views, Tensor)]
+            answers = self._answer(*zip(*readable, strict=True), top_k, rejection) if readable else iter(())
             for path, views in batch:
-                yield Failure(path, views) if isinstance(views, str) else replace(next(answers), path=path)
+                yield Failure(path, views) if isinstance(views, str) else next(answers)
 
     def _load(self, transform: Transform, image: Picture) -> tuple[str, Tensor | str]:
         """The path, and a picture's views (views, 3, height, width) or what is wrong with the file."""
@@ -180,20 +180,22 @@ class Classifier:
             return path, str(error)
         return path, views.reshape(-1, *views.shape[-3:])
 
-    def _answer(self, views: Tensor, top_k: int, rejection: Rejection | None) -> Iterator[Prediction]:
-        """For each of pictures (B, views, 3, height, width)."""
-        num_views = views.shape[1]
-        parts = [self.forward(part) for part in views.flatten(0, 1).split(MOST_VIEWS)]
+    def _answer(
+        self, paths: Sequence[str], pictures: Sequence[Tensor], top_k: int, rejection: Rejection | None
+    ) -> Iterator[Prediction]:
+        """For each of pictures, which are (views, 3, height, width)."""
+        num_views = len(pictures[0])
+        parts = [self.forward(part) for part in torch.cat(pictures).split(MOST_VIEWS)]
         embeddings, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         probabilities = (logits / self.temperature).softmax(dim=1).unflatten(0, (-1, num_views)).mean(dim=1)
         if rejection and self.calibration:
             distances = self.calibration.distances(embeddings[::num_views])  # of what evaluation shows
         else:
-            distances = torch.zeros(len(views))
+            distances = torch.zeros(len(pictures))
         values, ids = probabilities.topk(top_k)
-        for p, k, distance in zip(values.tolist(), ids.tolist(), distances.tolist(), strict=True):
+        for path, p, k, distance in zip(paths, values.tolist(), ids.tolist(), distances.tolist(), strict=True):
             classes = tuple((self.class_names[i], value) for i, value in zip(k, p, strict=True))
-            yield answer_with("", classes, rejection, distance)
+            yield answer_with(path, classes, rejection, distance)
 
 
 def pixel_network(model: FreezableNetwork, preprocessing: Preprocessing, device: torch.device) -> nn.Module:

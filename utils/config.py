@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -38,14 +38,51 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         make_tuples(self)
-        for field, remedy in (("epochs", "a whole number from 1 up"), ("batch_size", "a whole number from 1 up")):
+        for field in ("epochs", "batch_size"):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
-                raise ValueError(f"stages: {field}={value!r}: give {remedy}")
+                raise ValueError(f"stages: {field}={value!r}: give a whole number from 1 up")
         if self.frozen not in ("all", "nothing") and not (type(self.frozen) is int and self.frozen >= 0):
             raise ValueError(f'stages: frozen={self.frozen!r}: give 0 or more, "all" or "nothing"')
         if self.input_shape is not None and not (fits(self.input_shape, tuple[int, int]) and min(self.input_shape) > 0):
             raise ValueError(f"stages: input_shape={self.input_shape!r}: give height and width in pixels, or None")
+
+
+RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
+    "give a number from 0 to below 1": (
+        lambda value: 0 <= value < 1,
+        ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum", "ema_decay", "label_smoothing"),
+    ),
+    "give a number above 0, at most 1": (
+        lambda value: value is None or 0 < value <= 1,
+        ("eval_crop", "train_crop", "layer_decay"),
+    ),
+    "give a number from 0 to 1": (
+        lambda value: 0 <= value <= 1,
+        ("horizontal_flip", "max_bad_fraction", "color_jitter", "random_erasing"),
+    ),
+    "give a whole number from 1 up": (
+        lambda value: value >= 1,
+        (
+            *("freeze_batch_size", "unfreeze_batch_size", "unfreeze_epoch", "save_period", "max_pixels"),
+            "feature_views",
+        ),
+    ),
+    "give 0 or more": (
+        lambda value: value >= 0,
+        (
+            *("freeze_epoch", "num_workers", "seed", "weight_decay", "feature_cache_gb", "patience", "thaw_warmup"),
+            *("keep_periodic", "save_every_steps", "save_every_minutes", "clip_grad", "mixup", "cutmix"),
+        ),
+    ),
+    'give 0 or more, or "all"': (lambda value: value == "all" or value >= 0, ("freeze_blocks",)),
+    "give a number above 0": (lambda value: value > 0, ("init_lr",)),
+    "give height and width in pixels": (lambda value: min(value) > 0, ("input_shape",)),
+    "give three numbers above 0": (lambda value: value is None or min(value) > 0, ("image_std",)),
+    "give auto, no, or a run's folder": (lambda value: value != "", ("resume",)),
+    "give True, False, a file, or a name on the Hugging Face hub": (lambda value: value != "", ("pretrained",)),
+}
+"""For what holds of single fields: the remedy where it doesn't, the test, and the fields."""
 
 
 @dataclass(frozen=True)
@@ -338,39 +375,16 @@ class TrainConfig:
                 raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
 
         for field, hint in get_type_hints(TrainConfig).items():
-            if get_origin(hint) is Literal:
-                check(field, fits(getattr(self, field), hint), f"choose one of {', '.join(get_args(hint))}")
-            else:
-                check(field, fits(getattr(self, field), hint), f"give a value of the type {hint}")
-        for field in ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum", "ema_decay", "label_smoothing"):
-            check(field, 0 <= getattr(self, field) < 1, "give a number from 0 to below 1")
-        for field in ("eval_crop", "train_crop", "layer_decay"):
-            value = getattr(self, field)
-            check(field, value is None or 0 < value <= 1, "give a number above 0, at most 1")
-        for field in ("horizontal_flip", "max_bad_fraction", "color_jitter", "random_erasing"):
-            check(field, 0 <= getattr(self, field) <= 1, "give a number from 0 to 1")
+            told = f"choose one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else None
+            check(field, fits(getattr(self, field), hint), told or f"give a value of the type {hint}")
+        for remedy, (holds, fields) in RANGES.items():
+            for field in fields:
+                check(field, holds(getattr(self, field)), remedy)
         check(
             "class_weights",
             self.class_weights == "none" or self.sampler == "shuffle",
             "sampler is balanced already; set one of the two",
         )
-        for field in (
-            "freeze_batch_size",
-            "unfreeze_batch_size",
-            "unfreeze_epoch",
-            "save_period",
-            "max_pixels",
-            "feature_views",
-        ):
-            check(field, getattr(self, field) >= 1, "give a whole number from 1 up")
-        for field in (
-            *("freeze_epoch", "num_workers", "seed", "weight_decay", "feature_cache_gb"),
-            *("patience", "thaw_warmup", "keep_periodic", "save_every_steps", "save_every_minutes"),
-            *("clip_grad", "mixup", "cutmix"),
-        ):
-            check(field, getattr(self, field) >= 0, "give 0 or more")
-        check("freeze_blocks", self.freeze_blocks == "all" or self.freeze_blocks >= 0, 'give 0 or more, or "all"')
-        check("init_lr", self.init_lr > 0, "give a number above 0")
         check(
             "min_lr",
             self.min_lr >= 0 and (self.recipe == "auto" or self.min_lr <= self.init_lr),
@@ -381,7 +395,6 @@ class TrainConfig:
             not self.freeze_train or self.recipe == "auto" or self.freeze_epoch <= self.unfreeze_epoch,
             f"the backbone is thawed by unfreeze_epoch ({self.unfreeze_epoch}) at the latest; lower it or raise that",
         )
-        check("input_shape", min(self.input_shape) > 0, "give height and width in pixels")
         unknown = set(self.keep) - {field.name for field in dataclasses.fields(self)}
         check("keep", not unknown, f"there is no field {', '.join(sorted(unknown))}")
         check(
@@ -389,9 +402,6 @@ class TrainConfig:
             not self.stages or self.stages[-1].input_shape is None,
             "the last stage trains at input_shape; leave its own out",
         )
-        check("image_std", self.image_std is None or min(self.image_std) > 0, "give three numbers above 0")
-        check("resume", self.resume != "", "give auto, no, or a run's folder")
-        check("pretrained", self.pretrained != "", "give True, False, a file, or a name on the Hugging Face hub")
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +15,7 @@ from utils.audit import ALIKE_BY_NATURE, Picture, find_duplicates, linked
 from utils.cache_file import digest
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
-from utils.files import write_text
+from utils.files import write_json
 from utils.fingerprints import Fingerprints
 from utils.lists import ImageList, list_in_memory, read_classes, read_list, write_list
 from utils.resume import find_runs
@@ -60,7 +59,7 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
         history = load_checkpoint(run / LAST)["history"]
         best = history[of_fold.best_epoch(history)]
         rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
-    write_text(root / RESULTS, json.dumps({"folds": rows}, indent=2) + "\n")
+    write_json(root / RESULTS, {"folds": rows})
     print(format_folds(rows, stopped_early=config.patience > 0))
     print(f"written to {root / RESULTS}")
 

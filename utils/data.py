@@ -172,7 +172,7 @@ class FeatureDataset(Dataset):
     """What the frozen part of a network made of the pictures of a list: a drop-in for `ImageDataset` behind it.
 
     Args:
-        views: of each the features (n, N, C); which of them of a picture comes changes from epoch to epoch.
+        views: of each the features (n, ...); which of them of a picture comes changes from epoch to epoch.
         images: the list.
         seed: of the order.
     """
@@ -188,7 +188,7 @@ class FeatureDataset(Dataset):
         return len(self.class_ids)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """A batch: features (B, N, C) and class ids (B,)."""
+        """A batch: features (B, ...) and class ids (B,)."""
         epoch, index, repeat = torch.tensor(keys).unbind(1)
         of_view = (epoch + index + repeat) % len(self.views)
         batch = self.views[0].new_empty(len(keys), *self.views[0].shape[1:])
@@ -268,8 +268,7 @@ def balanced_class_weights(class_ids: np.ndarray, num_classes: int) -> Tensor:
 def train_loader(
     dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling = "shuffle"
 ) -> DataLoader:
-    """Batches of uint8 pixels (B, 3, height, width), or of features (B, N, C), and class ids (B,), drawn anew in each
-    epoch.
+    """Batches of uint8 pixels (B, 3, height, width), or of features (B, ...), and class ids (B,), anew in each epoch.
 
     All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
     `loader.sampler.epoch` and `.start` before each epoch; the loader's length is that of a whole one.

@@ -244,16 +244,12 @@ class Trainer:
 
     def _check_losses(self, loader: DataLoader, learning_rate: float) -> None:
         """Look whether the losses since the last look are finite, and say what is wrong if not."""
-        recent = max(MOST_SKIPPED, PRINT_EVERY)
-        skip = self.on_nan == "skip"
-        first = max(0 if skip else self.loaded, self.done - recent)
-        losses = self.losses[first : self.done]
-        bad = torch.nonzero(~losses.isfinite()).flatten().tolist()
+        skip = self.on_nan == "skip"  # then every step is looked at
+        first = self.done - 1 if skip else max(self.loaded, self.done - PRINT_EVERY)
+        bad = torch.nonzero(~self.losses[first : self.done].isfinite()).flatten().tolist()
         if not bad:
             return
-        number = first + bad[-1 if skip else 0]
-        if skip and number + 1 < self.done:
-            return  # that one was told
+        number = first + bad[0]
         paths = batch_paths(loader, number)
         told = (
             f"the loss or its gradient isn't finite at step {self.step - self.done + number + 1} (learning rate about "
@@ -262,8 +258,9 @@ class Trainer:
         if not skip:
             raise NonFiniteLoss(f"{told}; {REMEDY}")
         print(f"attention: {told}: left out")
-        if len(bad) == len(losses) and (len(losses) == recent or self.done == len(self.losses)):
-            raise NonFiniteLoss(f"{told}, as were the {len(bad)} steps up to it; {REMEDY}")
+        last = self.losses[max(0, self.done - MOST_SKIPPED) : self.done]
+        if not last.isfinite().any() and (len(last) == MOST_SKIPPED or self.done == len(self.losses)):
+            raise NonFiniteLoss(f"{told}, as were the {len(last)} steps up to it; {REMEDY}")
 
     def evaluated_weights(self) -> AbstractContextManager:
         """A context within which the network has the weights that are evaluated: their average, if there is one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from utils.classifier import WEIGHTS_SUFFIX, Classifier, pixel_network, read_exp
 from utils.export_check import Exported, by_checkpoint
 from utils.export_facts import ExportFacts
 from utils.export_graph import trace
-from utils.files import format_bytes, write_text
+from utils.files import format_bytes, write_json
 from utils.onnx_classifier import open_onnx
 from utils.onnx_file import MOST_BYTES
 from utils.onnx_write import make_onnx
@@ -107,7 +106,7 @@ def run_safetensors(path: Path, classifier: Classifier) -> Exported:
 def write_card(path: Path, facts: ExportFacts) -> None:
     """The JSON card beside a file of weights: all that there is to know besides them."""
     card = facts.as_dict() | {"weights": path.name, "weights_sha256": digest_file(path)}
-    write_text(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+    write_json(path.with_suffix(".json"), card)
 
 
 FORMATS: dict[str, Format] = {

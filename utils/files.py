@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -10,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 PARTIAL = ".partial"
 """Suffix of files that aren't whole yet. One that nobody writes to was left by a killed process and can go."""
@@ -51,6 +52,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Likewise, in UTF-8; bytes of file names that are none as escapes."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file of JSON whole, in which a number that isn't finite is an error: JSON has none."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def try_unlink(path: Path, consequence: str) -> None:

@@ -19,6 +19,8 @@ from PIL import Image
 from utils.images import MAX_PIXELS, READERS, ImageError, open_image
 from utils.parallel import map_parallel
 
+PREVIEW = 128
+"""Longer side of the pictures on the audit's page."""
 THUMBNAIL = 16
 """Side of the grey thumbnail in which two pictures are compared."""
 FLAT = 8
@@ -143,9 +145,9 @@ class Fingerprints:
                     rows.clear()
         return found
 
-    def preview(self, path: str, side: int = 128) -> bytes | None:
+    def preview(self, path: str) -> bytes | None:
         """A small JPEG of a picture; None if it can't be read."""
-        state = f"{side} {self._state(path)}"
+        state = f"{PREVIEW} {self._state(path)}"
         with closing(self._connect()) as db, db:
             key = os.fsencode(os.path.abspath(path))
             row = db.execute("SELECT state, jpeg FROM previews WHERE path = ?", (key,)).fetchone()
@@ -155,7 +157,7 @@ class Fingerprints:
                 image = open_image(path, *self.limits)
             except ImageError:
                 return None
-            image.thumbnail((side, side))
+            image.thumbnail((PREVIEW, PREVIEW))
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=80)
             db.execute("INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", (key, state, buffer.getvalue()))

@@ -35,16 +35,14 @@ def wilson_interval(hits: int, n: int) -> Interval:
     return centre - half if hits else 0.0, centre + half if hits < n else 1.0
 
 
-def bootstrap_intervals(
-    scores: Scores, seed: int = 0
-) -> tuple[dict[str, list[float] | None], list[list[float] | None]]:
+def bootstrap_intervals(scores: Scores) -> tuple[dict[str, list[float] | None], list[list[float] | None]]:
     """Percentile intervals of 95 % from resamples of the pictures, and those of each class's F1.
 
     A mean over classes is, in each resample, over those that have pictures in it. The two that go by rank take
     `RANK_RESAMPLES` resamples, and none (None) where pictures times classes are more than `MOST_RANKED`.
     Efron, 1979, https://doi.org/10.1214/aos/1176344552.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     blocks, f1 = [], []
     for size in _block_sizes(RESAMPLES, len(scores)):
         figures, f1_by_class = _resampled_figures(scores, _draw(len(scores), size, generator))

@@ -42,7 +42,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """Cross-entropy of a batch, and how its pictures are mixed before.
+    """Cross-entropy of a batch, and how its pictures are mixed before: by hand, since torchvision's MixUp takes
+    pictures as floats only, in four times the memory.
 
     Attributes:
         class_weights: weight of the pictures of each class, (classes,); None: all alike.

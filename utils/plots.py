@@ -53,16 +53,15 @@ def plot_range_test(rates: Sequence[float], losses: Sequence[float], suggestion:
     return figure
 
 
-def arrange_classes(confusion: np.ndarray, most: int = MOST_CLASSES) -> np.ndarray:
+def arrange_classes(confusion: np.ndarray) -> np.ndarray:
     """The classes to show of a confusion matrix (classes, classes), in an order in which those that are taken for each
-    other stand together: all of them, or the `most` with the most mistakes."""
+    other stand together: all of them, or the `MOST_CLASSES` with the most mistakes."""
     from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
     from scipy.spatial.distance import squareform
 
-    n = len(confusion)
     mistakes = confusion - np.diag(np.diag(confusion))
     busiest = np.argsort(-(mistakes.sum(axis=0) + mistakes.sum(axis=1)), kind="stable")
-    shown = np.sort(busiest[: min(n, most)])
+    shown = np.sort(busiest[:MOST_CLASSES])
     if len(shown) < 3 or not mistakes.any():
         return shown
     part = mistakes / np.maximum(confusion.sum(axis=1, keepdims=True), 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from utils.evaluation import Evaluation
-from utils.files import try_unlink, write_text
+from utils.files import try_unlink, write_json, write_text
 from utils.mistakes import margins
+from utils.run_folder import EVENTS
 from utils.text import printable
 
-EVENTS = "evaluation"
+EVENTS_FOLDER = "evaluation"
 """Folder in a run's for TensorBoard's events of its evaluation."""
 TOP = 5
 MOST_ROWS = 40
@@ -26,7 +26,7 @@ MOST_ROWS = 40
 def write_numbers(folder: Path, evaluation: Evaluation) -> None:
     """Write `metrics.json`, `predictions.csv` and `confusion_matrix.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "metrics.json", json.dumps(evaluation.metrics, indent=2, allow_nan=False) + "\n")
+    write_json(folder / "metrics.json", evaluation.metrics)
     names = evaluation.classifier.class_names
     header = ["true \\ predicted", *names]
     rows = ([name, *map(int, row)] for name, row in zip(names, evaluation.scores.confusion, strict=True))
@@ -37,7 +37,7 @@ def write_numbers(folder: Path, evaluation: Evaluation) -> None:
 def write_comparison(folder: Path, comparison: dict[str, Any], flipped: Sequence[Sequence[str]]) -> None:
     """Write `comparison.json`, and the rows of `flipped.csv`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "comparison.json", json.dumps(comparison, indent=2) + "\n")
+    write_json(folder / "comparison.json", comparison)
     write_csv(folder / "flipped.csv", flipped)
 
 
@@ -71,7 +71,7 @@ def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np
     width, 3), and the settings with the figures. The events of an earlier evaluation make way."""
     from torch.utils.tensorboard import SummaryWriter
 
-    for earlier in (run / EVENTS).glob("events.out.tfevents.*"):
+    for earlier in (run / EVENTS_FOLDER).glob(f"{EVENTS}*"):
         try_unlink(earlier, "TensorBoard shows both")
     metrics = evaluation.metrics
     figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
@@ -79,7 +79,7 @@ def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np
         name: value if isinstance(value, int | float | str | bool) else str(value)
         for name, value in evaluation.classifier.config.items()
     }
-    with SummaryWriter(str(run / EVENTS)) as writer:
+    with SummaryWriter(str(run / EVENTS_FOLDER)) as writer:
         writer.add_figure("confusion matrix", confusion)
         if len(worst):
             writer.add_images("worst mistakes", worst, dataformats="NHWC")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config import TrainConfig
-from utils.files import PARTIAL, write_bytes, write_text
+from utils.files import PARTIAL, write_bytes, write_json
 from utils.lists import ImageList
 from utils.lock import LOCK_FILE, FolderLock, InUse
 
@@ -54,8 +54,8 @@ def begin_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, Im
     lock = FolderLock(path)
     write_lists(path, lists)
     if asked != config:
-        _write_config(path / ASKED_FILE, asked)
-    _write_config(path / CONFIG_FILE, config)
+        write_json(path / ASKED_FILE, asked.as_dict())
+    write_json(path / CONFIG_FILE, config.as_dict())
     return RunFolder(path, lock, None)
 
 
@@ -66,10 +66,6 @@ def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _write_config(path: Path, config: TrainConfig) -> None:
-    write_text(path, json.dumps(config.as_dict(), indent=2) + "\n")
 
 
 def write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:

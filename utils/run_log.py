@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from utils.files import try_unlink
+from utils.run_folder import EVENTS
 
 EPOCHS = "epochs.csv"
 DRAW_EVERY = 10.0
@@ -37,7 +38,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # not for the workers that load pictures
 
         self.folder = folder
-        older = list(folder.glob("events.out.tfevents.*"))
+        older = list(folder.glob(f"{EVENTS}*"))
         self.writer = SummaryWriter(str(folder))
         for row in history:
             self._add_scalars(row)

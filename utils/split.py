@@ -50,22 +50,14 @@ def split_validation(
 
 def join_groups(paths: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
     """Every path once: those that any of `groups` link, directly or over others, together, the rest by themselves."""
-    parent = {path: path for path in paths}
+    from scipy.cluster.hierarchy import DisjointSet  # slow to import
 
-    def root(path: str) -> str:
-        while parent[path] != path:
-            parent[path] = parent[parent[path]]
-            path = parent[path]
-        return path
-
+    units = DisjointSet(paths)
     for group in groups:
-        linked = [path for path in group if path in parent]
+        linked = [path for path in group if path in units]
         for path in linked[1:]:
-            parent[root(path)] = root(linked[0])
-    units: dict[str, list[str]] = {}
-    for path in parent:
-        units.setdefault(root(path), []).append(path)
-    return list(units.values())
+            units.merge(linked[0], path)
+    return [list(unit) for unit in units.subsets()]
 
 
 def group_by_name(paths: Sequence[str], group_regex: str) -> list[list[str]]:
