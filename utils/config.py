@@ -64,8 +64,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
     "give a whole number from 1 up": (
         lambda value: value >= 1,
         (
-            *("freeze_batch_size", "unfreeze_batch_size", "unfreeze_epoch", "save_period", "max_pixels"),
-            "feature_views",
+            *("freeze_batch_size", "unfreeze_batch_size", "unfreeze_epoch"),
+            *("save_period", "max_pixels", "feature_views"),
         ),
     ),
     "give 0 or more": (

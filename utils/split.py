@@ -57,7 +57,7 @@ def join_groups(paths: Iterable[str], groups: Iterable[Sequence[str]]) -> list[l
         linked = [path for path in group if path in units]
         for path in linked[1:]:
             units.merge(linked[0], path)
-    return [list(unit) for unit in units.subsets()]
+    return [sorted(unit) for unit in units.subsets()]
 
 
 def group_by_name(paths: Sequence[str], group_regex: str) -> list[list[str]]:
