@@ -73,7 +73,8 @@ def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates:
         ValueError: timm has no such network or isn't installed, its head isn't a linear layer, or it can't take this
             input shape.
     """
-    options = {"drop_path_rate": rates["drop_path_rate"]} if rates["drop_path_rate"] else {}
+    # Without dropout of its own, which some have where no part is frozen; before the head there is ours.
+    options = {"drop_rate": 0.0, "drop_path_rate": rates["drop_path_rate"]}
     if _published(name).fixed_input_size:
         options["img_size"] = tuple(input_shape)
     try:
@@ -133,7 +134,10 @@ def find_chain(network: nn.Module, input_shape: Sequence[int], name: str) -> lis
     found, reached, start = [], picture, 0
     # Calls come in the order in which they end, so that a block's own comes after those of what is in it.
     while following := [i for i in range(start, len(on_the_way)) if on_the_way[i][1] is reached]:
-        outermost = min(following, key=lambda i: on_the_way[i][0].count("."))
+        # The next call or what contains it; a later one may take the same tensor, if that is changed in place.
+        first = on_the_way[following[0]][0]
+        around = [i for i in following if f"{first}.".startswith(f"{on_the_way[i][0]}.")]
+        outermost = min(around, key=lambda i: on_the_way[i][0].count("."))
         name_of_it, _, reached = on_the_way[outermost]
         found.append(name_of_it)
         start = outermost + 1

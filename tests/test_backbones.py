@@ -446,3 +446,21 @@ def test_files_from_before_torch_counted_batches(name, here):
 def test_networks_of_timms_that_cannot_be_taken(name, told):
     with torch.device("meta"), pytest.raises(ValueError, match=told):
         build_model(name, 2, (64, 64))
+
+
+@pytest.mark.parametrize("name", ["legacy_seresnet18", "ghostnet_050"])
+def test_what_works_in_place_stays_and_dropout_of_its_own_goes(name):
+    """timm's network itself, with shifts in its batch norms, so that a lost ReLU counts; and the frozen part twice."""
+    torch.manual_seed(0)
+    peer = timm.create_model(name, num_classes=3).eval()
+    for module in peer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+    model = build_model(f"timm/{name}", 3, (64, 64))
+    model.load_state_dict(model.adopt(peer.state_dict()))
+    pictures = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(pictures), peer(pictures), rtol=1e-5, atol=0)
+        model.train()
+        model.freeze_backbone("all")
+        torch.testing.assert_close(model.forward_frozen(pictures), model.forward_frozen(pictures), rtol=0, atol=0)

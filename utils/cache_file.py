@@ -14,7 +14,7 @@ from utils.files import PARTIAL, format_bytes, free_bytes, write_whole
 from utils.images import READERS
 from utils.lists import ImageList
 
-VERSION = 3
+VERSION = 4
 """To be raised with any change of the code that gives other pictures or features from the same files and settings."""
 STRAY_AFTER = 3600
 """Seconds without a write after which a half-made file was left by a process that is gone."""
