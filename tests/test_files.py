@@ -1,6 +1,9 @@
 """utils/files.py: whole or not at all."""
 
+import errno
 import os
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,18 @@ def test_others_may_read_it_as_the_umask_says(here):
     finally:
         os.umask(before)
     assert os.stat("a").st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(("number", "written"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_folders_that_a_mount_cannot_flush_are_written_to(here, monkeypatch, number, written):
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "refused")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with nullcontext() if written else pytest.raises(OSError, match="refused"):
+        files.write_text(here / "a.txt", "a")
+    assert (here / "a.txt").read_text() == "a"

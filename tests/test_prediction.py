@@ -392,3 +392,14 @@ def test_library_results_do_not_depend_on_the_batch(classifier):
     torch.testing.assert_close(
         torch.tensor([a.probability for a in one]), torch.tensor([a.probability for a in many]), atol=1e-6, rtol=1e-5
     )
+
+
+def test_copies_go_where_times_and_permissions_are_refused(here, monkeypatch):
+    """As on a stick, or a share."""
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(shutil, "copystat", refuse)
+    write_picture(here / "p.png")
+    assert copy_into("p.png", here / "out").read_bytes() == (here / "p.png").read_bytes()

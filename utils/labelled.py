@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -104,7 +105,8 @@ def copy_into(path: str, folder: Path) -> Path:
         except BaseException:
             target.unlink(missing_ok=True)  # no half copy
             raise
-        shutil.copystat(source, target)
+        with suppress(OSError):  # sticks and network shares may refuse times and permissions
+            shutil.copystat(source, target)
         return target
     raise AssertionError("names never end")
 
