@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from torch import nn
 
 import eval as evaluation
 import predict
@@ -97,6 +99,11 @@ def test_eval_command(trained, tmp_path):
     for row in predictions:
         assert float(row["probability"]) + float(row["probability_2"]) == pytest.approx(1, abs=1e-5)
         assert float(row["margin"]) == pytest.approx(float(row["probability"]) - float(row["probability_2"]), abs=1e-5)
+
+
+def test_a_weight_that_is_standardised_first_is_not_cast():
+    network = nn.Sequential(timm.layers.StdConv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    assert [layer.weight.dtype for layer in cast_products(network, "bf16")] == [torch.float32, torch.bfloat16]
 
 
 def test_figures_are_of_the_file_that_was_opened(trained, tmp_path, monkeypatch):
