@@ -45,6 +45,21 @@ def test_equals_torchs_with_soft_labels(weights, options):
     assert (batch.share == 1) == ("mixup" not in options)
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_weights_are_of_pictures_where_labels_are_smoothed(mixup):
+    """Each picture's part of a mixed one counts by the weight of its own class, whatever its label is spread over."""
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.5])
+    loss = TrainingLoss(weights, label_smoothing=0.1, mixup=mixup)
+    batch = loss.mix(*flat_pictures(), seed=3)
+    logits = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(0))
+    own, other = (
+        weights[ids] * F.cross_entropy(logits, F.one_hot(ids, CLASSES).float(), reduction="none", label_smoothing=0.1)
+        for ids in (batch.class_ids, batch.others)
+    )
+    torch.testing.assert_close(loss(logits, batch), batch.share * own + (1 - batch.share) * other)
+    assert (batch.share == 1) == (mixup == 0)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_balanced_weights_keep_what_a_picture_shows(smoothing):
     """A hundred common pictures and one rare, which can be told apart: at the lowest loss each is named as it is."""

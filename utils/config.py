@@ -375,8 +375,9 @@ class TrainConfig:
                 raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
 
         for field, hint in get_type_hints(TrainConfig).items():
-            told = f"choose one of {', '.join(get_args(hint))}" if get_origin(hint) is Literal else None
-            check(field, fits(getattr(self, field), hint), told or f"give a value of the type {hint}")
+            literal = get_origin(hint) is Literal
+            remedy = f"choose one of {', '.join(get_args(hint))}" if literal else f"give a value of the type {hint}"
+            check(field, fits(getattr(self, field), hint), remedy)
         for remedy, (holds, fields) in RANGES.items():
             for field in fields:
                 check(field, holds(getattr(self, field)), remedy)

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from utils.classifier import Classifier
 from utils.images import ImageError, open_image
 from utils.lists import ImageList
-from utils.parallel import MOST_AHEAD, map_ahead
+from utils.parallel import MOST_AHEAD, map_parallel
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2}
 """How far a probability may be off, by precision; int8 is judged by `MOST_LOST`. A fine-tuned DINOv2's are off by 0.006
@@ -123,8 +122,7 @@ def compare(classifier: Classifier, exported: Exported, images: ImageList) -> Co
         return np.asarray(image)
 
     readable, expected, found, unreadable = [], [], [], []
-    pictures = map_ahead(read, range(len(images)), MOST_AHEAD)
-    for index, pixels in enumerate(tqdm(pictures, "comparing", len(images), leave=False, disable=None)):
+    for index, pixels in enumerate(map_parallel(read, range(len(images)), "comparing", MOST_AHEAD)):
         if isinstance(pixels, str):
             unreadable.append(pixels)
             continue

@@ -17,9 +17,11 @@ MOST_AHEAD = 4
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_parallel(function: Callable[[Item], Result], items: Sequence[Item], title: str) -> Iterator[Result]:
+def map_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item], title: str, ahead: int = 4 * THREADS
+) -> Iterator[Result]:
     """`map_ahead` with a progress bar."""
-    yield from tqdm(map_ahead(function, items, 4 * THREADS), title, len(items), leave=False, disable=None)
+    yield from tqdm(map_ahead(function, items, ahead), title, len(items), leave=False, disable=None)
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:

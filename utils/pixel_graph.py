@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.augment import GREY
-from utils.transforms import Preprocessing
-
-SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
-"""How far a filter reaches, in pixels of the result."""
+from utils.transforms import SUPPORT, Preprocessing
 
 FIXED_POINT = float(1 << 22)
 """Pillow's weights are whole numbers, of which these are 1."""

@@ -27,8 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "image_std": (0.229, 0.224, 0.225),
 }
 UNSET = (None, "auto")
-WIDEST_FILTER = 2
-"""How far bicubic reaches, in pixels of the result."""
+SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
+"""How far a filter reaches, in pixels of the result."""
 
 
 def settle_preprocessing(config: TrainConfig, expected: Mapping[str, Any]) -> TrainConfig:
@@ -184,7 +184,7 @@ class EvalTransform(Transform):
         """The part at this width and height, across first and then down. Left to itself Pillow 13 begins with what
         saves it work, and as levels are rounded in between, an export or another Pillow would have other pixels."""
         left, top, right, bottom = (float(np.float32(edge)) for edge in region.box)  # as Pillow takes a box
-        reach = math.ceil(WIDEST_FILTER * max(1, (bottom - top) / size[1])) + 1
+        reach = math.ceil(max(SUPPORT.values()) * max(1, (bottom - top) / size[1])) + 1
         first = max(0, math.floor(top) - reach)
         rows = Image.fromarray(region.pixels[first : math.ceil(bottom) + reach])
         across = rows.resize((size[0], rows.height), self.filter, box=(left, 0, right, rows.height))
