@@ -184,6 +184,11 @@ class Numbers:
         return (torch.FloatTensor, (150_000_000,))
 
 
+class Storage:
+    def __reduce__(self):
+        return (torch.UntypedStorage, (600_000_000,))
+
+
 def write_trap(kind: str, path: Path, whole: Path) -> None:
     """A file that means harm, in the place of the checkpoint `whole`."""
     content = torch.load(whole, weights_only=True)
@@ -210,6 +215,13 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
         torch.save(content | {"history": [Digits()]}, path)
     elif kind == "a tensor made when it is opened":
         torch.save(content | {"calibration": {"x": Numbers()}}, path)
+    elif kind == "a storage made when it is opened":
+        torch.save(content | {"calibration": {"x": Storage()}}, path)
+    elif kind == "tuples within tuples":
+        tuples: tuple = ()
+        for _ in range(24):  # the time to hash them doubles with each
+            tuples = (tuples, tuples)
+        torch.save(content | {"origin": {tuples: 0}}, path)
     elif kind == "bytearray":
         torch.save(content | {"history": [Bytes()]}, path)
     elif kind == "bytearray in the old format before an archive":
@@ -245,6 +257,7 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
 
 
 TRAPS = (
+    *("a storage made when it is opened", "tuples within tuples"),
     *("at the top", "optimizer", "model", "history", "old format", "tar"),
     *("zip bomb", "bytearray", "one number for a terabyte", "lists within lists", "a list in itself"),
     *("digits of digits", "a tensor made when it is opened"),
