@@ -99,6 +99,8 @@ def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
         if len(trained) == 3:
             raise KeyboardInterrupt
         train.main(of_fold)
+        Path(of_fold.cache_dir).mkdir(parents=True)
+        Path(of_fold.cache_dir, "features").touch()
 
     with pytest.raises(KeyboardInterrupt):
         cross_validate(config, 3, "", fail_at_the_third)
@@ -107,6 +109,8 @@ def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
     (results,) = Path("logs/cross_validation").glob("3_folds_*/cross_validation.json")
     rows = json.loads(results.read_text())["folds"]
     assert len(list(Path("logs").rglob(LAST))) == len(rows) == 3
+    assert len({of_fold.cache_dir for of_fold in trained}) == 3
+    assert not [path for path in Path(config.cache_dir, "cross_validation").rglob("*") if path.is_file()]
     last = [load_checkpoint(Path(row["run"]) / LAST)["history"][-1]["val_top1"] for row in rows]
     best = [load_checkpoint(Path(row["run"]) / BEST) for row in rows]
     assert [row["best_top1"] for row in rows] == [one["history"][-1]["val_top1"] for one in best]

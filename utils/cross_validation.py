@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -56,11 +57,12 @@ def cross_validate(config: TrainConfig, folds: int, group_regex: str, train: Cal
         if run is None:
             train(of_fold)
             run = next(find_runs(of_fold, finished=True))
+        shutil.rmtree(of_fold.cache_dir, ignore_errors=True)  # of lists that nothing else has
         history = load_checkpoint(run / LAST)["history"]
         best = history[of_fold.best_epoch(history)]
         rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
     write_json(root / RESULTS, {"folds": rows})
-    print(format_folds(rows, stopped_early=config.patience > 0))
+    print(format_folds(rows, chose_last=config.patience > 0 or config.head_init == "probe"))
     print(f"written to {root / RESULTS}")
 
 
@@ -108,20 +110,24 @@ def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex
 
 
 def prepare_fold(config: TrainConfig, images: ImageList, validated: np.ndarray, folder: Path) -> TrainConfig:
-    """Write a fold's lists into its folder, and give the settings of its run."""
+    """Write a fold's lists into its folder, and give the settings of its run, which has a cache of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     lists = {"train_annotation_path": folder / "train.txt", "val_annotation_path": folder / "val.txt"}
     for path, which in zip(lists.values(), (~validated, validated), strict=True):
         write_list(path, [(int(images.class_ids[i]), images.path(i)) for i in np.flatnonzero(which)])
-    return replace(config, save_dir=str(folder), **{field: str(path) for field, path in lists.items()})
+    cache_dir = str(Path(config.cache_dir, FOLDER, *folder.parts[-2:]))
+    return replace(
+        config, save_dir=str(folder), cache_dir=cache_dir, **{field: str(path) for field, path in lists.items()}
+    )
 
 
-def format_folds(rows: list[dict[str, Any]], stopped_early: bool) -> str:
-    """Top-1 over the folds, as lines for people."""
-    honest, chosen = "which these pictures didn't choose", "which they chose, so that it is a little too high"
+def format_folds(rows: list[dict[str, Any]], chose_last: bool) -> str:
+    """Top-1 over the folds, as lines for people; `chose_last`: whether what came out of the last epoch depends on the
+    pictures that it was validated on."""
+    honest, chosen = "which these pictures didn't choose", "which they helped choose, so that it is a little too high"
     told = []
     for key, what in (
-        ("last_top1", f"after the last epoch, {chosen if stopped_early else honest}"),
+        ("last_top1", f"after the last epoch, {chosen if chose_last else honest}"),
         ("best_top1", f"at the best epoch, {chosen}"),
     ):
         values = np.array([row[key] for row in rows])
