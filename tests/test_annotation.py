@@ -1,6 +1,7 @@
 """utils/annotation.py: folders to lists, on made folders."""
 
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -270,6 +271,25 @@ def test_what_lies_beside_the_splits_is_said(two_classes, capsys):
     told = capsys.readouterr().out
     assert "in a folder beside train, val and test: move it into one of them" in told
     assert "1 outside the class folders" in told
+
+
+def test_a_test_list_of_pictures_elsewhere_stays(here, capsys):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)), "hospital/1.jpg")
+    Path("cls_test.txt").write_text("0;hospital/1.jpg\n")
+    annotate(audit=False)
+    assert entries("cls_test.txt") == ["0;hospital/1.jpg"]
+    assert "cls_test.txt is left as it is: its pictures, such as hospital/1.jpg" in capsys.readouterr().out
+
+
+def test_links_to_nowhere_and_a_disk_stations_own_folders_are_told(here, capsys):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)))
+    touch("datasets/@eaDir/a/0.jpg", "datasets/a/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg")
+    Path("datasets/c").symlink_to("gone")
+    annotate(audit=False)
+    assert len(entries("cls_train.txt")) + len(entries("cls_val.txt")) == 4
+    table = capsys.readouterr().out
+    assert re.search(r"^c +- +- +- +1 a link to nowhere$", table, re.MULTILINE)
+    assert re.search(r"^a +1 +1 +0 +1 hidden$", table, re.MULTILINE)
 
 
 def test_own_folders_beside_the_demos_splits(here):

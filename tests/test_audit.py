@@ -4,6 +4,7 @@ import io
 import json
 import random
 import shutil
+import sqlite3
 import tracemalloc
 import zlib
 from collections import defaultdict
@@ -200,6 +201,20 @@ def test_a_failure_is_not_remembered(here, monkeypatch):
         patch.setattr(images.Image, "open", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
         assert "MemoryError" in Fingerprints("prints").read([path])[0].error
     assert Fingerprints("prints").read([path])[0].error == ""
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(here, monkeypatch, capsys):
+    monkeypatch.setattr(fingerprints, "PATIENCE", 0)
+    path = str(write_picture(here / "a.png"))
+    expected = Fingerprints("prints").read([path])
+    reader = sqlite3.connect("prints")
+    reader.execute("BEGIN EXCLUSIVE")
+    for place in ("prints", "a.png/prints"):
+        found = Fingerprints(place)
+        assert found.read([path]) == expected
+        assert found.preview(path)
+        assert f"{place} can't be used" in capsys.readouterr().out
+    reader.close()
 
 
 def test_truncated_files_are_judged_alike_by_all_threads(shared, here):

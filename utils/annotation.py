@@ -115,7 +115,7 @@ def annotate(
         check_test_list(scan, test_annotation_path)
     taken = take_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
-    written = write_lists(scan, names, classes_path, targets)
+    written = write_lists(scan, names, classes_path, targets, datasets_path)
     record_left_out(Path(audit_path, LEFT_OUT), reasons, fix)
     print(format_table(scan, names))
     if findings is not None:
@@ -163,10 +163,13 @@ def take_out(scan: Scan, fractions: dict[str, float], seed: int, groups: Sequenc
     return told
 
 
-def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets: dict[str, str | Path]) -> list[str]:
+def write_lists(
+    scan: Scan, names: list[str], classes_path: str | Path, targets: dict[str, str | Path], root: str | Path
+) -> list[str]:
     """Write the class file, unless it is right already, and a list for each split that has pictures; return the paths.
 
-    A list of a split that has none any more is removed.
+    A list of a split that has none any more is removed, unless its pictures are there, and not in `root`, the folder
+    that was scanned.
 
     Raises:
         ValueError: there are no pictures to train or to validate on; nothing is written then.
@@ -183,10 +186,16 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
     for split, target in targets.items():
         if entries[split]:
             write_list(target, entries[split])
+        elif os.path.isfile(first := read_first_path(target) or "") and not _is_below(first, root):
+            print(f"attention: {target} is left as it is: its pictures, such as {first}, lie elsewhere")
         elif Path(target).is_file():
             print(f"{target} is deleted: there are no {split} pictures")
             Path(target).unlink()
     return [str(classes_path), *(str(target) for split, target in targets.items() if entries[split])]
+
+
+def _is_below(path: str, folder: str | Path) -> bool:
+    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents
 
 
 def audit_scan(

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import sqlite3
+import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import astuple, dataclass, fields
@@ -29,6 +30,9 @@ VERSION = 1
 """To be raised when fingerprints are taken in another way."""
 SAVE_EVERY = 1000
 """Pictures between two writings of what was found, so that a run that is stopped goes on from there."""
+
+PATIENCE = 60
+"""Seconds to wait for another program that writes to the file."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,8 @@ class Fingerprints:
     Files that can't be read are few, and may be readable the next time, so they aren't remembered.
 
     Args:
-        path: the file, an SQLite data base; a damaged one is made anew.
+        path: the file, an SQLite data base; a damaged one is made anew, and in place of one that can't be written to,
+            which is said, a temporary one serves.
         max_pixels: as for `utils.images.open_image`.
         allow_truncated: likewise.
     """
@@ -102,17 +107,21 @@ class Fingerprints:
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> None:
         self.path = Path(path)
         self.limits = (max_pixels, allow_truncated)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._prepare()
-        except sqlite3.OperationalError:  # locked, or a disk that fails: nothing is wrong with the file
-            raise
+        except (OSError, sqlite3.OperationalError) as error:  # nothing is wrong with the file
+            print(f"attention: {self.path} can't be used ({error}): what is read of the pictures isn't remembered")
+            self._temporary = tempfile.TemporaryDirectory()  # which goes when this object does
+            self.path = Path(self._temporary.name, self.path.name)
+            self._prepare()
         except sqlite3.DatabaseError:
             self.path.unlink()
             self._prepare()
 
     def _prepare(self) -> None:
         with closing(self._connect()) as db, db:
+            db.execute("BEGIN IMMEDIATE")  # fails where nothing can be written
             (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if sound != "ok":
                 raise sqlite3.DatabaseError(sound)
@@ -120,7 +129,7 @@ class Fingerprints:
             db.execute(PREVIEWS)
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=60)
+        return sqlite3.connect(self.path, timeout=PATIENCE)
 
     def read(self, paths: Sequence[str]) -> list[Fingerprint]:
         """The fingerprints of these pictures, in this order, with a progress bar while some must be read."""

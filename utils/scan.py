@@ -11,6 +11,8 @@ from pathlib import Path
 from utils import demo
 from utils.images import HEIF_SUFFIXES, IMAGE_SUFFIXES
 
+HIDDEN = (".", "@eaDir")
+"""What the names of hidden files and folders begin with; the second are Synology's, with small copies of pictures."""
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -112,7 +114,7 @@ def pictures_below(folder: str | Path, skipped: Counter[str]) -> list[str]:
             continue
         with entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if entry.name.startswith(HIDDEN):
                     skipped["hidden"] += 1
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
@@ -136,7 +138,7 @@ def _no_picture(entry: os.DirEntry) -> str | None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(HIDDEN))
 
 
 def _is_split(folder: Path) -> bool:
@@ -145,7 +147,9 @@ def _is_split(folder: Path) -> bool:
 
 def _count_loose(folder: Path, scan: Scan) -> None:
     for entry in folder.iterdir():
-        if not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES:
+        if entry.is_symlink() and not entry.exists():
+            scan.skipped[entry.name]["a link to nowhere"] += 1
+        elif not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES:
             scan.skipped[""]["outside the class folders"] += 1
 
 
