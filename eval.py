@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from nets.seal import digest_file
@@ -12,7 +14,7 @@ from utils.classifier import BATCH, Classifier, load_classifier
 from utils.compare import compare as compare_scores
 from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
-from utils.eval_data import read_images, read_strangers
+from utils.eval_data import count_seen, read_images, read_strangers
 from utils.evaluation import Evaluation, evaluate_corrupted
 from utils.files import write_text
 from utils.finish import read_embeddings
@@ -22,11 +24,10 @@ from utils.mistakes import worst_mistakes
 from utils.outputs import Outputs, compute_outputs
 from utils.report import format_metrics, write_comparison, write_events, write_numbers
 from utils.report_page import WORST, render
-from utils.run_folder import CONFIG_FILE, LIST_FILES
+from utils.run_folder import METRICS_OUT, is_run, results_folder
 from utils.scores import Scores
 
 PAGE = "report.html"
-OUT = "metrics_out"
 
 
 def main(
@@ -69,8 +70,8 @@ def main(
         checkpoints = [find_checkpoint(path) for path in compare]
         a, b = (load_classifier(path, device, raw) for path in checkpoints)
         images = read_images(data, classes_path, a.class_names)
-        what = dict(zip(("a", "b", "data"), (*map(str, checkpoints), data), strict=True))
-        compare_classifiers(a, b, images, what, Path(out or OUT), num_workers, batch_size)
+        folder = prepare(Path(out) if out else METRICS_OUT)
+        compare_classifiers(checkpoints, (a, b), images, data, folder, num_workers, batch_size)
         return
     started = time.perf_counter()
     checkpoint = find_checkpoint(model_path)
@@ -79,20 +80,19 @@ def main(
     print(f"checkpoint {checkpoint} on {data}")
     images = read_images(data, classes_path, classifier.class_names)
     stranger_images = read_strangers(classifier, strangers) if strangers else None
-    folder = Path(out) if out else own_folder(checkpoint)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = prepare(Path(out) if out else results_folder(checkpoint))
     times = [started, time.perf_counter()]
-    outputs = compute_outputs(classifier, images, num_workers, batch_size)
+    outputs = infer(classifier, images, num_workers, batch_size)
     of_strangers = meet(classifier, stranger_images, num_workers, batch_size) if stranger_images else None
     times.append(time.perf_counter())
     worse = evaluate_corrupted(classifier, images, outputs, corrupted, num_workers, batch_size)
     times.append(time.perf_counter())
     evaluation = Evaluation(checkpoint, sha256, data, classifier, images, outputs, worse, of_strangers, max_error)
-    write_report(folder, evaluation)
-    times.append(time.perf_counter())
     print(format_metrics(evaluation.metrics))
     for note in evaluation.metrics["notes"]:
         print(f"attention: {cli.printable(note)}")
+    write_report(folder, evaluation)
+    times.append(time.perf_counter())
     parts = zip(("loading", "inference", "corruptions", "report"), times, times[1:], strict=False)
     print(", ".join(f"{name} {end - start:.1f} s" for name, start, end in parts))
     print(f"written to {folder}/; open {folder / PAGE}")
@@ -107,6 +107,36 @@ def check(batch_size: int, num_workers: int, corrupted: int, max_error: float, o
     if not 0 <= max_error < 1:
         raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
     cli.check_folder("out", out)
+
+
+def prepare(folder: Path) -> Path:
+    """Make a folder to write to.
+
+    Raises:
+        OSError: it can't be made, or written to, which should be known before hours are spent.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(f"nothing can be written to {folder} ({error.strerror}): name another with --out") from error
+    return folder
+
+
+def infer(
+    classifier: Classifier, images: ImageList, num_workers: int, batch_size: int, title: str = "evaluating"
+) -> Outputs:
+    """What a classifier makes of pictures.
+
+    Raises:
+        ImageError: one can't be read.
+        ValueError: an output isn't finite.
+    """
+    outputs = compute_outputs(classifier, images, num_workers, batch_size, title=title)
+    if len(broken := (~outputs.logits.isfinite().all(dim=1)).nonzero()):
+        first = images.path(int(broken[0]))
+        raise ValueError(f"{first}, one of {len(broken)} such pictures: {classifier.no_numbers}")
+    return outputs
 
 
 def meet(classifier: Classifier, strangers: ImageList, num_workers: int, batch_size: int) -> Outputs:
@@ -124,21 +154,11 @@ def meet(classifier: Classifier, strangers: ImageList, num_workers: int, batch_s
     return outputs
 
 
-def own_folder(checkpoint: Path) -> Path:
-    """Where results of a checkpoint go: into its run's folder, and into metrics_out if it lies elsewhere."""
-    return checkpoint.parent if is_run(checkpoint.parent) else Path(OUT)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether training made it."""
-    return all((folder / name).is_file() for name in (CONFIG_FILE, *LIST_FILES.values()))
-
-
 def compare_classifiers(
-    a: Classifier,
-    b: Classifier,
+    checkpoints: Sequence[Path],
+    classifiers: tuple[Classifier, Classifier],
     images: ImageList,
-    what: dict[str, str],
+    data: str,
     folder: Path,
     num_workers: int,
     batch_size: int,
@@ -146,10 +166,10 @@ def compare_classifiers(
     """Put two classifiers to the same pictures; print and write whether the second is better.
 
     Args:
-        a: the first.
-        b: the second.
+        checkpoints: their files.
+        classifiers: what these hold.
         images: the pictures.
-        what: how the two, and the data, are called.
+        data: where these are from.
         folder: where to write.
         num_workers: processes that load pictures.
         batch_size: pictures that go through a network at a time.
@@ -157,6 +177,7 @@ def compare_classifiers(
     Raises:
         ValueError: they tell other classes apart.
     """
+    a, b = classifiers
     names = a.class_names
     if set(names) != set(b.class_names):
         extra, lacking = sorted(set(names) - set(b.class_names)), sorted(set(b.class_names) - set(names))
@@ -164,16 +185,18 @@ def compare_classifiers(
             f"compare: the two tell other classes apart (only in the first: {', '.join(extra) or 'none'}; only in the "
             f"second: {', '.join(lacking) or 'none'}), so their accuracies can't be held against each other"
         )
+    what = dict(zip(("a", "b", "data"), (*map(str, checkpoints), data), strict=True))
     print("A: {a}\nB: {b}\non {data}".format(**what))
-    outputs_a = compute_outputs(a, images, num_workers, batch_size, title="A")
-    outputs_b = compute_outputs(b, images, num_workers, batch_size, title="B")
+    outputs_a = infer(a, images, num_workers, batch_size, "A")
+    outputs_b = infer(b, images, num_workers, batch_size, "B")
     in_order = outputs_b.logits[:, [b.class_names.index(name) for name in names]]
     scores_a = Scores.of(outputs_a.logits, outputs_a.class_ids, a.temperature)
     scores_b = Scores.of(in_order, outputs_b.class_ids, b.temperature)
-    found = what | compare_scores(scores_a, scores_b)
+    seen = tuple(count_seen(path, of, images) for path, of in zip(checkpoints, classifiers, strict=True))
+    found = what | compare_scores(scores_a, scores_b, seen)
     rows = flipped_rows(scores_a, scores_b, [images.path(i) for i in range(len(images))], names)
-    write_comparison(folder, found, rows)
     print(f"{format_comparison(found)}\n{format_flipped(rows)}".rstrip())
+    write_comparison(folder, found, rows)
     print(f"written to {folder}/comparison.json, and all pictures that only one names right to {folder}/flipped.csv")
 
 

@@ -15,7 +15,7 @@ from utils.export_facts import ExportFacts
 from utils.export_formats import FORMATS, STEMS, write_card
 from utils.files import format_bytes, write_json, write_whole
 from utils.lists import ImageList, draw, take
-from utils.model_card import CHECKED, write_model_card
+from utils.model_card import CHECKED, check_card, write_model_card
 
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "pt2": ("fp32",), "safetensors": ("fp32", "fp16")}
 
@@ -53,6 +53,8 @@ def main(
     facts = ExportFacts.of(classifier, checkpoint, precision)
     path = Path(out or checkpoint.parent / "export", STEMS[precision] + FORMATS[format].suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if card:
+        check_card(path.parent)
     print(f"checkpoint {checkpoint}, to {path}")
     export(classifier, facts, format, drawn, path)
     if format == "safetensors":

@@ -37,6 +37,7 @@ from utils.prediction import (
     to_line,
     to_row,
 )
+from utils.run_folder import CONFIG_FILE
 from utils.scan import is_demo, pictures_below
 from utils.text import printable
 
@@ -64,8 +65,8 @@ def main(
     """Name what is in pictures.
 
     Args:
-        paths: files, folders (with all below them) and globs; "-": paths from the standard input, one a line; none: ask
-            for one after the other. If the first is a file of export.py, it is the model.
+        paths: files, folders (with all below them) and globs; "-": paths from the standard input, one a line, many
+            at a time; none: ask for one after the other. If the first is a file of export.py, it is the model.
         model_path: a checkpoint, a run's folder, a folder of runs, of which the newest counts, or an .onnx or
             .safetensors file of export.py; empty: logs/, before there is a run the network that comes with Thaw, for
             ten kinds of things.
@@ -83,7 +84,7 @@ def main(
         device: auto, cuda, cpu or mps.
 
     Returns:
-        The exit status: 1 if a picture couldn't be read.
+        The exit status: 1 if a picture has no answer, mostly since it can't be read.
     """
     check(top_k, json_lines, csv_lines, save, sort_into)
     model_path, paths = choose_model(model_path, paths)
@@ -167,7 +168,7 @@ def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: b
 
 
 def find_model(model_path: str) -> Path:
-    """The checkpoint that `model_path` means; if it is empty and there is no run yet, the network in the box.
+    """The checkpoint that `model_path` means; if it is empty and no run was ever begun, the network in the box.
 
     Raises:
         FileNotFoundError: there is none.
@@ -177,6 +178,10 @@ def find_model(model_path: str) -> Path:
     except FileNotFoundError:
         if model_path or not IN_THE_BOX.is_file():
             raise
+        if any(Path("logs").glob(f"*/{CONFIG_FILE}")):
+            raise FileNotFoundError(
+                "no run in logs/ has a checkpoint yet: the first comes with its first epoch"
+            ) from None
         print("there is no run in logs/ yet, so the network that comes with Thaw answers", file=sys.stderr)
         return IN_THE_BOX
 
@@ -300,7 +305,7 @@ def summarise(counts: Counter[str]) -> str:
     labels = ", ".join(f"{count} as {shorten(printable(name), 40)}" for name, count in counts.most_common(9) if name)
     more = len(counts) > 9
     told = f"{sum(counts.values())} pictures: {labels}{', ...' if more else ''}"
-    return told + (f"; {failed} can't be read" if failed else "")
+    return told + (f"; {failed} without an answer" if failed else "")
 
 
 if __name__ == "__main__":

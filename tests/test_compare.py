@@ -10,8 +10,16 @@ import torch
 
 import eval as evaluation
 from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from utils.compare import compare, difference_interval, flipped_rows, format_comparison, format_flipped, mcnemar_p_value
+from utils.compare import compare as compare_scores
+from utils.compare import difference_interval, flipped_rows, format_comparison, format_flipped, mcnemar_p_value
+from utils.eval_data import Seen
 from utils.scores import Scores
+
+UNSEEN = Seen(pictures=40, trained_on=0, validated_on=0, known=True)
+
+
+def compare(a: Scores, b: Scores, seen: tuple[Seen, Seen] = (UNSEEN, UNSEEN)) -> dict:
+    return compare_scores(a, b, seen)
 
 
 def scores(predicted: list[int], class_ids: list[int]) -> Scores:
@@ -72,6 +80,20 @@ def test_a_clear_difference_is_said():
     assert "A is better" in format_comparison(compare(scores([0] * 40, truth), scores([1] * 20 + [0] * 20, truth)))
 
 
+def test_what_one_has_seen_tells_nothing():
+    truth = [0] * 40
+    a, b = scores([1] * 20 + [0] * 20, truth), scores([0] * 40, truth)
+    for seen in (Seen(40, 40, 0, known=True), Seen(40, 0, 40, known=True)):
+        told = format_comparison(compare(a, b, (UNSEEN, seen)))
+        assert "B is better" not in told
+        assert "they don't tell which is better" in told
+        assert f"attention: B: 40 of the 40 pictures {'were' if seen.trained_on else 'are'}" in told
+        assert "B is better" in format_comparison(compare(a, b, (seen, seen)))
+    told = format_comparison(compare(a, b, (UNSEEN, Seen(40, 0, 0, known=False))))
+    assert "B is better" in told
+    assert "attention: B: Whether the run has seen these pictures can't be told" in told
+
+
 def test_two_checkpoints_on_the_same_pictures(trained, tmp_path, capsys):
     """The second has its classes in another order and half of its head turned round."""
     best = find_checkpoint("")
@@ -87,6 +109,8 @@ def test_two_checkpoints_on_the_same_pictures(trained, tmp_path, capsys):
     assert found["a"] == str(best)
     told = capsys.readouterr().out
     assert "A is better" in told
+    assert "attention: B: Whether" in told  # it lies alone
+    assert "attention: A" not in told
     rows = list(csv.DictReader((tmp_path / "flipped.csv").open()))
     assert len(rows) == found["only_a_right"] + found["only_b_right"] == found["pictures"]
     assert all(row["prediction_a"] != row["prediction_b"] for row in rows)

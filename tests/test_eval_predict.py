@@ -147,6 +147,27 @@ def test_other_classes_are_refused(trained, tmp_path):
         evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
     with pytest.raises(ValueError, match="give the one that has, such as datasets/test"):
         evaluation.main(data="datasets", out=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="there is no class file model_data/cls_class"):
+        evaluation.main(classes_path="model_data/cls_class.txt", out=str(tmp_path))
+
+
+def test_what_cannot_be_written_to_is_known_first(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "compute_outputs", lambda *args, **options: pytest.fail("hours"))
+    (tmp_path / "file").touch()
+    for options in ({}, {"compare": ("logs", "logs")}):
+        with pytest.raises(OSError, match=r"nothing can be written to .*name another with --out"):
+            evaluation.main(out=str(tmp_path / "file" / "out"), **options)
+
+
+def test_an_answer_that_is_no_number_is_none(trained, tmp_path, capsys):
+    content = load_checkpoint(find_checkpoint(""))
+    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in content["weights"].items()}
+    content = {key: value for key, value in content.items() if key != "format_version"}
+    save_checkpoint(tmp_path / "a.pth", content | {"weights": weights})
+    assert predict.main(("datasets/test/dark/00.png",), model_path=str(tmp_path / "a.pth"), json_lines=True) == 1
+    assert "makes no numbers of it" in json.loads(capsys.readouterr().out)["error"]
+    with pytest.raises(ValueError, match=r"\.png, one of 11 such pictures: the network makes no numbers"):
+        evaluation.main(model_path=str(tmp_path / "a.pth"), out=str(tmp_path))
 
 
 def test_a_checkpoint_is_all_that_is_needed(trained, tmp_path, monkeypatch, capsys):

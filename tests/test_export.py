@@ -187,6 +187,10 @@ def test_exported_weights_predict_and_are_what_train_py_starts_from(trained, tmp
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert predict.main((pictures,), device="cpu") == 0
     assert "there is no run in logs/ yet" in capsys.readouterr().err
+    Path("logs/run").mkdir(parents=True)
+    Path("logs/run/config.json").write_text("{}")  # it has begun
+    with pytest.raises(FileNotFoundError, match="no run in logs/ has a checkpoint yet"):
+        predict.main((pictures,), device="cpu")
 
 
 def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, trained, tmp_path, capsys):

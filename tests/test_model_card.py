@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 import eval as evaluation
+import export
 from nets.seal import digest_file
 from utils.checkpoint import find_checkpoint
 from utils.classifier import load_classifier
 from utils.export_facts import ExportFacts
-from utils.model_card import CARD, escape, write_model_card
+from utils.model_card import CARD, check_card, escape, write_model_card
 
 NAMES = ["a|b", "two\nlines", "<script>alert(1)</script>", "\x1b[31mred", "\udcff", "猫", "`x`", "[a](b)", "{{ 1 }}"]
 
@@ -98,11 +99,26 @@ def test_broken_reports_are_named(own_run, tmp_path):
         card_of(own_run, tmp_path)
 
 
-def test_a_checkpoint_without_its_run(own_run, tmp_path):
+def test_a_checkpoint_without_its_run(own_run, tmp_path, monkeypatch):
     alone = tmp_path / "alone" / "model.pth"
     alone.parent.mkdir()
     shutil.copy(own_run, alone)
     assert "| dark | not known | not known |" in card_of(alone, tmp_path)
+    shutil.copytree("datasets/test", tmp_path / "test")
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(model_path=str(alone), data="test", corrupted=0)
+    page = card_of(alone, tmp_path)
+    assert "Not measured" not in page
+    assert "Whether the run has seen these pictures can&#39;t be told" in page
+
+
+def test_only_a_card_gives_way_to_a_card(own_run, tmp_path):
+    card_of(own_run, tmp_path)
+    check_card(tmp_path)
+    (tmp_path / "README.md").write_text("# My project")
+    with pytest.raises(ValueError, match=r"README\.md is no model card, and would be overwritten"):
+        export.main(model_path=str(own_run), out=str(tmp_path), format="safetensors", card=True)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_class_names_break_nothing(own_run, tmp_path):

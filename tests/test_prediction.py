@@ -193,7 +193,7 @@ def test_csv_and_a_list_on_standard_input(trained, command):
     assert [row["label"] for row in rows] == ["dark"] + ["light"] * 5 + [""]
     assert rows[0]["class_1"] == "dark" and rows[0]["class_2"] == "light"
     assert "no such file" in rows[-1]["note"]
-    assert "7 pictures: 5 as light, 1 as dark; 1 can't be read" in result.stderr
+    assert "7 pictures: 5 as light, 1 as dark; 1 without an answer" in result.stderr
 
 
 def test_standard_input_beside_other_paths(trained, command):

@@ -152,6 +152,15 @@ def test_what_a_reader_must_know_comes_first(trained, tmp_path):
     assert "were trained on" not in page
 
 
+def test_that_pictures_may_have_been_seen_is_said_where_it_cannot_be_told(trained, tmp_path, monkeypatch):
+    shutil.copytree("datasets/train", tmp_path / "moved")
+    run = shutil.copytree(find_checkpoint("").parent, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    evaluation_script.main(data="moved", model_path=str(run), out="out", corrupted=0)
+    (note,) = json.loads(Path("out/metrics.json").read_text())["notes"]
+    assert note.startswith("Whether the run has seen these pictures can't be told")
+
+
 def test_a_folder_with_a_config_is_not_taken_for_a_run(trained, tmp_path):
     for name in ("config.json", "evaluation/thesis.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

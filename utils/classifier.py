@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,11 @@ class Classifier:
     def can_reject(self) -> bool:
         """Whether what was fitted after training says which of its answers to reject."""
         return self.calibration is not None and not self.raw
+
+    @property
+    def no_numbers(self) -> str:
+        """What to say where the network's outputs aren't finite."""
+        return f"the network makes no numbers of it: some of its weights are none, or too large for {self.precision}"
 
     def load(self, path: str) -> Tensor:
         """A picture as the network wants it, uint8 (3, height, width). For one in memory there is `transform`.
@@ -182,7 +188,7 @@ class Classifier:
 
     def _answer(
         self, paths: Sequence[str], pictures: Sequence[Tensor], top_k: int, rejection: Rejection | None
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Prediction | Failure]:
         """For each of pictures, which are (views, 3, height, width)."""
         num_views = len(pictures[0])
         parts = [self.forward(part) for part in torch.cat(pictures).split(MOST_VIEWS)]
@@ -194,6 +200,9 @@ class Classifier:
             distances = torch.zeros(len(pictures))
         values, ids = probabilities.topk(top_k)
         for path, p, k, distance in zip(paths, values.tolist(), ids.tolist(), distances.tolist(), strict=True):
+            if not math.isfinite(p[0]):  # of NaN and numbers NaN is the greatest
+                yield Failure(path, f"{path}: {self.no_numbers}")
+                continue
             classes = tuple((self.class_names[i], value) for i, value in zip(k, p, strict=True))
             yield answer_with(path, classes, rejection, distance)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from utils.eval_data import Seen
 from utils.intervals import NORMAL_QUANTILE, Interval
 from utils.scores import Scores
 from utils.text import printable
@@ -39,8 +40,8 @@ def difference_interval(only_a: int, only_b: int, n: int) -> Interval:
     return max(-1.0, centre - half), min(1.0, centre + half)
 
 
-def compare(a: Scores, b: Scores) -> dict[str, Any]:
-    """What `comparison.json` holds: of two classifiers on the same pictures."""
+def compare(a: Scores, b: Scores, seen: tuple[Seen, Seen]) -> dict[str, Any]:
+    """What `comparison.json` holds: of two classifiers on the same pictures, and what their runs have seen of them."""
     only_a, only_b = (int(np.count_nonzero(x & ~y)) for x, y in ((a.correct, b.correct), (b.correct, a.correct)))
     n = len(a)
     return {
@@ -53,11 +54,14 @@ def compare(a: Scores, b: Scores) -> dict[str, Any]:
         "only_b_right": only_b,
         "both_right": int(np.count_nonzero(a.correct & b.correct)),
         "both_wrong": int(np.count_nonzero(~a.correct & ~b.correct)),
+        "trained_on": [of_run.trained_on for of_run in seen],
+        "validated_on": [of_run.validated_on for of_run in seen],
+        "notes": [f"{name}: {note}" for name, of_run in zip("AB", seen, strict=True) for note in of_run.notes],
     }
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
-    """The comparison in words, ending with what may be concluded."""
+    """The comparison in words, then what may be concluded and what to know of it."""
     (top1_a, top1_b), (low, high) = comparison["top1"], comparison["interval"]
     p, n = comparison["p_value"], comparison["pictures"]
     lines = [
@@ -67,11 +71,13 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         f"B less A: {100 * comparison['difference']:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}; "
         f"McNemar's p = {p:.2g}",
     ]
-    if p < LEVEL:
+    if any(len(set(comparison[key])) > 1 for key in ("trained_on", "validated_on")):
+        lines.append("one of them has seen more of these pictures before, so they don't tell which is better")
+    elif p < LEVEL:
         lines.append(f"{'B' if comparison['difference'] > 0 else 'A'} is better, on pictures like these")
     else:
         lines.append("such a difference is well possible by chance: these pictures don't tell which is better")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"attention: {note}" for note in comparison["notes"])])
 
 
 def flipped_rows(a: Scores, b: Scores, paths: list[str], class_names: list[str]) -> list[list[str]]:

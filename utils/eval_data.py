@@ -1,15 +1,17 @@
-"""What a classifier is evaluated on: a list or a folder, of its classes; and pictures of none of them."""
+"""What a classifier is evaluated on: a list or a folder, of its classes; pictures of none of them; and which of all
+these its run has seen."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from utils.classifier import Classifier
+from utils.config import TrainConfig
 from utils.lists import ImageList, list_in_memory, read_classes, read_list
 from utils.run_folder import LIST_FILES
 from utils.scan import SPLIT_NAMES, Scan, pictures_below, scan_classes, set_demo_aside
@@ -37,12 +39,17 @@ def read_strangers(classifier: Classifier, folder: str) -> ImageList:
 
 
 def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageList:
-    """The pictures of a list, or in a folder of class folders, whose classes are those of the checkpoint."""
+    """The pictures of a list, or in a folder of class folders, whose classes are those of the checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such list or folder, or no class file where one was named.
+        ValueError: the classes are others, or the list can't be read.
+    """
     if not Path(data).exists():
         raise FileNotFoundError(f"there is no list or folder {data}; a list is written by python txt_annotation.py")
     if Path(data).is_dir():
         return list_folder(data, class_names)
-    if Path(classes_path).is_file():
+    if Path(classes_path).is_file() or classes_path not in ("", TrainConfig.classes_path):
         check_classes(read_classes(classes_path), class_names, classes_path)
     return read_list(data, len(class_names))
 
@@ -54,6 +61,57 @@ def read_run_list(checkpoint: Path, config: Mapping[str, Any], class_names: list
     if not copy.is_file():
         return None
     return replace(read_list(copy, len(class_names)), folder=os.path.dirname(config.get(f"{key}_annotation_path", "")))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How many of the pictures that a checkpoint is evaluated on its run has seen.
+
+    Attributes:
+        pictures: how many there are.
+        trained_on: how many of them are in the training list that the run began with.
+        validated_on: likewise in its validation list.
+        known: whether that could be told: the lists are beside the checkpoint, and their pictures where they say.
+    """
+
+    pictures: int
+    trained_on: int
+    validated_on: int
+    known: bool
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of figures on these pictures should know first."""
+        told = []
+        if self.trained_on:
+            told.append(
+                f"{self.trained_on} of the {self.pictures} pictures were trained on: with new pictures the figures "
+                f"would be worse"
+            )
+        if self.validated_on:
+            told.append(
+                f"{self.validated_on} of the {self.pictures} pictures are of the validation list, by which the run "
+                f"chose its best epoch and more (temperature, thresholds, a probe's penalty): new pictures would do a "
+                f"little worse"
+            )
+        if not self.known:
+            told.append(
+                "Whether the run has seen these pictures can't be told: its lists aren't beside the checkpoint, or "
+                "their pictures have moved. If it has, new pictures would do worse"
+            )
+        return told
+
+
+def count_seen(checkpoint: Path, classifier: Classifier, images: ImageList) -> Seen:
+    """How many of `images` the run of a checkpoint has seen, going by the paths, as far as its folder tells."""
+    places = Counter(os.path.realpath(images.path(i)) for i in range(len(images)))
+    counts, known = {}, True
+    for key in LIST_FILES:
+        of_run = read_run_list(checkpoint, classifier.config, classifier.class_names, key)
+        paths = [of_run.path(i) for i in range(len(of_run))] if of_run else []
+        counts[key] = sum(places[place] for place in set(map(os.path.realpath, paths)))
+        known = known and (counts[key] > 0 or any(map(os.path.exists, paths)))
+    return Seen(len(images), counts["train"], counts["val"], known)
 
 
 def list_folder(folder: str, class_names: list[str]) -> ImageList:

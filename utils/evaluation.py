@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from utils.classifier import Classifier
 from utils.corruptions import CORRUPTIONS, corrupt
 from utils.data import FileSource, ImageDataset, eval_loader, fetch
-from utils.eval_data import read_run_list
+from utils.eval_data import count_seen
 from utils.intervals import wilson_interval
 from utils.lists import ImageList, draw, take
 from utils.metrics import evaluation_metrics
@@ -83,15 +82,7 @@ class Evaluation:
 
     def _notes(self, absent_classes: list[str]) -> list[str]:
         """What a reader of the figures should know first."""
-        notes = []
-        n = len(self.images)
-        if seen := self._count_in_list("train"):
-            notes.append(f"{seen} of the {n} pictures were trained on: with new pictures the figures would be worse")
-        if seen := self._count_in_list("val"):
-            notes.append(
-                f"{seen} of the {n} pictures are of the validation list, on which the best epoch, the temperature and "
-                f"the thresholds were chosen: new pictures would do a little worse"
-            )
+        notes = count_seen(self.checkpoint, self.classifier, self.images).notes
         if absent_classes:
             notes.append(f"No pictures, so not in the means: {', '.join(absent_classes)}")
         classifier = self.classifier
@@ -106,15 +97,6 @@ class Evaluation:
         elif classifier.raw:
             notes.append("Probabilities are the network's own, as asked for: the fitted temperature isn't used")
         return notes
-
-    def _count_in_list(self, key: str) -> int:
-        """How many of the pictures are in the training or validation list ("train" or "val") that the run began with,
-        as far as its folder has it."""
-        of_run = read_run_list(self.checkpoint, self.classifier.config, self.classifier.class_names, key)
-        if of_run is None:
-            return 0
-        known = {os.path.realpath(of_run.path(i)) for i in range(len(of_run))}
-        return sum(os.path.realpath(self.images.path(i)) in known for i in range(len(self.images)))
 
     def rejection(self, max_error: float) -> dict[str, float | int | list[float] | None]:
         """What becomes of these pictures, and of the strangers, if validation allows the part `max_error` of errors

@@ -15,9 +15,12 @@ from utils.eval_data import read_run_list
 from utils.export_facts import ExportFacts
 from utils.export_formats import FORMATS, STEMS
 from utils.files import format_bytes, write_bytes
+from utils.run_folder import METRICS_OUT
 from utils.text import printable
 
 CARD = "README.md"
+TITLE = "# Image classifier of "
+"""What every card begins with."""
 CHECKED = ".check.json"
 """Suffix of the report beside an exported file, which the card goes by."""
 FIGURES = {
@@ -33,7 +36,7 @@ FIGURES = {
 def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, facts: ExportFacts) -> Path:
     """Write a card for a checkpoint, and for its exported files in `folder`, beside them.
 
-    What stands in it comes from the checkpoint, from the lists in its run's folder, and from what eval.py wrote there.
+    What stands in it comes from the checkpoint, from the lists in its run's folder, and from what eval.py wrote.
 
     Returns:
         The card.
@@ -60,6 +63,13 @@ def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, fac
     )
     write_bytes(folder / CARD, page.encode("utf-8"))
     return folder / CARD
+
+
+def check_card(folder: Path) -> None:
+    """Raise a ValueError if a README.md that is no model card stands where one is to be written."""
+    path = folder / CARD
+    if path.is_file() and not path.read_bytes().startswith(TITLE.encode()):
+        raise ValueError(f"{path} is no model card, and would be overwritten: move it, or name a folder with --out")
 
 
 def exported_files(folder: Path, facts: ExportFacts) -> list[Path]:
@@ -103,14 +113,18 @@ def count_pictures(checkpoint: Path, classifier: Classifier) -> list[dict[str, A
 
 
 def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | None:
-    """What eval.py wrote of this checkpoint: on how many pictures of what, what to know first, and rows of figure,
-    value and interval, and of class, support and recall with its interval. None if it wasn't run, or for another
-    checkpoint, or an earlier state of this one.
+    """What eval.py wrote of this checkpoint, beside it or where findings of one in no run's folder go: on how many
+    pictures of what, what to know first, and rows of figure, value and interval, and of class, support and recall with
+    its interval. None if it wasn't run, or for another checkpoint, or an earlier state of this one.
 
     Raises:
         ValueError: the file isn't what eval.py writes.
     """
-    path = checkpoint.with_name("metrics.json")
+    found = (_read_metrics(folder / "metrics.json", checkpoint_sha256) for folder in (checkpoint.parent, METRICS_OUT))
+    return next(filter(None, found), None)
+
+
+def _read_metrics(path: Path, checkpoint_sha256: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:

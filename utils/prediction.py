@@ -40,11 +40,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that can't be read.
+    """A picture without an answer: it can't be read, or the network makes no numbers of it.
 
     Attributes:
         path: the file.
-        error: what is wrong with it, and its name.
+        error: what is wrong, and the file's name.
     """
 
     path: str
@@ -73,7 +73,7 @@ def to_json(answer: Answer) -> str:
     if answer.rejected:
         content["reason"] = answer.reason
     content["predictions"] = [{"class": name, "probability": p} for name, p in answer.classes]
-    return json.dumps(content)
+    return json.dumps(content, allow_nan=False)
 
 
 def csv_header(top_k: int) -> str:
@@ -127,7 +127,7 @@ def to_row(answer: Answer, width: int, label_width: int) -> str:
     """A picture as a row of a table, no wider than a terminal of `width`, of 40 and more: class, probability with its
     bar, or "unknown?" if the answer is rejected, path."""
     if isinstance(answer, Failure):
-        return shorten(f"{pad('-', label_width)}  unreadable   {printable(answer.error)}", width)
+        return shorten(f"{pad('-', label_width)}  no answer    {printable(answer.error)}", width)
     name, p = (answer.label, answer.probability) if not answer.rejected else answer.classes[0]
     label = pad(shorten(printable(name), label_width), label_width)
     bar = UNKNOWN + "?" if answer.rejected else "█" * round(8 * p)

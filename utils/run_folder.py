@@ -22,6 +22,8 @@ ASKED_FILE = "asked.json"
 EVENTS = "events.out.tfevents."
 """What the names of TensorBoard's files begin with."""
 LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
+METRICS_OUT = Path("metrics_out")
+"""Folder for what eval.py finds of a checkpoint that lies in no run's."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,16 @@ def begin_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, Im
         write_json(path / ASKED_FILE, asked.as_dict())
     write_json(path / CONFIG_FILE, config.as_dict())
     return RunFolder(path, lock, None)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether training made it."""
+    return all((folder / name).is_file() for name in (CONFIG_FILE, *LIST_FILES.values()))
+
+
+def results_folder(checkpoint: Path) -> Path:
+    """Where eval.py's findings of a checkpoint go, unless told."""
+    return checkpoint.parent if is_run(checkpoint.parent) else METRICS_OUT
 
 
 def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
