@@ -317,7 +317,7 @@ def test_candidates_are_all_pairs_that_differ_in_few_bits():
     distance = np.bitwise_count(every[:, None] ^ every[None])
     expected = np.stack(np.nonzero(np.triu(distance <= MOST_BITS, k=1)), axis=1)
     assert len(expected) > 200
-    found = np.sort(np.concatenate(list(_candidates(prints))), axis=1)
+    found = np.sort(np.concatenate(list(_candidates(prints, np.arange(len(prints))))), axis=1)
     np.testing.assert_array_equal(found[np.lexsort(found.T[::-1])], expected)
 
 
@@ -411,7 +411,7 @@ def test_things_of_a_kind_are_not_taken_for_each_other(shared, name, most):
     paths = sorted(str(path) for path in (shared / "data" / name).rglob("*") if path.is_file())[::2]
     prints = [take_fingerprint(path) for path in paths]
     assert sum(map(len, alike_groups(prints))) <= most
-    assert sum(map(len, _candidates(prints))) > 20
+    assert sum(map(len, _candidates(prints, np.arange(len(prints))))) > 20
 
 
 def test_names_are_escaped_on_the_page(here):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from utils.fingerprints import Fingerprint
 
@@ -29,12 +30,12 @@ def alike_groups(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
     thumbnails = np.frombuffer(b"".join(f.thumbnail for f in fingerprints), np.uint8).reshape(len(fingerprints), -1)
     tiny = np.array([min(f.width, f.height) < TINY for f in fingerprints])
     least = np.where(tiny, LEAST_CORRELATION_OF_TINY, LEAST_CORRELATION)
-    for pairs in _candidates(fingerprints):
+    for pairs in _candidates(fingerprints, labels):
         for start in range(0, len(pairs), PAIRS):
             chunk = pairs[start : start + PAIRS]
             chunk = chunk[labels[chunk[:, 0]] != labels[chunk[:, 1]]]  # where all look alike, most are linked already
             one, other = _standardised(thumbnails[chunk[:, 0]]), _standardised(thumbnails[chunk[:, 1]])
-            labels = _link(labels, chunk[(one * other).mean(axis=1) >= least[chunk].max(axis=1)])
+            labels[:] = _link(labels, chunk[(one * other).mean(axis=1) >= least[chunk].max(axis=1)])
     order = np.argsort(labels, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     return [group.tolist() for group in groups if len(group) > 1]
@@ -53,16 +54,21 @@ def _link(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return connected_components(graph, directed=False)[1][labels]
 
 
-def _candidates(fingerprints: Sequence[Fingerprint]) -> Iterator[np.ndarray]:
-    """Pairs (pairs, 2) of indices whose hashes differ in `MOST_BITS` at most, each once, some at a time."""
+def _candidates(fingerprints: Sequence[Fingerprint], labels: np.ndarray) -> Iterator[np.ndarray]:
+    """Pairs (pairs, 2) of indices whose hashes differ in `MOST_BITS` at most, some at a time, each once, but
+    for those that `labels` (n,), which may change meanwhile, has linked already."""
     in_bytes = np.frombuffer(b"".join(f.phash for f in fingerprints), np.uint8).reshape(-1, 8)
     hashes = in_bytes.view(np.uint64)[:, 0]
-    for place, byte in enumerate(in_bytes.T):
+    for place, byte in enumerate(tqdm(in_bytes.T, "looking for alike ones", leave=False, disable=None)):
         order = np.argsort(byte, kind="stable")
         for same in np.split(order, np.flatnonzero(np.diff(byte[order])) + 1):
             for start in range(0, len(same), ROWS):
-                distance = np.bitwise_count(hashes[same[start : start + ROWS], None] ^ hashes[None, same[start:]])
-                rows, columns = np.nonzero(np.triu(distance <= MOST_BITS, k=1))
+                if (labels[same[start:]] == labels[same[start]]).all():
+                    break
+                those, others = same[start : start + ROWS, None], same[None, start:]
+                near = np.bitwise_count(hashes[those] ^ hashes[others]) <= MOST_BITS
+                near &= labels[those] != labels[others]
+                rows, columns = np.nonzero(np.triu(near, k=1))
                 pairs = np.stack([same[start + rows], same[start + columns]], axis=1)
                 earlier = (in_bytes[pairs[:, 0], :place] == in_bytes[pairs[:, 1], :place]).any(axis=1)
                 yield pairs[~earlier]
