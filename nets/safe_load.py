@@ -25,11 +25,12 @@ if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
         f"pip install --upgrade 'torch>=2.10' torchvision"
     )
 
-MAKES_MEMORY = re.compile(r" (bytearray|encode|\w*Tensor)$|^torch\.storage ")
-"""What torch lets a file call, with any number or again and again, and no file of weights does."""
-MOST_IN_TUPLE = 100_000
-"""Values in a tuple, those of tuples in it counted each time: Python before 3.14 goes through all of them whenever a
-tuple is the key of a dict, and forty tuples within each other, the next standing twice in each, are a trillion."""
+NEEDED = re.compile(
+    r"collections\.OrderedDict|argparse\.Namespace"
+    r"|torch\.(Size|device|(storage\.)?\w+Storage|b?float\w+|u?int\w+|bool|half|double|complex\w+)"
+    r"|torch\.nn\.parameter\.Parameter|torch\._utils\._rebuild_(tensor_v[23]|parameter(_with_state)?)"
+)
+"""What a file of weights may name: torch lets a file call more, with which it takes any amount of memory."""
 MOST_VALUES = 50_000_000
 """In nested dicts and lists: more than any file of weights has."""
 LARGE = 0xFFFFFFFF
@@ -169,51 +170,30 @@ def _directory_offset(path: Path, comment: int) -> int:
 
 
 def _check_pickles(path: Path, archived: bool) -> None:
-    """Raise a ValueError if a pickle in a file of torch's does what torch allows and what takes memory or time without
-    bounds."""
+    """Raise a ValueError if a pickle in a file of torch's names what weights don't need."""
     try:
         if archived:
             with zipfile.ZipFile(path) as archive:
                 # torch doesn't look at the case of their names
                 entries = [entry for entry in archive.infolist() if entry.filename.casefold().endswith(".pkl")]
-                faults = [_find_fault(archive.read(entry)) for entry in entries]
+                found = [name for entry in entries for name in _unneeded(archive.read(entry))]
         else:
             with path.open("rb") as file:
-                faults = [_find_fault(file) for _ in range(LEGACY_PICKLES)]
-    except (ValueError, LookupError, MemoryError) as error:
+                found = [name for _ in range(LEGACY_PICKLES) for name in _unneeded(file)]
+    except (ValueError, MemoryError) as error:
         raise ValueError(f"{path} can't be opened as weights: it is damaged, or something else ({error})") from error
-    for fault in filter(None, faults):
-        raise ValueError(f"{path} can't be opened as weights: {fault}")
+    if found:
+        raise ValueError(
+            f"{path} can't be opened as weights: it holds code ({found[0]}), which is never run and weights don't need"
+        )
 
 
-def _find_fault(pickled: bytes | BinaryIO) -> str:
-    """What the next pickle does that weights don't need; empty if nothing. Its values are followed over its stack by
-    how many a tuple holds, which is 1 for all others, and 0 for a mark.
-
-    Raises:
-        ValueError, LookupError: it is no pickle.
-    """
-    fault, stack, memo = "", [], {}
-    for code, argument, _ in pickletools.genops(pickled):
-        if code.name in ("GLOBAL", "INST") and MAKES_MEMORY.search(argument):
-            fault = fault or f"it calls {argument}, which weights don't need"
-        if "PUT" in code.name:
-            memo[argument] = stack[-1]
-            continue
-        if "GET" in code.name:
-            stack.append(memo[argument])
-            continue
-        kinds, taken = code.stack_before, []
-        if pickletools.markobject in kinds:
-            taken = list(iter(stack.pop, 0))
-            kinds = kinds[: kinds.index(pickletools.markobject)]
-        taken += [stack.pop() for _ in kinds]
-        size = 1 + sum(taken) if code.name.startswith("TUPLE") else 1
-        if size > MOST_IN_TUPLE:
-            fault = fault or "it holds tuples within tuples without end"
-            size = 1  # numbers of any length would take time themselves
-        stack += [0 if kind is pickletools.markobject else size for kind in code.stack_after]
-    return fault
+def _unneeded(pickled: bytes | BinaryIO) -> list[str]:
+    """What the next pickle names that weights don't need; raises a ValueError if there is no pickle."""
+    codes = pickletools.genops(pickled)
+    # Module and name stand apart, and torch puts them together, with a dot.
+    named = [argument.replace(" ", ".") for code, argument, _ in codes if code.name in ("GLOBAL", "INST")]
+    return [name for name in named if not NEEDED.fullmatch(name)]
 
 
 def _check_nesting(content: Any, path: Path) -> None:

@@ -184,9 +184,12 @@ class Numbers:
         return (torch.FloatTensor, (150_000_000,))
 
 
-class Storage:
+class Doubles:
+    """Which torch makes of a tensor however few of its numbers are in the file."""
+
     def __reduce__(self):
-        return (torch.UntypedStorage, (600_000_000,))
+        few = torch.zeros(1).expand(100_000_000)
+        return (torch._utils._rebuild_device_tensor_from_cpu_tensor, (few, torch.float64, "cpu", False))
 
 
 def write_trap(kind: str, path: Path, whole: Path) -> None:
@@ -215,13 +218,13 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
         torch.save(content | {"history": [Digits()]}, path)
     elif kind == "a tensor made when it is opened":
         torch.save(content | {"calibration": {"x": Numbers()}}, path)
-    elif kind == "a storage made when it is opened":
-        torch.save(content | {"calibration": {"x": Storage()}}, path)
-    elif kind == "tuples within tuples":
-        tuples: tuple = ()
-        for _ in range(24):  # the time to hash them doubles with each
-            tuples = (tuples, tuples)
-        torch.save(content | {"origin": {tuples: 0}}, path)
+    elif kind == "a tensor of doubles made when it is opened":
+        torch.save(content | {"calibration": {"x": Doubles()}}, path)
+    elif kind == "the same by another way to write its name":
+        torch.save(content | {"calibration": {"x": Doubles()}}, path, _use_new_zipfile_serialization=False)
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b"ctorch._utils\n_rebuild_device", b"ctorch\n_utils._rebuild_device"))
+        assert path.read_bytes() != whole
     elif kind == "bytearray":
         torch.save(content | {"history": [Bytes()]}, path)
     elif kind == "bytearray in the old format before an archive":
@@ -257,7 +260,7 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
 
 
 TRAPS = (
-    *("a storage made when it is opened", "tuples within tuples"),
+    *("a tensor of doubles made when it is opened", "the same by another way to write its name"),
     *("at the top", "optimizer", "model", "history", "old format", "tar"),
     *("zip bomb", "bytearray", "one number for a terabyte", "lists within lists", "a list in itself"),
     *("digits of digits", "a tensor made when it is opened"),
