@@ -11,7 +11,7 @@ import train
 from tests.conftest import TINY
 from utils import find_lr
 from utils.config import TrainConfig
-from utils.find_lr import suggest
+from utils.find_lr import smooth, suggest
 from utils.plots import plot_range_test
 
 RATES = np.geomspace(1e-7, 1.0, 140)
@@ -22,8 +22,12 @@ def test_the_steepest_rate_of_a_curve_is_found(steepest):
     """A fall whose slope is greatest at a known rate, and a rise a hundred times further that is steeper still."""
     fall = -1 / (1 + np.exp(-2 * np.log(RATES / steepest)))
     rise = 20 / (1 + np.exp(-4 * np.log(RATES / (100 * steepest))))
-    found = suggest(RATES.tolist(), (3 + fall + rise).tolist())
-    assert found == pytest.approx(steepest, rel=0.15)
+    losses = 3 + fall + rise
+    assert suggest(RATES.tolist(), losses.tolist()) == pytest.approx(steepest, rel=0.15)
+    assert suggest(RATES.tolist(), smooth(losses.tolist())) == pytest.approx(steepest, rel=0.15)
+    noise = np.random.default_rng(0).normal(0, 0.05, (100, len(RATES)))
+    found = [suggest(RATES.tolist(), smooth(some.tolist())) for some in losses + noise]
+    assert np.quantile(found, [0.1, 0.9]) == pytest.approx(steepest, rel=0.25)
 
 
 @pytest.mark.parametrize("losses", [[], [1.0, 2.0, 3.0], [2.0, 1.0, 3.0]])
@@ -56,10 +60,10 @@ def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
 def test_a_suggestion_is_one_that_would_be_trained_with(two_classes, monkeypatch, capsys):
     suggest_at_once(monkeypatch, 0.5)
     train.main(TrainConfig(**TINY), find_lr=True)
-    assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-02" in capsys.readouterr().out
+    assert "(adamw is limited to 1e-05 to 1e-03): init_lr=4.3e-02" in capsys.readouterr().out
     suggest_at_once(monkeypatch, 1e-6)
     train.main(TrainConfig(**TINY), find_lr=True)
-    assert "(adamw is let take 1e-05 to 1e-03): init_lr=4.3e-04" in capsys.readouterr().out
+    assert "(adamw is limited to 1e-05 to 1e-03): init_lr=4.3e-04" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to set identical")  # in three steps the loss needn't fall

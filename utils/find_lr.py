@@ -31,10 +31,13 @@ LOWEST, HIGHEST = 1e-7, 1.0
 DECADE = 20
 """Steps to a rate ten times as high; over fewer, noise would pass for a fall."""
 STEPS = 7 * DECADE
-SMOOTHING = 0.9
-"""Part of the running mean of the losses that each step keeps."""
+SMOOTHING = DECADE / 4
+"""Deviation, in steps, of the Gaussian that smooths the losses in the end. A running mean would lag behind them, and by
+that the suggestion would be twice too high."""
+KEPT = 0.9
+"""Part of the running mean of the losses that each step keeps, which tells when to stop."""
 DIVERGED = 4.0
-"""Times the lowest loss, and above the first, at which the test ends: nothing is to be learned beyond."""
+"""Times the lowest running mean, and above the first, at which the test ends: nothing is to be learned beyond."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     suggestion = min(max(found.suggestion, lowest), highest)
     plot_range_test(found.rates, found.losses, suggestion).savefig(path)
     init_lr = suggestion / batch_scale(stage.batch_size, model.transformer)
-    within = f" ({config.optimizer_type} is let take {lowest:.0e} to {highest:.0e})"
+    within = f" ({config.optimizer_type} is limited to {lowest:.0e} to {highest:.0e})"
     limited = within if suggestion != found.suggestion else ""
     print(
         f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} pictures"
@@ -98,20 +101,30 @@ def run_range_test(trainer: Trainer, loader: DataLoader, optimizer: Optimizer) -
     trainer.network.train()
     rates: list[float] = []
     losses: list[float] = []
-    mean = 0.0
+    means: list[float] = []
+    kept = 0.0
     batches = endless(loader)
     for step, rate in enumerate(
         tqdm(np.geomspace(LOWEST, HIGHEST, STEPS), "learning rates", leave=False, disable=None)
     ):
         set_learning_rate(optimizer, rate)
         loss, _ = trainer.train_step(*next(batches), optimizer)
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss.item()
-        smooth = mean / (1 - SMOOTHING ** (step + 1))  # without the zero that it began with
-        if not math.isfinite(smooth) or (losses and smooth > max(DIVERGED * min(losses), losses[0])):
+        kept = KEPT * kept + (1 - KEPT) * loss.item()
+        mean = kept / (1 - KEPT ** (step + 1))  # without the zero that it began with
+        if not math.isfinite(mean) or (means and mean > max(DIVERGED * min(means), means[0])):
             break
         rates.append(float(rate))
-        losses.append(smooth)
-    return RangeTest(rates, losses, suggest(rates, losses))
+        losses.append(loss.item())
+        means.append(mean)
+    smoothed = smooth(losses)
+    return RangeTest(rates, smoothed, suggest(rates, smoothed))
+
+
+def smooth(losses: list[float]) -> list[float]:
+    """Losses averaged with those before and after."""
+    from scipy.ndimage import gaussian_filter1d  # slow to import
+
+    return gaussian_filter1d(losses, SMOOTHING, mode="nearest").tolist() if losses else []
 
 
 def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
