@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from tests.conftest import write_picture, write_scene
-from utils import fingerprints, images
+from utils import alike, fingerprints, images
 from utils.alike import MOST_BITS, _candidates, alike_groups
 from utils.annotation import annotate
 from utils.audit import Picture, find_faults
@@ -207,14 +207,19 @@ def test_a_cache_that_cannot_be_written_is_done_without(here, monkeypatch, capsy
     monkeypatch.setattr(fingerprints, "PATIENCE", 0)
     path = str(write_picture(here / "a.png"))
     expected = Fingerprints("prints").read([path])
-    reader = sqlite3.connect("prints")
-    reader.execute("BEGIN EXCLUSIVE")
-    for place in ("prints", "a.png/prints"):
+    new = str(write_picture(here / "b.png", seed=2))
+    other = sqlite3.connect("prints")
+    for place, lock in (("prints", "IMMEDIATE"), ("prints", "EXCLUSIVE"), ("a.png/prints", "EXCLUSIVE")):
+        other.execute(f"BEGIN {lock}")
         found = Fingerprints(place)
-        assert found.read([path]) == expected
+        assert found.read([path, new])[:1] == expected
         assert found.preview(path)
-        assert f"{place} can't be used" in capsys.readouterr().out
-    reader.close()
+        assert capsys.readouterr().out.count(f"{place} can't be used") == 1
+        other.rollback()
+    monkeypatch.setattr(fingerprints, "take_fingerprint", lambda path, **limits: pytest.fail("read again"))
+    other.execute("BEGIN IMMEDIATE")
+    assert Fingerprints("prints").read([path]) == expected  # what can be read serves
+    other.close()
 
 
 def test_truncated_files_are_judged_alike_by_all_threads(shared, here):
@@ -342,7 +347,16 @@ def test_pictures_of_12_bits_in_files_of_16_are_told(here, bits):
     assert len(findings_of().get("dark", [])) == (0 if bits == 16 else 8)
 
 
-def test_many_alike_take_little_memory():
+def test_many_alike_take_little_memory_and_time(monkeypatch):
+    pairs: list[int] = []
+
+    def count(*args):
+        for some in candidates(*args):
+            pairs.append(len(some))
+            yield some
+
+    candidates = alike._candidates
+    monkeypatch.setattr(alike, "_candidates", count)
     rng = np.random.default_rng(0)
     hashes = [int(rng.integers(0, 2)) << int(rng.integers(0, 64)) for _ in range(3000)]
     thumbnail = rng.integers(0, 256, 256, np.uint8).tobytes()
@@ -350,6 +364,7 @@ def test_many_alike_take_little_memory():
     tracemalloc.start()
     assert alike_groups(prints) == [list(range(3000))]
     assert tracemalloc.get_traced_memory()[1] < 300e6
+    assert sum(pairs) < 1_000_000  # of 4.5 million
     tracemalloc.stop()
 
 

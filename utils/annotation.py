@@ -13,7 +13,7 @@ from utils.audit_report import format_findings, write_audit
 from utils.config import TrainConfig
 from utils.fingerprints import Fingerprints
 from utils.lists import read_classes, read_first_path, write_classes, write_left_out, write_list
-from utils.scan import SPLIT_NAMES, SPLITS, Scan, is_demo, scan_datasets
+from utils.scan import HIDDEN, SPLIT_NAMES, SPLITS, Scan, is_demo, scan_datasets
 from utils.split import group_by_name, split_validation
 
 LEFT_OUT = "left_out.txt"
@@ -115,7 +115,7 @@ def annotate(
         check_test_list(scan, test_annotation_path)
     taken = take_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups)
     targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
-    written = write_lists(scan, names, classes_path, targets, datasets_path)
+    written = write_lists(scan, names, classes_path, targets)
     record_left_out(Path(audit_path, LEFT_OUT), reasons, fix)
     print(format_table(scan, names))
     if findings is not None:
@@ -163,13 +163,10 @@ def take_out(scan: Scan, fractions: dict[str, float], seed: int, groups: Sequenc
     return told
 
 
-def write_lists(
-    scan: Scan, names: list[str], classes_path: str | Path, targets: dict[str, str | Path], root: str | Path
-) -> list[str]:
+def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets: dict[str, str | Path]) -> list[str]:
     """Write the class file, unless it is right already, and a list for each split that has pictures; return the paths.
 
-    A list of a split that has none any more is removed, unless its pictures are there, and not in `root`, the folder
-    that was scanned.
+    A list of a split that has none, which may be of other pictures, is renamed.
 
     Raises:
         ValueError: there are no pictures to train or to validate on; nothing is written then.
@@ -186,16 +183,11 @@ def write_lists(
     for split, target in targets.items():
         if entries[split]:
             write_list(target, entries[split])
-        elif os.path.isfile(first := read_first_path(target) or "") and not _is_below(first, root):
-            print(f"attention: {target} is left as it is: its pictures, such as {first}, lie elsewhere")
         elif Path(target).is_file():
-            print(f"{target} is deleted: there are no {split} pictures")
-            Path(target).unlink()
+            old = f"{target}.old"
+            print(f"there are no {split} pictures: {target} is called {old} from now on")
+            os.replace(target, old)
     return [str(classes_path), *(str(target) for split, target in targets.items() if entries[split])]
-
-
-def _is_below(path: str, folder: str | Path) -> bool:
-    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents
 
 
 def audit_scan(
@@ -232,7 +224,7 @@ def record_left_out(path: Path, reasons: dict[str, str], fix: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_left_out(path, reasons)
     elif path.is_file():
-        print(f"attention: the lists before this were made with --fix; what {path} names is in them again")
+        print(f"warning: the lists before this were made with --fix; what {path} names is in them again")
         path.unlink()
 
 
@@ -259,7 +251,7 @@ def format_table(scan: Scan, names: list[str]) -> str:
         for row in rows
     ]
     lines += [
-        f"attention: {name} is taken for a class: there are pictures in a folder of that name where classes stand"
+        f"warning: {name} is taken for a class: there are pictures in a folder of that name where classes stand"
         for name in names
         if name.lower() in SPLIT_NAMES
     ]
@@ -267,7 +259,7 @@ def format_table(scan: Scan, names: list[str]) -> str:
         absent = [name for name in names if not scan.count(split, name)]
         if absent:
             lines.append(
-                f"attention: no {split} pictures of {_some(absent)}; if a class is gone, delete the class file and run "
+                f"warning: no {split} pictures of {_some(absent)}; if a class is gone, delete the class file and run "
                 f"this again"
             )
     return "\n".join(lines)
@@ -288,7 +280,7 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
         return
     root = Path(datasets_path)
     root.mkdir(exist_ok=True)
-    if not any(entry for entry in root.iterdir() if entry.name != "README.md" and not entry.name.startswith(".")):
+    if not any(entry for entry in root.iterdir() if entry.name != "README.md" and not entry.name.startswith(HIDDEN)):
         print(f"nothing in {root}/: writing the built-in set, handwritten digits, there")
         print("  for your own pictures put a folder per class there, see README.md")
         demo.write_demo(root)

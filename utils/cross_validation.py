@@ -93,7 +93,7 @@ def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex
         groups += linked(findings)
         for finding in findings:
             if finding.kind == ALIKE_BY_NATURE:
-                print(f"attention: {finding.message}")
+                print(f"warning: {finding.message}")
     unit_of = {path: number for number, unit in enumerate(join_groups(paths, groups)) for path in unit}
     units = np.array([unit_of[path] for path in paths])
     fewest = min(len(np.unique(units[images.class_ids == class_id])) for class_id in np.unique(images.class_ids))
@@ -115,7 +115,7 @@ def prepare_fold(config: TrainConfig, images: ImageList, validated: np.ndarray, 
     lists = {"train_annotation_path": folder / "train.txt", "val_annotation_path": folder / "val.txt"}
     for path, which in zip(lists.values(), (~validated, validated), strict=True):
         write_list(path, [(int(images.class_ids[i]), images.path(i)) for i in np.flatnonzero(which)])
-    cache_dir = str(Path(config.cache_dir, FOLDER, *folder.parts[-2:]))
+    cache_dir = str(Path(config.cache_dir, FOLDER, digest([repr(config)]), *folder.parts[-2:]))
     return replace(
         config, save_dir=str(folder), cache_dir=cache_dir, **{field: str(path) for field, path in lists.items()}
     )

@@ -98,8 +98,8 @@ class Fingerprints:
     Files that can't be read are few, and may be readable the next time, so they aren't remembered.
 
     Args:
-        path: the file, an SQLite data base; a damaged one is made anew, and in place of one that can't be written to,
-            which is said, a temporary one serves.
+        path: the file, an SQLite data base; a damaged one is made anew. If it can't be opened or written to, that is
+            said, and nothing is remembered.
         max_pixels: as for `utils.images.open_image`.
         allow_truncated: likewise.
     """
@@ -107,21 +107,27 @@ class Fingerprints:
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> None:
         self.path = Path(path)
         self.limits = (max_pixels, allow_truncated)
+        self.remembers = True
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._prepare()
+            self._open()
         except (OSError, sqlite3.OperationalError) as error:  # nothing is wrong with the file
-            print(f"attention: {self.path} can't be used ({error}): what is read of the pictures isn't remembered")
+            self._forget(error)
             self._temporary = tempfile.TemporaryDirectory()  # which goes when this object does
             self.path = Path(self._temporary.name, self.path.name)
             self._prepare()
+
+    def _open(self) -> None:
+        try:
+            self._prepare()
+        except sqlite3.OperationalError:
+            raise
         except sqlite3.DatabaseError:
             self.path.unlink()
             self._prepare()
 
     def _prepare(self) -> None:
         with closing(self._connect()) as db, db:
-            db.execute("BEGIN IMMEDIATE")  # fails where nothing can be written
             (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if sound != "ok":
                 raise sqlite3.DatabaseError(sound)
@@ -149,15 +155,14 @@ class Fingerprints:
                 if not fingerprint.error:
                     rows.append((keys[i], states[i], *astuple(fingerprint)))
                 if len(rows) == SAVE_EVERY or i == missing[-1]:
-                    with db:
-                        db.executemany(f"INSERT OR REPLACE INTO fingerprints VALUES ({MARKS})", rows)
+                    self._remember(db, f"INSERT OR REPLACE INTO fingerprints VALUES ({MARKS})", rows)
                     rows.clear()
         return found
 
     def preview(self, path: str) -> bytes | None:
         """A small JPEG of a picture; None if it can't be read."""
         state = f"{PREVIEW} {self._state(path)}"
-        with closing(self._connect()) as db, db:
+        with closing(self._connect()) as db:
             key = os.fsencode(os.path.abspath(path))
             row = db.execute("SELECT state, jpeg FROM previews WHERE path = ?", (key,)).fetchone()
             if row and row[0] == state:
@@ -169,8 +174,20 @@ class Fingerprints:
             image.thumbnail((PREVIEW, PREVIEW))
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=80)
-            db.execute("INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", (key, state, buffer.getvalue()))
+            self._remember(db, "INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", [(key, state, buffer.getvalue())])
             return buffer.getvalue()
+
+    def _remember(self, db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[object]]) -> None:
+        if self.remembers:
+            try:
+                with db:
+                    db.executemany(statement, rows)
+            except sqlite3.OperationalError as error:  # locked, a disk that is full, or may only be read
+                self._forget(error)
+
+    def _forget(self, error: Exception) -> None:
+        self.remembers = False
+        print(f"warning: {self.path} can't be used ({error}): what is read of the pictures isn't remembered")
 
     def _state(self, path: str) -> str:
         """Changes when the file does, or what reads it, or what is asked of it."""

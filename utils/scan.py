@@ -147,7 +147,7 @@ def _is_split(folder: Path) -> bool:
 
 def _count_loose(folder: Path, scan: Scan) -> None:
     for entry in folder.iterdir():
-        if entry.is_symlink() and not entry.exists():
+        if entry.is_symlink() and not entry.exists() and not entry.name.startswith(HIDDEN):
             scan.skipped[entry.name]["a link to nowhere"] += 1
         elif not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES:
             scan.skipped[""]["outside the class folders"] += 1
