@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import secrets
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
 from utils.eval_data import count_seen, read_images, read_strangers
 from utils.evaluation import Evaluation, evaluate_corrupted
-from utils.files import write_text
+from utils.files import PARTIAL, write_text
 from utils.finish import read_embeddings
 from utils.gallery import shown_pictures
 from utils.lists import ImageList
@@ -90,7 +90,7 @@ def main(
     evaluation = Evaluation(checkpoint, sha256, data, classifier, images, outputs, worse, of_strangers, max_error)
     print(format_metrics(evaluation.metrics))
     for note in evaluation.metrics["notes"]:
-        print(f"attention: {cli.printable(note)}")
+        print(f"warning: {cli.printable(note)}")
     write_report(folder, evaluation)
     times.append(time.perf_counter())
     parts = zip(("loading", "inference", "corruptions", "report"), times, times[1:], strict=False)
@@ -117,7 +117,9 @@ def prepare(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        probe = folder / f"{secrets.token_hex(4)}{PARTIAL}"
+        probe.open("xb").close()
+        probe.unlink()
     except OSError as error:
         raise type(error)(f"nothing can be written to {folder} ({error.strerror}): name another with --out") from error
     return folder
@@ -133,24 +135,30 @@ def infer(
         ValueError: an output isn't finite.
     """
     outputs = compute_outputs(classifier, images, num_workers, batch_size, title=title)
-    if len(broken := (~outputs.logits.isfinite().all(dim=1)).nonzero()):
-        first = images.path(int(broken[0]))
-        raise ValueError(f"{first}, one of {len(broken)} such pictures: {classifier.no_numbers}")
+    check_finite(classifier, images, outputs)
     return outputs
+
+
+def check_finite(classifier: Classifier, images: ImageList, outputs: Outputs) -> None:
+    """Raise a ValueError that names a picture for which an output isn't finite, if there is one."""
+    if len(broken := (~outputs.logits.isfinite().all(dim=1)).nonzero()):
+        first = images.path(int(outputs.indices[broken[0]]))
+        raise ValueError(f"{first}, one of {len(broken)} such pictures: {classifier.no_numbers}")
 
 
 def meet(classifier: Classifier, strangers: ImageList, num_workers: int, batch_size: int) -> Outputs:
     """What a classifier makes of strangers; those that can't be read are named and left out.
 
     Raises:
-        ValueError: none of them can.
+        ValueError: none of them can, or an output isn't finite.
     """
     outputs = compute_outputs(classifier, strangers, num_workers, batch_size, skip_unreadable=True, title="strangers")
+    check_finite(classifier, strangers, outputs)
     unreadable = sorted(set(range(len(strangers))) - set(outputs.indices.tolist()))
     if len(unreadable) == len(strangers):
         raise ValueError(f"strangers: none of the {len(strangers)} pictures can be read")
     for i in unreadable:
-        print(f"attention: a stranger that can't be read is left out: {cli.printable(strangers.path(i))}")
+        print(f"warning: a stranger that can't be read is left out: {cli.printable(strangers.path(i))}")
     return outputs
 
 

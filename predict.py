@@ -180,7 +180,7 @@ def find_model(model_path: str) -> Path:
             raise
         if any(Path("logs").glob(f"*/{CONFIG_FILE}")):
             raise FileNotFoundError(
-                "no run in logs/ has a checkpoint yet: the first comes with its first epoch"
+                "no run in logs/ has a checkpoint yet: wait for the first epoch, or give --model-path"
             ) from None
         print("there is no run in logs/ yet, so the network that comes with Thaw answers", file=sys.stderr)
         return IN_THE_BOX

@@ -83,15 +83,17 @@ def test_a_clear_difference_is_said():
 def test_what_one_has_seen_tells_nothing():
     truth = [0] * 40
     a, b = scores([1] * 20 + [0] * 20, truth), scores([0] * 40, truth)
-    for seen in (Seen(40, 40, 0, known=True), Seen(40, 0, 40, known=True)):
+    for seen, note in (
+        (Seen(40, 40, 0, known=True), "40 of the 40 pictures were trained on"),
+        (Seen(40, 0, 40, known=True), "40 of the 40 pictures are of the validation list"),
+        (Seen(40, 0, 0, known=False), "Whether the run has seen these pictures can't be told"),
+    ):
         told = format_comparison(compare(a, b, (UNSEEN, seen)))
         assert "B is better" not in told
-        assert "they don't tell which is better" in told
-        assert f"attention: B: 40 of the 40 pictures {'were' if seen.trained_on else 'are'}" in told
+        assert "B has seen more of these pictures, or may have" in told
+        assert f"warning: B: {note}" in told
         assert "B is better" in format_comparison(compare(a, b, (seen, seen)))
-    told = format_comparison(compare(a, b, (UNSEEN, Seen(40, 0, 0, known=False))))
-    assert "B is better" in told
-    assert "attention: B: Whether the run has seen these pictures can't be told" in told
+        assert "B is better" in format_comparison(compare(a, b, (seen, UNSEEN)))  # in spite of that
 
 
 def test_two_checkpoints_on_the_same_pictures(trained, tmp_path, capsys):
@@ -109,8 +111,8 @@ def test_two_checkpoints_on_the_same_pictures(trained, tmp_path, capsys):
     assert found["a"] == str(best)
     told = capsys.readouterr().out
     assert "A is better" in told
-    assert "attention: B: Whether" in told  # it lies alone
-    assert "attention: A" not in told
+    assert "warning: B: Whether" in told  # it lies alone
+    assert "warning: A" not in told
     rows = list(csv.DictReader((tmp_path / "flipped.csv").open()))
     assert len(rows) == found["only_a_right"] + found["only_b_right"] == found["pictures"]
     assert all(row["prediction_a"] != row["prediction_b"] for row in rows)

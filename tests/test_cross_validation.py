@@ -74,7 +74,7 @@ def test_pictures_of_one_scene_are_divided_all_the_same_which_is_said(here, caps
     fold_of = assign_folds(images, 5, TrainConfig(), "")
     for class_id in (0, 1):
         assert np.bincount(fold_of[images.class_ids == class_id]).tolist() == [4] * 5
-    assert "attention: 40 pictures look alike, a large part of a class" in capsys.readouterr().out
+    assert "warning: 40 pictures look alike, a large part of a class" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])

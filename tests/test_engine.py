@@ -339,7 +339,7 @@ def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_n
     assert trainer.state_dict()["micro_batches"] == 4
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
-    wanted = "attention: out of memory at step 1: batches of 7 pictures are now worked through in 4 parts"
+    wanted = "warning: out of memory at step 1: batches of 7 pictures are now worked through in 4 parts"
     assert told[1].startswith(wanted)
 
 

@@ -165,8 +165,8 @@ def test_an_answer_that_is_no_number_is_none(trained, tmp_path, capsys):
     content = {key: value for key, value in content.items() if key != "format_version"}
     save_checkpoint(tmp_path / "a.pth", content | {"weights": weights})
     assert predict.main(("datasets/test/dark/00.png",), model_path=str(tmp_path / "a.pth"), json_lines=True) == 1
-    assert "makes no numbers of it" in json.loads(capsys.readouterr().out)["error"]
-    with pytest.raises(ValueError, match=r"\.png, one of 11 such pictures: the network makes no numbers"):
+    assert "output isn't finite" in json.loads(capsys.readouterr().out)["error"]
+    with pytest.raises(ValueError, match=r"\.png, one of 11 such pictures: the network's output isn't finite"):
         evaluation.main(model_path=str(tmp_path / "a.pth"), out=str(tmp_path))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_that_pictures_may_have_been_seen_is_said_where_it_cannot_be_told(traine
     evaluation_script.main(data="moved", model_path=str(run), out="out", corrupted=0)
     (note,) = json.loads(Path("out/metrics.json").read_text())["notes"]
     assert note.startswith("Whether the run has seen these pictures can't be told")
+    shutil.copytree("moved", "datasets/train")
+    shutil.copytree(trained / "datasets/test", "datasets/test")
+    shutil.move("datasets/train/dark/00.png", "datasets/test/dark/new.png")  # of one picture it can't be told
+    evaluation_script.main(data="datasets/test", model_path=str(run), out="out", corrupted=0)
+    assert json.loads(Path("out/metrics.json").read_text())["notes"] == [note]
+    evaluation_script.main(data="datasets/train", model_path=str(run), out="out", corrupted=0)
+    notes = json.loads(Path("out/metrics.json").read_text())["notes"]
+    assert [re.sub(r"\d+", "N", text)[:40] for text in notes] == [
+        "N of the N pictures were trained on: wit",
+        "N of the N pictures are of the validatio",
+        "Whether the run has seen others of these",
+    ]
 
 
 def test_a_folder_with_a_config_is_not_taken_for_a_run(trained, tmp_path):

@@ -100,7 +100,7 @@ def test_other_arithmetic_is_said(cut_off, untrained, capsys):
         train.main(TrainConfig(**SMALL))
     finally:
         torch.set_num_threads(1)
-    assert "attention: threads was 1 and is 2; the run goes on, but not bit for bit" in capsys.readouterr().out
+    assert "warning: threads was 1 and is 2; the run goes on, but not bit for bit" in capsys.readouterr().out
 
 
 def lists_here() -> dict:
@@ -175,7 +175,7 @@ def test_changed_lists_are_named_and_refused_unless_accepted(cut_off, capsys, re
         train.main(TrainConfig(**config))
     assert load_checkpoint(cut_off / LAST)["epoch"] == 2
     train.main(TrainConfig(**config, accept_changed_lists=True))
-    assert "attention: the lists have changed since the run began" in capsys.readouterr().out
+    assert "warning: the lists have changed since the run began" in capsys.readouterr().out
     assert load_checkpoint(cut_off / LAST)["finished"]
 
 

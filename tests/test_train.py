@@ -394,7 +394,7 @@ def test_summary_prints_and_leaves(two_classes, capsys):
     # The second stage begins where the cosine of the whole run has fallen to: the rates that are really had.
     highest = [float(rate) for rate in re.findall(r"learning rate up to ([\d.e-]+), down to", told)]
     assert highest == pytest.approx([1.25e-4, 8.4e-5], rel=0.05)
-    assert "attention: the pictures have" not in told
+    assert "warning: the pictures have" not in told
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, monkeypatch):
@@ -427,7 +427,7 @@ def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
         for i in range(3):
             write_picture(here / "datasets" / name / f"{i}.png", size=(400, 300), seed=ord(name) + i)
     train.main(TrainConfig(**TINY), summary=True)
-    assert "attention: the pictures have some 120 thousand pixels" in capsys.readouterr().out
+    assert "warning: the pictures have some 120 thousand pixels" in capsys.readouterr().out
 
 
 def test_a_missing_list_of_the_users_own(here):

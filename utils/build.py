@@ -83,7 +83,7 @@ def find_weights(config: TrainConfig) -> Weights | None:
     if config.pretrained:
         return read_weights(find_pretrained(config.backbone, config.pretrained), of_vit)
     if config.all_stages[0].frozen != "nothing":
-        print("attention: freeze_train without pretrained weights freezes a backbone that has learned nothing yet")
+        print("warning: freeze_train without pretrained weights freezes a backbone that has learned nothing yet")
     return None
 
 

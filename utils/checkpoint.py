@@ -141,7 +141,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, load_checkpoint(path)
         except (ValueError, OSError) as error:
-            print(f"attention: {error}; the newest one before it is looked for")
+            print(f"warning: {error}; the newest one before it is looked for")
     return None
 
 
@@ -154,7 +154,7 @@ def prune_periodic(folder: Path, keep: int) -> None:
     try:
         check_seal(folder / LAST)
     except (OSError, ValueError) as error:
-        print(f"attention: {error}; no other checkpoint is deleted")
+        print(f"warning: {error}; no other checkpoint is deleted")
         return
     for path in surplus:
         try_unlink(path, "it is tried again after the next epoch")

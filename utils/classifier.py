@@ -83,7 +83,10 @@ class Classifier:
     @property
     def no_numbers(self) -> str:
         """What to say where the network's outputs aren't finite."""
-        return f"the network makes no numbers of it: some of its weights are none, or too large for {self.precision}"
+        return (
+            f"the network's output isn't finite: some weights are NaN, or overflow in {self.precision}; take another "
+            f"checkpoint"
+        )
 
     def load(self, path: str) -> Tensor:
         """A picture as the network wants it, uint8 (3, height, width). For one in memory there is `transform`.
@@ -137,7 +140,7 @@ class Classifier:
             A prediction for each picture, in order.
 
         Raises:
-            ImageError: a file can't be read; names it. `stream` goes on instead.
+            ImageError: a file can't be read, or the network's output for it isn't finite. `stream` goes on instead.
             ValueError: an array is of another type or shape.
         """
         several = [images] if isinstance(images, Picture) else images
@@ -201,7 +204,7 @@ class Classifier:
         values, ids = probabilities.topk(top_k)
         for path, p, k, distance in zip(paths, values.tolist(), ids.tolist(), distances.tolist(), strict=True):
             if not math.isfinite(p[0]):  # of NaN and numbers NaN is the greatest
-                yield Failure(path, f"{path}: {self.no_numbers}")
+                yield Failure(path, f"{path}: {self.no_numbers}" if path else self.no_numbers)
                 continue
             classes = tuple((self.class_names[i], value) for i, value in zip(k, p, strict=True))
             yield answer_with(path, classes, rejection, distance)

@@ -56,6 +56,7 @@ def compare(a: Scores, b: Scores, seen: tuple[Seen, Seen]) -> dict[str, Any]:
         "both_wrong": int(np.count_nonzero(~a.correct & ~b.correct)),
         "trained_on": [of_run.trained_on for of_run in seen],
         "validated_on": [of_run.validated_on for of_run in seen],
+        "known": [of_run.known for of_run in seen],
         "notes": [f"{name}: {note}" for name, of_run in zip("AB", seen, strict=True) for note in of_run.notes],
     }
 
@@ -71,13 +72,20 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         f"B less A: {100 * comparison['difference']:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}; "
         f"McNemar's p = {p:.2g}",
     ]
-    if any(len(set(comparison[key])) > 1 for key in ("trained_on", "validated_on")):
-        lines.append("one of them has seen more of these pictures before, so they don't tell which is better")
+    better, other = (1, 0) if comparison["difference"] > 0 else (0, 1)
+    seen = [
+        trained_on + validated_on if known else math.inf
+        for trained_on, validated_on, known in zip(
+            comparison["trained_on"], comparison["validated_on"], comparison["known"], strict=True
+        )
+    ]
+    if p < LEVEL and seen[better] > seen[other]:
+        lines.append(f"{'AB'[better]} has seen more of these pictures, or may have, so that it needn't be better")
     elif p < LEVEL:
-        lines.append(f"{'B' if comparison['difference'] > 0 else 'A'} is better, on pictures like these")
+        lines.append(f"{'AB'[better]} is better, on pictures like these")
     else:
         lines.append("such a difference is well possible by chance: these pictures don't tell which is better")
-    return "\n".join([*lines, *(f"attention: {note}" for note in comparison["notes"])])
+    return "\n".join([*lines, *(f"warning: {note}" for note in comparison["notes"])])
 
 
 def flipped_rows(a: Scores, b: Scores, paths: list[str], class_names: list[str]) -> list[list[str]]:

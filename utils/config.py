@@ -428,11 +428,11 @@ class TrainConfig:
         within one standard error of the lowest, among the last ones with pictures of one size, as losses at other sizes
         don't compare.
 
-        Breiman et al., Classification and Regression Trees, 1984, section 3.4.3, have this rule for the size of a tree.
-        Learning rates fall, so later epochs are mostly better; one standard error of a loss is a convention for what
-        the validation pictures, which may be few, must say to the contrary. The loss is that of calibrated answers,
-        since a network goes on learning to tell classes apart when it has long grown too sure of itself, and that costs
-        only the plain loss.
+        Learning rates fall, so later epochs are mostly better; one standard error of a loss is a convention, from
+        Breiman et al., Classification and Regression Trees, 1984, section 3.4.3, for what the validation pictures,
+        which may be few, must say to the contrary. Their rule takes the simplest tree within it, this one the longest
+        trained network, mostly the last. The loss is that of calibrated answers, since a network goes on learning to
+        tell classes apart when it has long grown too sure of itself, and that costs only the plain loss.
         """
         shapes = self.epoch_shapes[: len(history)]
         first = max((i + 1 for i, shape in enumerate(shapes) if shape != shapes[-1]), default=0)

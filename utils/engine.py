@@ -105,7 +105,7 @@ class Trainer:
         return self.losses[self.loaded : self.done]
 
     def train_step(self, inputs: Tensor, targets: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
-        """One update from a batch of what the network takes and class ids (B,), without waiting for the device (but for
+        """One optimizer step on a batch of inputs and class ids (B,), without waiting for the device (but for
         `on_nan="skip"`).
 
         Where memory doesn't suffice, the batch is split in two, and those again: what is learned from is the same, the
@@ -162,7 +162,7 @@ class Trainer:
                 ) from error
             self.micro_batches = min(2 * self.micro_batches, size)
             print(
-                f"attention: out of memory at step {self.step + 1}: batches of {size} pictures are now worked "
+                f"warning: out of memory at step {self.step + 1}: batches of {size} pictures are now worked "
                 f"through in {self.micro_batches} parts, whose gradients are added up: they still learn together"
             )
             return None
@@ -257,7 +257,7 @@ class Trainer:
         )
         if not skip:
             raise NonFiniteLoss(f"{told}; {REMEDY}")
-        print(f"attention: {told}: left out")
+        print(f"warning: {told}: left out")
         last = self.losses[max(0, self.done - MOST_SKIPPED) : self.done]
         if not last.isfinite().any() and (len(last) == MOST_SKIPPED or self.done == len(self.losses)):
             raise NonFiniteLoss(f"{told}, as were the {len(last)} steps up to it; {REMEDY}")

@@ -71,7 +71,7 @@ class Seen:
         pictures: how many there are.
         trained_on: how many of them are in the training list that the run began with.
         validated_on: likewise in its validation list.
-        known: whether that could be told: the lists are beside the checkpoint, and their pictures where they say.
+        known: whether that is all: the lists are beside the checkpoint, and all their pictures where they say.
     """
 
     pictures: int
@@ -96,8 +96,9 @@ class Seen:
             )
         if not self.known:
             told.append(
-                "Whether the run has seen these pictures can't be told: its lists aren't beside the checkpoint, or "
-                "their pictures have moved. If it has, new pictures would do worse"
+                f"Whether the run has seen {'others of ' if told else ''}these pictures can't be told: its lists "
+                f"aren't beside the checkpoint, or some of their pictures have moved. If it has, new pictures would do "
+                f"worse"
             )
         return told
 
@@ -105,12 +106,15 @@ class Seen:
 def count_seen(checkpoint: Path, classifier: Classifier, images: ImageList) -> Seen:
     """How many of `images` the run of a checkpoint has seen, going by the paths, as far as its folder tells."""
     places = Counter(os.path.realpath(images.path(i)) for i in range(len(images)))
-    counts, known = {}, True
+    counts, known = dict.fromkeys(LIST_FILES, 0), True
     for key in LIST_FILES:
-        of_run = read_run_list(checkpoint, classifier.config, classifier.class_names, key)
+        try:
+            of_run = read_run_list(checkpoint, classifier.config, classifier.class_names, key)
+        except ValueError:  # a list of something else
+            of_run = None
         paths = [of_run.path(i) for i in range(len(of_run))] if of_run else []
         counts[key] = sum(places[place] for place in set(map(os.path.realpath, paths)))
-        known = known and (counts[key] > 0 or any(map(os.path.exists, paths)))
+        known = known and bool(paths) and all(map(os.path.exists, paths))
     return Seen(len(images), counts["train"], counts["val"], known)
 
 

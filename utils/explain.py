@@ -127,7 +127,7 @@ def explain_one(classifier: Classifier, pixels: Tensor, class_id: int, side: int
 
 def titled_overlays(pixels: Tensor, maps: Maps, row: int, side: int) -> dict[str, Image.Image]:
     """Title -> overlay, `side` pixels on the longer side, of one picture (3, height, width) uint8 of a batch."""
-    title = "speaks for it" if maps.cam[row].any() else "no part speaks for it"
+    title = "evidence for it" if maps.cam[row].any() else "no part is evidence for it"
     overlays = {title: overlay(pixels, maps.cam[row], side)}
     if maps.rollout is not None:
         overlays["attention"] = overlay(pixels, maps.rollout[row], side)

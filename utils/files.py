@@ -65,7 +65,7 @@ def try_unlink(path: Path, consequence: str) -> None:
     try:
         path.unlink()
     except OSError as error:
-        print(f"attention: {path} can't be deleted ({error.strerror}); {consequence}")
+        print(f"warning: {path} can't be deleted ({error.strerror}); {consequence}")
 
 
 def _replace(source: Path, target: Path) -> None:

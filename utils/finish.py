@@ -48,7 +48,7 @@ def calibrate_checkpoint(
     of_train = compute_outputs(classifier, drawn, config.num_workers, skip_unreadable=True, title="embedding")
     of_val = compute_outputs(classifier, val_images, config.num_workers, skip_unreadable=True, title="calibrating")
     if not len(of_val.indices) or not len(of_train.indices):
-        print("attention: no picture could be read to calibrate on; probabilities stay the network's own")
+        print("warning: no picture could be read to calibrate on; probabilities stay the network's own")
         return {}
     calibration = fit_calibration(
         of_val.logits, of_val.embeddings, of_val.class_ids, of_train.embeddings, of_train.class_ids
@@ -81,7 +81,7 @@ def read_embeddings(checkpoint: Path, calibration: Calibration | None, num_class
         if not fits or images.class_ids.max(initial=0) >= num_classes:
             raise ValueError("its parts don't fit together")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        print(f"attention: {path} can't be used ({error}); no training pictures are shown beside mistakes")
+        print(f"warning: {path} can't be used ({error}); no training pictures are shown beside mistakes")
         return None
     return TrainEmbeddings(images, embeddings.float())
 

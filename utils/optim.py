@@ -113,7 +113,7 @@ def batch_scale(batch_size: int, transformer: bool) -> float:
 
 
 def rate_limits(optimizer_type: str, transformer: bool) -> tuple[float, float]:
-    """The lowest and the highest `init_lr`, scaled by the batch size, that an optimizer is let have."""
+    """The range that `init_lr`, scaled by the batch size, is limited to."""
     limits = LIMITS_TRANSFORMER if transformer else LIMITS
     return limits["adam" if optimizer_type == "adamw" else optimizer_type]
 

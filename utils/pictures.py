@@ -47,4 +47,4 @@ def report_unreadable(*datasets: ImageDataset) -> None:
     for dataset in datasets:
         if new := dataset.newly_unreadable():
             shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")
-            print(f"attention: {len(new)} unreadable, others of their class stood in: {shown}")
+            print(f"warning: {len(new)} unreadable, others of their class stood in: {shown}")

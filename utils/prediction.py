@@ -40,7 +40,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture without an answer: it can't be read, or the network makes no numbers of it.
+    """A picture without an answer: it can't be read, or the network's output isn't finite.
 
     Attributes:
         path: the file.

@@ -70,7 +70,7 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
             if run and _has_classes(run, class_names):
                 _go_on(run, newest, config, lists)
                 return run
-            print(f"attention: {path} isn't finished, but {'has other classes' if run else 'has no whole checkpoint'}")
+            print(f"warning: {path} isn't finished, but {'has other classes' if run else 'has no whole checkpoint'}")
         _say_what_differs(config)
     elif config.resume != "no":
         return _open_given(config, class_names, lists)
@@ -197,7 +197,7 @@ def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageLi
             f"{run.path} was begun with other lists than there are now. {'; '.join(told)}. Begin a new run with "
             f"resume=no, or go on with accept_changed_lists, which isn't the same as a run without interruption"
         )
-    print(f"attention: the lists have changed since the run began. {'; '.join(told)}")
+    print(f"warning: the lists have changed since the run began. {'; '.join(told)}")
     return True
 
 

@@ -109,7 +109,7 @@ class Run:
         for name, value in now["arithmetic"].items():
             if checkpoint["arithmetic"].get(name) != value:
                 print(
-                    f"attention: {name} was {checkpoint['arithmetic'].get(name)} and is {value}; the run goes on, but "
+                    f"warning: {name} was {checkpoint['arithmetic'].get(name)} and is {value}; the run goes on, but "
                     f"not bit for bit as without interruption"
                 )
 
@@ -275,7 +275,7 @@ class Run:
         except OSError as error:
             self._say_unlogged(error)
         except RuntimeError as error:
-            print(f"attention: TensorBoard gets no graph of the network, which torch can't trace ({error!s:.80})")
+            print(f"warning: TensorBoard gets no graph of the network, which torch can't trace ({error!s:.80})")
 
     def _log(self) -> None:
         try:
@@ -295,7 +295,7 @@ class Run:
 
     def _say_unlogged(self, error: OSError) -> None:
         """A run is worth more than its curve."""
-        print(f"attention: the log in {self.folder} can't be written ({error.strerror})")
+        print(f"warning: the log in {self.folder} can't be written ({error.strerror})")
 
 
 def format_row(row: Mapping[str, float], epochs: int, is_best: bool) -> str:

@@ -82,10 +82,10 @@ def warn_of_small_input(images: ImageList, input_shape: tuple[int, int], max_pix
         try:
             areas.append(math.prod(read_size(images.path(index), max_pixels)))
         except ImageError as error:
-            print(f"attention: {error}")
+            print(f"warning: {error}")
     if max(input_shape) < 100 and areas and statistics.median(areas) > 16 * input_shape[0] * input_shape[1]:
         print(
-            f"attention: the pictures have some {statistics.median(areas) / 1e3:.0f} thousand pixels, and input_shape "
+            f"warning: the pictures have some {statistics.median(areas) / 1e3:.0f} thousand pixels, and input_shape "
             f"{input_shape} shows the network {input_shape[0] * input_shape[1]} of them; README.md, "
             f'"Your own pictures", has the settings for photos'
         )
