@@ -92,8 +92,8 @@ def test_it_is_made_once(images, made, capsys):
     assert len(made) == 4 * 12
 
 
-@pytest.mark.parametrize("change", ["content", "time", "shape", "crop"])
-def test_it_is_made_anew_when_something_changed(images, made, change):
+@pytest.mark.parametrize("change", ["content", "time", "shape", "crop", "code"])
+def test_it_is_made_anew_when_something_changed(images, made, monkeypatch, change):
     first, config = open_cache(images, CONFIG), CONFIG
     before, _ = batch(first)
     if change == "content":
@@ -102,6 +102,8 @@ def test_it_is_made_anew_when_something_changed(images, made, change):
         os.utime("3.png", (1, 1))
     elif change == "shape":
         config = dataclasses.replace(CONFIG, input_shape=(16, 16))
+    elif change == "code":
+        monkeypatch.setattr("utils.cache_file.code_digest", lambda modules: "edited")
     else:
         config = dataclasses.replace(CONFIG, train_crop=0.9)
     fresh, _ = batch(open_cache(images, config), config)

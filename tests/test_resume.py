@@ -103,6 +103,12 @@ def test_other_arithmetic_is_said(cut_off, untrained, capsys):
     assert "warning: threads was 1 and is 2; the run goes on, but not bit for bit" in capsys.readouterr().out
 
 
+def test_other_code_is_said(cut_off, untrained, monkeypatch, capsys):
+    monkeypatch.setattr("utils.run.code_digest", lambda modules: "edited")
+    train.main(TrainConfig(**SMALL))
+    assert " and is edited; the run goes on, but not bit for bit" in capsys.readouterr().out
+
+
 def lists_here() -> dict:
     return {key: read_list(f"cls_{key}.txt", 2) for key in ("train", "val")}
 

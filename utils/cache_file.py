@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from utils.digests import PREPARING, code_digest
 from utils.files import PARTIAL, format_bytes, free_bytes, write_whole
 from utils.images import READERS
 from utils.lists import ImageList
 
-VERSION = 4
-"""To be raised with any change of the code that gives other pictures or features from the same files and settings."""
 STRAY_AFTER = 3600
 """Seconds without a write after which a half-made file was left by a process that is gone."""
 
 
-def digest(parts: Iterable[str | bytes | memoryview]) -> str:
-    """16 hexadecimal digits that change with any of `parts`."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part)
-        found.update(b"\0")
-    return found.hexdigest()[:16]
-
-
 def describe_files(images: ImageList) -> Iterator[str]:
     """For `digest`: the paths of a list, size and time of each file, and what reads them."""
-    yield f"{VERSION} {READERS}"
+    yield f"{READERS} {code_digest(PREPARING)}"
     for i in range(len(images)):
         path = images.path(i)
         yield path

@@ -13,9 +13,9 @@ import numpy as np
 
 from utils.annotation import ensure_lists
 from utils.audit import ALIKE_BY_NATURE, Picture, find_duplicates, linked
-from utils.cache_file import digest
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import TrainConfig
+from utils.digests import digest
 from utils.files import write_json
 from utils.fingerprints import Fingerprints
 from utils.lists import ImageList, list_in_memory, read_classes, read_list, write_list

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.cache_file import check_room, describe_files, digest, replace_cache
+from utils.cache_file import check_room, describe_files, replace_cache
 from utils.config import TrainConfig
 from utils.data import FeatureDataset, ImageDataset, eval_loader, fetch
 from utils.device import DTYPES, autocast
+from utils.digests import digest
 from utils.files import format_bytes
 from utils.transforms import PREPROCESSING_FIELDS, EvalTransform, Preprocessing
 

@@ -11,8 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from utils.cache_file import check_room, describe_files, digest, replace_cache
+from utils.cache_file import check_room, describe_files, replace_cache
 from utils.config import TrainConfig
+from utils.digests import digest
 from utils.files import format_bytes
 from utils.images import Box, ImageError, Region, read_region, read_size
 from utils.lists import ImageList

@@ -25,6 +25,7 @@ from utils.checkpoint import (
     save_checkpoint,
 )
 from utils.config import TrainConfig
+from utils.digests import TRAINING, code_digest
 from utils.engine import REMEDY, NonFiniteLoss, Trainer
 from utils.files import format_bytes, free_bytes
 from utils.lists import ImageList
@@ -83,6 +84,7 @@ class Run:
                 "device": trainer.device.type,
                 "precision": trainer.precision,
                 "threads": torch.get_num_threads(),
+                "code": code_digest(TRAINING),
             },
         }
         self.history: list[dict[str, float]] = []
