@@ -29,7 +29,7 @@ from utils.image_cache import open_cache
 from utils.lists import read_first_path
 from utils.optim import build_optimizer
 from utils.pictures import Data, load_data, make_datasets, report_unreadable
-from utils.recipe import settle_recipe
+from utils.recipe import keep_flags, settle_recipe
 from utils.resume import open_run
 from utils.run import Run
 from utils.stages import Stage, num_cached_views, plan_stages
@@ -93,6 +93,8 @@ def main(
     if cross_validate and (summary or find_lr):
         raise ValueError("cross_validate: that trains; give it without summary and find_lr")
     device = pick_device(config.device)
+    if config.recipe == "auto":
+        config = keep_flags(config, cli.given_flags())
     asked = config
     if config.recipe == "auto":
         config = settle_recipe(config, device)

@@ -12,7 +12,7 @@ from tests.conftest import TINY, write_back
 from tests.test_train import only_run
 from utils.checkpoint import LAST, load_checkpoint
 from utils.config import StageConfig, TrainConfig
-from utils.recipe import Known, apply_recipe, count_layers
+from utils.recipe import Known, apply_recipe, count_layers, keep_flags
 
 AUTO = TrainConfig(recipe="auto")
 
@@ -84,6 +84,19 @@ def test_a_field_is_kept_at_its_default():
     assert (config.optimizer_type, config.unfreeze_epoch, config.min_lr) == ("adamw", 100, TrainConfig.min_lr)
     with pytest.raises(ValueError, match=r"^keep=.*there is no field learning_rate"):
         TrainConfig(keep=("learning_rate",))
+
+
+def test_a_flag_at_its_default_is_obeyed(two_classes, monkeypatch, capsys):
+    config = dataclasses.replace(AUTO, backbone="vit_t_4", input_shape=(32, 32), pretrained=False)
+    for flags, told in (
+        ([], "recipe: optimizer_type=muon"),
+        (["--optimizer-type", "adamw", "--num-workers=2"], "recipe: optimizer_type stays adamw, as you set it"),
+        (["--optimizer_type=adamw"], "recipe: optimizer_type stays adamw, as you set it"),
+    ):
+        monkeypatch.setattr("sys.argv", ["train.py", *flags])
+        train.main(config, summary=True)
+        assert told in capsys.readouterr().out
+    assert keep_flags(config, ["unfreeze_epoch", "num_workers", "pretrained"]).keep == ("pretrained", "unfreeze_epoch")
 
 
 @pytest.mark.parametrize("pretrained", [True, False])

@@ -71,6 +71,12 @@ def _call(main: Callable[..., Any]) -> Any:
         sys.exit(1)
 
 
+def given_flags() -> set[str]:
+    """The names of the parameters and fields that flags on the command line set, with underscores."""
+    flags = (word.removeprefix("--").partition("=")[0] for word in sys.argv[1:] if word.startswith("--"))
+    return {flag.removeprefix("no-").replace("-", "_") for flag in flags}
+
+
 def check_folder(field: str, folder: str) -> None:
     """Raise a ValueError if what is to be a folder to write to is a file."""
     if folder and Path(folder).exists() and not Path(folder).is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from nets.network import FreezableNetwork
 from utils.annotation import ensure_lists
 from utils.config import TrainConfig
 from utils.lists import read_classes, read_list
-from utils.resume import chosen_before
+from utils.resume import FREE_FIELDS, chosen_before
 
 UNBALANCED = 10
 """So many times more pictures in the largest class than in the smallest are too many to go by all alike."""
@@ -60,6 +61,12 @@ class Choice(NamedTuple):
     reason: str
 
 
+def keep_flags(config: TrainConfig, flags: Collection[str]) -> TrainConfig:
+    """`config` with `keep` naming the fields that were set to their default by a flag, too."""
+    names = [field.name for field in dataclasses.fields(config) if field.name in flags and is_open(config, field.name)]
+    return dataclasses.replace(config, keep=(*config.keep, *(name for name in names if name not in FREE_FIELDS)))
+
+
 def settle_recipe(config: TrainConfig, device: torch.device) -> TrainConfig:
     """`config` with what its recipe chooses: for a run that goes on what it chose then, whatever is known now."""
     ensure_lists(config)
@@ -101,7 +108,10 @@ def apply_recipe(config: TrainConfig, known: Known) -> TrainConfig:
     if is_open(config, "min_lr"):
         chosen["min_lr"] = chosen.get("init_lr", config.init_lr) / 100
         print(f"recipe: min_lr={chosen['min_lr']:.2g}: a hundredth of init_lr")
-    print('recipe: a field at its default counts as not set; to have it so, name it too: keep=("unfreeze_epoch",)')
+    print(
+        "recipe: a field of CONFIG at its default counts as not set; to have it so, give it as a flag or name it too: "
+        'keep=("unfreeze_epoch",)'
+    )
     return dataclasses.replace(config, **chosen)
 
 
