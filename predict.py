@@ -79,7 +79,7 @@ def main(
         reject_below: answer "unknown" where the probability is below this (0 to 1), or the picture is unlike all
             classes. "auto": below what validation showed to be needed for max_error.
         max_error: with reject_below=auto, the part of the accepted answers that may be wrong.
-        tta: average over several views of each picture: five to ten times the time, often a little better.
+        tta: average over several views of each picture: five to ten times the time, sometimes a little better.
         raw: give probabilities as the network does, without the temperature fitted after training.
         device: auto, cuda, cpu or mps.
 
