@@ -16,7 +16,7 @@ from utils.compare import flipped_rows, format_comparison, format_flipped
 from utils.config import Device
 from utils.eval_data import count_seen, read_images, read_strangers
 from utils.evaluation import Evaluation, evaluate_corrupted
-from utils.files import PARTIAL, write_text
+from utils.files import PARTIAL, read_json, write_text
 from utils.finish import read_embeddings
 from utils.gallery import shown_pictures
 from utils.lists import ImageList
@@ -81,6 +81,8 @@ def main(
     images = read_images(data, classes_path, classifier.class_names)
     stranger_images = read_strangers(classifier, strangers) if strangers else None
     folder = prepare(Path(out) if out else results_folder(checkpoint))
+    if (earlier := read_json(folder / "metrics.json").get("data", data)) != data:
+        print(f"warning: what {folder} has of {cli.printable(str(earlier))} is replaced; --out would keep both")
     times = [started, time.perf_counter()]
     outputs = infer(classifier, images, num_workers, batch_size)
     of_strangers = meet(classifier, stranger_images, num_workers, batch_size) if stranger_images else None

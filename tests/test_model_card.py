@@ -36,7 +36,7 @@ def card_of(checkpoint, folder, **changes) -> str:
     return write_model_card(folder, checkpoint, classifier, facts).read_text(encoding="utf-8")
 
 
-def test_counts_figures_and_hashes(own_run, tmp_path):
+def test_counts_figures_and_hashes(own_run, tmp_path, capsys):
     folder = tmp_path / "out"
     folder.mkdir()
     page = card_of(own_run, folder)
@@ -59,7 +59,9 @@ def test_counts_figures_and_hashes(own_run, tmp_path):
     assert "gone" not in page
     assert "script" not in page
     assert "were trained on" not in page
+    capsys.readouterr()
     evaluation.main(model_path=str(own_run), data="datasets/train", corrupted=0)
+    assert f"what {own_run.parent} has of datasets/test is replaced" in capsys.readouterr().out
     page = card_of(own_run, folder)
     assert "- **36 of the 40 pictures were trained on&#58;" in page
     assert "- **4 of the 40 pictures are of the validation list&#44;" in page

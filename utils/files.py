@@ -60,6 +60,15 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The dictionary that a file of JSON holds; an empty one if it can't be read as that."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def try_unlink(path: Path, consequence: str) -> None:
     """Delete a file; if that can't be, as of one that another program has open on Windows, say so and what follows."""
     try:

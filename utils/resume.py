@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.checkpoint import LAST, SaveError, load_newest, prune_periodic, read_progress, save_checkpoint
 from utils.config import TrainConfig
-from utils.files import write_whole
+from utils.files import read_json, write_whole
 from utils.lists import ImageList, compare_lists, read_list
 from utils.lock import FolderLock
 from utils.run_folder import (
@@ -19,7 +19,6 @@ from utils.run_folder import (
     RunFolder,
     begin_folder,
     has_only_a_beginning,
-    read_config,
     remove_strays,
     write_lists,
 )
@@ -80,7 +79,7 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
 def _say_what_differs(config: TrainConfig) -> None:
     """Name the newest run if it isn't finished and other settings keep it from going on: a flag may be forgotten."""
     newest = next(iter(_newest_first(config.save_dir)), None)
-    if newest is None or _is_finished(newest) or not (then := read_config(newest)):
+    if newest is None or _is_finished(newest) or not (then := read_json(newest / CONFIG_FILE)):
         return
     if changed := changed_fields(then, config):
         told = ", ".join(f"{name}={before!r}" for name, (before, _) in changed.items())
@@ -113,7 +112,7 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
 def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
     """The folders in `save_dir` of runs with these settings that are at their end, or aren't, the newest first."""
     for folder in _newest_first(config.save_dir):
-        if _is_finished(folder) == finished and not changed_fields(read_config(folder), config):
+        if _is_finished(folder) == finished and not changed_fields(read_json(folder / CONFIG_FILE), config):
             yield folder
 
 
@@ -123,7 +122,7 @@ def chosen_before(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] 
         return None
     folders = _newest_first(asked.save_dir) if asked.resume == "auto" else [_folder_of(asked.resume)]
     for folder in folders:
-        then, now = read_config(folder, ASKED_FILE), read_config(folder)
+        then, now = read_json(folder / ASKED_FILE), read_json(folder / CONFIG_FILE)
         if not then or not now or changed_fields(then, asked) or (asked.resume == "auto" and _is_finished(folder)):
             continue
         found = load_newest(folder)
@@ -163,7 +162,7 @@ def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> dict[str, tu
 
 def check_config(folder: Path, config: TrainConfig) -> None:
     """Raise a ValueError that names the fields in which a run has other settings, if they decide what comes of it."""
-    if changed := changed_fields(read_config(folder), config):
+    if changed := changed_fields(read_json(folder / CONFIG_FILE), config):
         told = ", ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items())
         raise ValueError(
             f"resume={config.resume!r}: {told}; give the settings, flags too, that the run was started with (they are "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -69,15 +68,6 @@ def is_run(folder: Path) -> bool:
 def results_folder(checkpoint: Path) -> Path:
     """Where eval.py's findings of a checkpoint go, unless told."""
     return checkpoint.parent if is_run(checkpoint.parent) else METRICS_OUT
-
-
-def read_config(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
-    """The settings that a run was started with; none if they can't be read."""
-    try:
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:
