@@ -97,8 +97,8 @@ class Seen:
         if not self.known:
             told.append(
                 f"Whether the run has seen {'others of ' if told else ''}these pictures can't be told: its lists "
-                f"aren't beside the checkpoint, or some of their pictures have moved. If it has, new pictures would do "
-                f"worse"
+                f"aren't beside the checkpoint, or pictures that they name are elsewhere or gone. If it has, new "
+                f"pictures would do worse"
             )
         return told
 
