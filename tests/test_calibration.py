@@ -191,7 +191,8 @@ def test_a_state_of_its_own_gets_no_other_ones_calibration(here, monkeypatch):
     best, last = (load_checkpoint(run / name) for name in (BEST, LAST))
     assert best["step"] < last["step"]
     assert best["calibration"] and not last["calibration"]
-    assert last["finished"] and not best["finished"]
+    assert last["finished"] and best["finished"]
+    assert last["optimizer"] and not best["optimizer"]  # to be handed on
 
 
 def test_unreadable_pictures_are_left_out_of_calibration(two_classes, capsys):

@@ -242,12 +242,15 @@ class Run:
 
     def finish(self, calibration: dict[str, Any]) -> None:
         """Store that the run is finished, and `calibration` in the best checkpoint, of which it is, and in the last one
-        if that is the same state."""
-        best, found = self.folder / BEST, {"calibration": calibration}
+        if that is the same state. The best one, which is handed on, loses what only training needs, two thirds of it.
+        """
+        best, last = self.folder / BEST, self.folder / LAST
         with held():
-            same_state = read_progress(best) == read_progress(self.folder / LAST)
-            for name, added in ((BEST, found), (LAST, (found if same_state else {}) | {"finished": True})):
-                save_checkpoint(self.folder / name, load_checkpoint(self.folder / name) | added)
+            same_state = read_progress(best).step == read_progress(last).step
+            done = {"finished": True, "calibration": calibration}
+            save_checkpoint(best, load_checkpoint(best) | done | {"optimizer": {}, "weights_in_training": {}})
+            content = load_checkpoint(last)
+            save_checkpoint(last, content | done | ({} if same_state else {"calibration": content["calibration"]}))
             self.finished = True
 
     @contextmanager
@@ -267,7 +270,7 @@ class Run:
                 finally:
                     how = f"--resume {self.folder}" if self.config.resume == "no" else "the same command"
                     saved = f"{self.folder} is saved at step {self._saved_step}"
-                    print(f"\n{type(reason).__name__}: {saved}; {how} goes on")
+                    print(f"\n{type(reason).__name__}: {saved}; {how} goes on from there")
             raise
 
     def log_pictures(self, network: nn.Module, pixels: Tensor) -> None:
