@@ -49,9 +49,9 @@ def main(
     Args:
         data: a list, or a folder with a folder of pictures per class; empty: cls_test.txt, else cls_val.txt.
         model_path: a checkpoint, a run's folder, or a folder of runs, of which the newest counts; empty: logs/.
-        classes_path: names the class ids of a list, to be held against the checkpoint's classes.
+        classes_path: names the class ids of a list, to be compared with the checkpoint's classes.
         out: folder for what is written; empty: the run's, or metrics_out for a checkpoint that lies elsewhere.
-        compare: two of what model_path may be, of which is asked whether the second is better than the first.
+        compare: two of what model_path may be, to find out whether the second is better than the first.
         strangers: folder of pictures that are of none of the classes: how many are rejected goes into the report.
         raw: take the probabilities as the network gives them, without the temperature fitted after training.
         max_error: part of the accepted answers that may be wrong, for the figures on rejection.
@@ -65,7 +65,7 @@ def main(
     if compare:
         if model_path or strangers:
             raise ValueError(
-                "compare names its two checkpoints and knows no strangers: leave model_path, strangers off"
+                "compare names its two checkpoints and takes no strangers: leave off model_path and strangers"
             )
         checkpoints = [find_checkpoint(path) for path in compare]
         a, b = (load_classifier(path, device, raw) for path in checkpoints)
@@ -192,8 +192,8 @@ def compare_classifiers(
     if set(names) != set(b.class_names):
         extra, lacking = sorted(set(names) - set(b.class_names)), sorted(set(b.class_names) - set(names))
         raise ValueError(
-            f"compare: the two tell other classes apart (only in the first: {', '.join(extra) or 'none'}; only in the "
-            f"second: {', '.join(lacking) or 'none'}), so their accuracies can't be held against each other"
+            f"compare: the two have different classes (only in the first: {', '.join(extra) or 'none'}; only in the "
+            f"second: {', '.join(lacking) or 'none'}), so their accuracies can't be compared"
         )
     what = dict(zip(("a", "b", "data"), (*map(str, checkpoints), data), strict=True))
     print("A: {a}\nB: {b}\non {data}".format(**what))

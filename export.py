@@ -40,7 +40,7 @@ def main(
             accuracy, of onnx only.
         out: folder for what is written; empty: "export" in the checkpoint's folder.
         data: a list, or a folder with a folder of pictures per class, to check with; empty: the run's validation list.
-        classes_path: names the class ids of a list that data names, to be held against the checkpoint's classes.
+        classes_path: names the class ids of a list that data names, to be compared with the checkpoint's classes.
         pictures: how many pictures to check with, drawn evenly from the classes.
         card: also write a model card, README.md, beside it: classes, counts, what eval.py found, limits, how to load,
             and the hashes of all exported files there.

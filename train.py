@@ -86,7 +86,7 @@ def main(
         summary: print what would be trained, and leave.
         find_lr: try all learning rates, one a step, plot the losses, suggest an init_lr, and leave.
         cross_validate: train so many times instead, each time validated on another part of the pictures.
-        group_regex: with that, as in txt_annotation.py: pictures of one patient, video or burst stay in one part.
+        group_regex: with cross_validate, as in txt_annotation.py: one patient, video or burst stays in one part.
     """
     if group_regex and not cross_validate:
         raise ValueError("group_regex: that is for cross_validate here; for one split give it to txt_annotation.py")

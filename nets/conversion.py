@@ -73,7 +73,7 @@ def to_our_names(state: State, source: Source) -> tuple[State, list[str]]:
             ours = re.sub(pattern, replacement, ours)
         foreign = next((what for pattern, what in FOREIGN_PARTS.items() if re.search(pattern, ours)), None)
         if foreign:
-            raise ValueError(f"it has {foreign}, {name!r}, which the ViT here hasn't; choose weights without")
+            raise ValueError(f"it has {foreign}, {name!r}, which the ViT here lacks; choose weights without it")
         if re.search(source.left_out, ours):
             left_out.append(name)
         else:

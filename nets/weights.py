@@ -131,7 +131,7 @@ def _of_thaw(
     arguments, preprocessing = described.get("model"), described.get("preprocessing")
     sides = arguments.get("input_shape") if isinstance(arguments, dict) else None
     if not (isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)):
-        raise ValueError(f"{path} can't be used: it is no checkpoint of Thaw, though it has weights as one has them")
+        raise ValueError(f"{path} can't be used: it is no checkpoint of Thaw, though its weights are stored as in one")
     try:
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise ValueError("its weights aren't all tensors")
@@ -140,7 +140,7 @@ def _of_thaw(
         if unknown := variant.keys() - VARIANT.keys():
             raise ValueError(f"it says {', '.join(map(repr, sorted(unknown)))} of its network, which isn't known here")
         if wrong := [name for name, value in variant.items() if not VARIANT[name](value, state)]:
-            raise ValueError(f"it says {', '.join(f'{name}={variant[name]!r:.40}' for name in wrong)} of its network")
+            raise ValueError(f"its network can't have {', '.join(f'{name}={variant[name]!r:.40}' for name in wrong)}")
         if "pos_embed" in state:
             patch = state["patch_embed.proj.weight"].shape[-1]
             if (sides[0] // patch) * (sides[1] // patch) != state["pos_embed"].shape[1] - 1:

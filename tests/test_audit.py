@@ -267,12 +267,12 @@ def test_a_format_that_tells_the_class():
     found = kinds(
         pictures_of({"a": 20, "b": 20, "c": 20}, lambda name, i: {"format": "PNG" if name == "a" else "JPEG"})
     )
-    assert found["shortcut"].startswith("format tells the class: PNG are nearly all of a and hardly any of b, c")
+    assert found["shortcut"].startswith("format tells the class: nearly all of a are PNG and hardly any of b, c")
 
 
 def test_grey_that_tells_the_class():
     found = kinds(pictures_of({"a": 20, "b": 20, "c": 20}, lambda name, i: {"grey": name == "b" and i > 0}))
-    assert found["shortcut"].startswith("colour tells the class: grey are nearly all of b and hardly any of a, c")
+    assert found["shortcut"].startswith("colour tells the class: nearly all of b are grey and hardly any of a, c")
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -293,7 +293,7 @@ def test_a_format_that_a_class_lacks():
         {"a": 20, "b": 20, "c": 20}, lambda name, i: {"format": ("PNG", "GIF")[i % 2] if name == "c" else "JPEG"}
     )
     assert kinds(lacking)["shortcut"].startswith(
-        "format tells the class: JPEG are nearly all of a, b and hardly any of c"
+        "format tells the class: nearly all of a, b are JPEG and hardly any of c"
     )
 
 

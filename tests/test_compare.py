@@ -62,7 +62,7 @@ def test_counts_and_flips_by_hand():
     found = compare(a, b)
     assert (found["only_a_right"], found["only_b_right"], found["both_right"], found["both_wrong"]) == (1, 3, 3, 1)
     assert found["difference"] == pytest.approx(2 / 8)
-    assert "well possible by chance" in format_comparison(found)
+    assert "may well be chance" in format_comparison(found)
     rows = flipped_rows(a, b, [f"{i}.png" for i in range(8)], ["x", "y", "z"])
     assert {(row[0], row[2], row[3], row[5]) for row in rows[1:]} == {
         ("1.png", "A", "x", "y"),

@@ -260,7 +260,7 @@ def _telling_values(pictures: Sequence[Picture], what: str, value_of) -> Iterato
     if telling:  # of two values that are each other's opposite, the one that tells more
         _, value, nearly_all, hardly_any = min(telling)
         message = (
-            f"{what} tells the class: {value} are nearly all of {', '.join(nearly_all[:5])} and hardly any of "
+            f"{what} tells the class: nearly all of {', '.join(nearly_all[:5])} are {value} and hardly any of "
             f"{', '.join(hardly_any[:5])}; a network learns that instead of what the pictures show"
         )
         yield Finding("shortcut", message)

@@ -141,7 +141,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, load_checkpoint(path)
         except (ValueError, OSError) as error:
-            print(f"warning: {error}; the newest one before it is looked for")
+            print(f"warning: {error}; looking for the newest one before it")
     return None
 
 

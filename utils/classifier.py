@@ -278,7 +278,7 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         arithmetic, _ = choose_precision(precision or checkpoint["config"]["precision"], place)
         calibration = Calibration.from_dict(checkpoint["calibration"])
         if not is_preprocessing(preprocessing) or not are_names(checkpoint["class_names"]):
-            raise TypeError("its class names or its preprocessing can't be")
+            raise TypeError("its class names or its preprocessing can't be right")
         if preprocessing.input_shape != tuple(model.arguments["input_shape"]):
             raise TypeError("its pictures have another size than its network's")
         if len(checkpoint["class_names"]) != model.head.out_features:

@@ -84,7 +84,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     elif p < LEVEL:
         lines.append(f"{'AB'[better]} is better, on pictures like these")
     else:
-        lines.append("such a difference is well possible by chance: these pictures don't tell which is better")
+        lines.append("such a difference may well be chance: these pictures don't tell which is better")
     return "\n".join([*lines, *(f"warning: {note}" for note in comparison["notes"])])
 
 

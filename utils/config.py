@@ -87,7 +87,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run. `CONFIG` on top of `train.py` sets those that people edit; all but `stages` are flags too.
+    """The settings of a run. `CONFIG` at the top of `train.py` sets those often edited; all but `stages` are flags too.
 
     Raises:
         ValueError: a value can't work; the message names field, value and remedy.
@@ -130,7 +130,7 @@ class TrainConfig:
 
     model_path: str = ""
     """Start from the weights in this file, whatever `pretrained` says: a checkpoint of Thaw, or a file of timm,
-    torchvision, Hugging Face, Google or Meta, which its tensors' names tell. Empty: don't."""
+    torchvision, Hugging Face, Google or Meta, recognised by its tensors' names. Empty: don't."""
 
     resume: str = "auto"
     """What to go on with. `auto`: the newest run in `save_dir` with these settings that isn't finished, else a new one;
@@ -141,7 +141,7 @@ class TrainConfig:
     what a run without interruption would have become."""
 
     activation: Literal["auto", "gelu_tanh", "gelu"] = "auto"
-    """A ViT's GELU: by its tanh approximation, or exact. `auto`: as the weights have it that training starts from;
+    """A ViT's GELU: by its tanh approximation, or exact. `auto`: as in the weights that training starts from;
     without any the approximation, bubbliiiing's. Touch it for weights that don't tell, such as bubbliiiing's under
     another file name than `vit-patch_16.pth`."""
 
@@ -195,7 +195,7 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = ()
     """Stages of your own in the place of the two, to thaw bit by bit: `(StageConfig(5, "all"), StageConfig(5, 8),
     StageConfig(20, "nothing"))` trains 5 epochs of the head, 5 of four blocks of twelve, 20 of everything. The fields
-    from `freeze_train` to `freeze_blocks`, the batch sizes and `unfreeze_epoch` then say nothing. For pretrained
+    from `freeze_train` to `freeze_blocks`, the batch sizes and `unfreeze_epoch` then don't count. For pretrained
     weights that two stages spoil (Howard and Ruder, 2018); or to begin with smaller pictures, which take less time:
     `StageConfig(10, "nothing", 32, (160, 160))`. No flag: import `StageConfig` from here into train.py and set it in
     `CONFIG`."""
@@ -268,8 +268,8 @@ class TrainConfig:
     show all of it, with grey (128) bars; for when what matters may lie at the border."""
 
     eval_crop: float | None = None
-    """The part of each side that the centre crop keeps, above 0 to 1. None: as the weights expect that training starts
-    from, else 0.875. 1 for pictures that fill their frame."""
+    """The part of each side that the centre crop keeps, above 0 to 1. None: as the weights that training starts from
+    expect, else 0.875. 1 for pictures that fill their frame."""
 
     train_crop: float = 0.08
     """The least area that a random training crop keeps, above 0 to 1. Towards 1 if a crop can cut off what matters."""
@@ -326,7 +326,7 @@ class TrainConfig:
 
     cache_images: bool = False
     """Shrink the training pictures once to what `input_shape` needs and keep them decoded in a file, which is made anew
-    when pictures change. Loading is then three times as fast again, and takes 0.4 MB of disk a picture at 224 pixels.
+    when pictures change. Loading is then three times as fast, and takes 0.4 MB of disk a picture at 224 pixels.
     Small crops are a little softer: photos differ by two levels of 255 in the mean. For when the loader, not the
     network, is what the training waits for."""
 
@@ -354,7 +354,7 @@ class TrainConfig:
     """Save the last checkpoint every so many steps too, not only after each epoch; 0: don't."""
 
     save_every_minutes: float = 10.0
-    """Save it too when so many minutes have gone by: what a power cut can cost at most of an epoch. 0:
+    """Save it too when so many minutes have gone by, so that a power cut costs no more than these. 0:
     only after each epoch."""
 
     save_dir: str = "logs"

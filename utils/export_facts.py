@@ -127,7 +127,7 @@ class ExportFacts:
             if not fits
         ]
         if wrong:
-            raise ValueError(f"{source} can't be used: in its metadata {', '.join(wrong)} can't be")
+            raise ValueError(f"{source} can't be used: in its metadata {', '.join(wrong)} can't be right")
         return ExportFacts(names, preprocessing, float(temperature), provenance, model)
 
 

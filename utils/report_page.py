@@ -104,7 +104,7 @@ def cards(metrics: dict[str, Any]) -> list[dict[str, str]]:
         ("top5", "Top-5", True, "have their class among the five likeliest"),
         ("balanced_accuracy", "Balanced accuracy", True, "every class counting alike"),
         ("macro_f1", "Macro F1", True, "precision and recall, every class alike"),
-        ("ece", "Calibration error", True, "between what it claims and what is right (ECE, 15 bins)"),
+        ("ece", "Calibration error", True, "gap between claimed and actual accuracy (ECE, 15 bins)"),
         ("log_loss", "Log-loss", False, "nats; lower is better"),
         ("brier", "Brier score", False, "0 to 2; lower is better"),
         ("roc_auc", "ROC-AUC", False, "one class against the rest, mean"),

@@ -56,7 +56,7 @@ def open_run(
         raise
     except OSError as error:
         raise SaveError(
-            f"save_dir={config.save_dir!r} can't be written ({error.strerror}: {error.filename}); let it be written, "
+            f"save_dir={config.save_dir!r} can't be written ({error.strerror}: {error.filename}); make it writable, "
             f"or set save_dir to another folder"
         ) from error
 

@@ -63,7 +63,7 @@ def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> li
     for wanted in config.all_stages:
         batch_size = min(wanted.batch_size, num_pictures)
         if batch_size < wanted.batch_size:
-            print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has no more pictures")
+            print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has only so many pictures")
         start = stages[-1].end if stages else 0
         stages.append(
             Stage(

@@ -67,7 +67,7 @@ def test_a_single_bit_is_seen_and_the_one_before_is_taken(run_copy, capsys, numb
         path, _ = load_newest(run_copy)
         assert path.name != LAST, f"bit {bit} of {8 * len(whole)}"
         told = capsys.readouterr().out
-        assert LAST in told and "the newest one before it is looked for" in told
+        assert LAST in told and "looking for the newest one before it" in told
 
 
 def test_no_whole_checkpoint_is_an_error(run_copy):
