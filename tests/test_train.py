@@ -422,6 +422,12 @@ def test_freezing_what_has_learned_nothing_is_warned_about(capsys):
     assert "learned nothing" not in capsys.readouterr().out
 
 
+def test_tiny_pictures_through_a_large_input_are_warned_about(two_classes, capsys):
+    for side, warned in ((64, False), (72, True)):
+        train.main(TrainConfig(**TINY | {"input_shape": (side, side)}), summary=True)
+        assert ("pixels, and input_shape (72, 72) enlarges them to 5184" in capsys.readouterr().out) == warned
+
+
 def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
     for name in "ab":
         for i in range(3):

@@ -9,7 +9,7 @@ from utils.config import TrainConfig
 from utils.data import FileSource, ImageDataset
 from utils.image_cache import open_cache
 from utils.lists import ImageList, read_classes, read_list
-from utils.summary import warn_of_small_input
+from utils.summary import warn_of_input_shape
 from utils.transforms import EvalTransform, Preprocessing, TrainTransform
 
 
@@ -28,7 +28,7 @@ def load_data(config: TrainConfig) -> Data:
     train_images = read_list(config.train_annotation_path, len(class_names))
     val_images = read_list(config.val_annotation_path, len(class_names))
     print(f"{len(train_images)} training and {len(val_images)} validation pictures, {len(class_names)} classes")
-    warn_of_small_input(train_images, config.input_shape, config.max_pixels)
+    warn_of_input_shape(train_images, config.input_shape, config.max_pixels)
     return Data(class_names, train_images, val_images)
 
 
