@@ -2,8 +2,7 @@
 
     python benchmarks/cold_start.py
 
-Whole processes, with a checkpoint of ViT-B/16 as a run leaves it (1 GB, the optimizer's state included). The last line
-is JSON.
+Whole processes, with a checkpoint of ViT-B/16 as a finished run leaves it, 0.35 GB. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,20 +23,15 @@ from PIL import Image
 from nets import build_model
 from utils.checkpoint import save_checkpoint
 from utils.config import TrainConfig
-from utils.optim import build_optimizer
 from utils.transforms import Preprocessing
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_checkpoint(path: Path) -> None:
-    """A checkpoint of ViT-B/16 after one step."""
+    """A checkpoint of ViT-B/16, as the best one of a finished run is."""
     config = TrainConfig()
     model = build_model("vit_b_16", 10, config.input_shape)
-    optimizer = build_optimizer(model, config, 1e-4)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
     content = {
         "model": model.arguments,
         "weights": model.state_dict(),
@@ -47,7 +41,7 @@ def write_checkpoint(path: Path) -> None:
         "calibration": {},
         "origin": {},
         "weights_in_training": {},
-        "optimizer": optimizer.state_dict(),
+        "optimizer": {},
         "scaler": {},
         "epoch": 1,
         "step": 1,
