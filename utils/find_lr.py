@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -122,8 +123,6 @@ def run_range_test(trainer: Trainer, loader: DataLoader, optimizer: Optimizer) -
 
 def smooth(losses: list[float]) -> list[float]:
     """Losses averaged with those before and after."""
-    from scipy.ndimage import gaussian_filter1d  # slow to import
-
     return gaussian_filter1d(losses, SMOOTHING, mode="nearest").tolist() if losses else []
 
 
