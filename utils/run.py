@@ -247,10 +247,11 @@ class Run:
         best, last = self.folder / BEST, self.folder / LAST
         with held():
             same_state = read_progress(best).step == read_progress(last).step
-            done = {"finished": True, "calibration": calibration}
-            save_checkpoint(best, load_checkpoint(best) | done | {"optimizer": {}, "weights_in_training": {}})
-            content = load_checkpoint(last)
-            save_checkpoint(last, content | done | ({} if same_state else {"calibration": content["calibration"]}))
+            found = {"calibration": calibration}
+            of_best = found | {"finished": True, "optimizer": {}, "weights_in_training": {}}
+            of_last = (found if same_state else {}) | {"finished": True}
+            for path, added in ((best, of_best), (last, of_last)):
+                save_checkpoint(path, load_checkpoint(path) | added)
             self.finished = True
 
     @contextmanager
