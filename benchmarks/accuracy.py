@@ -221,7 +221,8 @@ def pace(name: str, method: str, side: int, epochs: int) -> str:
 
 def fit(finished: Finished, name: str, run: Callable[[str, int, int], Result], seconds: float) -> tuple[int, Epochs]:
     """The largest size at which enough epochs of every method fit into so many seconds, else the smallest, and how many
-    epochs each has there: by what the fewest take that it can have, and one more."""
+    epochs each has there: by what the fewest take that it can have, and one more. The slowest method is tried first,
+    since where it has no time for enough epochs the others needn't be tried."""
 
     def paced(method: str, side: int, epochs: int) -> float:
         return finished.get(pace(name, method, side, epochs), lambda: run(method, side, epochs))[0]
@@ -230,7 +231,7 @@ def fit(finished: Finished, name: str, run: Callable[[str, int, int], Result], s
     chosen: tuple[int, Epochs] = SIZES[0], {}
     for side in SIZES:
         epochs = dict(FEWEST_EPOCHS)
-        for method, fewest in FEWEST_EPOCHS.items():
+        for method, fewest in sorted(FEWEST_EPOCHS.items(), key=lambda item: -an_epoch[item[0]]):
             first = paced(method, side, fewest)
             left = seconds - first
             # an epoch takes no less than one of smaller pictures, which spares the second run where it can't be enough
