@@ -154,11 +154,6 @@ def features(model: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]
     return torch.cat(rows).numpy(), torch.cat(targets).numpy()
 
 
-def run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
-    """`train.py` with `recipe="auto"`, all of it timed; the checkpoint that did best on its validation pictures."""
-    return in_folder_of_its_own(_run_thaw, data, weights, side, epochs, seed)
-
-
 def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any) -> TrainConfig:
     """The settings of a run of `recipe="auto"`, from which its epochs and `changes` are kept."""
     return TrainConfig(
@@ -177,16 +172,22 @@ def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any
     )
 
 
-def _run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
-    config = auto_config(weights, side, epochs, seed)
+def train_and_test(config: TrainConfig, data: Path) -> Result:
+    """All of `train.py` timed, then the checkpoint that did best on its validation pictures; the working folder is
+    empty before."""
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
-        annotate_by_seed(data, seed)
+        annotate_by_seed(data, config.seed)
         started = time.perf_counter()
         train.main(config)
         seconds = time.perf_counter() - started
     (run,) = Path(config.save_dir).iterdir()
-    assert len(load_checkpoint(run / LAST)["history"]) == epochs
+    assert len(load_checkpoint(run / LAST)["history"]) == config.unfreeze_epoch
     return seconds, test_thaw(run / BEST)
+
+
+def run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
+    """`train.py` with `recipe="auto"`."""
+    return in_folder_of_its_own(train_and_test, auto_config(weights, side, epochs, seed), data)
 
 
 METHODS: dict[str, Callable[[Path, Path, int, int, int], Result]] = {

@@ -58,6 +58,13 @@ def divide(source: Path, folder: Path) -> Path:
     return folder
 
 
+def divided(shared: Path, folder: Path) -> dict[str, Path]:
+    """Where in `folder` each data set lies, its training pictures divided."""
+    sources = {name: (shared / "data" / name).resolve() for name in ("trashnet", "sign_digits")}
+    sources["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", folder / "cifar10")
+    return {name: divide(source, folder / "divided" / name) for name, source in sources.items()}
+
+
 def run(config: TrainConfig, data: Path) -> tuple[TrainConfig, list[Row]]:
     """The settings of a run, its recipe's among them, and its history, with the test accuracy of each epoch."""
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
@@ -82,9 +89,7 @@ def main(seeds: int = 2, shared: Path = Path("../shared")) -> None:
         sys.exit(f"there is no {weights}: give --shared FOLDER")
     found: dict[str, dict[str, list[float]]] = {name: {rule: [] for rule in RULES} for name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
-        sources = {name: (shared / "data" / name).resolve() for name in ("trashnet", "sign_digits")}
-        sources["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder, "cifar10"))
-        places = {name: divide(source, Path(folder, "divided", name)) for name, source in sources.items()}
+        places = divided(shared, Path(folder))
         for seed, (name, (side, epochs)) in product(range(seeds), RUNS.items()):
             config = auto_config(weights, side, epochs, seed, save_period=1, keep_periodic=epochs)
             settled, rows = in_folder_of_its_own(run, config, places[name])
