@@ -8,11 +8,12 @@ building it and testing it. The size of the pictures is the same for all that tr
 pixels at which three epochs of each fit, by what is measured beforehand. Each has as many epochs as fit there; what
 runs over its time by more than a tenth is marked. Test pictures choose nothing within a run: Thaw takes a tenth of the
 training pictures out for that, the others train on all of them and are tested as they end. (Of the recipe, rate and
-crop were chosen by test pictures of trashnet, with time_to_accuracy.py; the rule for the best epoch by training
-pictures of all three, with best_epoch.py.) timm comes twice, with its usual augmentation and with as little as the
-recipe's. The logistic regression is the same for every seed, of the largest pictures that it has the time for. Runs
-take turns by method; what is finished is kept in `--results` and not done again, so a table of hours may be made in
-parts, of which each asks for a machine of the same speed. The last line is JSON.
+crop were first chosen by test pictures of trashnet, with time_to_accuracy.py, then tried by training pictures of all
+three, with rate_and_crop.py, like the rule for the best epoch, with best_epoch.py.) timm comes twice, with its usual
+augmentation and with as little as the recipe's. The logistic regression is the same for every seed, of the largest
+pictures that it has the time for. Runs take turns by method; what is finished is kept in `--results` and not done
+again, so a table of hours may be made in parts, of which each asks for a machine of the same speed. The last line is
+JSON.
 """
 
 from __future__ import annotations

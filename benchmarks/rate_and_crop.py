@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import tempfile
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -47,10 +48,7 @@ def main(seeds: int = 2, shared: Path = Path("../shared"), results: Path = Path(
         for seed, (name, (side, epochs)), rate, crop in product(range(seeds), RUNS.items(), RATES, CROPS):
             kind = f"init_lr={rate:g} train_crop={crop:g}"
             config = auto_config(weights, side, epochs, seed, init_lr=rate, train_crop=crop)
-
-            def run(config=config, data=places[name]):
-                return in_folder_of_its_own(train_and_test, config, data)
-
+            run = partial(in_folder_of_its_own, train_and_test, config, places[name])
             _, score = finished.get(f"{name} {kind} {seed}", run)
             found[name].setdefault(kind, []).append(score)
     for name, by_kind in found.items():
