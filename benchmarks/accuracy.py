@@ -200,6 +200,14 @@ METHODS: dict[str, Callable[[Path, Path, int, int, int], Result]] = {
 }
 
 
+def dinov2_in(shared: Path) -> Path:
+    """The weights that all start from; without them the script ends here."""
+    weights = (shared / "models/dinov2_vits14_saliency_fp16.safetensors").resolve()
+    if not weights.is_file():
+        sys.exit(f"there is no {weights}: give --shared FOLDER")
+    return weights
+
+
 def unpack_cifar(tar: Path, folder: Path) -> Path:
     """The first pictures by name of each class of CIFAR-10 under `train` and `test` in `folder`."""
     taken: dict[tuple[str, str], int] = {}
@@ -331,9 +339,7 @@ def main(
         shared: the folder with `data` and `models`.
         results: file of the runs that are finished.
     """
-    weights = (shared / "models/dinov2_vits14_saliency_fp16.safetensors").resolve()
-    if not weights.is_file():
-        sys.exit(f"there is no {weights}: give --shared FOLDER")
+    weights = dinov2_in(shared)
     finished = Finished(results.resolve())
     with tempfile.TemporaryDirectory() as folder:
         places = {name: (shared / "data" / name).resolve() for name in data}

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
-from accuracy import auto_config, unpack_cifar
+from accuracy import auto_config, dinov2_in, unpack_cifar
 from measure import machine
 from time_to_accuracy import annotate_by_seed, in_folder_of_its_own, test_thaw
 
@@ -84,9 +84,7 @@ def main(seeds: int = 2, shared: Path = Path("../shared")) -> None:
         seeds: runs of each kind.
         shared: the folder with `data` and `models`.
     """
-    weights = (shared / "models/dinov2_vits14_saliency_fp16.safetensors").resolve()
-    if not weights.is_file():
-        sys.exit(f"there is no {weights}: give --shared FOLDER")
+    weights = dinov2_in(shared)
     found: dict[str, dict[str, list[float]]] = {name: {rule: [] for rule in RULES} for name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
         places = divided(shared, Path(folder))

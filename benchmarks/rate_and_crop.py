@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 from functools import partial
 from itertools import product
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from accuracy import auto_config, train_and_test
+from accuracy import auto_config, dinov2_in, train_and_test
 from best_epoch import divided
 from measure import Finished, machine
 from time_to_accuracy import in_folder_of_its_own
@@ -38,9 +37,7 @@ def main(seeds: int = 2, shared: Path = Path("../shared"), results: Path = Path(
         shared: the folder with `data` and `models`.
         results: file of the runs that are finished.
     """
-    weights = (shared / "models/dinov2_vits14_saliency_fp16.safetensors").resolve()
-    if not weights.is_file():
-        sys.exit(f"there is no {weights}: give --shared FOLDER")
+    weights = dinov2_in(shared)
     finished = Finished(results.resolve())
     found: dict[str, dict[str, list[float]]] = {name: {} for name in RUNS}
     with tempfile.TemporaryDirectory() as folder:
