@@ -2,17 +2,24 @@
 
 import pytest
 import torch
+from torch.utils.benchmark import Timer
 
-from utils.device import choose_precision, pick_device, tune_kernels
+from utils.device import DTYPES, choose_precision, pick_device, tune_kernels
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("machine", "has", "auto", "bf16"),
-    [("x86_64", True, "bf16", "bf16"), ("AMD64", False, "fp32", "fp32"), ("arm64", True, "bf16", "bf16")],
+    ("machine", "has", "gain", "auto", "bf16"),
+    [
+        ("x86_64", True, 1.8, "bf16", "bf16"),
+        ("x86_64", True, 0.5, "fp32", "bf16"),  # a Xeon whose AMX is hidden
+        ("AMD64", False, 1.8, "fp32", "fp32"),
+        ("arm64", True, 1.8, "bf16", "bf16"),
+    ],
 )
-def test_precision_follows_the_processor(monkeypatch, machine, has, auto, bf16):
+def test_precision_follows_the_processor(monkeypatch, machine, has, gain, auto, bf16):
+    monkeypatch.setattr("utils.device._bf16_gain", lambda: gain)
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has if machine != "arm64" else 1 / 0)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has, raising=False)
@@ -20,6 +27,20 @@ def test_precision_follows_the_processor(monkeypatch, machine, has, auto, bf16):
     assert choose_precision("bf16", CPU)[0] == bf16
     assert choose_precision("fp16", CPU)[0] == "fp16"
     assert choose_precision("fp32", CPU)[0] == "fp32"
+
+
+def test_bf16_is_chosen_where_it_is_faster():
+    """By a longer product, timed with torch's own tool."""
+    if choose_precision("bf16", CPU)[0] == "fp32":
+        pytest.skip("this processor has no bf16")
+    matrices = {name: torch.ones(512, 512, dtype=DTYPES[name]) for name in ("fp32", "bf16")}
+    times = {name: [] for name in matrices}
+    for name in 15 * list(matrices):
+        times[name].append(Timer("a @ a", globals={"a": matrices[name]}, num_threads=1).timeit(3).mean)
+    gain = min(times["fp32"]) / min(times["bf16"])
+    if 0.8 < gain < 1.25:
+        pytest.skip(f"bf16 is {gain:.2f} times as fast here: either will do")
+    assert choose_precision("auto", CPU)[0] == ("bf16" if gain > 1 else "fp32")
 
 
 def test_a_torch_without_that_library_has_no_bf16(monkeypatch):

@@ -246,10 +246,10 @@ class TrainConfig:
     """`cos`: warm-up, half a cosine, flat end. `step`: ten equal steps down."""
 
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Arithmetic of the matrix products. `auto`: bf16 where the device has it in hardware (GPUs since Ampere,
-    processors with AVX512-BF16 or AMX), which is several times as fast and learns as well; fp16 with a loss scaler on
-    GPUs since Volta; else fp32, whose products on GPUs since Ampere are TF32's. Touch it to compare, or if the loss
-    isn't finite."""
+    """Arithmetic of the matrix products. `auto`: bf16 where the device has it in hardware (GPUs since Ampere) and, of
+    processors with AVX512-BF16 or AMX, which are timed for a moment, where it is faster than fp32; it learns as well.
+    Else fp16 with a loss scaler on GPUs since Volta; else fp32, whose products on GPUs since Ampere are TF32's. Touch
+    it to compare, or if the loss isn't finite."""
 
     on_nan: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose loss or gradient isn't finite. `stop`: the run stops and names its pictures. `skip`:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+import time
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -32,6 +34,9 @@ def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
     """
     has_bf16 = _has_bf16(device)
     if precision == "auto":
+        if has_bf16 and device.type == "cpu":
+            gain = _bf16_gain()
+            return "bf16" if gain > 1 else "fp32", f"this processor multiplies {gain:.1f} times as fast in bf16"
         if has_bf16:
             return "bf16", f"this {device.type} device has it in hardware"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
@@ -52,6 +57,24 @@ def _has_bf16(device: torch.device) -> bool:
         return torch.cpu._is_avx512_bf16_supported()
     # Arm's BFMMLA, by the library that would use it, if torch was built with it.
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@functools.cache
+def _bf16_gain() -> float:
+    """How many times as fast as in fp32 the processor multiplies matrices in bf16.
+
+    To have the instructions isn't enough: Xeons whose AMX is hidden, as in many virtual machines, are at half of fp32's
+    speed with AVX512-BF16, where AMD's are at nearly twice. The products are so short that among fifty are some that
+    nothing else on the machine disturbed.
+    """
+    matrices = [torch.ones(256, 256, dtype=DTYPES[name]) for name in ("fp32", "bf16")]
+    seconds = [float("inf"), float("inf")]
+    for _ in range(50):
+        for i, matrix in enumerate(matrices):
+            started = time.perf_counter()
+            matrix @ matrix
+            seconds[i] = min(seconds[i], time.perf_counter() - started)
+    return seconds[0] / seconds[1]
 
 
 def tune_kernels(device: torch.device, convolutional: bool) -> None:
