@@ -40,7 +40,9 @@ def test_bf16_is_chosen_where_it_is_faster():
     gain = min(times["fp32"]) / min(times["bf16"])
     if 0.8 < gain < 1.25:
         pytest.skip(f"bf16 is {gain:.2f} times as fast here: either will do")
+    threads = torch.get_num_threads()
     assert choose_precision("auto", CPU)[0] == ("bf16" if gain > 1 else "fp32")
+    assert torch.get_num_threads() == threads
 
 
 def test_a_torch_without_that_library_has_no_bf16(monkeypatch):

@@ -61,19 +61,24 @@ def _has_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def _bf16_gain() -> float:
-    """How many times as fast as in fp32 the processor multiplies matrices in bf16.
+    """How many times as fast as in fp32 one core of the processor multiplies matrices in bf16.
 
     To have the instructions isn't enough: Xeons whose AMX is hidden, as in many virtual machines, are at half of fp32's
     speed with AVX512-BF16, where AMD's are at nearly twice. The products are so short that among fifty are some that
-    nothing else on the machine disturbed.
+    nothing else on the machine disturbed; on many cores they would mostly wait for each other.
     """
     matrices = [torch.ones(256, 256, dtype=DTYPES[name]) for name in ("fp32", "bf16")]
     seconds = [float("inf"), float("inf")]
-    for _ in range(50):
-        for i, matrix in enumerate(matrices):
-            started = time.perf_counter()
-            matrix @ matrix
-            seconds[i] = min(seconds[i], time.perf_counter() - started)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(50):
+            for i, matrix in enumerate(matrices):
+                started = time.perf_counter()
+                matrix @ matrix
+                seconds[i] = min(seconds[i], time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
     return seconds[0] / seconds[1]
 
 
