@@ -7,25 +7,25 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from nets.seal import digest_file
-from utils import cli
-from utils.checkpoint import find_checkpoint
-from utils.classifier import BATCH, Classifier, load_classifier
-from utils.compare import compare as compare_scores
-from utils.compare import flipped_rows, format_comparison, format_flipped
-from utils.config import Device
-from utils.eval_data import count_seen, read_images, read_strangers
-from utils.evaluation import Evaluation, evaluate_corrupted
-from utils.files import PARTIAL, read_json, write_text
-from utils.finish import read_embeddings
-from utils.gallery import shown_pictures
-from utils.lists import ImageList
-from utils.mistakes import worst_mistakes
-from utils.outputs import Outputs, compute_outputs
-from utils.report import format_metrics, write_comparison, write_events, write_numbers
-from utils.report_page import WORST, render
-from utils.run_folder import METRICS_OUT, is_run, results_folder
-from utils.scores import Scores
+from nets.weights.seal import digest_file
+from utils.config.train_config import Device
+from utils.data.image_list import ImageList
+from utils.evaluation.compare import compare as compare_scores
+from utils.evaluation.compare import flipped_rows, format_comparison, format_flipped
+from utils.evaluation.eval_lists import count_seen, read_images, read_strangers
+from utils.evaluation.evaluation import Evaluation, evaluate_corrupted
+from utils.evaluation.gallery import shown_pictures
+from utils.evaluation.mistakes import worst_mistakes
+from utils.evaluation.report_files import format_metrics, write_comparison, write_events, write_numbers
+from utils.evaluation.report_page import WORST, render
+from utils.inference.classifier import BATCH, Classifier, load_classifier
+from utils.inference.fit_calibration import read_embeddings
+from utils.inference.outputs import Outputs, compute_outputs
+from utils.metrics.scores import Scores
+from utils.runs.checkpoint import find_checkpoint
+from utils.runs.folder import METRICS_OUT, is_run, results_folder
+from utils.system import cli
+from utils.system.files import PARTIAL, read_json, write_text
 
 PAGE = "report.html"
 
@@ -212,7 +212,7 @@ def compare_classifiers(
 
 def write_report(folder: Path, evaluation: Evaluation) -> None:
     """Write the numbers, the page, the confusion matrix as a picture and, in a run's folder, TensorBoard's events."""
-    from utils.plots import plot_confusion
+    from utils.evaluation.plots import plot_confusion
 
     classifier = evaluation.classifier
     write_numbers(folder, evaluation)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from nets.seal import digest_file
-from utils import cli
-from utils.checkpoint import find_checkpoint
-from utils.classifier import Classifier, load_classifier
-from utils.eval_data import read_images, read_run_list
-from utils.export_check import Comparison, ExportError, compare
-from utils.export_facts import ExportFacts
-from utils.export_formats import FORMATS, STEMS, write_card
-from utils.files import format_bytes, write_json, write_whole
-from utils.lists import ImageList, draw, take
-from utils.model_card import CHECKED, check_card, write_model_card
+from nets.weights.seal import digest_file
+from utils.data.image_list import ImageList, draw, take
+from utils.evaluation.eval_lists import read_images
+from utils.export.check import Comparison, ExportError, compare
+from utils.export.formats import FORMATS, STEMS, describe_export, write_card
+from utils.export.model_card import CHECKED, check_card, write_model_card
+from utils.inference.classifier import Classifier, load_classifier
+from utils.inference.exported_metadata import ExportFacts
+from utils.runs.checkpoint import find_checkpoint
+from utils.runs.folder import read_run_list
+from utils.system import cli
+from utils.system.files import format_bytes, write_json, write_whole
 
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "pt2": ("fp32",), "safetensors": ("fp32", "fp16")}
 
@@ -50,7 +51,7 @@ def main(
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")
     images = pictures_to_check(checkpoint, classifier, data, classes_path)
     drawn = take(images, draw(images, pictures, seed=0, by_class=True))
-    facts = ExportFacts.of(classifier, checkpoint, precision)
+    facts = describe_export(classifier, checkpoint, precision)
     path = Path(out or checkpoint.parent / "export", STEMS[precision] + FORMATS[format].suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     if card:

@@ -15,16 +15,13 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from nets.pretrained import IN_THE_BOX
-from utils import cli
-from utils.calibration import UNKNOWN, Rejection
-from utils.checkpoint import find_checkpoint
-from utils.classifier import BATCH, WEIGHTS_SUFFIX, Classifier, load_classifier
-from utils.config import Device
-from utils.images import open_image
-from utils.labelled import LEAST_SIDE, copy_into, folder_names, save_labelled
-from utils.onnx_classifier import SUFFIX, OnnxClassifier, is_onnx, open_onnx
-from utils.prediction import (
+from nets.weights.pretrained import IN_THE_BOX
+from utils.annotation.folder_scan import is_demo, pictures_below
+from utils.config.train_config import Device
+from utils.data.image_io import open_image
+from utils.inference.classifier import BATCH, WEIGHTS_SUFFIX, Classifier, load_classifier
+from utils.inference.onnx_classifier import SUFFIX, OnnxClassifier, is_onnx, open_onnx
+from utils.inference.prediction import (
     Answer,
     Failure,
     Prediction,
@@ -37,9 +34,12 @@ from utils.prediction import (
     to_line,
     to_row,
 )
-from utils.run_folder import CONFIG_FILE
-from utils.scan import is_demo, pictures_below
-from utils.text import printable
+from utils.inference.rejection import UNKNOWN, Rejection
+from utils.inference.save_predictions import LEAST_SIDE, copy_into, folder_names, save_labelled
+from utils.runs.checkpoint import find_checkpoint
+from utils.runs.folder import CONFIG_FILE
+from utils.system import cli
+from utils.system.text import printable
 
 Model = Classifier | OnnxClassifier
 
@@ -292,7 +292,7 @@ def keep(classifier: Model, answer: Prediction, folder: Path, explained: bool) -
     image = open_image(answer.path, classifier.preprocessing.max_pixels, classifier.preprocessing.allow_truncated)
     maps = {}
     if explained:
-        from utils.explain import explain_one  # slow to import
+        from utils.inference.explain import explain_one  # slow to import
 
         likeliest = classifier.class_names.index(answer.classes[0][0])
         maps = explain_one(classifier, classifier.load(answer.path), likeliest, LEAST_SIDE)

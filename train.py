@@ -1,7 +1,7 @@
 """Train an image classifier: edit CONFIG, then `python train.py`. Every field but `stages` is also a flag.
 
 As CONFIG stands the backbone is frozen first and thawed at `freeze_epoch`; `recipe="auto"` trains all of it from the
-start. What each field means, and all the others, stand in `utils/config.py`.
+start. What each field means, and all the others, stand in `utils/config/train_config.py`.
 """
 
 from __future__ import annotations
@@ -15,27 +15,29 @@ import tyro
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils import cli
-from utils.build import draw_network, make_model, of_size
-from utils.checkpoint import BEST
-from utils.classifier import pixel_network
-from utils.config import TrainConfig
-from utils.data import ImageDataset, eval_loader, train_loader
-from utils.device import choose_precision, pick_device
-from utils.engine import make_trainer
-from utils.feature_cache import FeatureCache, ThawedPart
-from utils.finish import calibrate_checkpoint
-from utils.image_cache import open_cache
-from utils.lists import read_first_path
-from utils.optim import build_optimizer
-from utils.pictures import Data, load_data, make_datasets, report_unreadable
-from utils.recipe import keep_flags, settle_recipe
-from utils.resume import open_run
-from utils.run import Run
-from utils.stages import Stage, num_cached_views, plan_stages
-from utils.stop import stop_signals
-from utils.summary import format_config, format_model, format_stages
-from utils.transforms import Preprocessing
+from utils.config.recipe import keep_flags
+from utils.config.train_config import TrainConfig
+from utils.data.dataset import ImageDataset
+from utils.data.image_cache import open_cache
+from utils.data.image_list import read_first_path
+from utils.data.loader import eval_loader, train_loader
+from utils.data.preprocessing import Preprocessing
+from utils.inference.fit_calibration import calibrate_checkpoint
+from utils.modeling.build import draw_network, make_model, of_size
+from utils.modeling.pixel_network import pixel_network
+from utils.modeling.precision import choose_precision, pick_device
+from utils.runs.checkpoint import BEST
+from utils.runs.resume import open_run
+from utils.runs.run import Run
+from utils.runs.settle_recipe import settle_recipe
+from utils.system import cli
+from utils.system.signals import stop_signals
+from utils.training.datasets import Data, load_data, make_datasets, report_unreadable
+from utils.training.feature_cache import FeatureCache, ThawedPart
+from utils.training.optimizer import build_optimizer
+from utils.training.stages import Stage, num_cached_views, plan_stages
+from utils.training.summary import format_config, format_model, format_stages
+from utils.training.trainer import make_trainer
 
 # As it stands, for the built-in handwritten digits: the network in model_data/, which has seen aeroplanes and cats,
 # learns to read in a minute and a half, on slow cores in some minutes. For photos "Your own pictures" in README.md has
@@ -99,7 +101,7 @@ def main(
     if config.recipe == "auto":
         config = settle_recipe(config, device)
     if cross_validate:
-        from utils import cross_validation  # brings scikit-learn
+        from utils.runs import cross_validation  # brings scikit-learn
 
         cross_validation.cross_validate(config, cross_validate, group_regex, main)
         return
@@ -115,7 +117,7 @@ def main(
     if summary:
         return
     if find_lr:
-        from utils.find_lr import suggest_learning_rate  # brings scikit-learn and matplotlib
+        from utils.training.lr_finder import suggest_learning_rate  # brings scikit-learn and matplotlib
 
         suggest_learning_rate(config, data, stages[-1], device, precision)
         return
@@ -191,7 +193,7 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
 def begin(run: Run, train_set: ImageDataset, val_set: ImageDataset, cache: FeatureCache) -> None:
     """Give a new run the head that it begins with, and save it."""
     if run.config.head_init == "probe":
-        from utils.probe import init_head  # brings scikit-learn, which nothing else here needs
+        from utils.training.linear_probe import init_head  # brings scikit-learn, which nothing else here needs
 
         init_head(run.model, cache, train_set, val_set, run.config)
         if run.trainer.average:

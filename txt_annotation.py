@@ -4,8 +4,8 @@ Pictures lie in `datasets/train/<class>/`, with optional `datasets/val/` and `da
 `datasets/<class>/`.
 """
 
-from utils import cli
-from utils.annotation import annotate
+from utils.annotation.annotate import annotate
+from utils.system import cli
 
 if __name__ == "__main__":
     cli.run(annotate)

@@ -54,9 +54,9 @@ from time_to_accuracy import (
 from torch import nn
 
 import train
-from utils.checkpoint import BEST, LAST, load_checkpoint
-from utils.config import TrainConfig
-from utils.device import autocast
+from utils.config.train_config import TrainConfig
+from utils.modeling.precision import autocast
+from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 
 SIZES = (112, 168, 224)
 LEAST_EPOCHS = 3

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from nets.vit import explicit_attention
-from utils.device import DTYPES, choose_precision
+from utils.modeling.precision import DTYPES, choose_precision
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ from measure import machine
 from time_to_accuracy import annotate_by_seed, in_folder_of_its_own, test_thaw
 
 import train
-from utils.checkpoint import LAST, load_checkpoint
-from utils.config import TrainConfig
+from utils.config.train_config import TrainConfig
+from utils.runs.checkpoint import LAST, load_checkpoint
 
 RUNS = {"trashnet": (112, 8), "sign_digits": (70, 3), "cifar10": (70, 6)}
 """Side of the pictures and epochs of the runs on each data set."""

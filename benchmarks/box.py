@@ -30,9 +30,9 @@ from measure import Finished, machine
 from time_to_accuracy import in_folder_of_its_own, test_thaw
 
 import train
-from utils.annotation import annotate
-from utils.checkpoint import BEST
-from utils.demo import write_demo
+from utils.annotation.annotate import annotate
+from utils.annotation.demo_digits import write_demo
+from utils.runs.checkpoint import BEST
 
 FRACTIONS = (0.1, 0.5, 1.0)
 EPOCHS, MOST_EPOCHS = 20, 60

@@ -20,10 +20,10 @@ import tyro
 from measure import finish, in_turn, medians
 from PIL import Image
 
-from nets import build_model
-from utils.checkpoint import save_checkpoint
-from utils.config import TrainConfig
-from utils.transforms import Preprocessing
+from nets.factory import build_model
+from utils.config.train_config import TrainConfig
+from utils.data.preprocessing import Preprocessing
+from utils.runs.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

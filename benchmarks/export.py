@@ -22,14 +22,16 @@ import tyro
 from measure import finish, in_turn, medians, show
 from PIL import Image
 
-from nets import BACKBONES, build_model
-from utils.classifier import Classifier, cast_products, pixel_network
-from utils.config import TrainConfig
-from utils.device import choose_precision
-from utils.export_facts import ExportFacts
-from utils.export_formats import write_onnx
-from utils.onnx_classifier import open_onnx
-from utils.transforms import EvalTransform, Preprocessing
+from nets.factory import BACKBONES, build_model
+from utils.config.train_config import TrainConfig
+from utils.data.preprocessing import Preprocessing
+from utils.data.transforms import EvalTransform
+from utils.export.formats import write_onnx
+from utils.inference.classifier import Classifier
+from utils.inference.exported_metadata import ExportFacts
+from utils.inference.onnx_classifier import open_onnx
+from utils.modeling.pixel_network import cast_products, pixel_network
+from utils.modeling.precision import choose_precision
 
 NETWORKS = ("vit_s_16", "resnet18")
 CLASSES = 10

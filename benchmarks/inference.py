@@ -20,11 +20,13 @@ import torch
 import tyro
 from measure import DEVICE, PEERS, PRECISION, finish, in_turn, medians, show
 
-from nets import build_model
-from utils.classifier import Classifier, cast_products, pixel_network
-from utils.config import TrainConfig
-from utils.device import autocast
-from utils.transforms import EvalTransform, Preprocessing
+from nets.factory import build_model
+from utils.config.train_config import TrainConfig
+from utils.data.preprocessing import Preprocessing
+from utils.data.transforms import EvalTransform
+from utils.inference.classifier import Classifier
+from utils.modeling.pixel_network import cast_products, pixel_network
+from utils.modeling.precision import autocast
 
 CLASSES = 10
 CONFIG = TrainConfig(activation="gelu")

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.data import EpochSampler
-from utils.lists import ImageList, read_list
+from utils.data.image_list import ImageList, read_list
+from utils.data.sampler import EpochSampler
 
 
 def write(path: Path, lines: int) -> None:

@@ -29,13 +29,16 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from utils.config import TrainConfig
-from utils.data import FileSource, ImageDataset, train_loader
-from utils.image_cache import open_cache
-from utils.images import open_image
-from utils.lists import list_in_memory
-from utils.scan import pictures_below
-from utils.transforms import Normalise, Preprocessing, TrainTransform, settle_preprocessing
+from utils.annotation.folder_scan import pictures_below
+from utils.config.train_config import TrainConfig
+from utils.data.dataset import FileSource, ImageDataset
+from utils.data.image_cache import open_cache
+from utils.data.image_io import open_image
+from utils.data.image_list import list_in_memory
+from utils.data.loader import train_loader
+from utils.data.preprocessing import Preprocessing, settle_preprocessing
+from utils.data.transforms import TrainTransform
+from utils.modeling.pixel_network import Normalise
 
 CONFIG = settle_preprocessing(TrainConfig(), {})
 BATCH = 20

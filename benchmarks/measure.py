@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils.device import choose_precision, pick_device
-from utils.files import write_text
+from utils.modeling.precision import choose_precision, pick_device
+from utils.system.files import write_text
 
 DEVICE = pick_device("auto")
 PRECISION, _ = choose_precision("auto", DEVICE)

@@ -35,15 +35,16 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 import train
-from utils.annotation import annotate
-from utils.checkpoint import BEST
-from utils.classifier import load_classifier
-from utils.config import TrainConfig
-from utils.data import FileSource, ImageDataset, eval_loader
-from utils.device import autocast
-from utils.engine import compute_logits
-from utils.lists import read_list
-from utils.metrics import top_k_accuracy
+from utils.annotation.annotate import annotate
+from utils.config.train_config import TrainConfig
+from utils.data.dataset import FileSource, ImageDataset
+from utils.data.image_list import read_list
+from utils.data.loader import eval_loader
+from utils.inference.classifier import load_classifier
+from utils.metrics.classification import top_k_accuracy
+from utils.modeling.precision import autocast
+from utils.runs.checkpoint import BEST
+from utils.training.trainer import compute_logits
 
 EPOCHS, BATCH = 12, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -31,16 +31,17 @@ from measure import DEVICE, PEERS, PRECISION, finish, in_turn, medians, show
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nets import build_model
-from utils.classifier import pixel_network
-from utils.config import TrainConfig
-from utils.data import FeatureDataset, train_loader
-from utils.device import DTYPES, autocast
-from utils.engine import Trainer
-from utils.feature_cache import ThawedPart
-from utils.lists import list_in_memory
-from utils.optim import build_optimizer
-from utils.transforms import Preprocessing
+from nets.factory import build_model
+from utils.config.train_config import TrainConfig
+from utils.data.feature_dataset import FeatureDataset
+from utils.data.image_list import list_in_memory
+from utils.data.loader import train_loader
+from utils.data.preprocessing import Preprocessing
+from utils.modeling.pixel_network import pixel_network
+from utils.modeling.precision import DTYPES, autocast
+from utils.training.feature_cache import ThawedPart
+from utils.training.optimizer import build_optimizer
+from utils.training.trainer import Trainer
 
 CLASSES = 10
 CONFIG = TrainConfig(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0, activation="gelu")

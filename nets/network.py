@@ -28,7 +28,7 @@ class FreezableNetwork(nn.Module):
 
     Attributes:
         head: the linear layer from what the backbone makes of a picture, (B, C), to logits (B, classes).
-        arguments: what `nets.build_model` needs to build this network again; a checkpoint carries it.
+        arguments: what `nets.factory.build_model` needs to build this network again; a checkpoint carries it.
         ignored_rates: those of its `drop_rate`, `attn_drop_rate` and `drop_path_rate` that it has no place for.
 
     Args:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nets.network import FreezableNetwork, Part
-from nets.pretrained import find_pretrained
-from nets.weights import load_weights, read_weights, resample_pos_embed
 
 
 @dataclass(frozen=True)
@@ -266,6 +264,11 @@ class VisionTransformer(FreezableNetwork):
         grid = patch_grid(input_shape, self.patch_size)
         return state | {"pos_embed": resample_pos_embed(state["pos_embed"], self.grid, grid)}
 
+    def resample_positions(self, pos_embed: Tensor, source: tuple[int, int], **options: bool) -> Tensor:
+        """A position embedding for the grid of patches `source` on the grid of this network, see
+        `resample_pos_embed`."""
+        return resample_pos_embed(pos_embed, source, self.grid, **options)
+
     def embed(self, x: Tensor) -> Tensor:
         """Pictures (B, 3, height, width) to tokens (B, N, C): the class token, registers, patches."""
         x = self.patch_embed(x)
@@ -322,16 +325,19 @@ def vit(
 ) -> VisionTransformer:
     """A ViT of one of the `SIZES`, base with patch 16 unless told. It is called as in `classification-pytorch`.
 
-    `pretrained` starts from published weights (see `nets.pretrained.find_pretrained`); their kind of GELU, epsilon and
-    registers then take the place of `activation`, `norm_eps` and `num_registers`, and their head is kept if it has
-    `num_classes` outputs.
+    `pretrained` starts from published weights (see `nets.weights.pretrained.find_pretrained`); their kind of GELU,
+    epsilon and registers then take the place of `activation`, `norm_eps` and `num_registers`, and their head is kept if
+    it has `num_classes` outputs.
 
     >>> vit(input_shape=[224, 224], num_classes=12).head.out_features
     12
     """
     variant = {"activation": activation, "norm_eps": norm_eps, "num_registers": num_registers}
-    weights = read_weights(find_pretrained(name)) if pretrained else None
-    if weights:
+    if pretrained:
+        from nets.weights import load  # networks are read and built without
+        from nets.weights import pretrained as published
+
+        weights = load.read_weights(published.find_pretrained(name))
         variant |= weights.variant
     model = VisionTransformer(
         input_shape,
@@ -344,10 +350,22 @@ def vit(
         num_registers=variant["num_registers"],
         **vars(SIZES[name]),
     )
-    if weights:
-        load_weights(model, weights)
+    if pretrained:
+        load.load_weights(model, weights)
     model.arguments = {"name": name, "num_classes": num_classes, "input_shape": list(input_shape)} | variant
     return model
+
+
+def resample_pos_embed(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int], **options: bool) -> Tensor:
+    """Resample a position embedding (1, 1 + h * w, C) from the grid of patches `source` = (h, w) to `target`.
+
+    Bicubic, the class token's entry stays as it is; see section 3.2 of the ViT paper. `options` go to `F.interpolate`:
+    projects differ in them.
+    """
+    class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    patches = patches.unflatten(1, source).permute(0, 3, 1, 2)  # (1, h * w, C) -> (1, C, h, w)
+    patches = F.interpolate(patches.float(), size=target, mode="bicubic", **options).to(pos_embed.dtype)
+    return torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def patch_grid(input_shape: Sequence[int], patch_size: int) -> tuple[int, int]:

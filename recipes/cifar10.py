@@ -13,8 +13,8 @@ from typing import Annotated
 import tyro
 
 import train
-from utils import cli
-from utils.config import StageConfig, TrainConfig
+from utils.config.train_config import StageConfig, TrainConfig
+from utils.system import cli
 
 CONFIG = TrainConfig(
     backbone="vit_xs_4",  # 2.7 M parameters

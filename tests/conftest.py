@@ -19,10 +19,10 @@ from torch.utils.tensorboard import SummaryWriter
 import export
 import train
 from nets.vit import SIZES, Size
-from utils import export_formats, onnx_write
-from utils.checkpoint import LAST, find_checkpoint
-from utils.classifier import load_classifier
-from utils.config import TrainConfig
+from utils.config.train_config import TrainConfig
+from utils.export import formats, onnx_write
+from utils.inference.classifier import load_classifier
+from utils.runs.checkpoint import LAST, find_checkpoint
 
 # The networks here are so small that a second thread costs more than it does; and on one, sums have one order.
 torch.set_num_threads(1)
@@ -177,7 +177,7 @@ def export_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def traced() -> tuple[Callable, Callable]:
     """`trace` and `convert`, which take most of the time, for the one network that there is here."""
-    trace, convert = export_formats.trace, onnx_write.convert
+    trace, convert = formats.trace, onnx_write.convert
     program = functools.cache(lambda: trace(load_classifier(find_checkpoint(""), "cpu", precision="fp32")))
     model = functools.cache(lambda: convert(program()))
     return lambda _: program(), lambda _: copy.deepcopy(model())
@@ -186,7 +186,7 @@ def traced() -> tuple[Callable, Callable]:
 @pytest.fixture
 def exported(trained, export_folder, traced, monkeypatch) -> Callable[[str], Path]:
     """The exported file of the trained network by the key of `EXPORTS`, made once."""
-    monkeypatch.setattr(export_formats, "trace", traced[0])
+    monkeypatch.setattr(formats, "trace", traced[0])
     monkeypatch.setattr(onnx_write, "convert", traced[1])
 
     def make(key: str) -> Path:

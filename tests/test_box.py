@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import predict
-from nets.pretrained import BOX, IN_THE_BOX, find_pretrained
-from utils.build import make_model
-from utils.classifier import load_classifier
-from utils.config import TrainConfig
+from nets.weights.pretrained import BOX, IN_THE_BOX, find_pretrained
+from utils.config.train_config import TrainConfig
+from utils.inference.classifier import load_classifier
+from utils.modeling.build import make_model
 
 PICTURES = sorted((BOX.parent / "img").glob("*.jpg"))
 ON_THE_CARD = 0.837  # of these 1,000; 84.2 % of all 10,000

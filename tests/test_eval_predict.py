@@ -20,19 +20,21 @@ from torch import nn
 
 import eval as evaluation
 import predict
-from nets.seal import digest_file
+from nets.weights.seal import digest_file
 from tests.conftest import write_picture
-from utils import cli
-from utils.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
-from utils.classifier import cast_products, load_classifier
-from utils.corruptions import CORRUPTIONS
-from utils.data import FileSource, ImageDataset, eval_loader
-from utils.engine import compute_logits
-from utils.images import open_image
-from utils.labelled import save_labelled
-from utils.lists import read_list
-from utils.outputs import compute_outputs
-from utils.prediction import Prediction
+from utils.data.dataset import FileSource, ImageDataset
+from utils.data.image_io import open_image
+from utils.data.image_list import read_list
+from utils.data.loader import eval_loader
+from utils.evaluation.corruptions import CORRUPTIONS
+from utils.inference.classifier import load_classifier
+from utils.inference.outputs import compute_outputs
+from utils.inference.prediction import Prediction
+from utils.inference.save_predictions import save_labelled
+from utils.modeling.pixel_network import cast_products
+from utils.runs.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
+from utils.system import cli
+from utils.training.trainer import compute_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,22 +18,25 @@ from PIL import Image
 import export
 import predict
 import train
-from nets import build_model
-from nets.safe_load import read_header
+from nets.factory import build_model
+from nets.weights.safe_load import read_header
 from tests.conftest import EXPORTS, NAMES, SMALL, write_picture
-from utils import export_check, export_formats
-from utils.annotation import annotate
-from utils.build import make_model
-from utils.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from utils.classifier import Classifier, load_classifier, pixel_network
-from utils.config import TrainConfig
-from utils.export_check import Comparison, ExportError
-from utils.export_facts import ExportFacts
-from utils.images import open_image
-from utils.lists import read_list, write_list
-from utils.onnx_classifier import OnnxClassifier, open_onnx
-from utils.onnx_file import DIGEST, digest
-from utils.transforms import EvalTransform, Preprocessing
+from utils.annotation.annotate import annotate
+from utils.config.train_config import TrainConfig
+from utils.data.image_io import open_image
+from utils.data.image_list import read_list, write_list
+from utils.data.preprocessing import Preprocessing
+from utils.data.transforms import EvalTransform
+from utils.export import check, formats
+from utils.export.check import Comparison, ExportError
+from utils.export.formats import describe_export
+from utils.inference.classifier import Classifier, load_classifier
+from utils.inference.exported_metadata import ExportFacts
+from utils.inference.onnx_classifier import OnnxClassifier, open_onnx
+from utils.inference.onnx_file import DIGEST, digest
+from utils.modeling.build import make_model
+from utils.modeling.pixel_network import pixel_network
+from utils.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -54,7 +57,7 @@ def of_checkpoint(classifier: Classifier, pixels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("key", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-3), ("int8", 2e-2), ("pt2", 1e-6)])
 def test_any_picture_gives_what_the_checkpoint_gives(exported, classifier, key, tolerance):
-    exported_file = export_formats.FORMATS[EXPORTS[key][0]].open(exported(key), classifier)
+    exported_file = formats.FORMATS[EXPORTS[key][0]].open(exported(key), classifier)
     for pixels in pictures():
         assert exported_file(pixels) == pytest.approx(of_checkpoint(classifier, pixels), abs=tolerance)
 
@@ -102,8 +105,8 @@ def test_what_a_file_says_of_itself(exported, classifier):
 
 
 def test_weights_and_their_card(exported, classifier, monkeypatch, tmp_path):
-    from nets import build_model
-    from nets.weights import load_weights, read_weights
+    from nets.factory import build_model
+    from nets.weights.load import load_weights, read_weights
 
     path = exported("safetensors")
     card = json.loads(path.with_suffix(".json").read_text())
@@ -130,7 +133,7 @@ def test_exported_weights_with_tensors_of_whole_numbers(tmp_path):
         *(preprocessing, EvalTransform(preprocessing), NAMES, torch.device("cpu"), "fp32"),
     )
     with (tmp_path / "swin.safetensors").open("wb") as file:
-        export_formats.write_safetensors(of_model, facts, file)
+        formats.write_safetensors(of_model, facts, file)
     loaded = load_classifier(tmp_path / "swin.safetensors", "cpu", precision="fp32")
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(loaded.forward(pixels)[1], of_model.forward(pixels)[1], atol=5e-3, rtol=0)
@@ -258,7 +261,7 @@ def test_two_models_are_one_too_many(exported):
         predict.main((str(exported("fp32")), "a.png"), model_path="logs/x")
 
 
-def fake(classifier: Classifier, shift: float, flip: bool = False) -> export_formats.Format:
+def fake(classifier: Classifier, shift: float, flip: bool = False) -> formats.Format:
     """A format whose files are off by `shift`, for dark pictures, or name the other class."""
 
     def run(pixels: np.ndarray) -> np.ndarray:
@@ -267,7 +270,7 @@ def fake(classifier: Classifier, shift: float, flip: bool = False) -> export_for
             return right[::-1].copy()
         return right + np.array([shift, -shift], np.float32) * (pixels.mean() < 128)
 
-    return export_formats.Format(".onnx", lambda *parts: parts[-1].write(b"x"), lambda *_: run)
+    return formats.Format(".onnx", lambda *parts: parts[-1].write(b"x"), lambda *_: run)
 
 
 @pytest.mark.parametrize(
@@ -281,8 +284,8 @@ def fake(classifier: Classifier, shift: float, flip: bool = False) -> export_for
     ],
 )
 def test_an_export_that_differs_is_not_kept(classifier, tmp_path, monkeypatch, shift, flip, precision, told):
-    monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, shift, flip))
-    name = export_formats.STEMS[precision] + ".onnx"
+    monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, shift, flip))
+    name = formats.STEMS[precision] + ".onnx"
     with pytest.raises(ExportError, match=told):
         export.main(precision=precision, out=str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.failed.json"]
@@ -291,7 +294,7 @@ def test_an_export_that_differs_is_not_kept(classifier, tmp_path, monkeypatch, s
     assert told in report["fault"]
     if shift > 0:
         assert {Path(entry["path"]).parent.name for entry in report["worst"]} == {"dark"}
-        monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, 5e-4))
+        monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, 5e-4))
         export.main(precision=precision, out=str(tmp_path))
         assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.check.json"}
 
@@ -313,7 +316,7 @@ def test_the_command_fails_with_a_line(trained, tmp_path, command):
 
 
 def test_unreadable_pictures_are_named_and_left_out(classifier, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, 0))
+    monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, 0))
     (tmp_path / "broken.png").write_text("no picture")
     write_list(tmp_path / "list.txt", [(0, str(Path("datasets/test/dark/00.png").resolve())), (1, "broken.png")])
     export.main(out=str(tmp_path / "out"), data=str(tmp_path / "list.txt"))
@@ -336,14 +339,14 @@ def test_which_pictures_check_it(classifier, tmp_path, monkeypatch):
 
 
 def test_too_large_for_one_file_is_said_before_time_is_spent(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_formats, "MOST_BYTES", 8_000_000)  # 2.7 million weights
-    monkeypatch.setattr(export_formats, "make_onnx", lambda *_: b"reached")
-    facts = ExportFacts.of(classifier, find_checkpoint(""), "fp32")
+    monkeypatch.setattr(formats, "MOST_BYTES", 8_000_000)  # 2.7 million weights
+    monkeypatch.setattr(formats, "make_onnx", lambda *_: b"reached")
+    facts = describe_export(classifier, find_checkpoint(""), "fp32")
     with (tmp_path / "x").open("wb") as file, pytest.raises(ValueError, match="take --precision fp16"):
-        export_formats.write_onnx(classifier, facts, file)
+        formats.write_onnx(classifier, facts, file)
     facts.provenance["precision"] = "fp16"
     with (tmp_path / "x").open("wb") as file:
-        export_formats.write_onnx(classifier, facts, file)
+        formats.write_onnx(classifier, facts, file)
 
 
 HOSTILE_NAMES = ["a|b", "two\nlines", "<script>alert(1)</script>", "\x1b[31mred", "\udcff", "猫", "`x`", "[a](b)"]
@@ -494,7 +497,7 @@ def test_names_of_another_checkpoint(trained, tmp_path):
     content = load_checkpoint(find_checkpoint(""))
     content.pop("format_version")
     save_checkpoint(tmp_path / "model.pth", content | {"class_names": HOSTILE_NAMES[:2]})
-    facts = ExportFacts.of(load_classifier(tmp_path / "model.pth", "cpu"), tmp_path / "model.pth", "fp32")
+    facts = describe_export(load_classifier(tmp_path / "model.pth", "cpu"), tmp_path / "model.pth", "fp32")
     assert facts.class_names == HOSTILE_NAMES[:2]
 
 
@@ -512,9 +515,9 @@ def test_starting_imports_nothing_that_it_does_not_need():
 
 
 def test_the_check_reads_no_more_than_it_is_told(classifier, monkeypatch, tmp_path):
-    monkeypatch.setitem(export_formats.FORMATS, "onnx", fake(classifier, 0))
+    monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, 0))
     seen = []
-    compare = export_check.compare
+    compare = check.compare
     monkeypatch.setattr(export, "compare", lambda *parts: seen.append(parts[2]) or compare(*parts))
     export.main(out=str(tmp_path), data="datasets/test", pictures=6)
     assert np.bincount(seen[0].class_ids).tolist() == [3, 3]

@@ -20,19 +20,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 import eval as evaluation
 import train
-from nets import build_model
+from nets.factory import build_model
 from tests.conftest import NAMES, SMALL, TINY, write_picture, write_two_classes
 from tests.faults.harness import digest
-from utils.annotation import annotate
-from utils.build import make_model
-from utils.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
-from utils.config import StageConfig, TrainConfig
-from utils.engine import NonFiniteLoss, Trainer
-from utils.lists import read_list
-from utils.resume import open_run
-from utils.run_folder import new_run_folder
-from utils.run_log import RunLog
-from utils.transforms import settle_preprocessing
+from utils.annotation.annotate import annotate
+from utils.config.train_config import StageConfig, TrainConfig
+from utils.data.image_list import read_list
+from utils.data.preprocessing import settle_preprocessing
+from utils.modeling.build import make_model
+from utils.runs.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from utils.runs.folder import new_run_folder
+from utils.runs.log import RunLog
+from utils.runs.resume import open_run
+from utils.training.trainer import NonFiniteLoss, Trainer
 
 
 def only_run(folder: Path = Path()) -> Path:
@@ -67,12 +67,12 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(here, monkeypatch):
         for i in range(4)
     ]
     drawn = []
-    monkeypatch.setattr("utils.plots.plot_losses", lambda history: drawn.append(len(history)) or Figure())
+    monkeypatch.setattr("utils.runs.curves.plot_losses", lambda history: drawn.append(len(history)) or Figure())
     log = RunLog(here, [])
     for i in range(1, 4):
         log.log_epoch(rows[:i])
     assert drawn == []
-    monkeypatch.setattr("utils.run_log.DRAW_EVERY", 0.0)
+    monkeypatch.setattr("utils.runs.log.DRAW_EVERY", 0.0)
     log.log_epoch(rows)
     assert drawn == [4]
     log.close()  # nothing is new
@@ -176,7 +176,7 @@ def ends_the_same_when_cut_off(config, epochs, monkeypatch):
 
         again = dataclasses.replace(config, save_dir=f"logs{epoch}")
         with monkeypatch.context() as patch:
-            patch.setattr("utils.run.save_checkpoint", cut_off)
+            patch.setattr("utils.runs.run.save_checkpoint", cut_off)
             with pytest.raises(KeyboardInterrupt):
                 train.main(again)
         train.main(again)
@@ -203,8 +203,10 @@ def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeyp
         for weights in (checkpoint["weights"], checkpoint["weights_in_training"]):
             build_model(**checkpoint["model"]).load_state_dict(weights)
     assert load_checkpoint(only_run() / BEST)["epoch"] == 4  # the only one of the last size
-    monkeypatch.setattr("utils.find_lr.STEPS", 3)
-    monkeypatch.setattr("utils.find_lr.suggest", lambda rates, losses: 1e-3)  # over so few steps none may fall
+    monkeypatch.setattr("utils.training.lr_finder.STEPS", 3)
+    monkeypatch.setattr(
+        "utils.training.lr_finder.suggest", lambda rates, losses: 1e-3
+    )  # over so few steps none may fall
     train.main(dataclasses.replace(config, save_dir="tried"), find_lr=True)
     ends_the_same_when_cut_off(config, (2,), monkeypatch)  # inside the second stage
 
@@ -212,10 +214,10 @@ def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeyp
 def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, monkeypatch, capsys):
     """After the epochs it says, of the last stage alone; also if it was cut off right before its end."""
     losses = iter([0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43])  # three of the first stage
-    monkeypatch.setattr("utils.engine.calibrated_loss", lambda logits, targets: (next(losses), 0.0))
+    monkeypatch.setattr("utils.training.trainer.calibrated_loss", lambda logits, targets: (next(losses), 0.0))
     config = TrainConfig(**TINY | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
     with monkeypatch.context() as patch:
-        patch.setattr("utils.run.Run.finish", lambda run, calibrate: None)
+        patch.setattr("utils.runs.run.Run.finish", lambda run, calibrate: None)
         train.main(config)
     assert "patience: the calibrated validation loss" in capsys.readouterr().out
     last = load_checkpoint(only_run() / LAST)
@@ -249,7 +251,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
         save_checkpoint(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("utils.run.save_checkpoint", cut_off)
+        patch.setattr("utils.runs.run.save_checkpoint", cut_off)
         with pytest.raises(KeyboardInterrupt):
             train.main(config)
     run = only_run()
@@ -476,7 +478,7 @@ def test_an_epochs_seconds_are_its_own(two_classes, monkeypatch):
         return feed(*args)
 
     monkeypatch.setattr(train, "feed", feed)
-    monkeypatch.setattr("utils.run.time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
+    monkeypatch.setattr("utils.runs.run.time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
     train.main(TrainConfig(**TINY | {"unfreeze_epoch": 2}))
     assert all(0 < row["seconds"] < 1000 for row in load_checkpoint(only_run() / LAST)["history"])
 

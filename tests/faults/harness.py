@@ -12,8 +12,8 @@ import torch
 
 from tests.conftest import SHARED, write_picture
 from tests.faults import trainee
-from utils.checkpoint import BEST, LAST, load_checkpoint
-from utils.lists import write_classes, write_list
+from utils.data.image_list import write_classes, write_list
+from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 
 SETTINGS: dict[str, Any] = {
     "backbone": "vit_xs_4",
@@ -40,7 +40,7 @@ TRAIN, VAL = 36, 8
 context = multiprocessing.get_context("forkserver")
 # Besides the trainee what it imports late, so that a run is killed in its training, not while it still imports.
 context.set_forkserver_preload(
-    ["tests.faults.trainee", "torch._dynamo", "torch.utils.tensorboard", "utils.plots", "sklearn.covariance"]
+    ["tests.faults.trainee", "torch._dynamo", "torch.utils.tensorboard", "utils.runs.curves", "sklearn.covariance"]
 )
 
 

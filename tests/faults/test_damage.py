@@ -23,15 +23,15 @@ import torch
 import eval as evaluation
 import predict
 import train
-from nets import seal
-from nets.pretrained import find_pretrained
-from nets.weights import read_weights
+from nets.weights import seal
+from nets.weights.load import read_weights
+from nets.weights.pretrained import find_pretrained
 from tests.conftest import NAMES, SMALL
-from utils import checkpoint, run
-from utils.build import make_model
-from utils.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, read_progress, save_checkpoint
-from utils.config import TrainConfig
-from utils.resume import open_run
+from utils.config.train_config import TrainConfig
+from utils.modeling.build import make_model
+from utils.runs import run
+from utils.runs.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, read_progress, save_checkpoint
+from utils.runs.resume import open_run
 
 
 @pytest.fixture
@@ -338,13 +338,13 @@ def test_a_header_that_claims_terabytes(here, header, size):
 def test_bytes_reach_the_disk_before_the_name_does(here, tmp_path):
     """As the system sees it: a kill doesn't lose what only a power cut would."""
     program = (
-        "import torch; from utils.checkpoint import KEYS, save_checkpoint; "
+        "import torch; from utils.runs.checkpoint import KEYS, save_checkpoint; "
         "save_checkpoint('a.pth', {k: t() for k, t in KEYS.items() if k != 'format_version'})"
     )
     command = ["strace", "-f", "-y", "-e", "trace=fsync,rename,renameat2", "-o", "trace", sys.executable, "-c", program]
     if not shutil.which("strace") or subprocess.run(["strace", "-o", "probe", "true"], capture_output=True).returncode:
         pytest.skip("no strace here")
-    root = Path(checkpoint.__file__).parents[1]
+    root = Path(__file__).resolve().parents[2]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(root)})
     lines = Path("trace").read_text().splitlines()
     calls = [line.split(maxsplit=1)[1] for line in lines if ".pth" in line or "fsync" in line]

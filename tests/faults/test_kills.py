@@ -13,7 +13,7 @@ import torch
 
 from tests.faults.harness import LAST, finish, last_step, outcome, prepare, read_steps, run_folder, start
 from tests.faults.harness import steps as steps_of
-from utils.checkpoint import BEST, load_checkpoint, load_newest, read_progress
+from utils.runs.checkpoint import BEST, load_checkpoint, load_newest, read_progress
 
 DATA = ("mnist_png", "sign_digits")
 INTERVAL = 2  # save_every_steps

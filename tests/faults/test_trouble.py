@@ -26,12 +26,12 @@ from tests.faults.harness import (
     run_folder,
     start,
 )
-from utils import engine
-from utils.checkpoint import load_checkpoint, load_newest
-from utils.config import TrainConfig
-from utils.engine import NonFiniteLoss, Trainer
-from utils.stages import Stage
-from utils.stop import Stopped
+from utils.config.train_config import TrainConfig
+from utils.runs.checkpoint import load_checkpoint, load_newest
+from utils.system.signals import Stopped
+from utils.training import trainer
+from utils.training.stages import Stage
+from utils.training.trainer import NonFiniteLoss, Trainer
 
 ROOT = Path(train.__file__).parent
 LONG = {"freeze_train": False, "unfreeze_epoch": 20, "num_workers": 2, "save_every_steps": 0, "ema_decay": 0.0}
@@ -261,7 +261,7 @@ def test_a_picture_that_gives_a_nan_is_named(two_classes, nan_in_a_picture, caps
 def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
     """Which the limits on init_lr don't let pass, so it is planted behind them."""
     monkeypatch.setattr(Stage, "learning_rate", lambda self, epoch: 1e6 if epoch > 2.5 else 1e-4)
-    monkeypatch.setattr(engine, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(trainer, "MOST_SKIPPED", 3)
     with pytest.raises(NonFiniteLoss, match=r"n't finite|the validation loss is"):
         train.main(TrainConfig(**NAN | {"optimizer_type": "sgd"}, on_nan=on_nan))
     assert all_finite(only_run())

@@ -14,11 +14,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import train
-from utils import checkpoint, files, run
-from utils.config import TrainConfig
-from utils.data import batch_paths
-from utils.engine import Trainer
-from utils.stop import Stopped
+from utils.config.train_config import TrainConfig
+from utils.data.loader import batch_paths
+from utils.runs import checkpoint, run
+from utils.system import files
+from utils.system.signals import Stopped
+from utils.training.trainer import Trainer
 
 STEPS = "steps.log"
 

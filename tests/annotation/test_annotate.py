@@ -1,0 +1,325 @@
+"""utils/annotation/annotate.py: folders to lists, on made folders."""
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_picture
+from utils.annotation.annotate import annotate, demo_digits, ensure_lists
+from utils.annotation.folder_scan import scan_datasets
+from utils.config.train_config import TrainConfig
+from utils.data.image_list import read_classes, read_list
+from utils.evaluation.eval_lists import list_folder
+
+LISTS = ("cls_train.txt", "cls_val.txt", "cls_test.txt", "model_data/cls_classes.txt")
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def entries(name: str) -> list[str]:
+    return Path(name).read_text(encoding="utf-8").splitlines()
+
+
+def test_splits_and_classes(two_classes, capsys):
+    annotate()
+    assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
+    assert entries("cls_test.txt") == [f"0;datasets/test/dark/{i:02d}.png" for i in range(6)] + [
+        f"1;datasets/test/light/{i:02d}.png" for i in range(5)
+    ]
+    train, val = set(entries("cls_train.txt")), set(entries("cls_val.txt"))
+    assert not train & val
+    assert len(train | val) == 40
+    assert [sum(line.startswith(f"{k};") for line in val) for k in (0, 1)] == [2, 2]  # a tenth of 24 and of 16
+    assert entries("cls_train.txt") == sorted(train)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["dark", "22", "2", "6"] in rows
+    assert ["light", "14", "2", "5"] in rows
+    assert ["all", "36", "4", "11"] in rows
+
+
+def test_a_second_run_gives_the_same_bytes(two_classes):
+    annotate()
+    first = [Path(name).read_bytes() for name in LISTS]
+    annotate()
+    assert [Path(name).read_bytes() for name in LISTS] == first
+
+
+def test_the_simple_layout(here):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(5)))
+    annotate()
+    assert len(entries("cls_train.txt")) == 8
+    assert len(entries("cls_val.txt")) == 2
+    assert not Path("cls_test.txt").exists()
+
+
+def test_folders_whose_names_look_alike_are_one_class(here):
+    """As a Mac writes names, taken apart, and as others do."""
+    composed = ("Käse", "한글")
+    for split, form in (("train", "NFD"), ("test", "NFC")):
+        for name in composed:
+            touch(*(f"datasets/{split}/{unicodedata.normalize(form, name)}/{i}.png" for i in range(3)))
+    touch("datasets/train/Käse/3.png")  # on a Mac it is the folder that is there
+    annotate()
+    assert read_classes("model_data/cls_classes.txt") == list(composed)
+    assert len(read_list("cls_test.txt", 2)) == 6
+    assert len(list_folder("datasets/train", list(composed))) == 7
+    Path("model_data/cls_classes.txt").write_text(unicodedata.normalize("NFD", "\n".join(composed)), encoding="utf-8")
+    assert read_classes("model_data/cls_classes.txt") == list(composed)
+
+
+def test_a_val_folder_is_used_as_it_is(here):
+    touch(*(f"datasets/{split}/{name}/{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(3)))
+    annotate()
+    assert entries("cls_val.txt") == [
+        f"{k};datasets/val/{name}/{i}.jpg" for k, name in enumerate("ab") for i in range(3)
+    ]
+    assert len(entries("cls_train.txt")) == 6
+
+
+def test_an_old_test_list_goes_with_its_folder(here, capsys):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)), "cls_test.txt")
+    annotate()
+    assert not Path("cls_test.txt").exists()
+    assert Path("cls_test.txt.old").exists()
+    assert "there are no test pictures: cls_test.txt is called cls_test.txt.old from now on" in capsys.readouterr().out
+
+
+def test_names_and_suffixes(here, capsys):
+    kept = ["1.JPG", "2.Png", "a b;c'\".jpeg", "猫.webp", "deeper/still/3.bmp"]
+    touch(*(f"datasets/ä b/{name}" for name in kept), "datasets/z/1.jpg")
+    touch("datasets/ä b/notes.txt", "datasets/ä b/.hidden.jpg", "datasets/ä b/none", "datasets/ä b/.git/x.jpg")
+    touch("datasets/loose.jpg", "datasets/README.md")
+    os.mkdir("datasets/empty")
+    annotate()
+    found = {line.partition(";")[2] for line in entries("cls_train.txt") + entries("cls_val.txt")}
+    assert found == {f"datasets/ä b/{name}" for name in kept} | {"datasets/z/1.jpg"}
+    told = capsys.readouterr().out
+    assert "2 hidden, 1 not a picture (.txt), 1 not a picture (no suffix)" in told
+    assert "1 no pictures in datasets" in told
+    assert "1 outside the class folders" in told
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1])
+def test_val_fraction_is_checked(two_classes, fraction):
+    with pytest.raises(ValueError, match="val_fraction"):
+        annotate(val_fraction=fraction)
+
+
+def test_a_class_file_is_obeyed(two_classes, capsys):
+    write_picture(two_classes / "train" / "other" / "1.png")
+    Path("model_data").mkdir()
+    Path("model_data/cls_classes.txt").write_text("light\ndark\nmissing\n")
+    annotate()
+    assert entries("cls_test.txt")[0].startswith("0;datasets/test/light")
+    assert not any("other" in line for line in entries("cls_train.txt") + entries("cls_val.txt"))
+    told = capsys.readouterr().out
+    assert "other" in told
+    assert "1 pictures: not in the class file" in told
+    assert "no train pictures of missing" in told
+
+
+def test_a_class_file_of_other_classes(two_classes):
+    Path("model_data").mkdir()
+    Path("model_data/cls_classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(
+        ValueError, match=r"names cat, dog, and none of them is a folder.*found: dark, light.*delete it"
+    ):
+        annotate()
+
+
+def test_classes_only_in_test_are_left_out_and_said(two_classes, capsys):
+    write_picture(two_classes / "test" / "new" / "1.png")
+    annotate()
+    assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
+    assert "1 pictures: no training pictures" in capsys.readouterr().out
+
+
+def test_folders_that_cannot_work(here):
+    with pytest.raises(FileNotFoundError, match="no folder datasets"):
+        annotate()
+    touch("datasets/a/1.jpg")
+    with pytest.raises(ValueError, match=r"folders with training pictures: a$"):
+        annotate()
+    touch("datasets/b/notes.doc")
+    with pytest.raises(
+        ValueError, match=r"training pictures: a; passed over: 1 not a picture \(\.doc\), 1 no pictures"
+    ):
+        annotate()
+    touch("datasets/test/a/1.jpg")
+    with pytest.raises(ValueError, match="none named train"):
+        annotate()
+
+
+def test_absolute_folders_and_lists_elsewhere(two_classes, tmp_path):
+    annotate(datasets_path=two_classes)
+    assert entries("cls_test.txt")[0] == f"0;{two_classes.as_posix()}/test/dark/00.png"
+    os.mkdir("lists")
+    annotate(train_annotation_path="lists/t.txt", val_annotation_path="lists/v.txt")
+    assert entries("lists/t.txt")[0].startswith("0;../datasets/train/dark/")
+    assert os.path.isfile(read_list("lists/t.txt", 2).path(0))
+
+
+def test_the_demo_is_written_where_there_is_nothing(here, capsys):
+    ensure_lists(TrainConfig())
+    assert "writing the built-in set" in capsys.readouterr().out
+    assert read_classes("model_data/cls_classes.txt") == list(demo_digits.CLASSES)
+    assert [len(read_list(name, 10)) for name in LISTS[:3]] == [1294, 144, 359]
+
+
+def test_own_pictures_take_the_demos_place(here, capsys):
+    ensure_lists(TrainConfig())
+    touch("datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/7/3.jpg", "datasets/train/7/4.jpg")
+    ensure_lists(TrainConfig())
+    assert read_classes("model_data/cls_classes.txt") == ["7", "cat"]
+    assert len(entries("cls_train.txt")) + len(entries("cls_val.txt")) == 4
+    assert not Path("cls_test.txt").exists()
+    assert "built-in digits" in capsys.readouterr().out
+
+
+def test_own_classes_replace_the_demos_class_file(here):
+    ensure_lists(TrainConfig())
+    touch(
+        "datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/dog/3.jpg", "datasets/train/dog/4.jpg"
+    )
+    ensure_lists(TrainConfig())
+    assert read_classes("model_data/cls_classes.txt") == ["cat", "dog"]
+    assert len(entries("cls_train.txt")) == 2
+
+
+def test_the_users_lists_are_left_alone(two_classes):
+    annotate()
+    before = Path("cls_train.txt").read_bytes()
+    write_picture(two_classes / "train" / "dark" / "new.png")
+    ensure_lists(TrainConfig())
+    assert Path("cls_train.txt").read_bytes() == before
+    ensure_lists(TrainConfig(train_annotation_path="mine.txt"))
+    assert not Path("mine.txt").exists()
+
+
+def test_links_to_class_folders_are_followed_and_loops_end(two_classes):
+    os.symlink(two_classes / "train" / "dark", two_classes / "train" / "linked")
+    os.symlink(two_classes, two_classes / "train" / "light" / "loop")
+    scan = scan_datasets("datasets")
+    assert scan.count("train", "linked") == 24
+    assert scan.count("train", "light") == 16
+
+
+def test_split_folders_by_other_names(here):
+    touch(*(f"datasets/{split}/{k}/{i}.jpg" for split in ("Train", "valid", "TEST") for k in "ab" for i in range(2)))
+    annotate()
+    assert [len(entries(name)) for name in LISTS[:3]] == [4, 4, 4]
+    assert entries("cls_val.txt")[0] == "0;datasets/valid/a/0.jpg"
+
+
+def test_classes_named_like_splits(here, capsys):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in ("bus", "car", "train") for i in range(3)))
+    annotate()
+    assert read_classes("model_data/cls_classes.txt") == ["bus", "car", "train"]
+    assert "warning: train is taken for a class" in capsys.readouterr().out
+
+
+def test_splits_without_classes(here):
+    touch("datasets/train/1.jpg", "datasets/train/2.jpg", "datasets/test/1.jpg", "datasets/test/2.jpg")
+    with pytest.raises(ValueError, match="put the pictures of each class into one there"):
+        annotate()
+
+
+def test_a_test_set_is_taken_out_if_wanted(here, capsys):
+    touch(*(f"datasets/{name}/{i:02d}.jpg" for name in "ab" for i in range(50)))
+    annotate(audit=False)
+    assert "txt_annotation.py --test-fraction 0.2 takes a fifth of train out" in capsys.readouterr().out
+    annotate(test_fraction=0.2, group_regex=r"^(\d)", audit=False)
+    found = [[line.rpartition("/")[2] for line in entries(name)] for name in LISTS[:3]]
+    assert sum(map(len, found)) == 100
+    assert len(found[2]) == 20
+    train, val, test = ({name[0] for name in names} for names in found)
+    assert not (train & test or val & test or train & val)
+    annotate(test_fraction=0.5, val_fraction=0.4, audit=False)  # parts of the whole, both
+    assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
+    with pytest.raises(ValueError, match=r"cls_test\.txt holds pictures that were taken out of train.*as before"):
+        annotate(audit=False)
+    assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
+    Path("cls_test.txt").unlink()
+    annotate(audit=False)
+    assert [len(entries(name)) for name in LISTS[:2]] == [90, 10]
+    touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/test/a/1.jpg")
+    with pytest.raises(ValueError, match=r"test_fraction=0\.2: there are test pictures already"):
+        annotate(test_fraction=0.2, audit=False)
+    with pytest.raises(ValueError, match="leaves a part to train on"):
+        annotate(test_fraction=0.95, audit=False)
+
+
+def test_test_pictures_stay_that_wherever_the_lists_are(here):
+    touch(*(f"pets/{name}/{i:02d}.jpg" for name in "ab" for i in range(20)))
+    fields = ("train_annotation_path", "val_annotation_path", "test_annotation_path")
+    places = {field: f"pets/{field}.txt" for field in fields}
+    annotate("pets", **places, test_fraction=0.2, audit=False)
+    with pytest.raises(ValueError, match=r"test_annotation_path\.txt holds pictures that were taken out of train"):
+        annotate("pets", **places, audit=False)
+
+
+def test_what_lies_beside_the_splits_is_said(two_classes, capsys):
+    touch("datasets/more/1.jpg", "datasets/loose.jpg")
+    annotate()
+    told = capsys.readouterr().out
+    assert "in a folder beside train, val and test: move it into one of them" in told
+    assert "1 outside the class folders" in told
+
+
+def test_links_to_nowhere_and_a_disk_stations_own_folders_are_told(here, capsys):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)))
+    touch("datasets/.d/0.jpg", "datasets/@eaDir/a/0.jpg", "datasets/a/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg")
+    Path("datasets/c").symlink_to("gone")
+    Path("datasets/.#c").symlink_to("gone")
+    annotate(audit=False)
+    assert len(entries("cls_train.txt")) + len(entries("cls_val.txt")) == 4
+    table = capsys.readouterr().out
+    assert ".#c" not in table
+    assert re.search(r"^c +- +- +- +1 a link to nowhere$", table, re.MULTILINE)
+    assert re.search(r"^a +1 +1 +0 +1 hidden$", table, re.MULTILINE)
+
+
+def test_own_folders_beside_the_demos_splits(here):
+    ensure_lists(TrainConfig())
+    touch(*(f"datasets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(3)))
+    ensure_lists(TrainConfig())
+    assert read_classes("model_data/cls_classes.txt") == ["cat", "dog"]
+    assert len(entries("cls_train.txt")) == 4
+
+
+@pytest.mark.parametrize("name", ["datasets/loose.jpg", "datasets/train/cat/1.raw", "datasets/train/cat/notes.txt"])
+def test_the_demo_is_not_written_among_other_files(here, name):
+    touch(name)
+    with pytest.raises(ValueError, match="two classes at least"):
+        ensure_lists(TrainConfig())
+    assert not list(here.rglob("builtin-digit-*"))
+
+
+def test_a_readme_and_hidden_files_do_not_stop_the_demo(here):
+    touch("datasets/README.md", "datasets/.DS_Store")
+    ensure_lists(TrainConfig())
+    assert len(list(here.rglob("builtin-digit-*"))) == 1797
+
+
+def test_no_empty_validation_list(here):
+    touch("datasets/a/1.jpg", "datasets/b/1.jpg")
+    with pytest.raises(ValueError, match="no pictures to validate on"):
+        annotate()
+    touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/val/c/1.jpg")
+    with pytest.raises(ValueError, match="no pictures to validate on"):
+        annotate()
+    assert not Path("cls_val.txt").exists()
+
+
+def test_a_line_break_in_a_class_name_is_refused(here):
+    touch("datasets/a\nb/1.jpg", "datasets/a\nb/2.jpg", "datasets/c/1.jpg", "datasets/c/2.jpg")
+    with pytest.raises(ValueError, match="line break"):
+        annotate()
+    assert not Path("model_data/cls_classes.txt").exists()

@@ -1,0 +1,168 @@
+"""utils/config/train_config.py: every field is documented and checked."""
+
+import ast
+import dataclasses
+import inspect
+import json
+from itertools import pairwise
+
+import pytest
+import tyro
+
+import train
+from utils.config import train_config as config_module
+from utils.config.train_config import StageConfig, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("optimizer_type", "adamm"),
+        ("lr_decay_type", "linear"),
+        ("precision", "tf32"),
+        ("device", "gpu"),
+        ("activation", "relu"),
+        ("input_shape", (224,)),
+        ("drop_rate", 1.0),
+        ("attn_drop_rate", -0.1),
+        ("drop_path_rate", 1.5),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-4),
+        ("init_lr", 0.0),
+        ("min_lr", 1.0),
+        ("eval_crop", 0.0),
+        ("train_crop", 1.1),
+        ("horizontal_flip", 2.0),
+        ("freeze_blocks", -1),
+        ("freeze_epoch", 101),
+        ("freeze_batch_size", 0),
+        ("unfreeze_batch_size", 0),
+        ("unfreeze_epoch", 0),
+        ("stages", (1,)),
+        ("thaw_warmup", -1),
+        ("save_period", 0),
+        ("num_workers", -1),
+        ("seed", -1),
+        ("image_std", (0.2, 0.0, 0.2)),
+        ("image_mean", (0.5,)),
+        ("image_mean", (0.5, float("nan"), 0.5)),
+        ("freeze_blocks", "8"),
+        ("input_shape", 224),
+        ("input_shape", (0, 224)),
+        ("init_lr", "1e-3"),
+        ("num_workers", None),
+        ("unfreeze_batch_size", 32.0),
+        ("freeze_epoch", 1.5),
+        ("freeze_train", "False"),
+        ("weight_decay", float("inf")),
+        ("classes_path", None),
+    ],
+)
+def test_a_value_that_cannot_work_is_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field}=") as error:
+        TrainConfig(**{field: value})
+    assert repr(value) in str(error.value)
+    assert len(str(error.value).partition(": ")[2]) > 10, "no remedy"
+
+
+def test_lists_pass_for_tuples_and_whole_numbers_for_floats():
+    assert TrainConfig(input_shape=[32, 64], weight_decay=0) == TrainConfig(input_shape=(32, 64), weight_decay=0.0)
+    assert StageConfig(2, "all", input_shape=[8, 8]) == StageConfig(2, "all", input_shape=(8, 8))
+
+
+def test_every_field_has_a_docstring():
+    body = ast.parse(inspect.getsource(config_module.TrainConfig)).body[0].body
+    documented = {
+        node.target.id
+        for node, after in pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+    assert documented == {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+def test_every_field_is_a_flag():
+    changed = tyro.cli(TrainConfig, args=["--unfreeze-epoch", "130", "--input-shape", "32", "64", "--no-freeze-train"])
+    assert changed == TrainConfig(unfreeze_epoch=130, input_shape=(32, 64), freeze_train=False)
+    assert tyro.cli(TrainConfig, args=["--freeze-blocks", "all"]).freeze_blocks == "all"
+    assert tyro.cli(TrainConfig, args=["--freeze-blocks", "3"]).freeze_blocks == 3
+
+
+def test_the_dict_is_plain():
+    values = TrainConfig().as_dict()
+    assert TrainConfig(**json.loads(json.dumps(values))).as_dict() == values
+
+
+STAGES = (StageConfig(3, "all", 64), StageConfig(2, 8), StageConfig(5, "nothing", 16))
+
+
+def test_stages_of_ones_own():
+    assert TrainConfig(stages=STAGES).epochs == 10
+    assert json.loads(json.dumps(TrainConfig(stages=STAGES).as_dict()))["stages"][1] == {
+        "epochs": 2,
+        "frozen": 8,
+        "batch_size": 32,
+        "input_shape": None,
+    }
+
+
+def test_stages_of_another_size():
+    small = StageConfig(3, "all", 64, (96, 128))
+    values = TrainConfig(stages=(small, *STAGES)).as_dict()
+    assert json.loads(json.dumps(values)) == values  # as a run that is gone on with compares them
+    with pytest.raises(ValueError, match=r"^stages=.*the last stage trains at input_shape"):
+        TrainConfig(stages=(small,))
+
+
+def best_epochs(config, losses, error=0.0):
+    """The best after each epoch with these losses, of one standard error."""
+    rows = [{"val_calibrated_loss": loss, "val_calibrated_loss_error": error} for loss in losses]
+    return [config.best_epoch(rows[: i + 1]) for i in range(len(rows))]
+
+
+def test_the_best_epoch_is_one_of_the_last_ones_size():
+    config = TrainConfig(stages=(StageConfig(2, "nothing", 8, (96, 96)), StageConfig(3, "nothing")))
+    assert best_epochs(config, [0.5, 0.6, 0.9, 0.8]) == [0, 0, 2, 3]
+    stages = [StageConfig(1, "nothing", 8, shape) for shape in ((224, 224), (96, 96), None)]
+    assert best_epochs(TrainConfig(stages=tuple(stages)), [0.5, 0.9, 0.7]) == [0, 1, 2]  # not the first stage's
+
+
+def test_the_best_epoch_is_the_latest_within_one_standard_error_of_the_lowest():
+    config = TrainConfig(freeze_train=False, unfreeze_epoch=6)
+    losses = [0.9, 0.5, 0.62, 0.58, 0.7, 0.61]
+    assert best_epochs(config, losses) == [0, 1, 1, 1, 1, 1]
+    assert best_epochs(config, losses, error=0.1) == [0, 1, 1, 3, 3, 3]
+    assert best_epochs(config, losses, error=0.15) == [0, 1, 2, 3, 3, 5]
+
+
+@pytest.mark.parametrize(
+    "config", [TrainConfig(), TrainConfig(stages=STAGES), TrainConfig(eval_crop=0.5, keep=("seed",))]
+)
+def test_the_dict_gives_the_config_again(config):
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.as_dict())))
+    assert again.as_dict() == config.as_dict()
+    assert again.all_stages == config.all_stages
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (0, "all"),
+        (1.5, "all"),
+        (1, "most"),
+        (1, -1),
+        (1, 2.0),
+        (1, 2, 0),
+        (1, 2, 8, (0, 8)),
+        (1, 2, 8, 8),
+        (1, 2, 8, ()),
+    ],
+)
+def test_a_stage_that_cannot_be(values):
+    with pytest.raises(ValueError, match=r"^stages: (epochs|frozen|batch_size|input_shape)="):
+        StageConfig(*values)
+
+
+def test_the_config_on_top_of_train_py_trains_digits_unmirrored():
+    assert train.CONFIG.horizontal_flip == 0
+    assert train.CONFIG.augmentation == "none"
+    assert train.CONFIG.freeze_train

@@ -1,0 +1,335 @@
+"""utils/data/image_io.py: any file becomes a picture or an ImageError, on files made here and on those in shared/."""
+
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from utils.annotation.folder_scan import pictures_below
+from utils.data.image_io import HAS_HEIF, ImageError, Region, open_image, open_to_decode, read_size, upright_rgb
+from utils.inference.classifier import load_classifier
+from utils.runs.checkpoint import find_checkpoint
+
+
+def read_region(path, choose, **limits) -> Region:
+    """The part of an image that `choose` picks by width and height, and the size that it is to be resized to."""
+    with open_to_decode(path, **limits) as image:
+        box, size = choose(image.width, image.height)
+        return image.decode(box, size)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_mode_becomes_rgb(here, mode):
+    Image.fromarray(np.repeat(np.uint8([[0, 255]]), 4, axis=0)).convert(mode).save("a.tif")
+    image = open_image("a.tif")
+    assert (image.mode, image.size) == ("RGB", (2, 4))
+    assert np.asarray(image)[0].tolist() == [[0, 0, 0], [255, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.uint16([[0, 128 * 257, 65535]]), [0, 128, 255]),
+        (np.int32([[-5, 128 * 257, 70000]]), [0, 128, 255]),
+        (np.float32([[0, 0.5, 1.0]]), [0, 128, 255]),
+        (np.float32([[0, 128.0, 255.0]]), [0, 128, 255]),
+        (np.float32([[np.nan, 0.5, -1.0]]), [0, 128, 0]),
+    ],
+)
+def test_deep_pictures_are_scaled(here, values, expected):
+    Image.fromarray(values).save("a.tif")
+    assert np.asarray(open_image("a.tif"))[0, :, 0].tolist() == expected
+
+
+def test_a_deep_png_is_scaled(here):
+    Image.fromarray(np.uint16([[0, 128 * 257, 65535]])).save("a.png")
+    assert np.asarray(open_image("a.png"))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pictures_lie_on_white(here, mode):
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 255))
+    image.convert(mode).save("a.png")
+    assert np.asarray(open_image("a.png"))[0].tolist() == [[255, 255, 255], [0, 0, 0]]
+
+
+def test_content_decides_not_the_suffix(here):
+    Image.new("P", (3, 2)).save("gif.jpg", "GIF")
+    Image.new("RGB", (3, 2), "red").save("png.bin", "PNG")
+    assert open_image("gif.jpg").size == (3, 2)
+    assert open_image("png.bin").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
+def test_of_an_animation_the_first_frame(here, kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(f"a.{kind}", save_all=True, append_images=frames[1:])
+    red, _, blue = open_image(f"a.{kind}").getpixel((0, 0))
+    assert (red > 240, blue < 15) == (True, True)
+
+
+def test_lab(here):
+    rgb = Image.new("RGB", (4, 4), (200, 30, 60))
+    lab = ImageCms.profileToProfile(
+        rgb, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    lab.save("a.tif")
+    assert Image.open("a.tif").mode == "LAB"
+    np.testing.assert_allclose(open_image("a.tif").getpixel((0, 0)), (200, 30, 60), atol=6)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_jpegs_of_other_colours(here, mode):
+    Image.new("RGB", (16, 16), (200, 200, 200)).convert(mode).save("a.jpg")
+    np.testing.assert_allclose(open_image("a.jpg").getpixel((5, 5)), (200, 200, 200), atol=3)
+
+
+def test_all_exif_orientations_give_one_picture(shared):
+    for kind, upright in (("Landscape", (1800, 1200)), ("Portrait", (1200, 1800))):
+        pictures = [open_image(shared / "data" / "exif_orientation" / f"{kind}_{i}.jpg") for i in range(9)]
+        assert {picture.size for picture in pictures} == {upright}
+        pixels = [np.asarray(picture.resize((30, 30))).astype(int) for picture in pictures]
+        # The files were compressed one by one, so they are alike, not equal; a picture on its side is off by far more.
+        assert max(np.abs(p - pixels[1]).mean() for p in pixels) < 5
+        assert np.abs(pixels[1][::-1] - pixels[1]).mean() > 15
+
+
+def test_all_exif_orientations_are_classified_alike(shared, trained):
+    classifier = load_classifier(find_checkpoint(""))
+    for kind in ("Landscape", "Portrait"):
+        paths = [str(shared / "data" / "exif_orientation" / f"{kind}_{i}.jpg") for i in range(9)]
+        probabilities = classifier.probabilities(torch.stack([classifier.load(path) for path in paths]))
+        assert len(probabilities.argmax(1).unique()) == 1
+        assert (probabilities - probabilities[1]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+def test_a_part_lies_where_the_upright_picture_has_it(here, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    levels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    smooth = Image.fromarray(levels).resize((1000, 600), Image.Resampling.BICUBIC)
+    smooth.save(f"a.{suffix}", exif=exif, quality=95)
+    upright = open_image(f"a.{suffix}")
+    seen = []
+
+    def choose(width, height):
+        seen.append((width, height))
+        return 0.1 * width, 0.4 * height, 0.6 * width, 0.8 * height
+
+    for size in ((200, 200), (100, 50), (20, 30)):
+        region = read_region(f"a.{suffix}", lambda w, h, size=size: (choose(w, h), size))
+        assert seen.pop() == upright.size
+        own = Image.fromarray(region.pixels).resize(size[::-1], Image.Resampling.BILINEAR, box=region.box)
+        plain = upright.resize(size[::-1], Image.Resampling.BILINEAR, box=choose(*upright.size))
+        assert np.abs(np.asarray(own).astype(int) - np.asarray(plain)).mean() < 2
+
+
+def test_a_jpeg_is_decoded_no_finer_than_needed(here):
+    Image.new("RGB", (1600, 800)).save("a.jpg")
+
+    def pixels(fraction, size):
+        region = read_region("a.jpg", lambda w, h: ((0, 0, w * fraction, h * fraction), (size, size)))
+        assert min(region.box[2] - region.box[0], region.box[3] - region.box[1]) >= 1.5 * size
+        return region.pixels.shape[:2]
+
+    assert pixels(1, 267) == (800, 1600)
+    assert pixels(1, 266) == (400, 800)
+    assert pixels(1, 60) == (100, 200)
+    assert pixels(0.5, 60) == (200, 400)
+
+
+def test_every_picture_is_the_same_by_either_reader(shared):
+    """Over files that try decoders, the reader of parts gives what the reader of whole pictures gives, errors too."""
+    agreed = 0
+    for path in sorted((shared / "data" / "difficult_images").rglob("*")):
+        if not path.is_file():
+            continue
+        try:
+            whole = np.asarray(open_image(path, max_pixels=2**22))
+        except ImageError as error:
+            with pytest.raises(ImageError, match=re.escape(error.cause[:20])):
+                read_region(path, lambda w, h: ((0, 0, w, h), (h, w)), max_pixels=2**22)
+            continue
+        region = read_region(path, lambda w, h: ((0, 0, w, h), (h, w)), max_pixels=2**22)
+        assert np.abs(whole.astype(int) - region.pixels).max() <= 3, path  # two builds of libjpeg may round differently
+        assert region.box == (0, 0, whole.shape[1], whole.shape[0])
+        agreed += 1
+    assert agreed > 400
+
+
+def test_orientation_made_here(here):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    sideways = np.zeros((10, 20, 3), np.uint8)
+    sideways[:, :10] = 255  # left half white: upright it is the top half
+    Image.fromarray(sideways).save("a.png", exif=exif)
+    upright = np.asarray(open_image("a.png"))
+    assert upright.shape == (20, 10, 3)
+    assert upright[:10].min() == 255
+    assert upright[10:].max() == 0
+
+
+@pytest.mark.parametrize("reader", [open_image, read_size])
+def test_unreadable_files_are_named(here, reader):
+    (here / "text.jpg").write_text("no picture")
+    (here / "folder.jpg").mkdir()
+    for name in ("text.jpg", "folder.jpg", "none.jpg"):
+        with pytest.raises(ImageError, match=f"{name} can't be read as a picture"):
+            reader(name)
+
+
+def test_an_error_carries_path_and_cause(here):
+    (here / "a.jpg").write_bytes(b"")
+    with pytest.raises(ImageError) as error:
+        open_image("a.jpg")
+    assert (error.value.path, error.value.cause) == ("a.jpg", "it is empty")
+
+
+@pytest.mark.skipif(HAS_HEIF, reason="pillow-heif is installed")
+def test_heic_names_its_plug_in(here):
+    (here / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(ImageError, match="it is HEIC; pip install pillow-heif"):
+        open_image("a.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_whole_picture_with_broken_exif_is_upright(here, suffix):
+    exif = b"Exif\0\0" + b"no TIFF header at all" + bytes(20)
+    Image.new("RGB", (40, 20), "red").save(f"a.{suffix}", exif=exif, dpi=(72, 72))
+    assert open_image(f"a.{suffix}").size == (40, 20)
+    region = read_region(f"a.{suffix}", lambda width, height: ((0, 0, width, height), (20, 40)))
+    assert region.pixels.shape == (20, 40, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_tag_of_an_unusual_type_beside_the_orientation(here, suffix, mode):
+    """ResolutionUnit as text; Pillow's own turning would write it anew and fail."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x0128, 2, 4, b"in.")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
+    sideways = np.zeros((10, 20), np.uint8)
+    sideways[:, :10] = 255
+    Image.fromarray(sideways).convert(mode).save(f"a.{suffix}", exif=exif)
+    picture = open_image(f"a.{suffix}")
+    for upright in (np.asarray(picture), np.asarray(upright_rgb(picture))):  # turned once, not twice
+        assert upright.shape == (20, 10, 3)
+        assert upright[:8].min() > 200
+        assert upright[12:].max() < 50
+
+
+def test_too_many_pixels_are_refused_unless_allowed(here):
+    Image.new("L", (100, 50)).save("a.png")
+    for most in (4999, 100):  # from twice as many on Pillow raises an error of its own
+        with pytest.raises(ImageError, match=rf"more pixels than max_pixels={most} allows; raise that"):
+            open_image("a.png", max_pixels=most)
+    assert open_image("a.png", max_pixels=5000).size == (100, 50)
+
+
+def test_what_is_no_file_never_hangs(here):
+    os.mkfifo("pipe.jpg")
+    os.mkdir("folder.jpg")
+    os.symlink("loop.jpg", "loop.jpg")
+    os.symlink("none", "broken.jpg")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind("socket.jpg")
+    for name in os.listdir():
+        with pytest.raises(ImageError, match=name):
+            open_image(name)
+    skipped = Counter()
+    assert pictures_below(here, skipped) == []
+    assert skipped == {"no file (a broken link, a link to a folder, a pipe)": 4}
+    server.close()
+
+
+READ_ALL = """
+    import json, os, sys, time
+    from utils.data.image_io import ImageError, open_image
+    counts, slowest = {"read": 0, "refused": 0}, 0
+    for where, _, names in os.walk(sys.argv[1]):
+        for name in sorted(names):
+            started = time.perf_counter()
+            try:
+                assert open_image(os.path.join(where, name)).mode == "RGB"
+                counts["read"] += 1
+            except ImageError:
+                counts["refused"] += 1
+            slowest = max(slowest, time.perf_counter() - started)
+    peak = next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(json.dumps(counts | {"slowest_s": slowest, "peak_mb": peak}))
+"""
+
+
+def read_all(folder: Path) -> dict:
+    """Read every file below `folder` in a process of its own: what it raised, how long, how much memory it took."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", textwrap.dedent(READ_ALL), folder]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(result.stdout)
+
+
+def test_difficult_files(shared):
+    """Files that made decoders crash, hang or bomb: nothing but an ImageError, and no process death."""
+    found = read_all(shared / "data" / "difficult_images")
+    assert found["read"] > 500
+    assert found["refused"] > 100
+    assert found["slowest_s"] < 10
+    assert found["peak_mb"] < 300
+
+
+def test_a_picture_that_claims_to_be_huge_takes_no_memory(here):
+    Image.new("1", (13_300, 13_300)).save("a.png")
+    Image.new("L", (13_300, 13_300)).save("a.jpg")
+    found = read_all(here)
+    assert found["refused"] == 2
+    assert found["peak_mb"] < 300
+
+
+@given(data=st.data(), kind=st.sampled_from(["png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"]))
+def test_damaged_files_raise_nothing_but_an_image_error(tmp_path_factory, data, kind):
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    noise = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path, kind)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        assert open_image(path, max_pixels=10**6).mode == "RGB"
+    except ImageError as error:
+        assert error.path == str(path)
+
+
+def test_half_a_file_is_an_error(here):
+    Image.effect_noise((64, 64), 50).convert("RGB").save("whole.jpg")
+    (here / "half.jpg").write_bytes((here / "whole.jpg").read_bytes()[:1500])
+    assert read_size("half.jpg") == (64, 64)
+    with pytest.raises(ImageError, match=r"half\.jpg.*truncated"):
+        open_image("half.jpg")
+    with pytest.raises(ImageError, match=r"half\.jpg.*truncated"):
+        read_region("half.jpg", lambda w, h: ((0, 0, w, h), (8, 8)))
+    assert open_image("half.jpg", allow_truncated=True).size == (64, 64)
+    with pytest.raises(ImageError, match=r"half\.jpg.*truncated"):
+        open_image("half.jpg")
+
+
+def test_size(here):
+    Image.new("RGB", (7, 3)).save("a.png")
+    assert read_size("a.png") == (7, 3)

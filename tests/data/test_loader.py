@@ -1,0 +1,247 @@
+"""utils/data/loader.py: what is seen depends on the seed alone, and nothing is dropped in evaluation."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+
+from tests.conftest import write_picture
+from utils.config.train_config import TrainConfig
+from utils.data.dataset import FileSource, ImageDataset, TooManyUnreadable
+from utils.data.image_io import ImageError
+from utils.data.image_list import ImageList, list_in_memory
+from utils.data.loader import batch_paths, eval_loader, train_loader
+from utils.data.preprocessing import Preprocessing
+from utils.data.sampler import EpochSampler
+from utils.data.transforms import EvalTransform, TrainTransform
+from utils.system.seeds import derive_seed
+from utils.training.loss import balanced_class_weights
+
+CONFIG = TrainConfig(input_shape=(16, 16))
+PREPROCESSING = Preprocessing.of(CONFIG)
+
+
+@pytest.fixture
+def images(here) -> ImageList:
+    for i in range(23):
+        write_picture(here / f"{i}.png", level=60 + 6 * i, seed=i)
+    return list_in_memory((i, f"{i}.png") for i in range(23))
+
+
+def test_a_run_on_the_processor_leaves_the_gpu_alone(images, monkeypatch):
+    """Pinning memory would begin to use it, and fail where another program has filled it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
+    assert not train_loader(dataset, 5, 0).pin_memory
+
+
+def epoch_of(images, workers, seed=1, epoch=0, batch_size=5):
+    loader = train_loader(
+        ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed), batch_size, workers
+    )
+    loader.sampler.epoch = epoch
+    return list(loader)
+
+
+def eval_set(images):
+    return ImageDataset(FileSource(images, PREPROCESSING), EvalTransform(PREPROCESSING), seed=0)
+
+
+def equal(one, other) -> bool:
+    pairs = [pair for x, y in zip(one, other, strict=True) for pair in zip(x, y, strict=True)]
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_changes_nothing(images, workers):
+    torch.manual_seed(0)
+    alone = epoch_of(images, 0)
+    torch.manual_seed(99)
+    assert equal(epoch_of(images, workers), alone)
+
+
+def test_seed_and_epoch_change_everything(images):
+    first = epoch_of(images, 0)
+    assert equal(epoch_of(images, 0), first)
+    assert not equal(epoch_of(images, 0, epoch=1), first)
+    assert not equal(epoch_of(images, 0, seed=2), first)
+
+
+def test_the_same_picture_looks_otherwise_in_another_epoch(images):
+    dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
+    assert torch.equal(dataset[(0, 3, 0)][0], dataset[(0, 3, 0)][0])
+    assert not torch.equal(dataset[(0, 3, 0)][0], dataset[(1, 3, 0)][0])
+
+
+def test_a_picture_does_not_depend_on_the_others_of_its_batch(images):
+    transform = TrainTransform(dataclasses.replace(CONFIG, augmentation="autoaugment"))
+    dataset = ImageDataset(FileSource(images, PREPROCESSING), transform, seed=1)
+    together = dataset.__getitems__([(0, i, 0) for i in range(23)])
+    alone = [dataset[(0, i, 0)] for i in range(23)]
+    assert equal(together, [(pixels, class_id) for pixels, class_id in alone])
+
+
+def test_training_batches_are_whole_and_no_picture_comes_twice(images):
+    batches = epoch_of(images, 0)
+    assert [len(targets) for _, targets in batches] == [5] * 4
+    seen = torch.cat([targets for _, targets in batches])
+    assert len(seen.unique()) == 20
+    assert seen.tolist() != sorted(seen.tolist())
+    left_out = [
+        set(range(23)) - set(torch.cat([t for _, t in epoch_of(images, 0, epoch=e)]).tolist()) for e in range(4)
+    ]
+    assert len(set.union(*left_out)) > 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_picture_once_and_in_order(images, workers):
+    batches = list(eval_loader(eval_set(images), 5, workers))
+    assert torch.cat([targets for _, targets in batches]).tolist() == list(range(23))
+    assert all(pixels.dtype == torch.uint8 for pixels, _ in batches)
+    brightness = torch.cat([pixels.float().mean((1, 2, 3)) for pixels, _ in batches])
+    assert (brightness[5:] - brightness[:-5]).min() > 0
+
+
+def test_a_second_pass_of_evaluation_is_the_same(images):
+    loader = eval_loader(eval_set(images), 5, 1)
+    assert equal(list(loader), list(loader))
+
+
+def test_order_is_a_permutation_that_depends_on_the_epoch():
+    sampler = EpochSampler(np.zeros(100, np.int32), "shuffle", seed=3)
+    first = list(sampler)
+    sampler.epoch = 1
+    second = list(sampler)
+    assert sorted(first) == [(0, i, 0) for i in range(100)]
+    assert sorted(second) == [(1, i, 0) for i in range(100)]
+    assert [i for _, i, _ in first] != [i for _, i, _ in second]
+
+
+def test_an_unreadable_picture_is_named(images, here):
+    (here / "3.png").write_text("no picture")
+    with pytest.raises(ImageError, match=r"3\.png can't be read as a picture"):
+        epoch_of(images, 0, batch_size=23)
+
+
+def test_an_unreadable_picture_is_named_by_a_worker(images, here):
+    (here / "3.png").write_text("no picture")
+    with pytest.raises(ImageError, match=r"3\.png can't be read as a picture"):
+        epoch_of(images, 1, batch_size=23)
+
+
+def test_seeds_differ_by_purpose_and_position():
+    parts = [
+        (1, "a"),
+        (1, "b"),
+        (2, "a"),
+        (1, "a", 0),
+        (1, "a", 1),
+        (1, "a", 0, 1),
+        (1, "a", 1, 0),
+        (11, "a"),
+        (1, "a", 11),
+    ]
+    seeds = [derive_seed(*part) for part in parts]
+    assert len(set(seeds)) == len(parts)
+    assert all(0 <= seed < 2**64 for seed in seeds)
+    assert derive_seed(1, "sample", 2, 3) == derive_seed(1, "sample", 2, 3)
+
+
+@pytest.fixture
+def two_of_three(here) -> ImageList:
+    """Class 0 is pictures 0 to 19, class 1 is 20 to 29, class 2 is 30 and 31; 3 and 25 can't be read."""
+    for i in range(32):
+        write_picture(here / f"{i}.png", level=40 + 70 * (0 if i < 20 else 1 if i < 30 else 2), seed=i)
+    for i in (3, 25):
+        (here / f"{i}.png").write_text("no picture")
+    return list_in_memory((0 if i < 20 else 1 if i < 30 else 2, f"{i}.png") for i in range(32))
+
+
+def train_set(images, max_bad_fraction=0.1) -> ImageDataset:
+    transform = TrainTransform(dataclasses.replace(CONFIG, augmentation="none"))
+    return ImageDataset(FileSource(images, PREPROCESSING), transform, 1, max_bad_fraction)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_of_its_class_stands_in(two_of_three, workers):
+    dataset = train_set(two_of_three)
+    (pixels, class_ids), *_ = list(train_loader(dataset, 32, workers))
+    levels = pixels.float().mean((1, 2, 3))
+    for class_id, level in enumerate((40, 110, 180)):  # no label has moved
+        assert (levels[class_ids == class_id] - level).abs().max() < 25
+    assert class_ids.bincount().tolist() == [20, 10, 2]
+    assert sorted(dataset.newly_unreadable()) == ["25.png", "3.png"]
+    assert dataset.newly_unreadable() == []
+
+
+def test_what_stands_in_is_the_same_each_time(two_of_three):
+    first, second = train_set(two_of_three), train_set(two_of_three)
+    second[(0, 25, 0)]
+    assert torch.equal(first[(0, 3, 0)][0], second[(0, 3, 0)][0])
+    stands_in = [i for i in range(20) if i != 3 and torch.equal(first._read((0, 3, 0)), crop_of(first, i))]
+    assert len(stands_in) == 1
+
+
+def crop_of(dataset, index):
+    """Picture `index` with the crop of picture 3."""
+    return dataset._crop(index, (0, 3, 0))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unreadable_stop_the_run(two_of_three, workers):
+    with pytest.raises(TooManyUnreadable, match=r"^2 of 32 pictures can't be read.*0\.05: 3.png, 25.png; mend"):
+        list(train_loader(train_set(two_of_three, 0.05), 32, workers))
+
+
+def test_a_class_without_a_readable_picture_is_an_error(two_of_three, here):
+    for i in (30, 31):
+        (here / f"{i}.png").unlink()
+    with pytest.raises(ImageError, match=r"3[01]\.png can't be read.*no such file; nor can any other.*id 2"):
+        list(train_loader(train_set(two_of_three, 0.5), 32, 0))
+
+
+def test_balanced_sampling_draws_classes_alike():
+    class_ids = np.repeat([0, 1, 3], [900, 90, 10]).astype(np.int32)
+    sampler = EpochSampler(class_ids, "balanced", seed=3)
+    keys = list(sampler)
+    drawn = np.array([index for _, index, _ in keys])
+    assert len(keys) == len(sampler) == 1000
+    assert np.bincount(class_ids[drawn]) == pytest.approx([333, 333, 0, 333], abs=60)
+    assert len(np.unique(drawn[class_ids[drawn] == 0])) > 220  # not the same few
+    assert set(drawn[class_ids[drawn] == 3]) == set(range(990, 1000))
+    assert list(sampler) == keys
+    assert len(set(keys)) == 1000  # a picture that comes again is drawn anew
+    assert max(repeat for _, index, repeat in keys if index >= 990) > 10
+    sampler.epoch = 1
+    assert [index for _, index, _ in sampler] != drawn.tolist()
+
+
+def test_balanced_weights_are_scikit_learns():
+    class_ids = np.repeat([0, 1, 3], [900, 90, 10])
+    peer = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=class_ids)
+    weights = balanced_class_weights(class_ids, 5)
+    torch.testing.assert_close(weights[[0, 1, 3]], torch.from_numpy(peer).float())
+    assert weights[[2, 4]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "balanced"])
+def test_an_epoch_can_begin_in_its_middle(sampling):
+    sampler = EpochSampler(np.array([0] * 9 + [1] * 3), sampling, seed=3)
+    sampler.epoch = 2
+    whole = list(sampler)
+    sampler.start = 8
+    assert list(sampler) == whole[8:]
+    assert len(sampler) == 12
+
+
+def test_the_files_of_a_batch_are_those_that_it_was_made_of(images):
+    dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
+    loader = train_loader(dataset, 5, num_workers=0)
+    loader.sampler.epoch, loader.sampler.start = 3, 5
+    names = [batch_paths(loader, number) for number in (0, 1)]
+    assert names[1] == [images.path(int(class_id)) for class_id in next(iter(loader))[1]]
+    assert loader.sampler.start == 5
+    assert len(set(names[0] + names[1])) == 10

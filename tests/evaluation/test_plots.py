@@ -1,0 +1,77 @@
+"""utils/evaluation/plots.py and utils/training/summary.py: what a person gets to see of a run."""
+
+import numpy as np
+import pytest
+import torch
+
+from nets.factory import build_model
+from tests.conftest import SMALL
+from utils.config.train_config import TrainConfig
+from utils.evaluation.plots import MOST_CLASSES, arrange_classes, plot_confusion
+from utils.runs.curves import plot_losses
+from utils.training.stages import plan_stages
+from utils.training.summary import count_flops, format_config, format_model
+
+
+def test_confusion_plot_shows_counts_with_the_truth_down():
+    axes = plot_confusion(np.array([[7, 2], [0, 5]]), ["a", "b"]).axes[0]
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "7", (1, 0): "2", (1, 1): "5"}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+
+
+def test_classes_that_are_confused_stand_together():
+    """Eight classes in pairs, i with i + 4, in an order that takes them apart."""
+    confusion = 10 * np.eye(8, dtype=int)
+    for i in range(4):
+        confusion[i, i + 4] = 3 + i
+    order = arrange_classes(confusion).tolist()
+    assert sorted(order) == list(range(8))
+    assert all(abs(order.index(i) - order.index(i + 4)) == 1 for i in range(4))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 81, 1000])
+def test_of_many_classes_the_confused_are_shown(classes):
+    confusion = 10 * np.eye(classes, dtype=int)
+    confusion[1, 0] = 5
+    if classes > 20:
+        confusion[17, 5] = 2
+    order = arrange_classes(confusion)
+    assert len(order) == min(classes, MOST_CLASSES)
+    assert {0, 1} <= set(order)
+    axes = plot_confusion(confusion, [f"class {i}" for i in range(classes)]).axes[0]
+    assert len(axes.get_yticklabels()) == len(order)
+    assert ("classes with the most mistakes" in axes.get_title()) == (classes > MOST_CLASSES)
+
+
+def test_loss_curves_hold_the_history():
+    keys = ("epoch", "loss", "val_loss", "val_calibrated_loss", "top1", "val_top1")
+    history = [dict(zip(keys, (i, 3 - i, 4 - i, 3.5 - i, 0.1 * i, 0.2 * i), strict=True)) for i in (1, 2)]
+    loss, top1 = plot_losses(history).axes
+    assert [line.get_ydata().tolist() for line in loss.lines] == [[2, 1], [3, 2], [2.5, 1.5]]
+    assert [line.get_xdata().tolist() for line in top1.lines] == [[1, 2], [1, 2]]
+
+
+def test_flops_of_the_base_network():
+    """By hand: patches 2·196·768·768; a block 2·197·12·768² for its linears and 4·197²·768 for attention, but in the
+    last one all after queries, keys and values (3 of the 12) is for the class token only; the head."""
+    with torch.device("meta"):
+        model = build_model("vit_b_16", 1000, (224, 224))
+    by_hand = 2 * 196 * 768 * 768 + 11 * (2 * 197 * 12 * 768**2 + 4 * 197**2 * 768) + 2 * 768 * 1000
+    by_hand += 2 * (197 * 3 + 9) * 768**2 + 4 * 197 * 768
+    assert count_flops(model) == by_hand
+
+
+def test_the_model_table_counts_what_each_stage_trains():
+    with torch.device("meta"):
+        model = build_model("vit_xs_4", 2, (8, 8))
+    table = format_model(model, plan_stages(TrainConfig(**SMALL | {"freeze_blocks": "all"}), 100, transformer=True))
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:-1]}
+    assert rows["head"] == ["386", "386", "386"]
+    assert rows["pos_embed"] == ["960", "0", "960"]
+    total = f"{sum(p.numel() for p in model.parameters()):,}"
+    assert rows["all"] == [total, "386", total]
+
+
+def test_the_config_table_has_every_field():
+    table = format_config(TrainConfig())
+    assert [line.split()[0] for line in table.splitlines()] == list(TrainConfig().as_dict())

@@ -1,0 +1,440 @@
+"""utils/evaluation/report_files.py and report_page.py: the files of an evaluation, and its page in a real browser."""
+
+import csv
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import eval as evaluation_script
+from nets.factory import build_model
+from tests.conftest import SMALL, write_picture
+from utils.config.train_config import TrainConfig
+from utils.data.image_list import list_in_memory, take
+from utils.data.preprocessing import Preprocessing
+from utils.data.transforms import EvalTransform
+from utils.evaluation.evaluation import Evaluation, evaluate_corrupted
+from utils.evaluation.gallery import THUMBNAIL, Gallery, shown_pictures, to_uri
+from utils.evaluation.mistakes import worst_mistakes
+from utils.evaluation.plots import MOST_CLASSES, plot_confusion
+from utils.evaluation.report_files import EVENTS_FOLDER, format_metrics, write_csv, write_events, write_numbers
+from utils.evaluation.report_page import LABELS, WORST, curves, label_gallery, render, slices
+from utils.inference.classifier import Classifier
+from utils.inference.explain import explain_one
+from utils.inference.fit_calibration import TrainEmbeddings
+from utils.inference.outputs import Outputs
+from utils.inference.rejection import fit_calibration
+from utils.modeling.pixel_network import pixel_network
+from utils.runs.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, save_checkpoint
+from utils.runs.log import EPOCHS
+
+AWKWARD = [
+    "$x^2$",
+    "a,b",
+    "猫",
+    "<script>alert(1)</script>",
+    "\udcff",
+    "x" * 80,
+    '"><img src=x onerror=alert(1)>',
+    "{{ 7 * 7 }}",
+]
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12, accuracy: float = 2.0) -> Evaluation:
+    """An evaluation of `n` pictures, of `files` files, by a network that never saw them: logits are made up."""
+    generator = torch.Generator().manual_seed(0)
+    config = TrainConfig(input_shape=(16, 16), eval_crop=1.0, freeze_epoch=3, unfreeze_epoch=8)
+    preprocessing = Preprocessing.of(config)
+    model = build_model("vit_xs_4", len(names), (16, 16))
+    class_ids = torch.arange(n) % len(names)
+    paths = [write_picture(folder / "pictures" / f"<b>{i}&.png", 20 * (i % 12), (20 + i, 16), i) for i in range(files)]
+    images = list_in_memory((int(k), str(paths[i % files])) for i, k in enumerate(class_ids))
+    logits = torch.randn(n, len(names), generator=generator) + accuracy * torch.eye(len(names))[class_ids]
+    embeddings = torch.randn(n, 192, generator=generator) + 3 * torch.eye(192)[class_ids % 192]
+    calibration = fit_calibration(logits, embeddings, class_ids, embeddings, class_ids)
+    network = pixel_network(model, preprocessing, torch.device("cpu")).eval()
+    transform = EvalTransform(preprocessing)
+    classifier = Classifier(
+        *(network, preprocessing, transform, names, torch.device("cpu"), "fp32", calibration.temperature, calibration),
+        config=config.as_dict(),
+    )
+    run = folder / "run"
+    run.mkdir(exist_ok=True)
+    with (run / EPOCHS).open("w", newline="") as file:
+        writer = csv.writer(file)
+        calibrated = ("val_calibrated_loss", "val_calibrated_loss_error")
+        writer.writerow(["epoch", "loss", "top1", "val_loss", "val_top1", *calibrated])
+        writer.writerows([e, 2 / e, 1 - 1 / e, 2.2 / e, 1 - 1.1 / e, 2.1 / e, 0.0] for e in range(1, 9))
+    outputs = Outputs(logits, embeddings, class_ids, torch.rand(n, generator=generator), torch.arange(n))
+    strangers = Outputs(
+        logits[: n // 2] / 3, -embeddings[: n // 2], class_ids[: n // 2], torch.rand(n // 2), torch.arange(n // 2)
+    )
+    corrupted = {"none": (9, 10), "blur": (7, 10)}
+    (run / BEST).touch()
+    return Evaluation(run / BEST, "", "<i>list</i>.txt", classifier, images, outputs, corrupted, strangers, 0.05)
+
+
+def make_page(folder: Path, names: list[str], n: int = 60, **options) -> Path:
+    evaluation = make_evaluation(folder, names, n, **options)
+    train = TrainEmbeddings(evaluation.images, evaluation.outputs.embeddings)
+    evaluation.metrics["notes"].append("A note, <b>escaped</b>")
+    page = folder / "report.html"
+    page.write_text(render(evaluation, train), encoding="utf-8")
+    return page
+
+
+def test_awkward_class_names_reach_every_file(here):
+    evaluation = make_evaluation(here, AWKWARD)
+    write_numbers(here / "out", evaluation)
+    read = json.loads((here / "out" / "metrics.json").read_text())
+    assert [row["class"] for row in read["per_class"]] == AWKWARD
+    rows = list(csv.reader((here / "out" / "confusion_matrix.csv").open(encoding="utf-8")))
+    assert rows[0][1:5] == AWKWARD[:4]
+    counts = np.array([row[1:] for row in rows[1:]], dtype=int)
+    assert counts.sum() == 60 and counts.trace() / 60 == pytest.approx(read["top1"])
+    predictions = list(csv.DictReader((here / "out" / "predictions.csv").open(encoding="utf-8")))
+    assert len(predictions) == 60
+    assert {"class_5", "probability_5"} <= predictions[0].keys() and "class_6" not in predictions[0]
+    told = format_metrics(read)
+    assert all(name.encode("utf-8", "backslashreplace").decode() in told for name in AWKWARD)
+
+
+def test_what_is_rejected_is_in_the_numbers(here):
+    evaluation = make_evaluation(here, ["a", "b", "c"], n=300)
+    found = evaluation.metrics["rejection"]
+    accepted = found["accepted"]
+    assert found["max_error"] == 0.05 and 0 < accepted < 1 and found["strangers"] == 150
+    assert found["error"] <= 0.05  # they are the very pictures that it was chosen on
+    assert found["strangers_rejected"] > 1 - accepted  # their probabilities are lower, and they lie on the other side
+    assert f"strangers: {found['strangers_rejected']:.1%} of 150 rejected" in format_metrics(evaluation.metrics)
+    easier = evaluation.rejection(0.5)
+    assert easier["accepted"] >= accepted
+
+
+def test_of_many_classes_the_terminal_shows_the_worst(here):
+    told = format_metrics(make_evaluation(here, [f"class {i}" for i in range(81)], n=400).metrics).splitlines()
+    assert told[0].startswith("the 20 classes of lowest F1")
+    assert len(told) < 35
+
+
+def test_a_run_gets_its_report_and_tensorboard_too(trained, capsys):
+    (run,) = trained.glob("logs/*")
+    (run / EVENTS_FOLDER).mkdir(exist_ok=True)
+    (run / EVENTS_FOLDER / "mine.txt").touch()  # which isn't deleted
+    for _ in range(2):
+        evaluation_script.main(strangers="datasets/train/dark")
+    assert sorted(path.name for path in (run / EVENTS_FOLDER).iterdir() if "tfevents" not in path.name) == ["mine.txt"]
+    told = capsys.readouterr().out
+    assert f"open {run.relative_to(trained)}/report.html" in told
+    assert "inference" in told
+    events = EventAccumulator(str(run / EVENTS_FOLDER)).Reload()
+    assert "confusion matrix" in events.Tags()["images"]
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    metrics = json.loads((run / "metrics.json").read_text())
+    (value,) = events.Scalars("evaluation/top1")  # once, though it was evaluated twice
+    assert value.value == pytest.approx(metrics["top1"])
+    assert list(csv.DictReader((run / EPOCHS).open()))[-1]["epoch"] == "4"
+
+
+def test_what_a_reader_must_know_comes_first(trained, tmp_path):
+    evaluation_script.main(data="cls_train.txt", out=str(tmp_path), raw=True)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "36 of the 36 pictures were trained on" in page
+    assert "the network&#39;s own, as asked for" in page
+    evaluation_script.main(data="datasets/test", out=str(tmp_path))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "were trained on" not in page
+
+
+def test_that_pictures_may_have_been_seen_is_said_where_it_cannot_be_told(trained, tmp_path, monkeypatch):
+    shutil.copytree("datasets/train", tmp_path / "moved")
+    run = shutil.copytree(find_checkpoint("").parent, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    evaluation_script.main(data="moved", model_path=str(run), out="out", corrupted=0)
+    (note,) = json.loads(Path("out/metrics.json").read_text())["notes"]
+    assert note.startswith("Whether the run has seen these pictures can't be told")
+    shutil.copytree("moved", "datasets/train")
+    shutil.copytree(trained / "datasets/test", "datasets/test")
+    shutil.move("datasets/train/dark/00.png", "datasets/test/dark/new.png")  # of one picture it can't be told
+    evaluation_script.main(data="datasets/test", model_path=str(run), out="out", corrupted=0)
+    assert json.loads(Path("out/metrics.json").read_text())["notes"] == [note]
+    evaluation_script.main(data="datasets/train", model_path=str(run), out="out", corrupted=0)
+    notes = json.loads(Path("out/metrics.json").read_text())["notes"]
+    assert [re.sub(r"\d+", "N", text)[:40] for text in notes] == [
+        "N of the N pictures were trained on: wit",
+        "N of the N pictures are of the validatio",
+        "Whether the run has seen others of these",
+    ]
+
+
+def test_a_folder_with_a_config_is_not_taken_for_a_run(trained, tmp_path):
+    for name in ("config.json", "evaluation/thesis.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    evaluation_script.main(out=str(tmp_path))
+    assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["thesis.txt"]
+
+
+def test_worst_mistakes_reach_tensorboard_and_the_page(here):
+    evaluation = make_evaluation(here, ["a", "b", "c"], accuracy=0.5)
+    worst = worst_mistakes(evaluation.scores, WORST)
+    assert len(worst) > 10
+    pictures = shown_pictures(evaluation, worst)
+    assert len(pictures) == len(worst)
+    write_events(here, evaluation, plot_confusion(np.eye(3, dtype=int), ["a", "b", "c"]), pictures)
+    images = EventAccumulator(str(here / EVENTS_FOLDER), size_guidance={"images": 0}).Reload()
+    assert sum(tag.startswith("worst mistakes") for tag in images.Tags()["images"]) >= 1
+
+
+def test_beside_a_mistake_are_its_own_maps_and_neighbour(here):
+    evaluation = make_evaluation(here, ["a", "b", "c"], accuracy=0.5)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
+    train = TrainEmbeddings(take(evaluation.images, order.numpy()), evaluation.outputs.embeddings[order])
+    gallery = Gallery(evaluation, train)
+    worst = worst_mistakes(evaluation.scores, WORST)
+    figures = gallery.figures(worst, explained=True)
+    for index, figure in zip(worst, figures, strict=True):
+        # Each was trained on, so it is its own neighbour.
+        assert figure["nearest"]["path"] == figure["path"] == evaluation.images.path(index)
+        assert figure["nearest"]["class_name"] == figure["truth"]
+        pixels = evaluation.classifier.load(evaluation.images.path(index))
+        expected = explain_one(evaluation.classifier, pixels, int(evaluation.scores.predicted[index]), THUMBNAIL)
+        assert [shown["title"] for shown in figure["maps"]] == list(expected)
+        assert [shown["picture"] for shown in figure["maps"]] == [to_uri(image) for image in expected.values()]
+    assert len({figure["maps"][1]["picture"] for figure in figures}) > len(figures) // 3
+
+
+def test_suspicious_labels_reach_the_page(here):
+    evaluation = make_evaluation(here, ["a", "b", "c"], n=200, accuracy=9.0)
+    evaluation.outputs.class_ids[:9] = (evaluation.outputs.class_ids[:9] + 1) % 3
+    found = label_gallery(Gallery(evaluation, None))
+    assert 6 <= found["count"] == len(found["figures"]) <= 12
+    planted = {evaluation.images.path(i) for i in range(9)}
+    assert len(planted & {figure["path"] for figure in found["figures"]}) >= 6
+
+
+def test_conditions_are_those_of_the_pictures(here):
+    """The made pictures are 16 high and from 20 to 31 wide."""
+    short, shape, brightness = slices(make_evaluation(here, ["a", "b", "c"]))
+    assert [row["range"] for row in short["rows"]] == ["16"]
+    assert shape["rows"][0]["range"].startswith("1.25 to") and shape["rows"][-1]["range"].endswith("to 1.94")
+    assert sum(row["count"] for row in brightness["rows"]) == 60
+
+
+def test_corrupted_pictures_are_what_the_network_is_shown(here, monkeypatch):
+    evaluation = make_evaluation(here, ["a", "b", "c"], n=12)
+    monkeypatch.setattr("utils.evaluation.evaluation.CORRUPTIONS", {"black": lambda pixels, _: pixels * 0})
+    found = evaluate_corrupted(evaluation.classifier, evaluation.images, evaluation.outputs, 12, 0, 4)
+    black = evaluation.classifier.forward(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[1].argmax()
+    assert found["black"] == (int((evaluation.outputs.class_ids == black).sum()), 12)
+    assert found["none"] == (int(evaluation.raw_scores.correct.sum()), 12)
+
+
+def test_pictures_of_validation_are_said_to_be(trained, tmp_path, capsys):
+    evaluation_script.main(data="cls_val.txt", out=str(tmp_path))
+    assert "4 of the 4 pictures are of the validation list" in capsys.readouterr().out
+
+
+def test_strangers_must_be_there(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="strangers='none'"):
+        evaluation_script.main(strangers="none", out=str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures in it"):
+        evaluation_script.main(strangers=str(tmp_path / "empty"), out=str(tmp_path))
+    with pytest.raises(ValueError, match="rejects nothing"):
+        evaluation_script.main(strangers="datasets/test", raw=True, out=str(tmp_path))
+
+
+def test_strangers_that_cannot_be_read_are_named_and_left_out(trained, tmp_path, capsys):
+    strangers = tmp_path / "strangers"
+    write_picture(strangers / "whole.png")
+    (strangers / "broken.jpg").write_text("no picture")
+    evaluation_script.main(strangers=str(strangers), out=str(tmp_path), corrupted=0, num_workers=0)
+    assert f"can't be read is left out: {strangers}/broken.jpg" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["rejection"]["strangers"] == 1
+    (strangers / "whole.png").unlink()
+    with pytest.raises(ValueError, match="strangers: none of the 1 pictures can be read"):
+        evaluation_script.main(strangers=str(strangers), out=str(tmp_path), corrupted=0, num_workers=0)
+
+
+def test_a_checkpoint_elsewhere_reports_into_the_working_folder(trained, tmp_path, monkeypatch):
+    shutil.copy(find_checkpoint(""), tmp_path / "model.pth")
+    shutil.copytree("datasets/test", tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    evaluation_script.main(data="pictures", model_path="model.pth")
+    assert (tmp_path / "metrics_out" / "report.html").is_file()
+    assert not (tmp_path / "metrics_out" / EVENTS_FOLDER).exists()
+
+
+def test_a_checkpoint_that_is_not_calibrated_is_reported_without_neighbours(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(find_checkpoint("").parent, run)
+    save_checkpoint(run / LAST, load_checkpoint(run / LAST) | {"calibration": {}})
+    for name, other in (("dark", "light"), ("light", "dark")):
+        shutil.copytree(f"datasets/test/{other}", tmp_path / "all_wrong" / name)
+    options = {"data": str(tmp_path / "all_wrong"), "out": str(tmp_path), "corrupted": 0, "num_workers": 0}
+    for name, calibrated in ((BEST, True), (LAST, False)):
+        evaluation_script.main(model_path=str(run / name), **options)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "mistakes, the most surprising first" in page
+        assert ("Not calibrated" in page) == (not calibrated)
+        assert ("36 training pictures the one that the network finds most like it" in page) == calibrated
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by playwright."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed; on Debian: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+def open_page(browser, path: Path, width: int = 1280, scheme: str = "light"):
+    """The page, its complaints, and the seconds that it took to load."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or complaints.append(request.url))
+    start = time.perf_counter()
+    page.goto(path.as_uri())
+    return page, complaints, time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def awkward_page(tmp_path_factory) -> Path:
+    """A page of classes with awkward names."""
+    return make_page(tmp_path_factory.mktemp("awkward"), AWKWARD)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_loads_without_a_complaint_at_two_widths(awkward_page, browser, width, scheme):
+    page, complaints, _ = open_page(browser, awkward_page, width, scheme)
+    assert complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
+    assert dark == (scheme == "dark")
+    picture = page.screenshot(full_page=True)
+    assert len(picture) > 50_000
+
+
+def test_names_do_no_harm(awkward_page, browser):
+    page, complaints, _ = open_page(browser, awkward_page)
+    assert complaints == []
+    assert page.locator("img[src=x]").count() == 0
+    assert page.locator("main script, main b b, header i").count() == 0
+    names = page.locator("#classes tbody td.name").all_text_contents()
+    assert names == [name.encode("utf-8", "backslashreplace").decode() for name in AWKWARD]
+    assert "<i>list</i>.txt" in page.locator("header").inner_text()
+    assert "<b>escaped</b>" in page.locator(".notes").inner_text()
+    assert "<b>" in page.locator("#mistakes .path").first.inner_text()
+
+
+def test_the_filter_and_the_sort_work_from_the_keyboard(here, browser):
+    names = [f"class {i}" for i in range(6)]
+    page, _, _ = open_page(browser, make_page(here, names))
+    page.locator("#filter").focus()
+    page.keyboard.type("class 3")
+    assert page.locator("#filter").input_value() == "3"
+    rows = page.locator("#classes tbody tr:visible")
+    assert rows.count() == 1 and "class 3" in rows.first.inner_text()
+    shown = page.locator("#mistakes figure:visible")
+    assert 0 < shown.count() < page.locator("#mistakes figure").count()
+    assert all("class 3" in text for text in shown.locator("figcaption").all_inner_texts())
+    page.locator("#filter").select_option("")
+    assert rows.count() == 6
+
+    button = page.locator("#classes th button", has_text="recall")
+    button.focus()
+    page.keyboard.press("Enter")
+    values = page.eval_on_selector_all(
+        "#classes tbody tr", "rows => rows.map(row => Number(row.cells[2].dataset.value))"
+    )
+    assert values == sorted(values, reverse=True) and len(set(values)) > 1
+    assert page.locator("#classes th[aria-sort=descending]").inner_text().strip().startswith("recall")
+    page.keyboard.press("Enter")
+    values = page.eval_on_selector_all(
+        "#classes tbody tr", "rows => rows.map(row => Number(row.cells[2].dataset.value))"
+    )
+    assert values == sorted(values)
+    page.locator("#classes th button", has_text="class").click()
+    assert [text.strip() for text in page.locator("#classes td.name").all_text_contents()] == names
+
+
+def test_ten_thousand_pictures_open_in_two_seconds_with_few_thumbnails(here, browser):
+    path = make_page(here, [f"class {i}" for i in range(81)], n=10_000, accuracy=4.0)
+    page, complaints, seconds = open_page(browser, path)
+    assert complaints == [] and seconds < 2
+    assert path.stat().st_size < 4e6
+    assert page.locator("#mistakes > .gallery").first.locator("figure").count() == WORST
+    assert page.locator("#labels figure").count() <= LABELS
+    assert "24 of" in page.locator("#mistakes").inner_text()
+    assert page.locator(".matrix tbody tr").count() == MOST_CLASSES
+    assert "The 40 classes with the most mistakes, of 81" in page.locator("#confusion").inner_text()
+
+
+def test_a_thousand_classes(here, browser):
+    page, complaints, seconds = open_page(
+        browser, make_page(here, [f"class {i}" for i in range(1000)], n=3000, accuracy=8.0)
+    )
+    assert complaints == [] and seconds < 2
+    assert page.locator("#classes tbody tr").count() == 1000
+
+
+def test_the_thaw_is_marked(here, browser):
+    page, _, _ = open_page(browser, make_page(here, ["a", "b"]))
+    assert page.locator("#training .thaw").count() == 2
+    assert "thawed after epoch 3" in page.locator("#training").inner_text()
+
+
+def test_nothing_wrong_is_said(here, browser):
+    page, complaints, _ = open_page(browser, make_page(here, ["a", "b"], accuracy=50.0))
+    assert complaints == []
+    assert "Not one picture was named wrong" in page.locator("#mistakes").inner_text()
+    assert "None was found" in page.locator("#labels").inner_text()
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(here):
+    """A run's folder from elsewhere may hold links under the names of what is written."""
+    Path("mine.txt").write_text("mine")
+    Path("predictions.csv").symlink_to("mine.txt")
+    write_csv(Path("predictions.csv"), [["a", "b"], ["c\udcff", 1]])
+    assert Path("mine.txt").read_text() == "mine"
+    assert Path("predictions.csv").read_bytes() == b"a,b\r\nc\\udcff,1\r\n"
+
+
+def test_curves_are_of_whole_runs():
+    """An export in a run's folder has other settings, and a file of epochs may be anybody's."""
+    numbers = ("loss", "val_loss", "top1", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error")
+    epochs = [dict.fromkeys(numbers, 0.5) | {"epoch": i} for i in (1, 2, 3)]
+    config = TrainConfig(**SMALL).as_dict()
+    assert (curves(epochs, config)["epochs"], curves(epochs, config)["best"]) == (3, 3)
+    crossing = [(0.9, 0.9), (0.8, 0.3), (0.2, 0.9)]  # the plain loss and the calibrated, of which the second counts
+    keys = ("val_loss", "val_calibrated_loss", "val_calibrated_loss_error")
+    rows = [row | dict(zip(keys, (*losses, 0.1), strict=True)) for row, losses in zip(epochs, crossing, strict=True)]
+    assert curves(rows, config)["best"] == 2
+    assert curves(rows, config)["plots"][0]["lines"] == {
+        "train": "0.00,44.44 50.00,44.44 100.00,44.44",
+        "val": "0.00,0.00 50.00,11.11 100.00,77.78",
+        "calibrated": "0.00,0.00 50.00,66.67 100.00,0.00",
+    }
+    assert curves(epochs, {"precision": "auto"}) is None
+    assert curves([epochs[0]] * 3, config) is None
+    assert curves([row | {"epoch": row["epoch"] + 5} for row in epochs], config) is None

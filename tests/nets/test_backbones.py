@@ -1,0 +1,468 @@
+"""nets/torchvision_networks.py and timm_networks.py against the libraries' own networks, frozen, thawed, in runs."""
+
+import copy
+import functools
+import shutil
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+import train
+from nets.factory import build_model, draw_model, expected_preprocessing, restore_model
+from nets.timm_networks import published_by_timm
+from nets.torchvision_networks import TORCHVISION
+from nets.weights.load import load_weights, read_weights
+from tests.conftest import NAMES, SMALL, write_back
+from utils.config.train_config import StageConfig, TrainConfig
+from utils.data.image_list import read_list
+from utils.data.preprocessing import Preprocessing
+from utils.inference.classifier import load_classifier
+from utils.inference.explain import explain
+from utils.modeling.build import draw_network, make_model
+from utils.modeling.pixel_network import pixel_network
+from utils.runs.checkpoint import BEST, LAST, load_checkpoint
+from utils.training.feature_cache import FrozenPart, ThawedPart
+from utils.training.optimizer import build_optimizer
+from utils.training.stages import Stage
+from utils.training.trainer import Trainer
+
+SIDE = 64
+FAMILIES = {
+    "resnet18": 8,
+    "mobilenetv2": 18,
+    "vgg11_bn": 4,
+    "swin_transformer_tiny": 12,
+    "timm/resnet10t": 13,
+    "timm/convnext_atto": 6,
+    "timm/mobilenetv3_small_050": 13,
+    "timm/test_vit": 0,
+}
+"""One network of each kind, the smallest, and how many blocks it has to freeze."""
+WITH_BATCH_NORM = ("resnet18", "mobilenetv2", "vgg11_bn", "timm/resnet10t", "timm/mobilenetv3_small_050")
+
+
+class Narrow(nn.Linear):
+    """A linear layer that is 64 wide where VGG has 4096: its classifier of 119 million weights proves nothing more."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(*(64 if features == 4096 else features for features in (in_features, out_features)))
+
+
+@pytest.fixture(autouse=True)
+def narrow_vgg(request, monkeypatch) -> None:
+    """Ours and torchvision's are then built alike."""
+    if request.function is not test_all_of_torchvisions_can_be_drawn_and_frozen:
+        monkeypatch.setattr("torchvision.models.vgg.nn", SimpleNamespace(**vars(nn) | {"Linear": Narrow}))
+
+
+def build(name: str, shape: tuple[int, int] = (SIDE, SIDE), **options) -> nn.Module:
+    model = copy.deepcopy(drawn_at_random(name, shape, **options))
+    torch.manual_seed(0)
+    return model
+
+
+@functools.cache
+def drawn_at_random(name: str, shape: tuple[int, int], **options) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, 5, shape, **options)
+
+
+def pictures(n: int = 2, shape: tuple[int, int] = (SIDE, SIDE)) -> torch.Tensor:
+    return torch.randn(n, 3, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def peer_of(name: str, shape: tuple[int, int]) -> nn.Module:
+    torch.manual_seed(2)
+    if name in TORCHVISION:
+        return torchvision.models.get_model(TORCHVISION[name].name, num_classes=5).eval()
+    options = {"img_size": shape} if "vit" in name else {}
+    return timm.create_model(name.removeprefix("timm/"), num_classes=5, **options).eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_librarys_weights_give_what_they_gave_there(here, name, shape=(96, 64)):
+    peer = peer_of(name, shape)
+    torch.save(peer.state_dict(), "w.pth")
+    model = build(name, shape).eval()
+    load_weights(model, read_weights("w.pth", of_vit=False))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(pictures(shape=shape)), peer(pictures(shape=shape)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_frozen_part_stays_as_it_is_and_the_rest_makes_the_forward(name):
+    """Wherever it is frozen; and no gradient, and no batch norm's statistics, move in it."""
+    model = build(name, drop_rate=0.3, drop_path_rate=0.3)
+    depth = len(model.parts()) - 2
+    assert depth == FAMILIES[name]
+    x = pictures(4)
+    expected = model.eval()(x)
+    for blocks in sorted({0, depth // 2, depth}) if depth else ["all"]:
+        model.freeze_backbone(blocks)
+        frozen = {name: value.clone() for name, value in model.frozen_state().items()}
+        features = model.train().forward_frozen(x)
+        assert not features.requires_grad
+        assert torch.equal(features, model.forward_frozen(x))
+        assert torch.allclose(model.eval().forward_thawed(features), expected, atol=1e-5)
+        twin = copy.deepcopy(model).train()
+        twin(x).sum().backward()
+        assert all(torch.equal(value, frozen[name]) for name, value in twin.frozen_state().items())
+        with_gradient = {name for name, p in twin.named_parameters() if p.grad is not None}
+        assert with_gradient == {name for name, _ in model.named_parameters()} - frozen.keys()
+
+
+@pytest.mark.parametrize("name", WITH_BATCH_NORM)
+def test_statistics_move_in_the_thawed_part_alone(name):
+    model = build(name)
+    model.freeze_backbone(1)
+    before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("running_mean")}
+    model.train()(pictures(4))
+    moved = {name for name, value in model.named_buffers() if name in before and not torch.equal(value, before[name])}
+    assert moved == before.keys() - model.frozen_state().keys()
+    assert before.keys() & model.frozen_state().keys()
+    model.freeze_backbone("all")
+    assert before.keys() <= model.frozen_state().keys()
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_all_of_torchvisions_can_be_drawn_and_frozen(name):
+    model = draw_model(name, 5, (64, 96))
+    with torch.device("meta"):
+        peer = torchvision.models.get_model(TORCHVISION[name].name, num_classes=5)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in peer.parameters())
+    assert {n: t.shape for n, t in model.state_dict().items()} == {
+        n: t.shape for n, t in model.adopt(peer.state_dict()).items()
+    }
+    model.freeze_backbone("all")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "vit_xs_4"])
+def test_every_parameter_belongs_to_one_part_or_to_the_head(name):
+    """One that didn't would neither be frozen nor stand in the key of the cached features."""
+    model = build(name, **({"num_registers": 2} if name.startswith("vit") else {}))
+    owned = [
+        parameter
+        for part in model.parts()
+        for piece in part.owned
+        for parameter in ([piece] if isinstance(piece, nn.Parameter) else piece.parameters())
+    ]
+    owned += model.head.parameters()
+    assert len({id(parameter) for parameter in owned}) == len(owned)
+    assert {id(parameter) for parameter in owned} == {id(parameter) for parameter in model.parameters()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_rise_from_the_stem_to_the_head(name):
+    layers = build(name).layers()
+    numbers = list(layers.values())
+    assert numbers[0] == 0
+    assert numbers == sorted(numbers)
+    assert layers["head.weight"] == max(numbers) == FAMILIES[name] + 1
+
+
+def test_what_a_head_takes_is_one_vector():
+    for name in FAMILIES:
+        model = build(name).eval()
+        embedding = model.forward_embedding(pictures())
+        assert embedding.shape == (2, model.head.in_features), name
+        torch.testing.assert_close(model.head(embedding), model(pictures()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_maps_have_places(name):
+    model = build(name, (64, 96)).eval()
+    found = []
+    handle = model.map_layer.register_forward_hook(lambda _, __, output: found.append(model.to_map(output)))
+    model(pictures(shape=(64, 96)))
+    handle.remove()
+    (features,) = found
+    rows, columns = features.shape[2:]
+    assert (len(features), rows * 96) == (2, columns * 64)
+    assert features.shape[1] > columns
+
+
+RUN = SMALL | {
+    "input_shape": (32, 32),
+    "freeze_epoch": 2,
+    "unfreeze_epoch": 3,
+    "freeze_blocks": 1,
+    "feature_views": 1,
+    "save_period": 1,
+    "init_lr": 1e-3,
+    "min_lr": 1e-5,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_step_frozen_and_one_thawed(name):
+    """Frozen: over features. What is frozen stays, all else learns, in the order of memory and with the rates that a
+    run has."""
+    cpu = torch.device("cpu")
+    config = TrainConfig(**SMALL | {"backbone": name, "input_shape": (SIDE, SIDE), "layer_decay": 0.8})
+    model = build(name, drop_rate=0.1, drop_path_rate=0.1)
+    network = pixel_network(model, Preprocessing.of(config), cpu)
+    pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
+    for part in ("all" if name == "timm/test_vit" else 1, "nothing"):
+        Stage(0, 1, part, 4, (64, 64), 1e-3, 1e-5, 1, "cos").freeze(model)
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        inputs, trained = pixels, network
+        if part != "nothing":
+            inputs, trained = FrozenPart(network)(pixels).detach(), ThawedPart(network)
+        trainer = Trainer(trained.train(), cpu, "fp32", seed=0)
+        loss, _ = trainer.train_step(inputs, torch.tensor([0, 1, 2, 3]), build_optimizer(model, config, 1e-3))
+        assert loss.isfinite()
+        changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {"head.weight", "head.bias"} <= changed <= learning
+        assert len(changed) > 0.9 * len(learning) or name == "timm/resnet10t"  # whose blocks begin switched off
+
+
+@pytest.mark.graph
+@pytest.mark.parametrize("name", ["mobilenetv2", "timm/convnext_atto", "timm/test_vit"])
+def test_a_run_frozen_then_thawed(two_classes, capsys, name):
+    """Over cached features, to a checkpoint that the way of eval.py and predict.py opens, with maps."""
+    blocks = "all" if name == "timm/test_vit" else 1
+    train.main(TrainConfig(**RUN | {"backbone": name, "freeze_blocks": blocks}))
+    told = capsys.readouterr().out
+    assert "features of 1 view of 36 pictures" in told
+    assert "attn_drop_rate: 0.1 -> 0" in told
+    run = next(Path("logs").iterdir())
+    last = load_checkpoint(run / LAST)
+    assert last["epoch"] == 3
+    classifier = load_classifier(run, "cpu")
+    images = read_list("cls_val.txt", 2)
+    paths = [images.path(i) for i in range(len(images))]
+    in_the_run = last["history"][load_checkpoint(run / BEST)["epoch"] - 1]["val_top1"]
+    answers = classifier.predict(paths)
+    top1 = sum(answer.label in path for answer, path in zip(answers, paths, strict=True)) / len(paths)
+    assert top1 == pytest.approx(in_the_run, abs=1 / len(paths) + 1e-9)
+    maps = explain(classifier, torch.stack([classifier.load(path) for path in paths]), torch.zeros(len(paths)).long())
+    assert maps.cam.shape[0] == len(paths)
+    assert maps.rollout is None
+
+
+@pytest.mark.parametrize(("changes", "epoch"), [({}, 1), ({"ema_decay": 0.9, "cache_features": False}, 3)])
+def test_a_convolutional_run_goes_on_bit_for_bit(two_classes, changes, epoch):
+    """With its batch norms' statistics, and those of the average's."""
+    config = TrainConfig(**RUN | {"backbone": "timm/test_resnet", "unfreeze_epoch": 4, "device": "cpu"} | changes)
+    train.main(config)
+    run = next(Path("logs").iterdir())
+    before = load_checkpoint(run / LAST)
+    write_back(run, epoch)
+    shutil.copy(run / LAST, run / BEST)
+    train.main(config)
+    after = load_checkpoint(run / LAST)
+    for part in ("weights", "weights_in_training"):
+        assert before[part].keys() == after[part].keys()
+        assert all(torch.equal(value, after[part][name]) for name, value in before[part].items())
+
+
+GROWING = [
+    ("timm/test_vit", False),
+    ("timm/resmlp_12_224", False),
+    ("timm/resnet10t", True),
+    ("timm/convnext_atto", True),
+]
+
+
+@pytest.mark.parametrize(("name", "fits"), GROWING)
+def test_pictures_that_grow_are_for_timms_networks_of_any_size(name, fits):
+    stages = (StageConfig(1, "nothing", 8, (160, 160)), StageConfig(1, "nothing"))
+    config = TrainConfig(backbone=name, input_shape=(224, 224), stages=stages)
+    with pytest.raises(ValueError, match="one input_shape for the whole run") if not fits else nullcontext():
+        draw_network(config, 5)
+
+
+def test_muon_is_for_transformers():
+    with pytest.raises(ValueError, match="that is for transformers"):
+        draw_network(TrainConfig(backbone="resnet18", optimizer_type="muon"), 5)
+
+
+def test_a_timm_network_is_restored_with_what_is_not_saved():
+    """Such as the relative positions of a Swin, which timm computes when it builds the network."""
+    name, shape = "timm/swin_tiny_patch4_window7_224", (224, 224)
+    model = build(name, shape).eval()
+    again = restore_model(model.arguments, model.state_dict()).eval()
+    with torch.inference_mode():
+        assert torch.equal(again(pictures(1, shape)), model(pictures(1, shape)))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "told"),
+    [
+        ("resnet18", (0, 0), "can't take such pictures"),
+        ("vgg11", (16, 16), "can't take such pictures"),
+        ("timm/test_vit", (30, 64), "can't take such pictures"),
+    ],
+)
+def test_pictures_that_do_not_go_through(name, shape, told):
+    with pytest.raises(ValueError, match=rf"input_shape=\({shape[0]}, {shape[1]}\): .*{told}"):
+        draw_model(name, 2, shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("resnet19", "not known: choose one of vit_xs_4.*resnet18.*or timm/<name>"),
+        ("timm/resnet51", "timm has no such network"),
+        ("timm/resnet50.no_such", "timm/resnet50.no_such"),
+        ("timm/hf-hub:someone/something", "timm has no such network"),
+        ("timm/dla34", "its head is no linear layer"),
+        ("timm/deit_tiny_distilled_patch16_224", "its head is no linear layer"),
+    ],
+)
+def test_networks_that_cannot_be_had(name, told):
+    with pytest.raises(ValueError, match=told):
+        draw_model(name, 2, (224, 224))
+
+
+def test_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="pip install timm"):
+        build_model("timm/resnet18", 2, (64, 64))
+
+
+def test_what_only_a_vit_has():
+    with pytest.raises(ValueError, match=r"backbone='resnet18' takes no activation, norm_eps: that is for the ViTs"):
+        build_model("resnet18", 2, (64, 64), activation="gelu", norm_eps=1e-6)
+
+
+def test_rates_reach_their_places():
+    model = build("swin_transformer_tiny", drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4)
+    places = [m.p for m in model.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
+    assert (places[0], places[-1]) == (0, pytest.approx(0.4))
+    assert {m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")} == {0.3}
+    assert model.ignored_rates == ()
+    for name in ("resnet18", "mobilenetv2", "timm/resnet10t"):
+        assert build(name, drop_rate=0.2).head_drop.p == 0.2
+    vgg = draw_model("vgg11", 2, (64, 64), drop_rate=0.2)
+    assert {module.p for module in vgg.modules() if isinstance(module, nn.Dropout)} == {0.2}
+    assert build("timm/convnext_atto", drop_path_rate=0.2).ignored_rates == ("attn_drop_rate",)
+    assert build("timm/vgg11", drop_path_rate=0.2).ignored_rates == ("attn_drop_rate", "drop_path_rate")
+
+
+def test_transformers_are_told_apart():
+    """Their learning rate is scaled otherwise, and their memory laid out."""
+    kinds = {name: build(name).transformer for name in FAMILIES}
+    assert {name for name, transformer in kinds.items() if transformer} == {
+        "swin_transformer_tiny",
+        "timm/convnext_atto",
+        "timm/test_vit",
+    }
+
+
+def test_a_weight_of_another_network_is_named(here):
+    torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), "w.pth")
+    with pytest.raises(ValueError, match=r"not ours: network\.layer1\.2\.conv1\.weight"):
+        load_weights(build("resnet18"), read_weights("w.pth", of_vit=False))
+
+
+def test_a_head_of_other_classes_is_left_out_and_said(here, capsys):
+    torch.save(torchvision.models.resnet18().state_dict(), "w.pth")
+    load_weights(build("resnet18"), read_weights("w.pth", of_vit=False))
+    assert "its head of 1000 classes is left out, ours starts anew with 5" in capsys.readouterr().out
+
+
+def test_what_timm_knows_of_its_weights():
+    repository, expected = published_by_timm("timm/resnet50")
+    assert repository == "timm/resnet50.a1_in1k"
+    assert expected["eval_crop"] == 0.95
+    assert published_by_timm("timm/vit_base_patch16_224.augreg2_in21k_ft_in1k")[0].endswith("augreg2_in21k_ft_in1k")
+    assert expected_preprocessing("timm/vit_base_patch16_224.augreg2_in21k_ft_in1k")["image_mean"] == (0.5, 0.5, 0.5)
+    assert expected_preprocessing("vit_b_16") == {}
+
+
+def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_classes, capsys):
+    torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), "resnet18.pth")
+    timms = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    torch.save(timms.state_dict(), "vit.pth")
+    changes = {"input_shape": (32, 32), "model_path": "resnet18.pth", "backbone": "resnet18"}
+    settled, _, origin = make_model(TrainConfig(**SMALL | changes), NAMES)
+    assert (settled.image_mean[0], settled.interpolation, settled.eval_crop) == (0.485, "bilinear", 0.875)
+    assert origin["file"] == "resnet18.pth" and len(origin["sha256"]) == 64
+    changes |= {"model_path": "vit.pth", "backbone": "vit_t_16", "eval_crop": 1.0}
+    settled, model, _ = make_model(TrainConfig(**SMALL | changes), NAMES)
+    assert (settled.image_mean[0], settled.interpolation, settled.eval_crop) == (0.5, "bicubic", 1.0)
+    assert model.arguments["activation"] == "gelu"
+    assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
+    _, model, _ = make_model(TrainConfig(**SMALL | changes, activation="gelu_tanh"), NAMES)
+    assert model.arguments["activation"] == "gelu_tanh"
+    with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
+        make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
+
+
+def test_timms_weights_go_to_another_size_as_timm_takes_them_there(here):
+    """Of a network whose head timm calls as ours is called."""
+    torch.save(peer_of("timm/test_vit", (64, 64)).state_dict(), "w.pth")
+    peer = peer_of("timm/test_vit", (96, 64))
+    timm.models.load_checkpoint(peer, "w.pth", filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
+    model = build("timm/test_vit", (96, 64)).eval()
+    load_weights(model, read_weights("w.pth", of_vit=False))
+    with torch.inference_mode():
+        x = pictures(shape=(96, 64))
+        torch.testing.assert_close(model(x), peer(x), atol=1e-5, rtol=1e-4)
+
+
+def test_what_stands_beside_a_file_is_heeded_for_every_network(here):
+    timm.models.save_for_hf(timm.create_model("resnet10t.c3_in1k"), "timm", safe_serialization=True)
+    found = read_weights("timm/model.safetensors", of_vit=False).preprocessing
+    known = timm.get_pretrained_cfg("resnet10t.c3_in1k")
+    assert (found["image_mean"], found["eval_crop"]) == (known.mean, known.crop_pct)
+
+
+def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
+    """And a checkpoint of one of ours isn't taken for it."""
+    peer = timm.create_model("test_vit", num_classes=2, img_size=32)
+    torch.save(peer.state_dict(), "w.pth")
+    config = {"input_shape": (32, 32), "model_path": "w.pth", "backbone": "timm/test_vit"}
+    _, model, _ = make_model(TrainConfig(**SMALL | config), NAMES)
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(pixels), peer.eval()(pixels), atol=1e-5, rtol=0)
+    ours = build_model("vit_xs_4", 2, (32, 32))
+    torch.save({"weights": ours.state_dict(), "model": ours.arguments}, "ours.pth")
+    with pytest.raises(ValueError, match="doesn't fit this network"):
+        make_model(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), NAMES)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])
+def test_files_from_before_torch_counted_batches(name, here):
+    state = {n: t for n, t in peer_of(name, (SIDE, SIDE)).state_dict().items() if "num_batches_tracked" not in n}
+    torch.save(state, "w.pth")
+    model = build(name)
+    load_weights(model, read_weights("w.pth", of_vit=False))
+    assert torch.equal(model.head.weight, list(state.values())[-2])
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("timm/xception", "an old name"), ("timm/shvit_s1", "its head is no linear layer alone")],
+)
+def test_networks_of_timms_that_cannot_be_taken(name, told):
+    with torch.device("meta"), pytest.raises(ValueError, match=told):
+        build_model(name, 2, (64, 64))
+
+
+@pytest.mark.parametrize("name", ["legacy_seresnet18", "ghostnet_050"])
+def test_what_works_in_place_stays_and_dropout_of_its_own_goes(name):
+    """timm's network itself, with shifts in its batch norms, so that a lost ReLU counts; and the frozen part twice."""
+    torch.manual_seed(0)
+    peer = timm.create_model(name, num_classes=3).eval()
+    for module in peer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias)
+    model = build_model(f"timm/{name}", 3, (64, 64))
+    model.load_state_dict(model.adopt(peer.state_dict()))
+    pictures = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(pictures), peer(pictures), rtol=1e-5, atol=0)
+        model.train()
+        model.freeze_backbone("all")
+        torch.testing.assert_close(model.forward_frozen(pictures), model.forward_frozen(pictures), rtol=0, atol=0)

@@ -1,0 +1,296 @@
+"""nets/weights/load.py: finding, fetching (from a stand-in for the hub) and loading, against timm's own resampling."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from nets.vit import resample_pos_embed, vit
+from nets.weights.load import load_weights, read_weights
+from nets.weights.pretrained import HUB_REPOS, find_pretrained
+
+
+def tiny(num_classes=4, input_shape=(16, 16), **options):
+    torch.manual_seed(1)
+    return vit(input_shape, num_classes=num_classes, name="vit_xs_4", **options)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model_data").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def hub(here, monkeypatch):
+    """A stand-in for the hub's function that serves timm's tiny ViT with random weights, and records what is asked."""
+    torch.manual_seed(0)
+    peer = timm.create_model("vit_tiny_patch16_224").eval()
+    save_file(peer.state_dict(), here / "cached.safetensors")
+    asked = []
+
+    def hf_hub_download(repo_id, filename, revision=None):
+        if filename != "model.safetensors":
+            raise EntryNotFoundError("no such file")
+        asked.append(repo_id)
+        return str(here / "cached.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return SimpleNamespace(peer=peer, asked=asked)
+
+
+def test_pretrained_from_the_hub_equals_timm(hub, capsys):
+    model = vit(input_shape=[224, 224], pretrained=True, num_classes=1000, name="vit_t_16").eval()
+    assert hub.asked == ["timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), hub.peer(x), atol=1e-4, rtol=0)
+    assert model.arguments["activation"] == "gelu"
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_pretrained_with_another_head_and_shape(hub, capsys):
+    model = vit(input_shape=[160, 224], pretrained=True, num_classes=7, name="vit_t_16").eval()
+    told = capsys.readouterr().out
+    assert "head of 1000 classes is left out, ours starts anew with 7" in told
+    assert "resampled to 10 x 14 patches" in told
+    assert torch.equal(model.blocks[3].mlp.fc1.weight, hub.peer.blocks[3].mlp.fc1.weight)
+    assert model.head.weight.std() > 0.01
+
+
+def test_every_hub_name_is_one_that_timm_knows():
+    for repo in HUB_REPOS.values():
+        cfg = timm.models.get_pretrained_cfg(repo.removeprefix("timm/"))
+        assert cfg.hf_hub_id in ("timm/", repo), repo
+
+
+def test_model_data_comes_before_the_hub(hub, here):
+    save_file(hub.peer.state_dict(), here / "model_data" / "vit_t_16.safetensors")
+    assert str(find_pretrained("vit_t_16").path) == "model_data/vit_t_16.safetensors"
+    assert hub.asked == []
+
+
+def test_the_layouts_file_goes_with_its_gelu(here):
+    (here / "model_data" / "vit-patch_16.pth").touch()
+    torch.save(tiny().state_dict(), find_pretrained("vit_b_16").path)
+    assert read_weights("model_data/vit-patch_16.pth").variant == {"activation": "gelu_tanh"}
+
+
+class ReadError(Exception):
+    """As an HTTP library raises when a connection breaks off."""
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError, ReadError])
+def test_no_network_says_what_to_put_where(here, monkeypatch, error):
+    def offline(repo_id, filename, revision=None):
+        raise error("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"augreg2_in21k_ft_in1k.*put it at model_data/vit_b_16\.safetensors"):
+        vit(pretrained=True)
+
+
+def test_network_without_published_weights(here):
+    with pytest.raises(ValueError, match=r"no weights are published for backbone='vit_t_4'"):
+        vit([16, 16], pretrained=True, name="vit_t_4")
+
+
+@pytest.mark.parametrize("grid", [(24, 24), (10, 14), (7, 7), (14, 14)])
+def test_resampling_equals_timms(grid):
+    pos_embed = torch.randn(1, 1 + 14 * 14, 8, generator=torch.Generator().manual_seed(0))
+    for antialias in (False, True):
+        peer = timm.layers.resample_abs_pos_embed(pos_embed, list(grid), antialias=antialias)
+        own = resample_pos_embed(pos_embed, (14, 14), grid, antialias=antialias)
+        torch.testing.assert_close(own, peer, atol=1e-6, rtol=0)
+
+
+def test_resampling_from_a_grid_that_is_not_square():
+    pos_embed = torch.randn(1, 1 + 4 * 6, 8, generator=torch.Generator().manual_seed(0))
+    peer = timm.layers.resample_abs_pos_embed(pos_embed, [6, 4], [4, 6], antialias=False)
+    torch.testing.assert_close(resample_pos_embed(pos_embed, (4, 6), (6, 4)), peer, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("target", [(16, 32), (16, 16), (32, 64)])
+def test_a_checkpoint_tells_its_grid(here, target):
+    """With as many tokens, a quarter of them, or four times: never taken for a square, nor as they are."""
+    source = tiny(input_shape=(32, 16) if target == (16, 32) else (16, 64))
+    torch.save({"weights": source.state_dict(), "model": source.arguments}, "w.pth")
+    model = tiny(input_shape=target)
+    load_weights(model, read_weights("w.pth"))
+    expected = resample_pos_embed(source.pos_embed.detach(), source.grid, model.grid)
+    assert torch.equal(model.pos_embed, expected)
+
+
+def test_a_state_dict_of_no_square_is_refused(here):
+    torch.save(tiny(input_shape=(32, 16)).state_dict(), "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth: a position embedding of 32 patches is no square"):
+        load_weights(tiny(), read_weights("w.pth"))
+
+
+def test_resampled_when_loaded_not_at_every_forward(here):
+    torch.save(tiny().state_dict(), "small.pth")
+    model = tiny(input_shape=(32, 16))
+    load_weights(model, read_weights("small.pth"))
+    assert model.pos_embed.shape == (1, 1 + 8 * 4, 192)
+    assert model(torch.zeros(1, 3, 32, 16)).shape == (1, 4)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_state_dict_round_trip(here, suffix):
+    state = tiny().state_dict()
+    torch.save(state, "w.pth")
+    save_file(state, "w.safetensors")
+    model = tiny()
+    torch.nn.init.zeros_(model.head.weight)
+    load_weights(model, read_weights(f"w.{suffix}"))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda s: s.pop("norm.bias"), "1 missing: norm.bias"),
+        (lambda s: s.update({"extra.weight": torch.zeros(1)}), "1 not ours: extra.weight"),
+        (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"1 of another shape: norm.bias \(3,\) for \(192,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(here, fault, told):
+    state = tiny().state_dict()
+    fault(state)
+    torch.save(state, "w.pth")
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=told):
+        load_weights(model, read_weights("w.pth"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def dinov2_of_timm(size: int) -> torch.nn.Module:
+    """timm's network with LayerScale, at values as far from 1 as those that were trained."""
+    peer = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=5).eval()
+    for name, parameter in peer.named_parameters():
+        if name.endswith("gamma"):
+            torch.nn.init.uniform_(parameter, -2, 2)
+    return peer
+
+
+@pytest.mark.parametrize("size", [70, 140])
+def test_layer_scale_is_folded_into_the_layer_before_it(here, size):
+    torch.manual_seed(0)
+    peer = dinov2_of_timm(size)
+    torch.save(peer.state_dict(), "dino.pth")
+    own = vit(input_shape=[size, size], num_classes=5, name="vit_s_14", activation="gelu").eval()
+    load_weights(own, read_weights("dino.pth"))
+    pixels = torch.randn(2, 3, size, size)
+    with torch.inference_mode():
+        torch.testing.assert_close(own(pixels), peer(pixels), atol=1e-4, rtol=0)
+        torch.testing.assert_close(own.forward_features(pixels), peer.forward_features(pixels), atol=1e-4, rtol=0)
+
+
+def test_real_dinov2_weights_equal_timms_network(shared, capsys):
+    path = shared / "models" / "dinov2_vits14_saliency_fp16.safetensors"
+    state = {name: value.float() for name, value in load_file(path).items()}
+    peer = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
+    peer.load_state_dict(state)
+    own = vit(input_shape=[518, 518], num_classes=3, name="vit_s_14", activation="gelu").eval()
+    load_weights(own, read_weights(path))
+    assert "its head of no classes is left out" in capsys.readouterr().out
+    pixels = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        torch.testing.assert_close(own.forward_features(pixels), peer.forward_features(pixels), atol=1e-3, rtol=1e-3)
+
+
+def test_weights_without_a_head(here, capsys):
+    state = {name: value for name, value in tiny().state_dict().items() if not name.startswith("head.")}
+    torch.save(state, "w.pth")
+    load_weights(tiny(), read_weights("w.pth"))
+    assert "head of no classes" in capsys.readouterr().out
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("canary",))
+
+
+def test_nothing_in_a_file_is_executed(here):
+    torch.save({"weights": Trap()}, "trap.pth")
+    with pytest.raises(ValueError, match=r"trap\.pth"):
+        read_weights("trap.pth")
+    assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"version https://git-lfs.github.com/spec/v1\n", bytes(range(256)) * 9]
+)
+def test_files_that_hold_no_weights(here, name, content):
+    (here / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} can't be opened as weights"):
+        read_weights(name)
+
+
+def test_no_such_file_and_no_state_dict(here):
+    with pytest.raises(FileNotFoundError, match="no file none"):
+        read_weights("none.pth")
+    torch.save([1, 2], "list.pth")
+    with pytest.raises(ValueError, match="no state dict"):
+        read_weights("list.pth")
+
+
+REGISTERS = torch.zeros(1, 2, 192)
+
+
+@pytest.mark.parametrize(
+    ("said", "tensors"),
+    [
+        ({"activation": "relu"}, {}),
+        ({"activation": ["x"]}, {}),
+        ({"num_registers": 10**13}, {}),
+        ({"num_registers": -5}, {"reg_token": REGISTERS}),
+        ({"norm_eps": "x"}, {}),
+        ({"pooling": "mean"}, {}),
+        ({"input_shape": [0, 0]}, {}),
+        ({"input_shape": [32, 32]}, {}),
+        ({}, {"patch_embed.proj.weight": torch.zeros(192, 3, 0, 0)}),
+        ({}, {"patch_embed.proj.weight": torch.tensor(1.0)}),
+        ({}, {"head.bias": torch.tensor(1.0)}),
+        ({}, {"reg_token": torch.zeros(3)}),
+        ({}, {"pos_embed": torch.zeros(1, 1, 192)}),
+        ({}, {"pos_embed": torch.zeros(1, 0, 192)}),
+        ({}, {"pos_embed": 3}),
+    ],
+)
+def test_what_a_file_says_of_its_network_is_not_trusted(here, said, tensors):
+    model = tiny()
+    state = model.state_dict() | tensors
+    torch.save({"weights": state, "model": model.arguments | said}, "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: "):
+        load_weights(tiny(), read_weights("w.pth"))
+    if tensors:
+        torch.save(state, "w.pth")
+        with pytest.raises(ValueError, match=r"w\.pth (can't be used: |doesn't fit)"):
+            load_weights(tiny(), read_weights("w.pth"))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_torchs_own_prefixes_tell_nothing_of_the_project(here, prefix):
+    torch.save({f"{prefix}{name}": tensor for name, tensor in tiny().state_dict().items()}, "w.pth")
+    weights = read_weights("w.pth")
+    assert (weights.source, weights.preprocessing["image_mean"]) == ("timm's ViT", (0.5, 0.5, 0.5))
+
+
+def test_an_activation_that_ours_has_not_is_refused(here, capsys):
+    torch.save(tiny().state_dict(), "w.pth")
+    Path("config.json").write_text('{"hidden_act": "quick_gelu"}')
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: .*config\.json says hidden_act='quick_gelu'"):
+        read_weights("w.pth")
+    Path("config.json").write_text('{"hidden_act": "gelu", "layer_norm_eps": 1' + "0" * 400 + "}")
+    load_weights(tiny(), read_weights("w.pth"))
+    assert "timm's ViT (activation gelu)" in capsys.readouterr().out

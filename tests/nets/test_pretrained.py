@@ -1,0 +1,216 @@
+"""nets/weights/pretrained.py and nets/weights/hub.py: the hub's own client against a server of its protocol on this
+machine, torch's downloads from files."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save
+
+import nets.weights.hub
+from nets.factory import BACKBONES, build_model
+from nets.torchvision_networks import TORCHVISION, published_by_torchvision
+from nets.weights.hub import download_from_url
+from nets.weights.load import load_weights, read_weights
+from nets.weights.pretrained import find_pretrained
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download needs. It has some/vit; some/old, whose weights are pickled; some/liar, of which
+    it tells a wrong hash; and some/thing without weights."""
+
+    files: dict[str, bytes]
+
+    def do_HEAD(self) -> None:
+        match = re.fullmatch(r"/some/(vit|old|liar|thing)/resolve/(\w+)/([\w.]+)", self.path)
+        known = match and match[2] in ("main", "v1", COMMIT)
+        content = self.files.get(match[3]) if known else None
+        lacking = {"vit": "bin", "old": "safetensors", "liar": "bin", "thing": ("bin", "safetensors")}
+        if content is None or match[3].endswith(lacking[match[1]]):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RevisionNotFound")
+            self.send_header("X-Error-Message", "not found")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        digest = hashlib.sha256(content + b"!" * (match[1] == "liar")).hexdigest()
+        self.send_header("ETag", f'"{digest}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    torch.manual_seed(0)
+    state = build_model("vit_xs_4", 3, (8, 8)).state_dict()
+    description = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.75}}
+    torch.save(state, pickled := io.BytesIO())
+    weights = {"model.safetensors": save(state), "pytorch_model.bin": pickled.getvalue()}
+    Hub.files = weights | {"config.json": json.dumps(description).encode()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+SCRIPT = """
+import json, sys
+from nets.weights.pretrained import find_pretrained
+from nets.weights.load import read_weights
+for name in sys.argv[1:]:
+    try:
+        found = read_weights(find_pretrained("vit_xs_4", name))
+        answer = {"origin": dict(found.origin), "mean": found.preprocessing["image_mean"], "of": found.source}
+    except (FileNotFoundError, ValueError) as error:
+        answer = f"{type(error).__name__}: {error}"
+    print(json.dumps(answer))
+"""
+
+
+def fetch(hub, folder: Path, *names: str, **environment: str) -> list:
+    """What comes of names, in a process of its own, since the client reads the address when it is imported."""
+    address = f"http://127.0.0.1:{hub.server_address[1]}"
+    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": "home", "PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, "-c", SCRIPT, *names]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def online(hub, tmp_path_factory) -> tuple[Path, list]:
+    folder = tmp_path_factory.mktemp("online")
+    return folder, fetch(hub, folder, "some/vit", "some/vit@v2", "some/thing", "some/liar", "some/old")
+
+
+def test_a_name_on_the_hub_is_pinned(online):
+    _, (found, *_) = online
+    file, digest = found["origin"]["file"], hashlib.sha256(Hub.files["model.safetensors"]).hexdigest()
+    assert file.endswith(f"{COMMIT}/model.safetensors")
+    expected = {"repository": "some/vit", "revision": COMMIT, "sha256": digest, "file": file}
+    assert found == {"origin": expected, "mean": [0.1, 0.2, 0.3], "of": "timm's ViT"}
+
+
+def test_what_the_hub_has_not_is_told(online):
+    _, (_, no_revision, no_weights, liar, _) = online
+    assert "at revision v2 could not be fetched" in no_revision
+    assert "none of model.safetensors, pytorch_model.bin" in no_weights
+    assert liar.startswith("ValueError: ")
+    assert "isn't the one that the hub told" in liar
+
+
+def test_without_a_network_it_is_from_the_cache_or_says_what_to_do(hub, online):
+    folder, _ = online
+    names = ("some/vit", f"some/vit@{COMMIT}", "some/old", "some/other")
+    *cached, other = fetch(hub, folder, *names, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert [found["origin"]["revision"] for found in cached] == [COMMIT] * 3
+    assert cached[2]["origin"]["file"].endswith("pytorch_model.bin")
+    assert other.startswith("FileNotFoundError: weights of some/other could not be fetched from the Hugging Face hub")
+    assert "put it, say model_data/other.safetensors" in other.replace(os.sep, "/")
+
+
+@pytest.mark.parametrize(
+    "wanted", ["no/such/file.pth", "no/file.pth", "model_data/x", "nothing.pth", "/x", "owner/", "../x"]
+)
+def test_neither_a_file_nor_a_name(here, wanted):
+    Path("model_data").mkdir(exist_ok=True)
+    with pytest.raises(FileNotFoundError, match="no such file, and it is no name on the Hugging Face hub"):
+        find_pretrained("vit_xs_4", wanted)
+
+
+def test_a_file_is_taken_as_it_is(here):
+    torch.save({}, "w.pth")
+    assert find_pretrained("vit_xs_4", "w.pth").path == Path("w.pth")
+
+
+def published(here: Path, monkeypatch, name: str) -> torch.nn.Module:
+    """torchvision's network with random weights, whose file lies where it would be downloaded from."""
+    torch.manual_seed(0)
+    row = TORCHVISION[name]
+    peer = torchvision.models.get_model(row.name, weights=None).eval()
+    torch.save(peer.state_dict(), here / "w.pth")
+    digits = hashlib.sha256((here / "w.pth").read_bytes()).hexdigest()[:8]
+    (here / "w.pth").rename(here / f"{row.name}-{digits}.pth")
+    (here / "model_data").mkdir()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "torch"))
+    url = (here / f"{row.name}-{digits}.pth").as_uri()
+    monkeypatch.setattr("nets.weights.pretrained.published_by_torchvision", lambda _: (url, {}))
+    return peer
+
+
+def test_torchvisions_weights_are_downloaded_once_and_checked(here, monkeypatch, capsys):
+    peer = published(here, monkeypatch, "resnet18")
+    found = find_pretrained("resnet18")
+    assert found.path.parent == here / "torch" / "checkpoints"
+    own = build_model("resnet18", 1000, (64, 64)).eval()
+    load_weights(own, read_weights(found))
+    pictures = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(own(pictures), peer(pictures), atol=1e-5, rtol=0)
+    assert read_weights(found).origin["url"] == found.origin["url"]
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)
+    assert find_pretrained("resnet18") == found
+    found.path.write_bytes(found.path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="damaged: its SHA-256"):
+        find_pretrained("resnet18")
+    torch.save({}, "model_data/resnet18.pth")
+    assert find_pretrained("resnet18").path == Path("model_data/resnet18.pth")
+
+
+def test_torchvisions_weights_that_cannot_be_had(here, monkeypatch):
+    published(here, monkeypatch, "resnet18")
+    next(here.glob("resnet18-*.pth")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"put it at model_data.resnet18\.pth, or set pretrained=False"):
+        find_pretrained("resnet18")
+
+
+def test_a_download_that_is_something_else(here, monkeypatch):
+    published(here, monkeypatch, "resnet18")
+    wrong = here / "resnet18-00000000.pth"
+    wrong.write_bytes(b"something else")
+    with pytest.raises(FileNotFoundError, match="could not be fetched"):
+        download_from_url(wrong.as_uri(), "")
+    assert not list((here / "torch" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_every_published_file_has_its_hash_in_its_name(name):
+    url, expected = published_by_torchvision(name)
+    assert re.search(r"-([0-9a-f]{8,})\.pth$", url)
+    assert expected["image_mean"] == (0.485, 0.456, 0.406)
+    assert expected["interpolation"] == ("bicubic" if "swin" in name else "bilinear")
+    assert expected["eval_crop"] == pytest.approx(224 / 256 if "swin" not in name else expected["eval_crop"])
+
+
+def test_the_layouts_names_are_all_there():
+    layout = {"mobilenetv2", "vit_b_16", *(f"resnet{n}" for n in (18, 34, 50, 101, 152))}
+    layout |= {f"vgg{n}{norm}" for n in (11, 13, 16) for norm in ("", "_bn")}
+    layout |= {f"swin_transformer_{size}" for size in ("tiny", "small", "base")}
+    assert layout <= set(BACKBONES)
+
+
+def test_nothing_is_downloaded_on_import():
+    assert not hasattr(nets.weights.hub, "huggingface_hub")

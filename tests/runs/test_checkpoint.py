@@ -1,0 +1,112 @@
+"""utils/runs/checkpoint.py: whole or not at all, and nothing is executed."""
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils.runs import checkpoint
+from utils.runs.checkpoint import (
+    BEST,
+    FORMAT_VERSION,
+    KEYS,
+    LAST,
+    SaveError,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+
+def content(**changes):
+    plain = {name: kind() for name, kind in KEYS.items() if name != "format_version"}
+    return plain | {"weights": {"w": torch.ones(3)}} | changes
+
+
+class Trap:
+    def __reduce__(self):
+        return (os.mkdir, ("canary",))
+
+
+def test_round_trip(here):
+    save_checkpoint("a.pth", content(step=7))
+    read = load_checkpoint("a.pth")
+    assert read["step"] == 7
+    assert torch.equal(read["weights"]["w"], torch.ones(3))
+    assert os.listdir() == ["a.pth"]
+
+
+def test_a_failed_save_leaves_the_old_file(here, monkeypatch):
+    save_checkpoint("a.pth", content(step=1))
+
+    def fail(*args):
+        args[1].write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    with pytest.raises(SaveError, match=r"a\.pth can't be written \(No space left on device\)\. It takes .* are free"):
+        save_checkpoint("a.pth", content(step=2))
+    assert os.listdir(here) == ["a.pth"]
+    monkeypatch.undo()
+    assert load_checkpoint(here / "a.pth")["step"] == 1
+
+
+def test_code_in_a_checkpoint_is_not_run(here):
+    torch.save(content(format_version=2, optimizer=Trap()), "trap.pth")
+    with pytest.raises(
+        ValueError,
+        match=r"trap\.pth .* it holds code \((posix|nt)\.mkdir\), which",
+    ):
+        load_checkpoint("trap.pth")
+    assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "told"),
+    [
+        (lambda: Path("a.pth").write_bytes(b"PK\3\4 no more"), "the end of its archive isn't there"),
+        (lambda: Path("a.pth").write_bytes(b""), "can't be opened"),
+        (lambda: torch.save({"w": torch.ones(1)}, "a.pth"), "none of Thaw's checkpoints"),
+        (lambda: torch.save(content(format_version=99), "a.pth"), "format 99"),
+        (
+            lambda: torch.save({"format_version": FORMAT_VERSION, "weights": {}}, "a.pth"),
+            "can't be used: it lacks arithmetic, best_val_loss",
+        ),
+    ],
+)
+def test_what_is_no_checkpoint(here, write, told):
+    write()
+    with pytest.raises(ValueError, match=told):
+        load_checkpoint("a.pth")
+
+
+def test_no_checkpoint(here):
+    with pytest.raises(FileNotFoundError, match=r"no file a\.pth"):
+        load_checkpoint("a.pth")
+    with pytest.raises(FileNotFoundError, match=r"train first, python train\.py"):
+        find_checkpoint("")
+
+
+def test_finding(here):
+    for run in ("old", "new", "unfinished"):
+        Path("logs", run).mkdir(parents=True)
+    for run in ("old", "new"):
+        for name in (BEST, LAST):
+            Path("logs", run, name).touch()
+    os.utime("logs/old/best_epoch_weights.pth", (time.time() - 100,) * 2)
+    Path("logs", BEST).touch()  # another program's
+    assert find_checkpoint("") == Path("logs/new", BEST)
+    assert find_checkpoint("logs/old") == Path("logs/old", BEST)
+    assert find_checkpoint("logs/old", LAST) == Path("logs/old", LAST)
+    assert find_checkpoint("logs/old/last_epoch_weights.pth") == Path("logs/old", LAST)
+    assert find_checkpoint("logs") == Path("logs", BEST)
+    Path("logs").rename("elsewhere")
+    Path("elsewhere", BEST).unlink()
+    assert find_checkpoint("elsewhere") == Path("elsewhere/new", BEST)
+    with pytest.raises(FileNotFoundError, match=f"there is no {BEST} in elsewhere/unfinished/, nor in a folder in it"):
+        find_checkpoint("elsewhere/unfinished")
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint elsewhere/gone"):
+        find_checkpoint("elsewhere/gone")

@@ -1,0 +1,134 @@
+"""Cross-validation: how pictures are divided, and what comes of the runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from tests.conftest import TINY, write_picture, write_scene
+from utils.annotation.annotate import annotate
+from utils.config.train_config import TrainConfig
+from utils.data.image_list import ImageList, list_in_memory
+from utils.runs.checkpoint import BEST, LAST, load_checkpoint
+from utils.runs.cross_validation import assign_folds, cross_validate, read_all
+
+
+def test_it_is_no_summary():
+    for other in ("summary", "find_lr"):
+        with pytest.raises(ValueError, match="cross_validate: that trains"):
+            train.main(TrainConfig(**TINY), cross_validate=3, **{other: True})
+
+
+@pytest.fixture
+def noise(tmp_path, monkeypatch) -> ImageList:
+    """Sixty pictures of noise in two classes, 40 and 20, of patients 0 to 19, three pictures each."""
+    monkeypatch.chdir(tmp_path)
+    entries = []
+    for i in range(60):
+        path = tmp_path / f"p{i // 3:02d}_{i % 3}.png"
+        write_picture(path, size=(70, 70), seed=i)
+        entries.append((int(i >= 40), str(path)))
+    return list_in_memory(entries)
+
+
+def test_every_class_is_divided_evenly_and_each_picture_is_in_one_fold(noise):
+    fold_of = assign_folds(noise, 5, TrainConfig(), "")
+    for class_id, each in ((0, 8), (1, 4)):
+        assert np.bincount(fold_of[noise.class_ids == class_id], minlength=5).tolist() == [each] * 5
+    assert np.array_equal(fold_of, assign_folds(noise, 5, TrainConfig(), ""))
+    assert not np.array_equal(fold_of, assign_folds(noise, 5, TrainConfig(seed=12), ""))
+
+
+def test_what_belongs_together_or_looks_alike_stays_together(noise, tmp_path):
+    shutil.copy(noise.path(0), noise.path(30))  # of another patient
+    fold_of = assign_folds(noise, 4, TrainConfig(), r"^(p\d+)_")
+    for patient in range(20):
+        assert len(set(fold_of[3 * patient : 3 * patient + 3])) == 1
+    assert fold_of[0] == fold_of[30]
+    assert set(fold_of) == {0, 1, 2, 3}
+
+
+def test_links_are_grouped_by_their_own_names(two_classes, capsys):
+    """As txt_annotation.py does: what they lead to may be called anything."""
+    store = two_classes.parent / "store"
+    store.mkdir()
+    for number, path in enumerate(sorted((two_classes / "train").rglob("*.png"))):
+        write_picture(store / f"{number:x}.png", size=(70, 70), seed=number)
+        path.unlink()
+        path.with_name(f"p{number // 4:02d}_{number}.png").symlink_to(store / f"{number:x}.png")
+    annotate(two_classes)
+    pictures = read_all(TrainConfig(), 2)
+    fold_of = assign_folds(pictures, 3, TrainConfig(), r"^(p\d+)_")
+    patients = np.array([Path(pictures.path(i)).name[:3] for i in range(len(pictures))])
+    assert all(len(set(fold_of[patients == patient])) == 1 for patient in patients)
+    assert "group_regex: 10 groups; 0 pictures" in capsys.readouterr().out
+
+
+def test_pictures_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys):
+    write_scene(here / "datasets")
+    paths = sorted(map(str, Path("datasets").rglob("*.png")))
+    images = list_in_memory((int("scratched" in path), path) for path in paths)
+    fold_of = assign_folds(images, 5, TrainConfig(), "")
+    for class_id in (0, 1):
+        assert np.bincount(fold_of[images.class_ids == class_id]).tolist() == [4] * 5
+    assert "warning: 40 pictures look alike, a large part of a class" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])
+def test_more_folds_than_there_are_pictures_or_groups(noise, folds, regex):
+    with pytest.raises(ValueError, match=f"cross_validate={folds}: give 2 to (20|7)"):
+        assign_folds(noise, folds, TrainConfig(), regex)
+
+
+def test_groups_are_for_cross_validation():
+    with pytest.raises(ValueError, match="group_regex: that is for cross_validate"):
+        train.main(TrainConfig(**TINY), group_regex="x")
+
+
+def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
+    for number, path in enumerate(sorted(Path("datasets/train").rglob("*.png"))):
+        write_picture(path, size=(70, 70), seed=number)  # none alike
+    config = TrainConfig(**TINY)
+    trained = []
+
+    def fail_at_the_third(of_fold):
+        trained.append(of_fold)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        train.main(of_fold)
+        Path(of_fold.cache_dir).mkdir(parents=True)
+        Path(of_fold.cache_dir, "features").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        cross_validate(config, 3, "", fail_at_the_third)
+    train.main(config, cross_validate=3)
+    told = capsys.readouterr().out
+    (results,) = Path("logs/cross_validation").glob("3_folds_*/cross_validation.json")
+    rows = json.loads(results.read_text())["folds"]
+    assert len(list(Path("logs").rglob(LAST))) == len(rows) == 3
+    assert len({of_fold.cache_dir for of_fold in trained}) == 3
+    assert not [path for path in Path(config.cache_dir, "cross_validation").rglob("*") if path.is_file()]
+    last = [load_checkpoint(Path(row["run"]) / LAST)["history"][-1]["val_top1"] for row in rows]
+    best = [load_checkpoint(Path(row["run"]) / BEST) for row in rows]
+    assert [row["best_top1"] for row in rows] == [one["history"][-1]["val_top1"] for one in best]
+    assert f"top-1 {np.mean(last):.1%} ± {np.std(last, ddof=1):.1%}" in told
+    validated = [(results.parent / f"fold_{i}/val.txt").read_text().splitlines() for i in (1, 2, 3)]
+    everything = sorted(line for lines in validated for line in lines)
+    assert len(everything) == len(set(everything)) == 40
+    for i, lines in enumerate(validated, 1):
+        trained_on = (results.parent / f"fold_{i}/train.txt").read_text().splitlines()
+        assert sorted(trained_on + lines) == everything
+
+    def stop(of_fold):
+        raise KeyboardInterrupt
+
+    cross_validate(config, 3, "", stop)  # all is there
+    for folds, regex in ((2, ""), (3, r"(\d)\.png$")):  # but of no other division, nor is one gone on with
+        with pytest.raises(KeyboardInterrupt):
+            cross_validate(config, folds, regex, stop)
+    assert len(list(Path("logs/cross_validation").iterdir())) == 3
+    with pytest.raises(ValueError, match=r"resume='logs/.*': that is one run"):
+        cross_validate(TrainConfig(**TINY, resume=rows[0]["run"]), 3, "", train.main)

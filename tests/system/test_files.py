@@ -1,0 +1,92 @@
+"""utils/system/files.py: whole or not at all."""
+
+import errno
+import os
+import stat
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from utils.system import files
+from utils.system.files import PARTIAL, write_whole
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(here):
+    Path("a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), write_whole(Path("a")) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert os.listdir() == ["a"]
+    assert Path("a").read_text() == "old"
+
+
+def test_the_name_is_the_old_file_until_the_new_one_is_whole(here):
+    Path("a").write_text("old")
+    with write_whole(Path("a")) as file:
+        file.write(b"new")
+        file.flush()
+        assert Path("a").read_text() == "old"
+        assert [name for name in os.listdir() if name.endswith(PARTIAL)]
+    assert Path("a").read_text() == "new"
+    assert os.listdir() == ["a"]
+
+
+def test_bytes_then_name_then_folder_go_to_the_disk(here, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    kinds = {0o100000: "file", 0o040000: "folder"}
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(kinds[os.fstat(fd).st_mode & 0o170000]), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("name"), replace(a, b)))
+    with write_whole(Path("a")) as file:
+        file.write(b"x")
+    assert order == ["file", "name", "folder"]
+
+
+def test_windows_is_asked_again(here, monkeypatch):
+    """Where a reader keeps a file from being replaced for a moment, or for good."""
+
+    class Windows:
+        name = "nt"
+        attempts = 0
+
+        def replace(self, source, target):
+            self.attempts += 1
+            if self.attempts < 3:
+                raise PermissionError(13, "Access is denied")
+            os.replace(source, target)
+
+    monkeypatch.setattr(files, "PAUSES", (0.0, 0.0))
+    Path("new").write_text("new")
+    monkeypatch.setattr(files, "os", Windows())
+    files._replace(Path("new"), Path("a"))
+    assert Path("a").read_text() == "new"
+    files.os.attempts = -9
+    with pytest.raises(PermissionError):
+        files._replace(Path("a"), Path("b"))
+    assert files.os.attempts == -6
+
+
+def test_others_may_read_it_as_the_umask_says(here):
+    before = os.umask(0o022)
+    try:
+        with write_whole(Path("a")) as file:
+            file.write(b"x")
+    finally:
+        os.umask(before)
+    assert os.stat("a").st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(("number", "written"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
+def test_folders_that_a_mount_cannot_flush_are_written_to(here, monkeypatch, number, written):
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "refused")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with nullcontext() if written else pytest.raises(OSError, match="refused"):
+        files.write_text(here / "a.txt", "a")
+    assert (here / "a.txt").read_text() == "a"

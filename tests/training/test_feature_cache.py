@@ -1,0 +1,315 @@
+"""utils/training/feature_cache.py: the features of a frozen part give the run that the pictures give, and are computed
+once."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from nets.factory import build_model
+from tests.conftest import SMALL, TINY, write_back, write_picture
+from utils.config.train_config import TrainConfig
+from utils.data.dataset import FileSource, ImageDataset
+from utils.data.feature_dataset import FeatureDataset
+from utils.data.image_list import list_in_memory
+from utils.data.loader import train_loader
+from utils.data.preprocessing import Preprocessing
+from utils.data.transforms import EvalTransform, TrainTransform
+from utils.modeling.pixel_network import pixel_network
+from utils.training.feature_cache import SHAPING_FIELDS, FeatureCache, ThawedPart
+from utils.training.optimizer import build_optimizer
+from utils.training.stages import num_cached_views, plan_stages
+from utils.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(**SMALL | {"freeze_batch_size": 5, "init_lr": 0.05})
+PREPROCESSING = Preprocessing.of(CONFIG)
+
+
+def make_network(blocks=4, seed=0):
+    torch.manual_seed(seed)
+    model = build_model("vit_xs_4", 3, (8, 8))
+    model.freeze_backbone(blocks)
+    return pixel_network(model, PREPROCESSING, CPU)
+
+
+@pytest.fixture
+def pictures(here):
+    """18 of them, three classes."""
+    for i in range(18):
+        write_picture(here / f"{i:02d}.png", 60 + 60 * (i % 3), seed=i)
+    return list_in_memory((i % 3, f"{i:02d}.png") for i in range(18))
+
+
+def dataset_of(pictures, transform=None, config=CONFIG):
+    source = FileSource(pictures, PREPROCESSING)
+    return ImageDataset(source, transform or TrainTransform(config), config.seed, max_bad_fraction=0.2)
+
+
+def open_features(pictures, config=CONFIG, network=None, views=3, precision="fp32", dataset=None):
+    cache = FeatureCache(network or make_network(), config, CPU, precision)
+    return cache.open(dataset or dataset_of(pictures, config=config), "list.txt", views)
+
+
+def losses_of(network, dataset, sampling, epochs=3):
+    """Of each step; the network has dropout and stochastic depth."""
+    trainer = Trainer(network, CPU, "fp32", seed=3)
+    optimizer = build_optimizer(network, CONFIG, 1e-3)
+    loader = train_loader(dataset, 5, 0, sampling)
+    found = []
+    for epoch in range(epochs):
+        loader.sampler.epoch = epoch
+        network.train()
+        found += [trainer.train_step(inputs, targets, optimizer)[0].item() for inputs, targets in loader]
+    return found
+
+
+@pytest.mark.parametrize("sampling", ["shuffle", "balanced"])
+@pytest.mark.parametrize("blocks", [0, 4, 6, "all"])
+def test_a_cached_epoch_is_an_uncached_one_bit_for_bit(pictures, blocks, sampling):
+    plain = dataset_of(pictures, EvalTransform(PREPROCESSING))
+    uncached = losses_of(make_network(blocks), plain, sampling)
+    network = make_network(blocks)
+    features = open_features(pictures, network=network, views=1)
+    assert losses_of(ThawedPart(network), features, sampling) == uncached
+    assert len(set(uncached)) == len(uncached) == 9
+
+
+def test_the_views_are_the_plain_picture_and_augmented_ones(pictures):
+    network, dataset = make_network(), dataset_of(pictures)
+    features = open_features(pictures, network=network, views=3).views
+    plain = dataset_of(pictures, EvalTransform(PREPROCESSING))
+    for view, source in ((0, plain), (1, dataset), (2, dataset)):
+        pixels = torch.stack([source[(view, i, 0)][0] for i in range(18)])
+        expected = network[1].eval().forward_frozen(network[0](pixels))
+        torch.testing.assert_close(features[view], expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(features[1], features[2], atol=1e-2)
+
+
+def test_the_views_take_turns():
+    """In an epoch every picture comes once; in as many epochs as there are views, each view once."""
+    features = torch.arange(4 * 10).view(4, 10, 1, 1)  # row = 10 · view + index
+    dataset = FeatureDataset(features, list_in_memory((i, f"{i}.png") for i in range(10)), seed=1)
+    loader = train_loader(dataset, 5, 0)
+    seen = []
+    for epoch in range(4):
+        loader.sampler.epoch = epoch
+        batches = list(loader)
+        rows = torch.cat([batch.flatten() for batch, _ in batches])
+        assert torch.equal(rows % 10, torch.cat([targets for _, targets in batches]))
+        assert sorted((rows % 10).tolist()) == list(range(10))
+        assert len(set((rows // 10).tolist())) == 4
+        seen += rows.tolist()
+    assert sorted(seen) == list(range(40))
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The files that are computed, as it happens."""
+    paths = []
+    write = FeatureCache._write
+    monkeypatch.setattr(FeatureCache, "_write", lambda self, *args: paths.append(args[-1].name) or write(self, *args))
+    return paths
+
+
+def same(one, other):
+    return all(map(torch.equal, one.views, other.views))
+
+
+def test_it_is_computed_once_and_said_beforehand(pictures, computed, capsys):
+    first = open_features(pictures)
+    told = capsys.readouterr().out
+    assert "features of 3 views of 18 pictures: 0.21 MB, 3 to be computed, in cache/" in told
+    second = open_features(pictures)
+    assert len(computed) == 3
+    assert "pictures: 0.21 MB, 0 to be computed" in capsys.readouterr().out
+    assert same(first, second)
+    path = next(Path("cache").glob("features-*.bin"))
+    os.truncate(path, path.stat().st_size // 2)  # which torch would fill up with zeros
+    assert same(open_features(pictures), first)
+    assert len(computed) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["weights", "freezing point", "list", "label", "picture", "crop", "flip", "mean", "precision", "views", "seed"],
+)
+def test_it_is_computed_anew_when_something_changed(pictures, computed, change):
+    before = open_features(pictures)
+    config, network, options = CONFIG, make_network(), {}
+    if change == "weights":
+        network[1].blocks[3].mlp.fc2.bias.data[0] += 1
+    elif change == "freezing point":
+        network = make_network(blocks=5)
+    elif change == "list":
+        pictures = list_in_memory((i % 3, f"{17 - i:02d}.png") for i in range(18))
+    elif change == "label":
+        pictures = list_in_memory((min(i, 2), f"{i:02d}.png") for i in range(18))
+    elif change == "picture":
+        write_picture(Path("03.png"), 250, seed=7)
+    elif change == "precision":
+        options["precision"] = "bf16"
+    elif change == "views":
+        options["views"] = 4
+    else:
+        field, value = {
+            "crop": ("train_crop", 0.9),
+            "flip": ("horizontal_flip", 0.1),
+            "mean": ("image_mean", (0.1, 0.1, 0.1)),
+            "seed": ("seed", 5),
+        }[change]
+        config = dataclasses.replace(CONFIG, **{field: value})
+    open_features(pictures, config, network, **options)
+    assert len(computed) == (4 if change == "views" else 6)
+    assert len(list(Path("cache").iterdir())) == {"freezing point": 6, "views": 4}.get(change, 3)
+    again = open_features(list_in_memory((i % 3, f"{i:02d}.png") for i in range(18)))
+    assert same(again, before) == (change != "picture")
+
+
+def test_every_setting_that_shapes_a_training_picture_is_in_the_key():
+    """A field that the transform reads and the key lacks would leave old features in the place of new ones."""
+    read = set()
+
+    class Spy:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(CONFIG, name)
+
+    TrainTransform(Spy())
+    assert {"train_crop", "augmentation", "input_shape"} <= read <= set(SHAPING_FIELDS)
+
+
+def test_what_is_thawed_does_not_count(pictures, computed):
+    """The head, the other blocks, the learning rate: a second run with another of these computes nothing."""
+    open_features(pictures)
+    network = make_network()
+    network[1].head.weight.data.zero_()
+    network[1].blocks[4].mlp.fc2.bias.data[0] += 1
+    open_features(pictures, dataclasses.replace(CONFIG, init_lr=0.1, num_workers=2), network)
+    assert len(computed) == 3
+
+
+@pytest.mark.parametrize("gigabytes", [0.0, 1.0])
+def test_beyond_the_limit_it_is_read_from_its_file(pictures, capsys, gigabytes):
+    config = dataclasses.replace(CONFIG, feature_cache_gb=gigabytes)
+    features = open_features(pictures, config)
+    assert ("not held in memory" in capsys.readouterr().out) == (gigabytes == 0)
+    expected = [view.clone() for view in features.views]
+    for path in Path("cache").iterdir():
+        assert path.stat().st_size == expected[0].nbytes + 18
+        with path.open("r+b") as file:  # only what maps the file sees this
+            file.write(bytes(8))
+    for view, before in zip(features.views, expected, strict=True):
+        assert torch.equal(view, before) == (gigabytes == 1)
+
+
+def test_it_is_kept_in_the_runs_precision(pictures):
+    full, half = (open_features(pictures, precision=precision).views[0] for precision in ("fp32", "bf16"))
+    assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(half.float(), full, atol=0.1, rtol=0.05)
+
+
+def test_an_unreadable_picture_is_stood_in_for_and_named_each_time(pictures, here):
+    (here / "04.png").write_text("no picture")
+    for _ in range(2):
+        dataset = dataset_of(pictures)
+        features = open_features(pictures, dataset=dataset)
+        assert dataset.newly_unreadable() == ["04.png"]
+        assert dataset.newly_unreadable() == []
+    plain = features.views[0]
+    others = [i for i in range(1, 18, 3) if i != 4]
+    assert any(torch.allclose(plain[4], plain[i], atol=1e-5) for i in others)
+
+
+def test_of_what_was_cut_off_whole_views_are_left(pictures, computed, monkeypatch):
+    batches = []
+
+    def fail(self, pixels, compute=FeatureCache._compute):
+        batches.append(len(pixels))
+        if len(batches) == 7:  # one tries the network; of 18 pictures in batches of 5 it is the second of view 1
+            raise KeyboardInterrupt
+        return compute(self, pixels)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureCache, "_compute", fail)
+        with pytest.raises(KeyboardInterrupt):
+            open_features(pictures)
+    assert len(list(Path("cache").iterdir())) == 1
+    cut_off = open_features(pictures)
+    assert len(computed) == 2 + 2
+    shutil.rmtree("cache")
+    assert same(open_features(pictures), cut_off)
+
+
+def test_no_room_is_an_error_beforehand(pictures, monkeypatch):
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"cache_dir='cache'.*or feature_views to fewer, or cache_features to False"):
+        open_features(pictures)
+
+
+@pytest.mark.parametrize(
+    ("changes", "views"),
+    [
+        ({"freeze_epoch": 5}, [4, 0]),
+        ({"freeze_epoch": 4}, [0, 0]),
+        ({"freeze_epoch": 4, "feature_views": 1}, [1, 0]),
+        ({"freeze_epoch": 5, "cache_features": False}, [0, 0]),
+        ({"freeze_train": False}, [0]),
+    ],
+)
+def test_a_stage_is_cached_when_it_computes_less_so(changes, views):
+    config = TrainConfig(**SMALL | {"unfreeze_epoch": 8} | changes)
+    assert [num_cached_views(stage, config) for stage in plan_stages(config, 100, transformer=True)] == views
+
+
+def cached_run(**changes):
+    config = TrainConfig(
+        **TINY | {"freeze_epoch": 3, "unfreeze_epoch": 4, "feature_views": 2, "save_period": 1} | changes
+    )
+    train.main(config)
+    return config
+
+
+@pytest.mark.parametrize("blocks", [4, "all"])
+def test_a_whole_run_over_features(two_classes, capsys, computed, blocks):
+    cached_run(freeze_blocks=blocks)
+    told = capsys.readouterr().out
+    assert "2 to be computed" in told and "1 to be computed" in told  # to train on and to validate on
+    assert len(computed) == 3
+    cached_run(freeze_blocks=blocks)
+    assert len(computed) == 3
+    losses = [[float(line) for line in run.read_text().split()] for run in Path("logs").glob("*/epoch_loss.txt")]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_the_probes_features_and_those_of_the_stage_stay_side_by_side(two_classes, computed):
+    for _ in range(2):
+        cached_run(freeze_blocks="all", head_init="probe")
+    assert len(computed) == 3  # the plain views serve both
+
+
+def test_a_run_that_goes_on_finds_its_features(two_classes, computed):
+    """Its settings come from a file then, but are the same."""
+    config = cached_run(save_period=1)
+    write_back(next(Path("logs").iterdir()), epoch=2)
+    before = len(computed)
+    train.main(config)
+    assert len(computed) == before > 0
+
+
+def test_nothing_is_opened_in_a_stage_that_is_over(two_classes, capsys, computed):
+    """A resumed run goes straight to where it was."""
+    config = cached_run(unfreeze_epoch=5)
+    run = next(Path("logs").iterdir())
+    for path in Path("cache").iterdir():
+        os.remove(path)
+    write_back(run, epoch=4)
+    train.main(dataclasses.replace(config, resume=str(run)))
+    assert len(computed) == 3
+    assert "epoch 5/5" in capsys.readouterr().out

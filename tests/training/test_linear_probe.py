@@ -1,0 +1,124 @@
+"""utils/training/linear_probe.py against scikit-learn's own pipeline, and in a run."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import train
+from tests.conftest import TINY, write_back
+from utils.config.train_config import TrainConfig
+from utils.data.feature_dataset import FeatureDataset
+from utils.data.image_list import list_in_memory
+from utils.data.preprocessing import Preprocessing
+from utils.modeling.build import make_model
+from utils.modeling.pixel_network import pixel_network
+from utils.runs.checkpoint import LAST, load_checkpoint
+from utils.training.datasets import load_data, make_datasets
+from utils.training.feature_cache import FeatureCache
+from utils.training.linear_probe import INVERSE_PENALTIES, fit_probe, init_head
+
+
+def features_of(class_ids, seed, views=1, noise=1.5):
+    """Features of uneven scale that tell the class, more or less."""
+    generator = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(5, 12))
+    x = centres[class_ids] + noise * generator.normal(size=(views, len(class_ids), 12))
+    x = 7 + x * np.logspace(-1, 1, 12)
+    return FeatureDataset(torch.from_numpy(x).float(), list_in_memory((int(i), "picture") for i in class_ids), seed=0)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_it_is_scikit_learns_with_the_best_penalty(num_classes, balanced):
+    ids = np.minimum(np.arange(90) % (num_classes + 2), num_classes - 1)  # the last class is the largest
+    val_ids = np.arange(80) % num_classes
+    features, val_features = features_of(ids, 1, views=2), features_of(val_ids, 2)
+    probe = fit_probe(features, val_features, num_classes, balanced)
+
+    x, val_x = torch.cat(features.views).numpy(), val_features.views[0].numpy()
+    losses = {}
+    for c in INVERSE_PENALTIES:
+        peer = LogisticRegression(C=c, max_iter=1000, class_weight="balanced" if balanced else None)
+        pipeline = make_pipeline(StandardScaler(), peer).fit(x, np.tile(ids, 2))
+        losses[c] = log_loss(val_ids, pipeline.predict_proba(val_x))
+        if c == probe.inverse_penalty:
+            expected = pipeline.predict_proba(val_x)
+    assert probe.inverse_penalty == min(losses, key=losses.get)
+    assert INVERSE_PENALTIES[0] < probe.inverse_penalty < INVERSE_PENALTIES[-1]
+    assert probe.val_loss == pytest.approx(min(losses.values()), rel=1e-3)
+    own = (torch.from_numpy(val_x) @ probe.weight.T + probe.bias).softmax(1)
+    np.testing.assert_allclose(own, expected, atol=2e-3)
+    assert probe.val_top1 == pytest.approx((own.argmax(1).numpy() == val_ids).mean())
+
+
+def test_a_class_without_pictures_is_the_least_likely():
+    """Whether it is absent from training or, besides, from validation."""
+    ids = np.array([0, 1, 3] * 20)
+    for val_ids in (ids, np.array([0, 1, 2, 3] * 10)):
+        probe = fit_probe(features_of(ids, 1), val := features_of(val_ids, 2), num_classes=5, balanced=False)
+        logits = val.views[0] @ probe.weight.T + probe.bias
+        assert not probe.weight[[2, 4]].any()
+        known = logits[:, [0, 1, 3]]
+        assert (logits[:, [2, 4]] < known.median()).all()
+        assert (known > logits[:, [2]]).float().mean() > 0.98
+        assert probe.val_top1 > 0.5
+
+
+@pytest.mark.parametrize(("class_ids", "val_class_ids"), [([1, 1, 1], [0, 1]), ([0, 1, 1], [2, 2])])
+def test_lists_that_do_not_do_are_an_error_before_anything_is_computed(class_ids, val_class_ids):
+    """One class to train on; none of the training classes to validate on."""
+    train_set, val_set = (SimpleNamespace(class_ids=np.array(ids)) for ids in (class_ids, val_class_ids))
+    with pytest.raises(ValueError, match=r"^head_init='probe'.*set it to random"):
+        init_head(None, None, train_set, val_set, TrainConfig())
+
+
+@pytest.mark.parametrize("changes", [{}, {"freeze_train": False}, {"freeze_blocks": "all", "precision": "bf16"}])
+def test_a_run_begins_with_the_probe(two_classes, capsys, changes):
+    """It goes on from there, keeps the backbone as it was, and a resumed run doesn't fit it again."""
+    config = TrainConfig(
+        **TINY | {"head_init": "probe", "unfreeze_epoch": 2, "save_period": 1, "init_lr": 1e-6, "min_lr": 0.0} | changes
+    )
+    train.main(config)
+    told = capsys.readouterr().out
+    assert "head_init: logistic regression, C=" in told
+    val_loss = float(told.split("validation loss ")[1].split(",")[0])
+    run = next(Path("logs").iterdir())
+    history = load_checkpoint(run / LAST)["history"]
+    assert history[0]["val_loss"] == pytest.approx(val_loss, abs=0.05)  # the learning rate is next to nothing
+    assert history[0]["val_top1"] == 1.0
+    write_back(run, epoch=1)
+    train.main(TrainConfig(**config.as_dict() | {"resume": str(run), "input_shape": (8, 8)}))
+    assert "logistic regression" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
+    """68.9 % on TrashNet's test pictures by a logistic regression on the class token, says the weights' README."""
+    data = shared / "data" / "trashnet"
+    names = sorted(path.name for path in (data / "train").iterdir())
+    Path("classes.txt").write_text("\n".join(names))
+    for split in ("train", "test"):
+        pictures = ((i, path) for i, name in enumerate(names) for path in sorted((data / split / name).iterdir()))
+        Path(f"{split}.txt").write_text("\n".join(f"{i};{path}" for i, path in pictures))
+    lists = {"train_annotation_path": "train.txt", "val_annotation_path": "test.txt", "classes_path": "classes.txt"}
+    config = TrainConfig(
+        backbone="vit_s_14",
+        model_path=str(next((shared / "models").glob("*.safetensors"))),
+        activation="gelu",
+        feature_views=1,
+        num_workers=0,
+        **lists,
+    )
+    data = load_data(config)
+    config, model, _ = make_model(config, names)
+    network = pixel_network(model, Preprocessing.of(config), torch.device("cpu"))
+    init_head(model, FeatureCache(network, config, torch.device("cpu"), "fp32"), *make_datasets(data, config), config)
+    top1 = float(capsys.readouterr().out.rsplit("top-1 ")[-1].rstrip("%\n"))
+    assert top1 == pytest.approx(68.9, abs=4)

@@ -1,0 +1,417 @@
+"""utils/training/trainer.py against a step written by hand, on the meta device, and with planted faults."""
+
+import copy
+import itertools
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nets.factory import build_model
+from utils.config.train_config import TrainConfig
+from utils.data.image_list import list_in_memory
+from utils.data.preprocessing import Preprocessing
+from utils.data.transforms import EvalTransform
+from utils.inference.classifier import Classifier
+from utils.modeling.pixel_network import pixel_network
+from utils.training.loss import TrainingLoss
+from utils.training.optimizer import build_optimizer
+from utils.training.trainer import NonFiniteLoss, OutOfMemory, Trainer, compute_logits
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(input_shape=(8, 8), image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.1))
+
+
+def network(device=CPU, drop_rate=0.0, **freeze) -> nn.Sequential:
+    torch.manual_seed(0)
+    rates = {"drop_rate": drop_rate, "attn_drop_rate": drop_rate, "drop_path_rate": drop_rate}
+    model = build_model("vit_xs_4", 3, (8, 8), **rates)
+    if freeze:
+        model.freeze_backbone(**freeze)
+    return pixel_network(model, Preprocessing.of(CONFIG), device)
+
+
+def batch(size=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (size, 3, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(size) % 3
+
+
+class Batches(list):
+    """A loader in memory."""
+
+    class Sampler:
+        epoch, start = -1, 0
+
+        def __iter__(self):
+            return ((self.epoch, index, 0) for index in itertools.count(self.start))
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.sampler = self.Sampler()
+        self.batch_size = len(batches[0][1])
+        names = ((0, f"{i:03d}.png") for i in range(sum(len(targets) for _, targets in batches)))
+        self.dataset = SimpleNamespace(images=list_in_memory(names))
+
+    def __iter__(self):
+        return itertools.islice(list.__iter__(self), self.sampler.start // self.batch_size, None)
+
+
+@pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 4.0])])
+def test_a_step_is_the_one_written_by_hand(weights):
+    pixels, targets = batch()
+    own = network()
+    other = copy.deepcopy(own)
+    trainer = Trainer(own, CPU, "fp32", 1, TrainingLoss(weights))
+    sgd = TrainConfig(
+        optimizer_type="sgd"
+    )  # its step is linear in the gradient; Adam's first is its sign, noise and all
+    loss, correct = trainer.train_step(pixels, targets, build_optimizer(own[1], sgd, 0.1))
+
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.image_mean, CONFIG.image_std))
+    logits = other[1]((pixels / 255 - mean) / std)
+    each = torch.ones(6) if weights is None else weights[targets]
+    by_hand = -(each * logits.log_softmax(1)[range(6), targets]).sum() / 6
+    by_hand.backward()
+    build_optimizer(other[1], sgd, 0.1).step()
+    torch.testing.assert_close(loss, by_hand.detach())
+    assert correct == (logits.argmax(1) == targets).sum()
+    for (name, a), b in zip(own.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name, atol=1e-5, rtol=1e-4)
+    assert all(p.grad is None for p in own.parameters())
+    assert trainer.step == 1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gradient_is_shortened_to_the_norm_that_is_allowed(precision):
+    for clip_grad in (1e-3, 1e3):
+        own = network()
+        sgd = build_optimizer(own[1], TrainConfig(optimizer_type="sgd", momentum=0, weight_decay=0), 1.0)
+        before = torch.cat([p.detach().flatten().clone() for p in own.parameters()])
+        Trainer(own, CPU, precision, 1, clip_grad=clip_grad).train_step(*batch(), sgd)
+        moved = torch.linalg.vector_norm(torch.cat([p.detach().flatten() for p in own.parameters()]) - before).item()
+        if clip_grad == 1e-3:
+            assert moved == pytest.approx(1e-3, rel=1e-2)
+        else:
+            assert moved > 0.1
+
+
+@pytest.mark.parametrize("optimizer_type", ["sgd", "adam", "adamw", "muon"])
+def test_a_step_on_the_meta_device(optimizer_type):
+    """A tensor made on another device, or a look at a value (which would make the host wait), raises there."""
+    meta = torch.device("meta")
+    own = network(meta, drop_rate=0.1, blocks=2).train()
+    config = TrainConfig(optimizer_type=optimizer_type)
+    optimizer = build_optimizer(own[1], config, 1e-3)
+    pixels, targets = (tensor.to(meta) for tensor in batch())
+    mixing = TrainingLoss(label_smoothing=0.1, mixup=0.2, cutmix=1.0)
+    loss, correct = Trainer(own, meta, "fp32", 1, mixing, clip_grad=1.0).train_step(pixels, targets, optimizer)
+    assert (loss.device, loss.shape, correct.shape) == (meta, (), ())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_step_on_cuda_never_waits(precision):
+    device = torch.device("cuda")
+    own = network(device, drop_rate=0.1).train()
+    trainer = Trainer(own, device, precision, seed=1)
+    optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+    pixels, targets = (tensor.pin_memory() for tensor in batch())
+    trainer.train_step(pixels, targets, optimizer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(pixels, targets, optimizer)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.step == 2
+
+
+def test_no_device_is_named_in_the_code():
+    root = Path(__file__).resolve().parents[2]
+    files = [*root.glob("*.py"), *root.glob("nets/*.py"), *root.glob("utils/*.py")]
+    assert len(files) > 10
+    assert [file.name for file in files if ".cuda(" in file.read_text(encoding="utf-8")] == []
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_begins_like_full_and_learns(precision):
+    pixels, targets = batch()
+    losses = {}
+    for name in ("fp32", precision):
+        own = network().train()
+        trainer = Trainer(own, CPU, name, seed=1)
+        optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+        losses[name] = torch.stack([trainer.train_step(pixels, targets, optimizer)[0] for _ in range(30)])
+    assert losses[precision][0] != losses["fp32"][0]
+    assert losses[precision][0].item() == pytest.approx(losses["fp32"][0].item(), abs=0.03)
+    assert losses[precision][-1] < 0.5 * losses[precision][0]
+    assert trainer.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_frozen_weights_do_not_move_and_have_no_state():
+    own = network(drop_rate=0.3, blocks=4)
+    before = {name: p.detach().clone() for name, p in own.named_parameters()}
+    optimizer = build_optimizer(own[1], CONFIG, 1e-2)
+    trainer = Trainer(own.train(), CPU, "fp32", seed=1)
+    for _ in range(3):
+        trainer.train_step(*batch(), optimizer)
+    for name, p in own.named_parameters():
+        assert torch.equal(p, before[name]) == (not p.requires_grad), name
+    assert set(optimizer.state) == {p for p in own.parameters() if p.requires_grad}
+
+
+def test_what_a_step_draws_depends_on_seed_and_step_alone():
+    def loss(seed, step, noise):
+        own = network(drop_rate=0.5).train()
+        trainer = Trainer(own, CPU, "fp32", seed)
+        trainer.step = step
+        torch.manual_seed(noise)
+        return trainer.train_step(*batch(), build_optimizer(own[1], CONFIG, 1e-3))[0].item()
+
+    assert loss(1, 5, noise=0) == loss(1, 5, noise=9)
+    assert len({loss(1, 5, 0), loss(1, 6, 0), loss(2, 5, 0)}) == 3
+
+
+def test_an_epoch_returns_means_and_sets_the_rate_at_every_step():
+    own = network()
+    optimizer = build_optimizer(own[1], CONFIG, 1.0)
+    asked = []
+
+    def rate(epoch):
+        asked.append(epoch)
+        return 0.0  # so that the weights stay, and losses can be told in advance
+
+    batches = Batches([batch(6), batch(6), batch(6), batch(6)])
+    numbers = Trainer(own, CPU, "fp32", 1).train_epoch(batches, optimizer, epoch=3, learning_rate=rate)
+    assert asked[:4] == [3, 3.25, 3.5, 3.75]
+    assert batches.sampler.epoch == 3
+    own.eval()
+    batches.sampler.start = 0
+    with torch.no_grad():
+        losses = [F.cross_entropy(own(x), y).item() for x, y in batches]
+        hits = sum((own(x).argmax(1) == y).sum().item() for x, y in batches)
+    assert numbers["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert numbers["top1"] == pytest.approx(hits / 24)
+
+
+def test_an_epoch_is_in_training_mode_whatever_came_before():
+    """Validation leaves the network in evaluation mode, in which nothing is dropped."""
+    own = network(drop_rate=0.5)
+    trainer = Trainer(own, CPU, "fp32", 1)
+    seen = []
+    own[1].register_forward_hook(lambda module, *_: seen.append(module.training))
+    trainer.validate(Batches([batch(6)]))
+    trainer.train_epoch(Batches([batch(6)]), build_optimizer(own[1], CONFIG, 1e-3), 0, lambda epoch: 1e-3)
+    assert seen == [False, True]
+
+
+def test_training_learns():
+    own = network()
+    trainer = Trainer(own, CPU, "fp32", 1)
+    optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+    epochs = []
+    for epoch in range(8):
+        trainer.begin_epoch()
+        epochs.append(trainer.train_epoch(Batches([batch()] * 5), optimizer, epoch, lambda epoch: 1e-3))
+    assert epochs[-1]["loss"] < 0.5 * epochs[0]["loss"]
+    assert epochs[-1]["top1"] == 1
+
+
+def test_a_loss_that_is_not_finite_names_its_step():
+    own = network()
+    trainer = Trainer(own, CPU, "fp32", 1)
+    trainer.step = 100
+    poisoned = []
+
+    def rate(epoch):
+        poisoned.append(epoch)
+        if len(poisoned) == 13:
+            nn.init.constant_(own[1].head.bias, float("nan"))
+        return 1e-3
+
+    with pytest.raises(NonFiniteLoss, match=r"finite at step 113 .*pictures: 072\.png.*Lower init_lr"):
+        trainer.train_epoch(Batches([batch()] * 30), build_optimizer(own[1], CONFIG, 1e-3), 0, rate)
+    assert len(poisoned) == 20  # seen at the next look
+
+
+def test_a_validation_loss_that_is_not_finite():
+    own = network()
+    nn.init.constant_(own[1].head.bias, float("nan"))
+    with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
+        Trainer(own, CPU, "fp32", 1).validate(Batches([batch()]))
+    with torch.no_grad():
+        own[1].head.bias.zero_()[-1] = -math.inf  # as if overflowed, for a class that has no picture here
+    pixels, targets = batch()
+    with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
+        Trainer(own, CPU, "fp32", 1).validate(Batches([(pixels, torch.zeros_like(targets))]))
+
+
+def test_evaluation_keeps_order_and_every_picture_and_no_dropout():
+    own = network(drop_rate=0.5).train()
+    pixels, targets = batch(11)
+    whole = compute_logits(own, Batches([(pixels, targets)]), CPU, "fp32")
+    parts = compute_logits(
+        own,
+        Batches([(pixels[:4], targets[:4]), (pixels[4:8], targets[4:8]), (pixels[8:], targets[8:])]),
+        CPU,
+        "fp32",
+    )
+    sizes = []
+    handle = own.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    trainer = Trainer(own, CPU, "fp32", 1)
+    trainer.micro_batches = 3  # as training had to
+    found = trainer.validate(Batches([(pixels, targets)]))
+    assert sizes == [4, 4, 3]
+    assert found["val_loss"] == pytest.approx(nn.functional.cross_entropy(*whole).item(), abs=1e-5)
+    handle.remove()
+    assert whole[0].shape == (11, 3)
+    torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(parts[1], targets)
+
+
+@pytest.mark.parametrize("way", ["loader", "pictures"])
+def test_evaluation_is_in_the_precision_asked_for(way):
+    own = network().eval()
+    pixels, targets = batch()
+
+    def logits(precision):
+        if way == "loader":
+            return compute_logits(own, Batches([(pixels, targets)]), CPU, precision)[0].log_softmax(1)
+        preprocessing = Preprocessing.of(TrainConfig())
+        transform = EvalTransform(preprocessing)
+        return Classifier(own, preprocessing, transform, ["a", "b", "c"], CPU, precision).probabilities(pixels).log()
+
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = own(pixels).float().log_softmax(1)
+    torch.testing.assert_close(logits("bf16"), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits("fp32"), expected, atol=1e-5)
+
+
+def test_the_loss_scaler_is_restored():
+    trainer = Trainer(network(), CPU, "fp16", 1)
+    optimizer = build_optimizer(trainer.network[1], CONFIG, 1e-3)
+    trainer.train_step(*batch(), optimizer)
+    trainer.scaler.update(new_scale=1234.0)
+    state = trainer.state_dict()
+    assert state["scaler"]["scale"] == 1234.0
+    other = Trainer(network(), CPU, "fp16", 1)
+    other.load_state_dict(state)
+    assert other.state_dict()["scaler"] == state["scaler"]
+    assert other.step == 1
+
+
+def test_only_convolutional_networks_have_their_channels_last():
+    preprocessing = Preprocessing.of(CONFIG)
+    for name, channels_last in (("vit_xs_4", False), ("resnet18", True), ("timm/convnext_atto", True)):
+        model = pixel_network(build_model(name, 2, (64, 64)), preprocessing, CPU)[1]
+        weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_nothing(capsys):
+    """Of a network that can do two pictures at a time."""
+
+    class Narrow(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, inputs):
+            if len(inputs) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return self.network(inputs)
+
+    pixels, targets = batch(7)
+    sgd = TrainConfig(optimizer_type="sgd")
+    weights, losses = [], []
+    for narrow in (False, True):
+        own = network()
+        loss = TrainingLoss(torch.tensor([0.5, 1.0, 4.0]), mixup=0.5)
+        trainer = Trainer(Narrow(own) if narrow else own, CPU, "fp32", 1, loss)
+        optimizer = build_optimizer(own[1], sgd, 0.1)
+        found = [trainer.train_step(pixels, targets, optimizer) for _ in range(3)]
+        losses.append(torch.tensor(found))
+        weights.append(torch.cat([p.flatten() for p in own.parameters()]))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-5)
+    assert trainer.micro_batches == 4
+    assert trainer.state_dict()["micro_batches"] == 4
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 2
+    wanted = "warning: out of memory at step 1: batches of 7 pictures are now worked through in 4 parts"
+    assert told[1].startswith(wanted)
+
+
+def test_what_is_left_out_leaves_no_trace_in_batch_norms_and_figures():
+    """Pictures that are no numbers, between others, of a network that takes up statistics as it computes."""
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))
+    trainer = Trainer(own, CPU, "fp32", 1, on_nan="skip")
+    good = [(torch.rand(6, 3, 2, 2), torch.arange(6) % 3) for _ in range(3)]
+    bad = (torch.full((6, 3, 2, 2), math.nan), torch.arange(6) % 3)
+    optimizer = torch.optim.SGD([{"params": own.parameters(), "lr_scale": 1.0}], 0.0)
+    numbers = trainer.train_epoch(Batches([good[0], bad, *good[1:]]), optimizer, 0, lambda epoch: 0.0)
+    other = nn.BatchNorm1d(12)
+    for pixels, _ in good:
+        other(pixels.flatten(1))
+    for name, buffer in other.named_buffers():
+        assert torch.equal(own[1].get_buffer(name), buffer), name
+    assert numbers["skipped"] == 1
+    with torch.no_grad():
+        hits = sum((own.train()(x).argmax(1) == y).sum().item() for x, y in good)
+    assert numbers["top1"] == pytest.approx(hits / 18)
+
+
+def test_no_memory_for_a_single_picture():
+    class None_(nn.Module):
+        def forward(self, inputs):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    own = network()
+    with pytest.raises(OutOfMemory, match="cpu has too little memory for a single picture"):
+        Trainer(None_(), CPU, "fp32", 1).train_step(*batch(), build_optimizer(own[1], CONFIG, 1e-3))
+
+
+def test_other_errors_are_no_lack_of_memory():
+    own = network()
+    pixels, targets = batch()
+    with pytest.raises(RuntimeError, match="size"):
+        Trainer(own, CPU, "fp32", 1).train_step(pixels[:, :, :5], targets, build_optimizer(own[1], CONFIG, 1e-3))
+
+
+def test_an_epoch_goes_on_where_it_was_cut_off():
+    """Only what is left is asked for, and the means are those of the whole."""
+    batches = [batch(6, seed) for seed in range(5)]
+    means = []
+    for cut in (False, True):
+        own = network()
+        optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+        trainer = Trainer(own, CPU, "fp32", 1)
+        if cut:
+
+            def stop(trainer=trainer):
+                if trainer.done == 2:
+                    raise InterruptedError
+
+            with pytest.raises(InterruptedError):
+                trainer.train_epoch(Batches(batches), optimizer, 0, lambda epoch: 1e-3 * (1 + epoch), stop)
+            state = trainer.state_dict()
+            assert state["epoch_losses"].shape == (2,)
+            trainer = Trainer(own, CPU, "fp32", 1)
+            trainer.load_state_dict(state)
+        loader = Batches(batches)
+        means.append(trainer.train_epoch(loader, optimizer, 0, lambda epoch: 1e-3 * (1 + epoch)))
+        assert loader.sampler.start == (12 if cut else 0)
+    assert means[0] == means[1]
+
+
+def test_an_epoch_of_a_list_that_became_shorter_ends():
+    own = network()
+    trainer = Trainer(own, CPU, "fp32", 1)
+    trainer.done, trainer.losses, trainer.hits = 4, torch.ones(4), torch.ones(4)
+    numbers = trainer.train_epoch(Batches([batch()] * 3), build_optimizer(own[1], CONFIG, 1e-3), 0, lambda epoch: 1e-3)
+    assert numbers["loss"] == 1
+    assert trainer.step == 0

@@ -1,0 +1,48 @@
+"""Features of the images of a list, in place of the images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.data.image_list import ImageList
+from utils.data.sampler import Key
+
+
+class FeatureDataset(Dataset):
+    """What the frozen part of a network made of the pictures of a list: a drop-in for `ImageDataset` behind it.
+
+    Args:
+        views: of each the features (n, ...); which of them of a picture comes changes from epoch to epoch.
+        images: the list.
+        seed: of the order.
+    """
+
+    def __init__(self, views: Sequence[Tensor], images: ImageList, seed: int) -> None:
+        self.views = tuple(views)
+        self.images = images
+        self.class_ids = images.class_ids
+        self.targets = torch.from_numpy(images.class_ids.astype(np.int64))
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
+        """A batch: features (B, ...) and class ids (B,)."""
+        epoch, index, repeat = torch.tensor(keys).unbind(1)
+        of_view = (epoch + index + repeat) % len(self.views)
+        batch = self.views[0].new_empty(len(keys), *self.views[0].shape[1:])
+        for number, features in enumerate(self.views):
+            rows = (of_view == number).nonzero()[:, 0]
+            batch[rows] = features[index[rows]]
+        return batch, self.targets[index]
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Nothing is left to do."""
+        return batch

@@ -1,0 +1,75 @@
+"""Data sets to batches."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from utils.data.dataset import ImageDataset
+from utils.data.feature_dataset import FeatureDataset
+from utils.data.sampler import EpochSampler, Sampling
+from utils.system.signals import WorkerDied, held, ignore_interrupt, watch_workers
+
+
+def batch_paths(loader: DataLoader, number: int) -> list[str]:
+    """The files of the batch `number` (from 0) of the epoch that `loader` is at."""
+    sampler = copy.copy(loader.sampler)
+    sampler.start = number * loader.batch_size
+    return [loader.dataset.images.path(index) for _, index, _ in islice(sampler, loader.batch_size)]
+
+
+def train_loader(
+    dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling = "shuffle"
+) -> DataLoader:
+    """Batches of uint8 pixels (B, 3, height, width), or of features (B, ...), and class ids (B,), anew in each epoch.
+
+    All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
+    `loader.sampler.epoch` and `.start` before each epoch; the loader's length is that of a whole one.
+    """
+    return _loader(dataset, batch_size, num_workers, sampling)
+
+
+def eval_loader(dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int) -> DataLoader:
+    """Batches in the list's order, every picture once; the last batch may be smaller."""
+    return _loader(dataset, batch_size, num_workers, None)
+
+
+def fetch(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `loader`.
+
+    Raises:
+        WorkerDied: one of its workers did.
+    """
+    with held():  # so that no worker is started that nobody knows of
+        batches = iter(loader)
+        watch_workers()
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise WorkerDied(error) from error
+
+
+def _loader(
+    dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling | None
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(dataset.class_ids, sampling, dataset.seed),
+        num_workers=num_workers,
+        collate_fn=dataset.collate,
+        drop_last=sampling is not None,
+        pin_memory=torch.cuda.is_initialized(),  # a run on the processor leaves the GPU alone
+        persistent_workers=num_workers > 0,
+        worker_init_fn=ignore_interrupt,
+        # Forked workers share the list; those that are spawned each get a copy of it.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+    )

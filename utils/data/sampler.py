@@ -1,0 +1,61 @@
+"""Which samples an epoch has, in which order: a function of (seed, epoch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from utils.data.image_list import count_earlier
+from utils.system.seeds import derive_seed
+
+Key = tuple[int, int, int]
+Sampling = Literal["shuffle", "balanced"]
+
+
+class EpochSampler(Sampler):
+    """The keys of one epoch, in an order that is a function of (seed, epoch).
+
+    Args:
+        class_ids: (n,), of the pictures.
+        sampling: "shuffle": every picture once; "balanced": n draws, every class equally often in the mean, so that
+            pictures of small classes come several times and those of large ones not in every epoch; None: in the list's
+            order.
+        seed: another seed gives other orders.
+
+    Attributes:
+        epoch: which one, from 0.
+        start: how many of its keys are left out at the beginning, since they were trained on already.
+    """
+
+    def __init__(self, class_ids: np.ndarray, sampling: Sampling | None, seed: int) -> None:
+        self.class_ids = class_ids
+        self.sampling = sampling
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(self.class_ids)
+
+    def __iter__(self) -> Iterator[Key]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
+        if self.sampling == "shuffle":
+            order = torch.randperm(len(self), generator=generator).numpy()
+        elif self.sampling == "balanced":
+            order = self._balanced(generator)
+        else:
+            order = np.arange(len(self))
+        repeats = count_earlier(order) if self.sampling == "balanced" else np.zeros(len(self), np.uint8)
+        for index, repeat in zip(order[self.start :], repeats[self.start :], strict=True):
+            yield self.epoch, int(index), int(repeat)
+
+    def _balanced(self, generator: torch.Generator) -> np.ndarray:
+        by_class = np.argsort(self.class_ids, kind="stable")
+        _, starts, counts = np.unique(self.class_ids[by_class], return_index=True, return_counts=True)
+        drawn = torch.randint(len(counts), (len(self),), generator=generator).numpy()
+        within = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy() * counts[drawn]
+        return by_class[starts[drawn] + within.astype(np.int64)]

@@ -1,0 +1,4 @@
+"""How good a checkpoint is: lists, mistakes, corruptions, comparison, report.
+
+Imports `inference` and the floors below it.
+"""

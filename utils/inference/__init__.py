@@ -1,0 +1,4 @@
+"""From a checkpoint to predictions: classifier, rejection, explanations, exported files read back.
+
+Imports `runs` and the floors below it.
+"""

@@ -1,0 +1,4 @@
+"""Figures of logits and targets, as plain functions: accuracy, calibration, intervals.
+
+Imports no other package of Thaw.
+"""

@@ -1,0 +1,109 @@
+"""Logits and class ids to plain numbers, with intervals that say how sure they are.
+
+scikit-learn, slow to import, is imported where it is used: training goes without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.metrics.intervals import bootstrap_intervals, wilson_interval
+from utils.metrics.scores import Scores, expected_calibration_error
+
+OF_A_CLASS = ("precision", "recall", "f1", "roc_auc", "average_precision")
+
+
+def cross_entropy(logits: Tensor, class_ids: Tensor) -> float:
+    """Mean cross-entropy in nats of logits (N, classes) against class ids (N,)."""
+    return F.cross_entropy(logits.float(), class_ids).item()
+
+
+def true_ranks(values: Tensor, class_ids: Tensor) -> Tensor:
+    """How many classes come before the true one (N,), by logits or probabilities (N, classes); of equal ones the lower
+    id is first."""
+    of_truth = values.gather(1, class_ids[:, None])  # (N, 1)
+    lower_id = torch.arange(values.shape[1]) < class_ids[:, None]  # (N, classes)
+    return ((values > of_truth) | ((values == of_truth) & lower_id)).sum(dim=1)
+
+
+def top_k_accuracy(logits: Tensor, class_ids: Tensor, k: int) -> float:
+    """The part of the pictures, 0 to 1, whose class is among the `k` of highest logit."""
+    return (true_ranks(logits, class_ids) < k).double().mean().item()
+
+
+def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
+    """What `metrics.json` holds of the pictures; its keys are described in the README.
+
+    Precision of a class that was never predicted counts as 0. Means over classes are taken over those that have
+    pictures; a class without any has no figures of its own (None) and is named under `absent_classes`.
+
+    Args:
+        scores: of the pictures.
+        class_names: name of each class id.
+    """
+    n, support = len(scores), scores.support
+    ranks = true_ranks(torch.from_numpy(scores.probabilities), torch.from_numpy(scores.class_ids))
+    top = {f"top{k}": int((ranks < k).sum()) for k in (1, 5) if k == 1 or len(class_names) > k}
+    by_class = class_figures(scores)
+    precision, recall, f1, roc_auc, average_precision = (by_class[name] for name in OF_A_CLASS)
+    present = support > 0
+    spread, f1_intervals = bootstrap_intervals(scores)
+    return {
+        "pictures": n,
+        **{name: hits / n for name, hits in top.items()},
+        "balanced_accuracy": float(recall[present].mean()),
+        "macro_precision": float(precision[present].mean()),
+        "macro_recall": float(recall[present].mean()),
+        "macro_f1": float(f1[present].mean()),
+        "log_loss": float(scores.losses.mean()),
+        "brier": float(scores.briers.mean()),
+        "ece": float(expected_calibration_error(scores)),
+        "roc_auc": _mean(roc_auc),
+        "average_precision": _mean(average_precision),
+        "intervals": {name: list(wilson_interval(hits, n)) for name, hits in top.items()} | spread,
+        "absent_classes": [name for name, there in zip(class_names, present, strict=True) if not there],
+        "per_class": [
+            {"class": name, "support": int(support[k])} | _class_row(scores, by_class, f1_intervals, k)
+            for k, name in enumerate(class_names)
+        ],
+    }
+
+
+def class_figures(scores: Scores) -> dict[str, np.ndarray]:
+    """Each of `OF_A_CLASS`, (classes,); the areas are those of a class against the rest, NaN where there are no
+    pictures of it or of no other."""
+    from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
+
+    precision, recall, f1, support = precision_recall_fscore_support(
+        scores.class_ids, scores.predicted, labels=range(scores.num_classes), zero_division=0
+    )
+    roc_auc, average_precision = np.full((2, scores.num_classes), np.nan)
+    for k in np.flatnonzero((support > 0) & (support < len(scores))):
+        positive, score = scores.class_ids == k, scores.probabilities[:, k]
+        roc_auc[k] = roc_auc_score(positive, score)
+        average_precision[k] = average_precision_score(positive, score)
+    return dict(zip(OF_A_CLASS, (precision, recall, f1, roc_auc, average_precision), strict=True))
+
+
+def _class_row(
+    scores: Scores, by_class: dict[str, np.ndarray], f1_intervals: list[list[float] | None], k: int
+) -> dict[str, float | list[float] | None]:
+    """The figures of class `k`; all None if it has no pictures."""
+    confusion = scores.confusion
+    hits, support, predicted = (int(count) for count in (confusion[k, k], confusion[k].sum(), confusion[:, k].sum()))
+    row: dict[str, Any] = {"predicted": predicted}
+    row |= {name: None if np.isnan(values[k]) else float(values[k]) for name, values in by_class.items()}
+    row["precision_interval"] = list(wilson_interval(hits, predicted))
+    row["recall_interval"] = list(wilson_interval(hits, support))
+    row["f1_interval"] = f1_intervals[k]
+    return row if support else dict.fromkeys(row) | {"predicted": predicted}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return None if np.isnan(values).all() else float(np.nanmean(values))
