@@ -12,9 +12,9 @@ from utils.config.train_config import Device
 from utils.data.image_list import ImageList
 from utils.evaluation.compare import compare as compare_scores
 from utils.evaluation.compare import flipped_rows, format_comparison, format_flipped
-from utils.evaluation.eval_lists import count_seen, read_images, read_strangers
+from utils.evaluation.eval_lists import count_seen, read_images, read_ood_images
 from utils.evaluation.evaluation import Evaluation, evaluate_corrupted
-from utils.evaluation.gallery import shown_pictures
+from utils.evaluation.gallery import shown_images
 from utils.evaluation.mistakes import worst_mistakes
 from utils.evaluation.report_files import format_metrics, write_comparison, write_events, write_numbers
 from utils.evaluation.report_page import WORST, render
@@ -36,7 +36,7 @@ def main(
     classes_path: str = "model_data/cls_classes.txt",
     out: str = "",
     compare: tuple[str, str] | None = None,
-    strangers: str = "",
+    ood: str = "",
     raw: bool = False,
     max_error: float = 0.05,
     corrupted: int = 200,
@@ -47,26 +47,24 @@ def main(
     """Evaluate a checkpoint on a list or a folder: numbers, and a page that shows what is wrong.
 
     Args:
-        data: a list, or a folder with a folder of pictures per class; empty: cls_test.txt, else cls_val.txt.
+        data: a list, or a folder with a folder of images per class; empty: cls_test.txt, else cls_val.txt.
         model_path: a checkpoint, a run's folder, or a folder of runs, of which the newest counts; empty: logs/.
         classes_path: names the class ids of a list, to be compared with the checkpoint's classes.
         out: folder for what is written; empty: the run's, or metrics_out for a checkpoint that lies elsewhere.
         compare: two of what model_path may be, to find out whether the second is better than the first.
-        strangers: folder of pictures that are of none of the classes: how many are rejected goes into the report.
+        ood: folder of images that are of none of the classes: how many are rejected goes into the report.
         raw: take the probabilities as the network gives them, without the temperature fitted after training.
         max_error: part of the accepted answers that may be wrong, for the figures on rejection.
-        corrupted: how many pictures, drawn at random, are also tried a little blurred, noisy, turned, ...; 0: none.
-        batch_size: pictures that go through the network at a time.
-        num_workers: processes that load pictures; 0: none besides the main one.
+        corrupted: how many images, drawn at random, are also tried a little blurred, noisy, turned, ...; 0: none.
+        batch_size: images that go through the network at a time.
+        num_workers: processes that load images; 0: none besides the main one.
         device: auto, cuda, cpu or mps.
     """
     check(batch_size, num_workers, corrupted, max_error, out)
     data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
     if compare:
-        if model_path or strangers:
-            raise ValueError(
-                "compare names its two checkpoints and takes no strangers: leave off model_path and strangers"
-            )
+        if model_path or ood:
+            raise ValueError("compare names its two checkpoints and takes no ood: leave off model_path and ood")
         checkpoints = [find_checkpoint(path) for path in compare]
         a, b = (load_classifier(path, device, raw) for path in checkpoints)
         images = read_images(data, classes_path, a.class_names)
@@ -79,17 +77,17 @@ def main(
     classifier = load_classifier(checkpoint, device, raw)
     print(f"checkpoint {checkpoint} on {data}")
     images = read_images(data, classes_path, classifier.class_names)
-    stranger_images = read_strangers(classifier, strangers) if strangers else None
+    ood_images = read_ood_images(classifier, ood) if ood else None
     folder = prepare(Path(out) if out else results_folder(checkpoint))
     if (earlier := read_json(folder / "metrics.json").get("data", data)) != data:
         print(f"warning: what {folder} has of {cli.printable(str(earlier))} is replaced; --out would keep both")
     times = [started, time.perf_counter()]
     outputs = infer(classifier, images, num_workers, batch_size)
-    of_strangers = meet(classifier, stranger_images, num_workers, batch_size) if stranger_images else None
+    ood_outputs = infer_ood(classifier, ood_images, num_workers, batch_size) if ood_images else None
     times.append(time.perf_counter())
     worse = evaluate_corrupted(classifier, images, outputs, corrupted, num_workers, batch_size)
     times.append(time.perf_counter())
-    evaluation = Evaluation(checkpoint, sha256, data, classifier, images, outputs, worse, of_strangers, max_error)
+    evaluation = Evaluation(checkpoint, sha256, data, classifier, images, outputs, worse, ood_outputs, max_error)
     print(format_metrics(evaluation.metrics))
     for note in evaluation.metrics["notes"]:
         print(f"warning: {cli.printable(note)}")
@@ -130,7 +128,7 @@ def prepare(folder: Path) -> Path:
 def infer(
     classifier: Classifier, images: ImageList, num_workers: int, batch_size: int, title: str = "evaluating"
 ) -> Outputs:
-    """What a classifier makes of pictures.
+    """What a classifier makes of images.
 
     Raises:
         ImageError: one can't be read.
@@ -142,25 +140,25 @@ def infer(
 
 
 def check_finite(classifier: Classifier, images: ImageList, outputs: Outputs) -> None:
-    """Raise a ValueError that names a picture for which an output isn't finite, if there is one."""
+    """Raise a ValueError that names an image for which an output isn't finite, if there is one."""
     if len(broken := (~outputs.logits.isfinite().all(dim=1)).nonzero()):
         first = images.path(int(outputs.indices[broken[0]]))
-        raise ValueError(f"{first}, one of {len(broken)} such pictures: {classifier.no_numbers}")
+        raise ValueError(f"{first}, one of {len(broken)} such images: {classifier.non_finite_message}")
 
 
-def meet(classifier: Classifier, strangers: ImageList, num_workers: int, batch_size: int) -> Outputs:
+def infer_ood(classifier: Classifier, ood: ImageList, num_workers: int, batch_size: int) -> Outputs:
     """What a classifier makes of strangers; those that can't be read are named and left out.
 
     Raises:
         ValueError: none of them can, or an output isn't finite.
     """
-    outputs = compute_outputs(classifier, strangers, num_workers, batch_size, skip_unreadable=True, title="strangers")
-    check_finite(classifier, strangers, outputs)
-    unreadable = sorted(set(range(len(strangers))) - set(outputs.indices.tolist()))
-    if len(unreadable) == len(strangers):
-        raise ValueError(f"strangers: none of the {len(strangers)} pictures can be read")
+    outputs = compute_outputs(classifier, ood, num_workers, batch_size, skip_unreadable=True, title="ood")
+    check_finite(classifier, ood, outputs)
+    unreadable = sorted(set(range(len(ood))) - set(outputs.indices.tolist()))
+    if len(unreadable) == len(ood):
+        raise ValueError(f"ood: none of the {len(ood)} images can be read")
     for i in unreadable:
-        print(f"warning: a stranger that can't be read is left out: {cli.printable(strangers.path(i))}")
+        print(f"warning: a stranger that can't be read is left out: {cli.printable(ood.path(i))}")
     return outputs
 
 
@@ -173,16 +171,16 @@ def compare_classifiers(
     num_workers: int,
     batch_size: int,
 ) -> None:
-    """Put two classifiers to the same pictures; print and write whether the second is better.
+    """Put two classifiers to the same images; print and write whether the second is better.
 
     Args:
         checkpoints: their files.
         classifiers: what these hold.
-        images: the pictures.
+        images: the images.
         data: where these are from.
         folder: where to write.
-        num_workers: processes that load pictures.
-        batch_size: pictures that go through a network at a time.
+        num_workers: processes that load images.
+        batch_size: images that go through a network at a time.
 
     Raises:
         ValueError: they tell other classes apart.
@@ -207,11 +205,11 @@ def compare_classifiers(
     rows = flipped_rows(scores_a, scores_b, [images.path(i) for i in range(len(images))], names)
     print(f"{format_comparison(found)}\n{format_flipped(rows)}".rstrip())
     write_comparison(folder, found, rows)
-    print(f"written to {folder}/comparison.json, and all pictures that only one names right to {folder}/flipped.csv")
+    print(f"written to {folder}/comparison.json, and all images that only one names right to {folder}/flipped.csv")
 
 
 def write_report(folder: Path, evaluation: Evaluation) -> None:
-    """Write the numbers, the page, the confusion matrix as a picture and, in a run's folder, TensorBoard's events."""
+    """Write the numbers, the page, the confusion matrix as an image and, in a run's folder, TensorBoard's events."""
     from utils.evaluation.plots import plot_confusion
 
     classifier = evaluation.classifier
@@ -221,7 +219,7 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
     train = read_embeddings(evaluation.checkpoint, classifier.calibration, len(classifier.class_names))
     write_text(folder / PAGE, render(evaluation, train))
     if is_run(folder):
-        worst = shown_pictures(evaluation, worst_mistakes(evaluation.scores, WORST))
+        worst = shown_images(evaluation, worst_mistakes(evaluation.scores, WORST))
         write_events(folder, evaluation, confusion, worst)
 
 

@@ -28,10 +28,10 @@ def main(
     out: str = "",
     data: str = "",
     classes_path: str = "model_data/cls_classes.txt",
-    pictures: int = 500,
+    check_images: int = 500,
     card: bool = False,
 ) -> None:
-    """Make one file of a checkpoint, and check on real pictures that it gives what the checkpoint gives.
+    """Make one file of a checkpoint, and check on real images that it gives what the checkpoint gives.
 
     Args:
         model_path: a checkpoint, a run's folder, or a folder of runs, of which the newest counts; empty: logs/.
@@ -40,17 +40,17 @@ def main(
         precision: fp16: the weights take half the room, of onnx and safetensors; int8: a quarter, at some cost in
             accuracy, of onnx only.
         out: folder for what is written; empty: "export" in the checkpoint's folder.
-        data: a list, or a folder with a folder of pictures per class, to check with; empty: the run's validation list.
+        data: a list, or a folder with a folder of images per class, to check with; empty: the run's validation list.
         classes_path: names the class ids of a list that data names, to be compared with the checkpoint's classes.
-        pictures: how many pictures to check with, drawn evenly from the classes.
+        check_images: how many images to check with, drawn evenly from the classes.
         card: also write a model card, README.md, beside it: classes, counts, what eval.py found, limits, how to load,
             and the hashes of all exported files there.
     """
-    check(format, precision, pictures, out)
+    check(format, precision, check_images, out)
     checkpoint = find_checkpoint(model_path)
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")
-    images = pictures_to_check(checkpoint, classifier, data, classes_path)
-    drawn = take(images, draw(images, pictures, seed=0, by_class=True))
+    images = images_to_check(checkpoint, classifier, data, classes_path)
+    drawn = take(images, draw(images, check_images, seed=0, by_class=True))
     facts = describe_export(classifier, checkpoint, precision)
     path = Path(out or checkpoint.parent / "export", STEMS[precision] + FORMATS[format].suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,17 +65,17 @@ def main(
         print(f"written to {write_model_card(path.parent, checkpoint, classifier, facts)}")
 
 
-def check(format: str, precision: str, pictures: int, out: str) -> None:
+def check(format: str, precision: str, check_images: int, out: str) -> None:
     """Raise a ValueError that names what can't work."""
     if precision not in PRECISIONS[format]:
         raise ValueError(f"precision={precision} isn't for format={format}: take {' or '.join(PRECISIONS[format])}")
     cli.check_folder("out", out)
-    if pictures < 1:
-        raise ValueError(f"pictures={pictures}: give 1 or more; nothing is exported unchecked")
+    if check_images < 1:
+        raise ValueError(f"check_images={check_images}: give 1 or more; nothing is exported unchecked")
 
 
-def pictures_to_check(checkpoint: Path, classifier: Classifier, data: str, classes_path: str) -> ImageList:
-    """The pictures of `data`; if it is empty, of the run's validation list, in its folder or where its settings say.
+def images_to_check(checkpoint: Path, classifier: Classifier, data: str, classes_path: str) -> ImageList:
+    """The images of `data`; if it is empty, of the run's validation list, in its folder or where its settings say.
 
     Raises:
         FileNotFoundError: there is no such list.
@@ -129,7 +129,7 @@ def format_comparison(comparison: Comparison) -> str:
     n, before, after = len(comparison.paths), *comparison.accuracy
     told = [f"left out: {cli.printable(error)}" for error in comparison.unreadable]
     told.append(
-        f"{n} pictures: the same class for {comparison.same_top1.sum()}, probabilities within "
+        f"{n} images: the same class for {comparison.same_top1.sum()}, probabilities within "
         f"{comparison.difference.max():.1e}; top-1 {before:.2%} before, {after:.2%} exported"
     )
     return "\n".join(told)

@@ -1,4 +1,4 @@
-"""Name what is in pictures: `python predict.py PATH ...`, see `--help`."""
+"""Name what is in images: `python predict.py PATH ...`, see `--help`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from nets.weights.pretrained import IN_THE_BOX
-from utils.annotation.folder_scan import is_demo, pictures_below
+from nets.weights.pretrained import BUNDLED_WEIGHTS
+from utils.annotation.folder_scan import find_images, is_demo
 from utils.config.train_config import Device
 from utils.data.image_io import open_image
 from utils.inference.classifier import BATCH, WEIGHTS_SUFFIX, Classifier, load_classifier
@@ -35,7 +35,7 @@ from utils.inference.prediction import (
     to_row,
 )
 from utils.inference.rejection import UNKNOWN, Rejection
-from utils.inference.save_predictions import LEAST_SIDE, copy_into, folder_names, save_labelled
+from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, save_labelled
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import CONFIG_FILE
 from utils.system import cli
@@ -44,7 +44,7 @@ from utils.system.text import printable
 Model = Classifier | OnnxClassifier
 
 EXPLAINED = "explained"
-"""Where pictures go that are to be explained, if `--save` names no folder."""
+"""Where images go that are to be explained, if `--save` names no folder."""
 
 
 def main(
@@ -62,7 +62,7 @@ def main(
     raw: bool = False,
     device: Device = "auto",
 ) -> int:
-    """Name what is in pictures.
+    """Name what is in images.
 
     Args:
         paths: files, folders (with all below them) and globs; "-": paths from the standard input, one a line, many
@@ -73,18 +73,18 @@ def main(
         top_k: how many classes to give.
         json_lines: print one JSON object a line, with path, label and predictions, or error.
         csv_lines: print a table of comma-separated values.
-        save: folder that gets the pictures with their labels written below them.
+        save: folder that gets the images with their labels written below them.
         explain: save them (in "explained" if save names no folder) with maps of what the network looked at beside them.
-        sort_into: folder that gets a copy of each picture in a folder named after its class; nothing is overwritten.
-        reject_below: answer "unknown" where the probability is below this (0 to 1), or the picture is unlike all
+        sort_into: folder that gets a copy of each image in a folder named after its class; nothing is overwritten.
+        reject_below: answer "unknown" where the probability is below this (0 to 1), or the image is unlike all
             classes. "auto": below what validation showed to be needed for max_error.
         max_error: with reject_below=auto, the part of the accepted answers that may be wrong.
-        tta: average over several views of each picture: five to ten times the time, sometimes a little better.
+        tta: average over several views of each image: five to ten times the time, sometimes a little better.
         raw: give probabilities as the network does, without the temperature fitted after training.
         device: auto, cuda, cpu or mps.
 
     Returns:
-        The exit status: 1 if a picture has no answer, mostly since it can't be read.
+        The exit status: 1 if an image has no answer, mostly since it can't be read.
     """
     check(top_k, json_lines, csv_lines, save, sort_into)
     model_path, paths = choose_model(model_path, paths)
@@ -92,18 +92,18 @@ def main(
     rejection = choose_rejection(classifier, reject_below, max_error, tta)
     top_k = min(top_k, len(classifier.class_names))
     given = list(expand(paths)) if paths and "-" not in paths else None
-    pictures = given if given is not None else expand(paths or ask())
-    tell = choose_format(classifier, json_lines, csv_lines, top_k, single=not paths or len(given or ()) == 1)
+    images = given if given is not None else expand(paths or ask_for_paths())
+    format_answer = choose_format(classifier, json_lines, csv_lines, top_k, single=not paths or len(given or ()) == 1)
     if csv_lines:
         print(csv_header(top_k))
     save = save or (EXPLAINED if explain else "")
     folders = folder_names([*classifier.class_names, UNKNOWN])
     counts: Counter[str] = Counter()
-    answers = classifier.stream(pictures, top_k, BATCH if paths else 1, tta, rejection)
+    answers = classifier.stream(images, top_k, BATCH if paths else 1, tta, rejection)
     many = len(given) > BATCH if given is not None else bool(paths)
-    with tqdm(total=len(given) if given else None, unit="picture", leave=False, disable=None if many else True) as bar:
+    with tqdm(total=len(given) if given else None, unit="image", leave=False, disable=None if many else True) as bar:
         for answer in answers:
-            tqdm.write(tell(answer), file=sys.stdout)
+            tqdm.write(format_answer(answer), file=sys.stdout)
             sys.stdout.flush()
             bar.update()
             if isinstance(answer, Failure):
@@ -117,7 +117,7 @@ def main(
     if sum(counts.values()) > 1:
         print(summarise(counts), file=sys.stderr)
     for folder in filter(None, (save, sort_into)):
-        print(f"written to {folder}/: {sum(counts.values()) - counts['']} pictures", file=sys.stderr)
+        print(f"written to {folder}/: {sum(counts.values()) - counts['']} images", file=sys.stderr)
     return 1 if counts[""] else 0
 
 
@@ -132,12 +132,12 @@ def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: s
 
 
 def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Which model, and the paths of the pictures: an exported file among these, which comes first, is the model."""
+    """Which model, and the paths of the images: an exported file among these, which comes first, is the model."""
     if not paths or not paths[0].lower().endswith((SUFFIX, WEIGHTS_SUFFIX)):
         return model_path, paths
     if model_path:
         raise ValueError(
-            f"there are two models, {model_path} and {paths[0]}: leave model_path off, or give pictures only"
+            f"there are two models, {model_path} and {paths[0]}: leave model_path off, or give images only"
         )
     return paths[0], paths[1:]
 
@@ -176,14 +176,14 @@ def find_model(model_path: str) -> Path:
     try:
         return find_checkpoint(model_path)
     except FileNotFoundError:
-        if model_path or not IN_THE_BOX.is_file():
+        if model_path or not BUNDLED_WEIGHTS.is_file():
             raise
         if any(Path("logs").glob(f"*/{CONFIG_FILE}")):
             raise FileNotFoundError(
                 "no run in logs/ has a checkpoint yet: wait for the first epoch, or give --model-path"
             ) from None
         print("there is no run in logs/ yet, so the network that comes with Thaw answers", file=sys.stderr)
-        return IN_THE_BOX
+        return BUNDLED_WEIGHTS
 
 
 def choose_rejection(classifier: Model, reject_below: str, max_error: float, tta: bool) -> Rejection | None:
@@ -226,7 +226,7 @@ def choose_rejection(classifier: Model, reject_below: str, max_error: float, tta
 def choose_format(
     classifier: Model, json_lines: bool, csv_lines: bool, top_k: int, single: bool
 ) -> Callable[[Answer], str]:
-    """How answers are printed: in a terminal as bars for one picture and as a table that fits its width for many."""
+    """How answers are printed: in a terminal as bars for one image and as a table that fits its width for many."""
     if json_lines:
         return to_json
     if csv_lines:
@@ -241,11 +241,11 @@ def choose_format(
 
 
 def expand(paths: Iterable[str]) -> Iterator[str]:
-    """Files as they are, the pictures in folders and below, and what globs match, sorted; for "-" those that the
+    """Files as they are, the images in folders and below, and what globs match, sorted; for "-" those that the
     standard input names.
 
-    The built-in digits are passed over in a folder that has other pictures. A path that is none of these, and a folder
-    without pictures, come out as they are: reading them gives the error.
+    The built-in digits are passed over in a folder that has other images. A path that is none of these, and a folder
+    without images, come out as they are: reading them gives the error.
     """
     for path in paths:
         if path == "-":
@@ -258,7 +258,7 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
                 continue
             if os.path.isdir(match):
                 walked += (os.path.join(match, ""),)
-                found = pictures_below(match, skipped := Counter())
+                found = find_images(match, skipped := Counter())
                 for reason, count in skipped.items():
                     print(f"passed over in {match}: {count} {reason}", file=sys.stderr)
                 yield from [path for path in found if not is_demo(path)] or found or [match]
@@ -277,10 +277,10 @@ def read_lines() -> Iterator[str]:
                 yield name.decode("oem", "replace")
 
 
-def ask() -> Iterator[str]:
+def ask_for_paths() -> Iterator[str]:
     """Paths typed in, until the input ends or a line is empty; quotes around one are taken off."""
     while True:
-        print("picture (empty line to leave): ", end="", file=sys.stderr, flush=True)
+        print("image (empty line to leave): ", end="", file=sys.stderr, flush=True)
         path = sys.stdin.readline().strip()
         if not path:
             return
@@ -288,23 +288,23 @@ def ask() -> Iterator[str]:
 
 
 def keep(classifier: Model, answer: Prediction, folder: Path, explained: bool) -> None:
-    """Save a picture with its label, and with maps of what the network looked at if it is to be explained."""
+    """Save an image with its label, and with maps of what the network looked at if it is to be explained."""
     image = open_image(answer.path, classifier.preprocessing.max_pixels, classifier.preprocessing.allow_truncated)
     maps = {}
     if explained:
         from utils.inference.explain import explain_one  # slow to import
 
         likeliest = classifier.class_names.index(answer.classes[0][0])
-        maps = explain_one(classifier, classifier.load(answer.path), likeliest, LEAST_SIDE)
+        maps = explain_one(classifier, classifier.load(answer.path), likeliest, MIN_SIDE)
     save_labelled(image, answer, folder, maps)
 
 
 def summarise(counts: Counter[str]) -> str:
-    """How many pictures got which label."""
+    """How many images got which label."""
     failed = counts[""]
     labels = ", ".join(f"{count} as {shorten(printable(name), 40)}" for name, count in counts.most_common(9) if name)
     more = len(counts) > 9
-    told = f"{sum(counts.values())} pictures: {labels}{', ...' if more else ''}"
+    told = f"{sum(counts.values())} images: {labels}{', ...' if more else ''}"
     return told + (f"; {failed} without an answer" if failed else "")
 
 

@@ -23,15 +23,15 @@ from utils.data.image_list import read_first_path
 from utils.data.loader import eval_loader, train_loader
 from utils.data.preprocessing import Preprocessing
 from utils.inference.fit_calibration import calibrate_checkpoint
-from utils.modeling.build import draw_network, make_model, of_size
+from utils.modeling.build import build_meta_network, build_network, of_size
 from utils.modeling.pixel_network import pixel_network
 from utils.modeling.precision import choose_precision, pick_device
 from utils.runs.checkpoint import BEST
+from utils.runs.resolve_recipe import resolve_recipe
 from utils.runs.resume import open_run
 from utils.runs.run import Run
-from utils.runs.settle_recipe import settle_recipe
 from utils.system import cli
-from utils.system.signals import stop_signals
+from utils.system.signals import handle_stop_signals
 from utils.training.datasets import Data, load_data, make_datasets, report_unreadable
 from utils.training.feature_cache import FeatureCache, ThawedPart
 from utils.training.optimizer import build_optimizer
@@ -40,13 +40,13 @@ from utils.training.summary import format_config, format_model, format_stages
 from utils.training.trainer import make_trainer
 
 # As it stands, for the built-in handwritten digits: the network in model_data/, which has seen aeroplanes and cats,
-# learns to read in a minute and a half, on slow cores in some minutes. For photos "Your own pictures" in README.md has
+# learns to read in a minute and a half, on slow cores in some minutes. For photos "Your own images" in README.md has
 # another to put in its place; little of this one suits them.
 CONFIG = TrainConfig(
     # the network
     backbone="vit_xs_4",  # 6 blocks, patches of 4 pixels
     input_shape=(32, 32),  # height and width
-    pretrained=True,  # with so few pictures nothing helps as much
+    pretrained=True,  # with so few images nothing helps as much
     model_path="",  # weights of your own to start from
     drop_rate=0.0,
     attn_drop_rate=0.0,
@@ -60,20 +60,20 @@ CONFIG = TrainConfig(
     unfreeze_batch_size=32,
     # the optimizer
     optimizer_type="adamw",
-    init_lr=4e-3,  # for 256 pictures a step: 5e-4 for 32
+    init_lr=4e-3,  # for 256 images a step: 5e-4 for 32
     min_lr=4e-5,
     weight_decay=0.05,
-    # the pictures
+    # the images
     train_crop=0.6,  # digits fill their frame: no small crops,
     eval_crop=1.0,
     horizontal_flip=0.0,  # no mirroring
     augmentation="none",  # and no rotation
     # the machine
-    num_workers=0,  # tiny pictures need none
+    num_workers=0,  # tiny images need none
 )
 
 
-@stop_signals()
+@handle_stop_signals()
 def main(
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG,
     summary: bool = False,
@@ -87,7 +87,7 @@ def main(
         config: the settings.
         summary: print what would be trained, and leave.
         find_lr: try all learning rates, one a step, plot the losses, suggest an init_lr, and leave.
-        cross_validate: train so many times instead, each time validated on another part of the pictures.
+        cross_validate: train so many times instead, each time validated on another part of the images.
         group_regex: with cross_validate, as in txt_annotation.py: one patient, video or burst stays in one part.
     """
     if group_regex and not cross_validate:
@@ -99,19 +99,19 @@ def main(
         config = keep_flags(config, cli.given_flags())
     asked = config
     if config.recipe == "auto":
-        config = settle_recipe(config, device)
+        config = resolve_recipe(config, device)
     if cross_validate:
         from utils.runs import cross_validation  # brings scikit-learn
 
         cross_validation.cross_validate(config, cross_validate, group_regex, main)
         return
-    transformer = draw_network(config, num_classes=2).transformer
+    transformer = build_meta_network(config, num_classes=2).transformer
     print(f"config\n{format_config(config)}")
     data = load_data(config)
     stages = plan_stages(config, len(data.train_images), transformer)
     precision, reason = choose_precision(config.precision, device)
     print(f"precision: {config.precision} -> {precision}, {reason}")
-    drawn = draw_network(config, len(data.class_names))
+    drawn = build_meta_network(config, len(data.class_names))
     print(f"{config.backbone} on {device} in {precision}\n{format_model(drawn, stages)}")
     print(format_stages(stages, len(data.train_images)))
     if summary:
@@ -135,7 +135,7 @@ def open_or_begin(config: TrainConfig, asked: TrainConfig, data: Data, device: t
     lists = {"train": data.train_images, "val": data.val_images}
     folder = open_run(config, data.class_names, lists, asked)
     try:
-        config, model, origin = make_model(config, data.class_names, folder.checkpoint)
+        config, model, origin = build_network(config, data.class_names, folder.checkpoint)
         network = pixel_network(model, Preprocessing.of(config), device)
         trainer = make_trainer(config, network, precision, data.train_images.class_ids, folder.checkpoint)
         return Run(config, model, trainer, data.class_names, lists, folder, origin)
@@ -150,7 +150,7 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
     Raises:
         NonFiniteLoss: a training or validation loss isn't finite; what was saved before stays.
         SaveError: a checkpoint can't be written; likewise.
-        WorkerDied: a process that loads pictures did; the run is saved.
+        WorkerDied: a process that loads images did; the run is saved.
     """
     config, model, trainer = run.config, run.model, run.trainer
     network = trainer.network
@@ -158,11 +158,11 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
         if config.cache_images:  # of all sizes now: a full disk is no news for later
             for shape in dict.fromkeys(config.epoch_shapes[run.epoch :]):
                 open_cache(data.train_images, dataclasses.replace(config, input_shape=shape))
-        train_set, val_set, cache = make_pictures(run, network, data)
+        train_set, val_set, cache = make_images(run, network, data)
         if run.new:
-            begin(run, train_set, val_set, cache)
+            start(run, train_set, val_set, cache)
         first_pixels, _ = next(iter(train_loader(train_set, min(16, len(train_set)), num_workers=0)))
-        run.log_pictures(network, first_pixels)
+        run.log_images(network, first_pixels)
         for stage in stages:
             if run.is_past(stage):
                 continue
@@ -171,12 +171,12 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
                     trainer.average.resize(model, stage.input_shape)
                 model.resize(stage.input_shape)
                 before = (train_set, val_set)
-                train_set, val_set, cache = make_pictures(run, network, data)
+                train_set, val_set, cache = make_images(run, network, data)
                 for new, old in zip((train_set, val_set), before, strict=True):
-                    new.take_account(old)
+                    new.share_unreadable(old)
             stage.freeze(model)
             if trainer.average:
-                trainer.average.settle_frozen(model.frozen_state())
+                trainer.average.set_frozen(model.frozen_state())
             trainer.network, loader, val_loader = feed(stage, network, cache, train_set, val_set)
             optimizer = build_optimizer(model, config, stage.init_lr)
             run.take_up(optimizer, stage)
@@ -190,7 +190,7 @@ def train_stages(run: Run, stages: list[Stage], data: Data) -> None:
             run.finish(calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, config))
 
 
-def begin(run: Run, train_set: ImageDataset, val_set: ImageDataset, cache: FeatureCache) -> None:
+def start(run: Run, train_set: ImageDataset, val_set: ImageDataset, cache: FeatureCache) -> None:
     """Give a new run the head that it begins with, and save it."""
     if run.config.head_init == "probe":
         from utils.training.linear_probe import init_head  # brings scikit-learn, which nothing else here needs
@@ -201,8 +201,8 @@ def begin(run: Run, train_set: ImageDataset, val_set: ImageDataset, cache: Featu
     run.save()  # what can't be written is known before hours are spent
 
 
-def make_pictures(run: Run, network: nn.Module, data: Data) -> tuple[ImageDataset, ImageDataset, FeatureCache]:
-    """The pictures, of the size that the network takes now, and what keeps its frozen part's features of them."""
+def make_images(run: Run, network: nn.Module, data: Data) -> tuple[ImageDataset, ImageDataset, FeatureCache]:
+    """The images, of the size that the network takes now, and what keeps its frozen part's features of them."""
     config = of_size(run.config, run.model)
     return *make_datasets(data, config), FeatureCache(network, config, run.trainer.device, run.trainer.precision)
 
@@ -210,7 +210,7 @@ def make_pictures(run: Run, network: nn.Module, data: Data) -> tuple[ImageDatase
 def feed(
     stage: Stage, network: nn.Module, cache: FeatureCache, train_set: ImageDataset, val_set: ImageDataset
 ) -> tuple[nn.Module, DataLoader, DataLoader]:
-    """What `stage` trains, and the batches to train on and to validate on: of pictures for the whole network, or of
+    """What `stage` trains, and the batches to train on and to validate on: of images for the whole network, or of
     features, computed beforehand, for its thawed part."""
     config = cache.config
     num_views = num_cached_views(stage, config)

@@ -1,6 +1,6 @@
 """Write the lists that training reads: `python txt_annotation.py`, see `--help`.
 
-Pictures lie in `datasets/train/<class>/`, with optional `datasets/val/` and `datasets/test/`, or simply in
+Images lie in `datasets/train/<class>/`, with optional `datasets/val/` and `datasets/test/`, or simply in
 `datasets/<class>/`.
 """
 

@@ -2,16 +2,16 @@
 
     python benchmarks/accuracy.py [--minutes 2 5 10 --seeds 3 --results FILE]
 
-All start from the same weights, DINOv2's ViT-S/14 as it lies in `../shared/models`, and have the same pictures and the
-same time on the same machine: for everything from the first picture read to the network that is tested, besides
-building it and testing it. The size of the pictures is the same for all that train: the largest of 112, 168 and 224
+All start from the same weights, DINOv2's ViT-S/14 as it lies in `../shared/models`, and have the same images and the
+same time on the same machine: for everything from the first image read to the network that is tested, besides
+building it and testing it. The size of the images is the same for all that train: the largest of 112, 168 and 224
 pixels at which three epochs of each fit, by what is measured beforehand. Each has as many epochs as fit there; what
-runs over its time by more than a tenth is marked. Test pictures choose nothing within a run: Thaw takes a tenth of the
-training pictures out for that, the others train on all of them and are tested as they end. (Of the recipe, rate and
-crop were first chosen by test pictures of trashnet, with time_to_accuracy.py, then tried by training pictures of all
+runs over its time by more than a tenth is marked. Test images choose nothing within a run: Thaw takes a tenth of the
+training images out for that, the others train on all of them and are tested as they end. (Of the recipe, rate and
+crop were first chosen by test images of trashnet, with time_to_accuracy.py, then tried by training images of all
 three, with rate_and_crop.py, like the rule for the best epoch, with best_epoch.py.) timm comes twice, with its usual
 augmentation and with as little as the recipe's. The logistic regression is the same for every seed, of the largest
-pictures that it has the time for. Runs take turns by method; what is finished is kept in `--results` and not done
+images that it has the time for. Runs take turns by method; what is finished is kept in `--results` and not done
 again, so a table of hours may be made in parts, of which each asks for a machine of the same speed. The last line is
 JSON.
 """
@@ -59,7 +59,7 @@ from utils.modeling.precision import autocast
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 
 SIZES = (112, 168, 224)
-LEAST_EPOCHS = 3
+MIN_EPOCHS = 3
 FEWEST_EPOCHS = {"thaw": 1, "timm": 1, "timm, mild": 1, "fastai": 2}  # fastai's first is frozen
 DATA = ("trashnet", "sign_digits", "cifar10")
 CIFAR_TRAIN, CIFAR_TEST = 100, 100  # of each class
@@ -110,25 +110,25 @@ def run_fastai(data: Path, weights: Path, side: int, epochs: int, seed: int) -> 
     set_seed(seed)
     transforms = [*aug_transforms(size=side), Normalize.from_stats(MEAN, STD)]
     options = {"item_tfms": Resize(round(side / 0.875)), "batch_tfms": transforms, "bs": BATCH, "num_workers": 1}
-    pictures = ImageDataLoaders.from_folder(data, train="train", valid="test", device=DEVICE, **options)
-    model = Cast(build_timm(weights, side, len(pictures.vocab)))
+    images = ImageDataLoaders.from_folder(data, train="train", valid="test", device=DEVICE, **options)
+    model = Cast(build_timm(weights, side, len(images.vocab)))
 
     def split(model: Cast) -> list[list[nn.Parameter]]:
         head = list(model.network.head.parameters())
         return [[p for p in model.parameters() if not any(p is own for own in head)], head]
 
     class Unvalidated(Callback):
-        """Spares fastai looking at the test pictures after each epoch."""
+        """Spares fastai looking at the test images after each epoch."""
 
         def before_validate(self) -> None:
             raise CancelValidException
 
-    learner = Learner(pictures, model, loss_func=CrossEntropyLossFlat(), splitter=split)
+    learner = Learner(images, model, loss_func=CrossEntropyLossFlat(), splitter=split)
     with learner.no_bar(), learner.no_logging():
         started = time.perf_counter()
         learner.fine_tune(max(1, epochs - 1), cbs=Unvalidated())
         seconds = time.perf_counter() - started
-        logits, targets = learner.get_preds(dl=pictures.valid)
+        logits, targets = learner.get_preds(dl=images.valid)
     return seconds, float((logits.argmax(1) == targets).float().mean())
 
 
@@ -146,7 +146,7 @@ def run_logistic(data: Path, weights: Path, side: int, epochs: int, seed: int) -
 
 @torch.inference_mode()
 def features(model: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network makes of the pictures, (n, C), and their class ids (n,)."""
+    """What the network makes of the images, (n, C), and their class ids (n,)."""
     rows, targets = [], []
     for pixels, batch_targets in loader:
         with autocast(DEVICE, PRECISION):
@@ -174,7 +174,7 @@ def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any
 
 
 def train_and_test(config: TrainConfig, data: Path) -> Result:
-    """All of `train.py` timed, then the checkpoint that did best on its validation pictures; the working folder is
+    """All of `train.py` timed, then the checkpoint that did best on its validation images; the working folder is
     empty before."""
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
         annotate_by_seed(data, config.seed)
@@ -209,7 +209,7 @@ def dinov2_in(shared: Path) -> Path:
 
 
 def unpack_cifar(tar: Path, folder: Path) -> Path:
-    """The first pictures by name of each class of CIFAR-10 under `train` and `test` in `folder`."""
+    """The first images by name of each class of CIFAR-10 under `train` and `test` in `folder`."""
     taken: dict[tuple[str, str], int] = {}
     with tarfile.open(tar) as archive:
         for member in sorted(filter(tarfile.TarInfo.isfile, archive), key=lambda member: member.name):
@@ -244,11 +244,11 @@ def fit(finished: Finished, name: str, run: Callable[[str, int, int], Result], s
         for method, fewest in sorted(FEWEST_EPOCHS.items(), key=lambda item: -an_epoch[item[0]]):
             first = paced(method, side, fewest)
             left = seconds - first
-            # an epoch takes no less than one of smaller pictures, which spares the second run where it can't be enough
-            if left > 0 and (side == SIZES[0] or left >= (LEAST_EPOCHS - fewest) * an_epoch[method]):
+            # an epoch takes no less than one of smaller images, which spares the second run where it can't be enough
+            if left > 0 and (side == SIZES[0] or left >= (MIN_EPOCHS - fewest) * an_epoch[method]):
                 an_epoch[method] = max(1.0, paced(method, side, fewest + 1) - first)
                 epochs[method] += int(left / an_epoch[method])
-            if side > SIZES[0] and epochs[method] < LEAST_EPOCHS:
+            if side > SIZES[0] and epochs[method] < MIN_EPOCHS:
                 return chosen
         chosen = side, epochs
     return chosen
@@ -267,7 +267,7 @@ def fit_logistic(finished: Finished, name: str, run: Callable[[str, int, int], R
 def settle(
     finished: Finished, name: str, run: Callable[[str, int, int], Result], minutes: float, method: str
 ) -> tuple[int, int]:
-    """The size of the pictures and the epochs that a method has in so many minutes; the logistic regression has 0."""
+    """The size of the images and the epochs that a method has in so many minutes; the logistic regression has 0."""
     if method == "logistic":
         return fit_logistic(finished, name, run, 60 * minutes), 0
     side, epochs = fit(finished, name, run, 60 * minutes)
@@ -308,7 +308,7 @@ def results_of(finished: Finished, chosen: list[tuple[str, float, str]], seeds: 
 
 def differences(finished: Finished, chosen: list[tuple[str, float, str]], seeds: int) -> Iterator[dict[str, Any]]:
     """By how much Thaw is better than each peer, seed by seed, with Student's interval of 95 %
-    over the seeds. What chance is in the test pictures themselves isn't in it: both sides have the same."""
+    over the seeds. What chance is in the test images themselves isn't in it: both sides have the same."""
     for name, minutes, peer in chosen:
         if peer == "thaw":
             continue

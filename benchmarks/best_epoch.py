@@ -1,8 +1,8 @@
-"""Which epoch of a run to take: test accuracy by ways of choosing it, on training pictures alone.
+"""Which epoch of a run to take: test accuracy by ways of choosing it, on training images alone.
 
     python benchmarks/best_epoch.py [--seeds 2]
 
-Of the training pictures of each data set every third is put aside to test; the data sets' own test pictures have no
+Of the training images of each data set every third is put aside to test; the data sets' own test images have no
 part in it. Runs are as `recipe="auto"` has them, from DINOv2's ViT-S/14. A tenth of what they train on is put aside
 once more, to choose by: by the lowest loss, by the lowest loss at the temperature that suits it best, by the highest
 top-1 (of equal ones the latest), as Thaw does (see `TrainConfig.best_epoch`), or not at all, which takes the last
@@ -33,7 +33,7 @@ from utils.config.train_config import TrainConfig
 from utils.runs.checkpoint import LAST, load_checkpoint
 
 RUNS = {"trashnet": (112, 8), "sign_digits": (70, 3), "cifar10": (70, 6)}
-"""Side of the pictures and epochs of the runs on each data set."""
+"""Side of the images and epochs of the runs on each data set."""
 
 Row = Mapping[str, float]
 """An epoch of a run's history, with its `test_top1`."""
@@ -48,18 +48,18 @@ RULES: dict[str, Callable[[TrainConfig, Sequence[Row]], Row]] = {
 
 
 def divide(source: Path, folder: Path) -> Path:
-    """Links to the pictures of `source/train`, every third of a class under `test` in `folder`, the others under
+    """Links to the images of `source/train`, every third of a class under `test` in `folder`, the others under
     `train`."""
     for of_class in (source / "train").iterdir():
-        for i, picture in enumerate(sorted(of_class.iterdir())):
-            place = folder / ("test" if i % 3 == 2 else "train") / of_class.name / picture.name
+        for i, image in enumerate(sorted(of_class.iterdir())):
+            place = folder / ("test" if i % 3 == 2 else "train") / of_class.name / image.name
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(picture)
+            place.symlink_to(image)
     return folder
 
 
 def divided(shared: Path, folder: Path) -> dict[str, Path]:
-    """Where in `folder` each data set lies, its training pictures divided."""
+    """Where in `folder` each data set lies, its training images divided."""
     sources = {name: (shared / "data" / name).resolve() for name in ("trashnet", "sign_digits")}
     sources["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", folder / "cifar10")
     return {name: divide(source, folder / "divided" / name) for name, source in sources.items()}
@@ -90,10 +90,10 @@ def main(seeds: int = 2, shared: Path = Path("../shared")) -> None:
         places = divided(shared, Path(folder))
         for seed, (name, (side, epochs)) in product(range(seeds), RUNS.items()):
             config = auto_config(weights, side, epochs, seed, save_period=1, keep_periodic=epochs)
-            settled, rows = in_folder_of_its_own(run, config, places[name])
+            resolved, rows = in_folder_of_its_own(run, config, places[name])
             print(f"{name} {seed}: test top-1 {[round(row['test_top1'], 3) for row in rows]}", flush=True)
             for rule, choose in RULES.items():
-                found[name][rule].append(choose(settled, rows)["test_top1"])
+                found[name][rule].append(choose(resolved, rows)["test_top1"])
     for name, by_rule in found.items():
         told = ", ".join(f"{rule} {statistics.mean(scores):.1%}" for rule, scores in by_rule.items())
         print(f"{name}: {told}")

@@ -1,11 +1,11 @@
-"""What the network in the box is worth: runs from it against runs from scratch, on few pictures and on more.
+"""What the network in the box is worth: runs from it against runs from scratch, on few images and on more.
 
     python benchmarks/box.py [--seeds 3 --results FILE]
 
 The built-in digits, and the signs in `../shared` where they are, at 32 x 32 pixels, with a tenth, half and all of the
-training pictures. Both sides have the CONFIG of `train.py` but for its epochs, which are 20, or so many that the steps
-are as many, up to 60; from scratch nothing is frozen. A tenth of the training pictures chooses the best epoch; test
-pictures are looked at once. Runs take turns; what is finished is kept in `--results` and not done again. The last line
+training images. Both sides have the CONFIG of `train.py` but for its epochs, which are 20, or so many that the steps
+are as many, up to 60; from scratch nothing is frozen. A tenth of the training images chooses the best epoch; test
+images are looked at once. Runs take turns; what is finished is kept in `--results` and not done again. The last line
 is JSON.
 """
 
@@ -35,22 +35,22 @@ from utils.annotation.demo_digits import write_demo
 from utils.runs.checkpoint import BEST
 
 FRACTIONS = (0.1, 0.5, 1.0)
-EPOCHS, MOST_EPOCHS = 20, 60
+EPOCHS, MAX_EPOCHS = 20, 60
 FROZEN = 0.2  # of the epochs, from the box
 
 
 def run(data: Path | None, fraction: float, from_box: bool, seed: int) -> tuple[float, float]:
-    """Seconds and test accuracy of a run on a part of the training pictures of `data`, or of the digits."""
+    """Seconds and test accuracy of a run on a part of the training images of `data`, or of the digits."""
     if data:
         shutil.copytree(data, "datasets")
     else:
         write_demo("datasets")
     for folder in Path("datasets/train").iterdir():
-        pictures = sorted(folder.iterdir())
-        kept = max(2, round(fraction * len(pictures)))
-        for i in np.random.default_rng(seed).permutation(len(pictures))[kept:]:
-            pictures[i].unlink()
-    epochs = min(MOST_EPOCHS, round(EPOCHS / fraction))
+        images = sorted(folder.iterdir())
+        kept = max(2, round(fraction * len(images)))
+        for i in np.random.default_rng(seed).permutation(len(images))[kept:]:
+            images[i].unlink()
+    epochs = min(MAX_EPOCHS, round(EPOCHS / fraction))
     config = dataclasses.replace(
         train.CONFIG,
         pretrained=from_box,
@@ -72,7 +72,7 @@ def main(seeds: int = 3, shared: Path = Path("../shared"), results: Path = Path(
     """Compare the starts.
 
     Args:
-        seeds: runs of each; they choose the pictures too.
+        seeds: runs of each; they choose the images too.
         shared: the folder with `data/sign_digits`.
         results: file of the runs that are finished.
     """

@@ -1,4 +1,4 @@
-"""Seconds from the command to the answer: `predict.py` on one picture against importing torch and torchvision, in turn.
+"""Seconds from the command to the answer: `predict.py` on one image against importing torch and torchvision, in turn.
 
     python benchmarks/cold_start.py
 
@@ -58,7 +58,7 @@ def write_checkpoint(path: Path) -> None:
 
 
 def process(command: list[str]) -> int:
-    """A whole process, which does one picture."""
+    """A whole process, which does one image."""
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     return 1
 
@@ -70,12 +70,12 @@ def main(repeats: int = 7) -> None:
         repeats: of each, in turn, after one that isn't counted; the median counts.
     """
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, picture = Path(folder, "best.pth"), Path(folder, "picture.jpg")
+        checkpoint, image = Path(folder, "best.pth"), Path(folder, "image.jpg")
         write_checkpoint(checkpoint)
-        Image.effect_noise((500, 375), 50).convert("RGB").save(picture)
+        Image.effect_noise((500, 375), 50).convert("RGB").save(image)
         commands = {
             "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
-            "predict.py": [sys.executable, "predict.py", str(picture), "--model-path", str(checkpoint)],
+            "predict.py": [sys.executable, "predict.py", str(image), "--model-path", str(checkpoint)],
         }
         times = in_turn({name: partial(process, command) for name, command in commands.items()}, repeats)
     found = medians(times)

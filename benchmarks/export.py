@@ -2,7 +2,7 @@
 
     python benchmarks/export.py
 
-One picture at a time, of 500 x 375 pixels and in memory, from pixels to probabilities: the exported file by itself,
+One image at a time, of 500 x 375 pixels and in memory, from pixels to probabilities: the exported file by itself,
 and Thaw's classifier, whose resize is Pillow's, in fp32 and, where the processor has it, bf16. The weights are random,
 which costs what trained ones do. The last line is JSON.
 """
@@ -52,13 +52,13 @@ def make_classifier(name: str, precision: str) -> Classifier:
 
 
 def torch_work(name: str, precision: str, pixels: np.ndarray) -> Callable[[], int]:
-    """A picture through Thaw's classifier."""
+    """An image through Thaw's classifier."""
     classifier = make_classifier(name, precision)
     return lambda: len(classifier.probabilities(classifier.transform(Image.fromarray(pixels))[None]))
 
 
 def onnx_work(name: str, precision: str, pixels: np.ndarray, folder: str) -> tuple[Callable[[], int], int]:
-    """A picture through an exported file, and the file's bytes."""
+    """An image through an exported file, and the file's bytes."""
     path = Path(folder, f"{name}_{precision}.onnx")
     classifier = make_classifier(name, "fp32")
     provenance = {"precision": precision}
@@ -73,7 +73,7 @@ def main(repeats: int = 15) -> None:
     """Compare exported files with the classifier.
 
     Args:
-        repeats: pictures through each, in turn, after two that aren't counted; the median counts.
+        repeats: images through each, in turn, after two that aren't counted; the median counts.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
     ratios: dict[str, float | None] = {}
@@ -93,7 +93,7 @@ def main(repeats: int = 15) -> None:
             rates[name] = {key: round(1 / seconds, 2) for key, seconds in found.items()}
             for key in made:
                 ratios[f"{name}_{key.replace(' ', '_')}_vs_torch_fp32"] = found["torch fp32"] / found[key]
-    finish("export", ratios, pictures_per_second=rates, megabytes=sizes)
+    finish("export", ratios, images_per_second=rates, megabytes=sizes)
 
 
 if __name__ == "__main__":

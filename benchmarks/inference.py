@@ -1,4 +1,4 @@
-"""Pictures a second in inference, ViT-B/16 at 224: Thaw's classifier against timm's network, in turn.
+"""Images a second in inference, ViT-B/16 at 224: Thaw's classifier against timm's network, in turn.
 
     python benchmarks/inference.py
 
@@ -66,7 +66,7 @@ def main(batch_size: int = 32, repeats: int = 9) -> None:
     """Compare inference.
 
     Args:
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         repeats: batches of each, in turn, after one that isn't counted; the median counts.
     """
     print(f"Thaw on {DEVICE} in {PRECISION}; {' and '.join(PEERS)}")
@@ -77,7 +77,7 @@ def main(batch_size: int = 32, repeats: int = 9) -> None:
     for name in PEERS:
         ratios[f"batch{batch_size}_vs_{name.replace(' ', '_')}"] = found[name] / found["thaw"]
     rates = {name: round(1 / seconds, 2) for name, seconds in found.items()}
-    finish("inference", ratios, pictures_per_second=rates)
+    finish("inference", ratios, images_per_second=rates)
 
 
 if __name__ == "__main__":

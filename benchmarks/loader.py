@@ -1,6 +1,6 @@
-"""Pictures a second on one core: Thaw's training pipeline against torchvision's and timm's, on the same files in turn.
+"""Images a second on one core: Thaw's training pipeline against torchvision's and timm's, on the same files in turn.
 
-    python benchmarks/loader.py [--pictures FOLDER]
+    python benchmarks/loader.py [--images FOLDER]
 
 Each pipeline is a data loader without workers that gives whole batches at 224 pixels, with random crop, mirroring and
 AutoAugment. The peers give normalised floats; Thaw gives uint8 and normalises on the device, inside the training step,
@@ -29,18 +29,18 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from utils.annotation.folder_scan import pictures_below
+from utils.annotation.folder_scan import find_images
 from utils.config.train_config import TrainConfig
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_cache import open_cache
 from utils.data.image_io import open_image
 from utils.data.image_list import list_in_memory
 from utils.data.loader import train_loader
-from utils.data.preprocessing import Preprocessing, settle_preprocessing
+from utils.data.preprocessing import Preprocessing, resolve_preprocessing
 from utils.data.transforms import TrainTransform
 from utils.modeling.pixel_network import Normalise
 
-CONFIG = settle_preprocessing(TrainConfig(), {})
+CONFIG = resolve_preprocessing(TrainConfig(), {})
 BATCH = 20
 
 
@@ -93,9 +93,9 @@ def timm_loader(paths: list[str]) -> DataLoader:
     return DataLoader(PeerDataset(paths, transform), BATCH)
 
 
-def make_pictures(source: str, folder: Path, size: tuple[int, int], count: int) -> list[str]:
-    """Re-encode `count` pictures of `source` at `size`, as JPEG of quality 90."""
-    found = pictures_below(source, Counter())
+def make_images(source: str, folder: Path, size: tuple[int, int], count: int) -> list[str]:
+    """Re-encode `count` images of `source` at `size`, as JPEG of quality 90."""
+    found = find_images(source, Counter())
     paths = []
     for i in range(count):
         paths.append(str(folder / f"{size[0]}_{i:03d}.jpg"))
@@ -104,14 +104,14 @@ def make_pictures(source: str, folder: Path, size: tuple[int, int], count: int) 
 
 
 def milliseconds(loader: DataLoader) -> float:
-    """Of one pass over `loader`, a picture."""
+    """Of one pass over `loader`, an image."""
     started = time.perf_counter()
     count = sum(len(targets) for _, targets in loader)
     return (time.perf_counter() - started) / count * 1000
 
 
 def milliseconds_to_normalise() -> float:
-    """What Thaw does inside the training step, where the peers do it while loading, a picture on this core."""
+    """What Thaw does inside the training step, where the peers do it while loading, an image on this core."""
     normalise = Normalise(CONFIG.image_mean, CONFIG.image_std)
     pixels = torch.zeros(BATCH, *CONFIG.input_shape, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     times = []
@@ -123,7 +123,7 @@ def milliseconds_to_normalise() -> float:
 
 
 def compare(title: str, loaders: dict[str, DataLoader], repeats: int) -> dict[str, float]:
-    """Run the loaders in turn; print and return the median of each, in ms a picture."""
+    """Run the loaders in turn; print and return the median of each, in ms an image."""
     times: dict[str, list[float]] = {name: [] for name in loaders}
     for loader in loaders.values():
         milliseconds(loader)
@@ -133,27 +133,27 @@ def compare(title: str, loaders: dict[str, DataLoader], repeats: int) -> dict[st
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         print(
-            f"{title:<12}{name:<16}{1000 / medians[name]:8.0f} pictures/s, {medians[name]:6.2f} ms "
+            f"{title:<12}{name:<16}{1000 / medians[name]:8.0f} images/s, {medians[name]:6.2f} ms "
             f"({min(values):.2f} to {max(values):.2f}), {medians['torchvision'] / medians[name]:5.2f} x torchvision",
             flush=True,
         )
     return medians
 
 
-def main(pictures: str = "../shared/data/trashnet", repeats: int = 9) -> None:
+def main(images: str = "../shared/data/trashnet", repeats: int = 9) -> None:
     """Compare loaders.
 
     Args:
-        pictures: a folder of photos to make the pictures of.
-        repeats: passes over the pictures; the median counts.
+        images: a folder of photos to make the images of.
+        repeats: passes over the images; the median counts.
     """
-    if not Path(pictures).is_dir():
-        sys.exit(f"there is no folder {pictures}: give one with photos, --pictures FOLDER")
+    if not Path(images).is_dir():
+        sys.exit(f"there is no folder {images}: give one with photos, --images FOLDER")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ordinary = make_pictures(pictures, folder, (500, 375), 5 * BATCH)
-        large = make_pictures(pictures, folder, (4032, 3024), BATCH)
+        ordinary = make_images(images, folder, (500, 375), 5 * BATCH)
+        large = make_images(images, folder, (4032, 3024), BATCH)
         loaders = {"torchvision": torchvision_loader, "timm": timm_loader, "thaw": thaw_loader}
         of_ordinary = {name: make(ordinary) for name, make in loaders.items()}
         of_ordinary["thaw, cached"] = cached_loader(ordinary)
@@ -171,7 +171,7 @@ def main(pictures: str = "../shared/data/trashnet", repeats: int = 9) -> None:
         )
     }
     normalising = milliseconds_to_normalise()
-    print(f"normalising a picture, in the training step: {normalising:.2f} ms, which the peers' times include")
+    print(f"normalising an image, in the training step: {normalising:.2f} ms, which the peers' times include")
     print(json.dumps({"benchmark": "loader", "ratios": ratios, "ms": medians, "normalising_ms": normalising}))
 
 

@@ -29,16 +29,16 @@ Times = dict[str, list[float]]
 def in_turn(works: dict[str, Callable[[], int]], repeats: int, warm_ups: int = 1) -> Times:
     """Do the works in turn, A B A B, `repeats` times after `warm_ups` that aren't counted.
 
-    A work returns how many pictures it did; its time is per picture.
+    A work returns how many images it did; its time is per image.
     """
     times: Times = {name: [] for name in works}
     for i in range(warm_ups + repeats):
         for name, work in works.items():
             started = time.perf_counter()
-            pictures = work()
+            images = work()
             elapsed = time.perf_counter() - started
             if i >= warm_ups:
-                times[name].append(elapsed / pictures)
+                times[name].append(elapsed / images)
     return times
 
 
@@ -48,11 +48,11 @@ def medians(times: Times) -> dict[str, float]:
 
 
 def show(title: str, times: Times) -> None:
-    """Print pictures a second and milliseconds a picture of each work, with their spread."""
+    """Print images a second and milliseconds an image of each work, with their spread."""
     for name, median in medians(times).items():
         slow, fast = 1000 * max(times[name]), 1000 * min(times[name])
         print(
-            f"{title:<20}{name:<16}{1 / median:10.2f} pictures/s, {1000 * median:9.2f} ms ({fast:.2f} to {slow:.2f})",
+            f"{title:<20}{name:<16}{1 / median:10.2f} images/s, {1000 * median:9.2f} ms ({fast:.2f} to {slow:.2f})",
             flush=True,
         )
 

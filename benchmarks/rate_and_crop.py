@@ -1,8 +1,8 @@
-"""Which learning rate and which crop the recipe should have: test accuracy by each, on training pictures alone.
+"""Which learning rate and which crop the recipe should have: test accuracy by each, on training images alone.
 
     python benchmarks/rate_and_crop.py [--seeds 2 --results FILE]
 
-Test pictures are every third of the training pictures, as in best_epoch.py; the data sets' own have no part in it.
+Test images are every third of the training images, as in best_epoch.py; the data sets' own have no part in it.
 Runs are as `recipe="auto"` has them, from DINOv2's ViT-S/14, besides rate and crop. They take turns by rate and crop;
 what is finished is kept in `--results` and not done again. The last line is JSON.
 """
@@ -24,7 +24,7 @@ from measure import Finished, machine
 from time_to_accuracy import in_folder_of_its_own
 
 RUNS = {"trashnet": (112, 5), "sign_digits": (70, 3), "cifar10": (70, 5)}
-"""Side of the pictures and epochs of the runs on each data set."""
+"""Side of the images and epochs of the runs on each data set."""
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 CROPS = (0.08, 0.3)
 

@@ -1,10 +1,10 @@
-"""Time to a test accuracy: Thaw's run against a fine-tuning loop of timm's parts, same weights, same pictures, in turn.
+"""Time to a test accuracy: Thaw's run against a fine-tuning loop of timm's parts, same weights, same images, in turn.
 
     python benchmarks/time_to_accuracy.py [--data FOLDER --weights FILE]
 
 timm fine-tunes for 12 epochs with its own transforms, loader, optimizer (AdamW, 1e-4, layer decay 0.75), cosine
 schedule and batch of 16, in bf16 where there is bf16 in hardware; only its training is timed. Thaw runs `train.py` as
-`recipe` says, with a tenth of the training pictures taken out to validate on; all of it is timed, and its best
+`recipe` says, with a tenth of the training images taken out to validate on; all of it is timed, and its best
 checkpoint, by validation, is tested. The fraction of the time is given if the mean accuracy isn't below timm's. The
 last line is JSON.
 """
@@ -56,7 +56,7 @@ USUAL = {"auto_augment": "original"}
 
 
 def timm_loaders(data: Path, side: int, workers: int, **augmentation: object) -> tuple[object, object]:
-    """timm's loaders of the training pictures, augmented if told how, and of the test pictures."""
+    """timm's loaders of the training images, augmented if told how, and of the test images."""
     options = {"input_size": (3, side, side), "batch_size": BATCH, "mean": MEAN, "std": STD, "num_workers": workers}
     options |= {"device": DEVICE, "use_prefetcher": False, "crop_pct": 0.875}
     train_set, test_set = (create_dataset("", root=str(data / split)) for split in ("train", "test"))
@@ -100,7 +100,7 @@ def run_timm(
 
 @torch.inference_mode()
 def test_timm(model: nn.Module, loader: object) -> float:
-    """The part of the test pictures that timm's network gets right."""
+    """The part of the test images that timm's network gets right."""
     model.eval()
     right, count = 0, 0
     for pixels, targets in loader:
@@ -126,10 +126,10 @@ def recipe(weights: Path, side: int, seed: int, workers: int) -> TrainConfig:
         freeze_train=False,
         unfreeze_epoch=5,
         unfreeze_batch_size=BATCH,
-        init_lr=4e-3,  # for 256 pictures a step: 2.5e-4 for 16
+        init_lr=4e-3,  # for 256 images a step: 2.5e-4 for 16
         min_lr=4e-5,
         layer_decay=0.7,
-        train_crop=0.3,  # a short run has no time for harder pictures
+        train_crop=0.3,  # a short run has no time for harder images
         augmentation="none",
         num_workers=workers,
         save_period=1,
@@ -150,7 +150,7 @@ def run_thaw(data: Path, config: TrainConfig) -> tuple[float, float, list[tuple[
 
 
 def test_thaw(checkpoint: Path) -> float:
-    """The part of the test pictures that a checkpoint of Thaw gets right."""
+    """The part of the test images that a checkpoint of Thaw gets right."""
     classifier = load_classifier(checkpoint)
     images = read_list("cls_test.txt", len(classifier.class_names))
     dataset = ImageDataset(FileSource(images, classifier.preprocessing), classifier.transform, seed=0)
@@ -170,7 +170,7 @@ def in_folder_of_its_own(function: Callable[..., Result], *args: object) -> Resu
 
 
 def annotate_by_seed(data: Path, seed: int) -> None:
-    """Lists of `data` in the working folder, which is empty. The seed alone says which pictures are for validation:
+    """Lists of `data` in the working folder, which is empty. The seed alone says which images are for validation:
     they are drawn by path, too, and that of `data` may be of a temporary folder."""
     Path("datasets").symlink_to(data, target_is_directory=True)
     annotate("datasets", seed=seed, audit=False)
@@ -186,11 +186,11 @@ def main(
     """Compare the times.
 
     Args:
-        data: a folder with `train` and `test`, each with a folder of pictures per class.
+        data: a folder with `train` and `test`, each with a folder of images per class.
         weights: of DINOv2's ViT-S/14, in timm's names.
-        side: of the pictures, a multiple of 14.
+        side: of the images, a multiple of 14.
         repeats: runs of each, in turn, with other seeds; the medians of the times, the means of the accuracies count.
-        workers: processes that load pictures, for both.
+        workers: processes that load images, for both.
     """
     for path in (data, weights):
         if not path.exists():

@@ -1,4 +1,4 @@
-"""Pictures a second in training, ViT-B/16 at 224: Thaw against timm's network in a plain loop, in turn.
+"""Images a second in training, ViT-B/16 at 224: Thaw against timm's network in a plain loop, in turn.
 
     python benchmarks/train_step.py
 
@@ -78,11 +78,11 @@ def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
     trainer.network = ThawedPart(network)
     shape = (768,) if frozen == "all" else (network[1].pos_embed.shape[1], 768)
     features = torch.randn(1, steps * batch_size, *shape).to(DTYPES[PRECISION])
-    dataset = FeatureDataset(features, list_in_memory((i % CLASSES, "picture") for i in range(steps * batch_size)), 0)
+    dataset = FeatureDataset(features, list_in_memory((i % CLASSES, "image") for i in range(steps * batch_size)), 0)
     loader = train_loader(dataset, batch_size, num_workers=0)
 
     def work() -> int:
-        trainer.begin_epoch()
+        trainer.start_epoch()
         trainer.train_epoch(loader, optimizer, epoch=1, learning_rate=lambda epoch: 1e-4)
         return steps * batch_size
 
@@ -115,7 +115,7 @@ def peer(name: str, frozen: int | str | None, batch_size: int) -> Work:
 
 
 def ceiling(batch_size: int) -> float:
-    """Pictures a second of a full step that were nothing but the plain network's matrix products."""
+    """Images a second of a full step that were nothing but the plain network's matrix products."""
     rates = []
     for inputs, outputs in ((768, 2304), (768, 768), (768, 3072), (3072, 768)):
         a = torch.randn(batch_size * 197, inputs, device=DEVICE, dtype=DTYPES[PRECISION])
@@ -153,7 +153,7 @@ def main(batch_size: int = 16, repeats: int = 5, peak_of: str = "") -> None:
     """Compare training steps.
 
     Args:
-        batch_size: pictures a step.
+        batch_size: images a step.
         repeats: steps of each, in turn, after one that isn't counted; the median counts.
         peak_of: only print the peak memory of this one: thaw, "timm fp32" or "timm bf16".
     """
@@ -185,7 +185,7 @@ def main(batch_size: int = 16, repeats: int = 5, peak_of: str = "") -> None:
     ratios["ceiling_fraction"] = figures["full"]["thaw"] / most
     for name in PEERS:
         ratios[f"memory_vs_{name.replace(' ', '_')}"] = memory["thaw"] / memory[name]
-    finish("train_step", ratios, pictures_per_second=figures | {"ceiling": round(most, 2)}, peak_gb=memory)
+    finish("train_step", ratios, images_per_second=figures | {"ceiling": round(most, 2)}, peak_gb=memory)
 
 
 if __name__ == "__main__":

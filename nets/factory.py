@@ -25,12 +25,12 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
     Args:
         name: a name in `BACKBONES`, or `timm/` and the name of a network of timm.
         num_classes: outputs of the head.
-        input_shape: height and width of the pictures in pixels.
+        input_shape: height and width of the images in pixels.
         options: `drop_rate`, `attn_drop_rate` and `drop_path_rate`, 0.1 each unless told; for a ViT `activation`,
             `norm_eps` and `num_registers` besides, see `nets.vit.vit`.
 
     Returns:
-        A module from pictures (B, 3, height, width) to logits (B, num_classes), see `nets.network.FreezableNetwork`.
+        A module from images (B, 3, height, width) to logits (B, num_classes), see `nets.network.FreezableNetwork`.
 
     Raises:
         ValueError: the name isn't known, or the network has no such option, or can't take that input shape.
@@ -50,18 +50,18 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
     return model
 
 
-def draw_model(name: str, num_classes: int, input_shape: Sequence[int], **options: Any) -> FreezableNetwork:
+def build_meta_model(name: str, num_classes: int, input_shape: Sequence[int], **options: Any) -> FreezableNetwork:
     """The network `name` without its weights, on the meta device, where nothing is computed; see `build_model`.
 
     Raises:
-        ValueError: as there, and if pictures of this size don't go through.
+        ValueError: as there, and if images of this size don't go through.
     """
     with torch.device("meta"):
         model = build_model(name, num_classes, input_shape, **options).eval()
         try:
             model(torch.zeros(1, 3, *input_shape))
         except RuntimeError as error:
-            raise ValueError(f"input_shape={tuple(input_shape)}: {name} can't take such pictures ({error})") from error
+            raise ValueError(f"input_shape={tuple(input_shape)}: {name} can't take such images ({error})") from error
     return model
 
 
@@ -85,7 +85,7 @@ def restore_model(arguments: Mapping[str, Any], weights: Mapping[str, Tensor]) -
 
 
 def expected_preprocessing(name: str) -> dict[str, Any]:
-    """What the published weights of the network `name` expect of pictures, by the names of the config's fields, where
+    """What the published weights of the network `name` expect of images, by the names of the config's fields, where
     it is torchvision or timm that tells; of a ViT its weights do, see `nets.weights.load.Weights`."""
     if name in TORCHVISION:
         return published_by_torchvision(name)[1]

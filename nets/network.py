@@ -12,10 +12,10 @@ Network = TypeVar("Network", bound="FreezableNetwork")
 
 
 class Part(NamedTuple):
-    """A step on the way from pictures to what the head takes.
+    """A step on the way from images to what the head takes.
 
     Attributes:
-        forward: the step; the first one takes pictures (B, 3, height, width), the last one gives (B, C).
+        forward: the step; the first one takes images (B, 3, height, width), the last one gives (B, C).
         owned: the modules and parameters that are frozen with it.
     """
 
@@ -27,7 +27,7 @@ class FreezableNetwork(nn.Module):
     """A network whose backbone can be frozen up to any of its parts, and thawed.
 
     Attributes:
-        head: the linear layer from what the backbone makes of a picture, (B, C), to logits (B, classes).
+        head: the linear layer from what the backbone makes of an image, (B, C), to logits (B, classes).
         arguments: what `nets.factory.build_model` needs to build this network again; a checkpoint carries it.
         ignored_rates: those of its `drop_rate`, `attn_drop_rate` and `drop_path_rate` that it has no place for.
 
@@ -50,13 +50,13 @@ class FreezableNetwork(nn.Module):
         vector of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to logits (B, classes)."""
+        """Images (B, 3, height, width) to logits (B, classes)."""
         return self.forward_thawed(self.forward_frozen(x))
 
     def forward_frozen(self, x: Tensor) -> Tensor:
-        """Pictures to the output of what is frozen, with nothing frozen the pictures themselves.
+        """Images to the output of what is frozen, with nothing frozen the images themselves.
 
-        For a given picture it is always the same.
+        For a given image it is always the same.
         """
         for part in self._frozen_parts():
             x = part.forward(x)
@@ -69,20 +69,20 @@ class FreezableNetwork(nn.Module):
         return self.head(self.head_drop(x))
 
     def forward_embedding(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to what the head takes, (B, C)."""
+        """Images (B, 3, height, width) to what the head takes, (B, C)."""
         for part in self.parts():
             x = part.forward(x)
         return x
 
     def resize(self, input_shape: Sequence[int]) -> None:
-        """Take pictures of another height and width from now on."""
+        """Take images of another height and width from now on."""
         self.arguments = self.arguments | {"input_shape": list(input_shape)}
 
     def resize_state(self, state: dict[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
         """A state dict of this network as it is after `resize`: itself, unless it has positions."""
         return state
 
-    def adopt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rename_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state dict as others publish it of this network, under the names that it has here."""
         return state
 
@@ -99,7 +99,7 @@ class FreezableNetwork(nn.Module):
     @property
     @abstractmethod
     def map_layer(self) -> nn.Module:
-        """The last module whose output has a place for each part of the picture."""
+        """The last module whose output has a place for each part of the image."""
 
     @abstractmethod
     def to_map(self, x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ class FreezableNetwork(nn.Module):
         """Freeze the first part and the `blocks` after it; with "all", everything but the head.
 
         A frozen part has no gradient and stays in eval mode whatever `train()` is told, so its output for a given
-        picture never changes. What an earlier call froze is thawed first.
+        image never changes. What an earlier call froze is thawed first.
 
         Raises:
             ValueError: there are fewer blocks than that.

@@ -43,30 +43,30 @@ class TimmNetwork(WrappedNetwork):
             return x.unflatten(2, grid if math.prod(grid) == x.shape[2] else (1, -1))
         return x.permute(0, 3, 1, 2) if getattr(self.network, "output_fmt", "") == "NHWC" else x
 
-    def adopt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rename_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `WrappedNetwork.adopt`. timm's own filter renames what older files call otherwise, and resamples what
         belongs to another input shape."""
         filtered = getattr(sys.modules[type(self.network).__module__], "checkpoint_filter_fn", None)
         ours = any(name.startswith(OWN) for name in state)
-        return super().adopt(filtered(state, self.network) if filtered and not ours else state)
+        return super().rename_state(filtered(state, self.network) if filtered and not ours else state)
 
 
 class Features(nn.Module):
-    """The way of a network from pictures to its map, as one module."""
+    """The way of a network from images to its map, as one module."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to what the network's pooling takes."""
+        """Images (B, 3, height, width) to what the network's pooling takes."""
         return self.network.forward_features(x)
 
 
 def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates: float) -> TimmNetwork:
     """The network that timm calls `name` without "timm/", with random weights.
 
-    Its parts are the modules that a picture goes through one after the other. Where there is more to it than that, as
+    Its parts are the modules that an image goes through one after the other. Where there is more to it than that, as
     in transformers with positions, all up to the pooling is one part.
 
     Raises:
@@ -105,13 +105,13 @@ def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates:
 
 
 def find_chain(network: nn.Module, input_shape: Sequence[int], name: str) -> list[str]:
-    """The modules through which a picture goes one after the other, from the picture to the map before pooling, as
+    """The modules through which an image goes one after the other, from the image to the map before pooling, as
     small as they can be without being parts of a block; none if there is more to the way than that.
 
     Found by watching a forward: the next one is that which takes the very tensor that the last one gave.
 
     Raises:
-        ValueError: the network can't take pictures of this size.
+        ValueError: the network can't take images of this size.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
 
@@ -123,15 +123,15 @@ def find_chain(network: nn.Module, input_shape: Sequence[int], name: str) -> lis
     for module_name, module in network.eval().named_modules():
         if module_name:
             module.register_forward_hook(lambda *call, name=module_name: record(name, *call))
-    picture = torch.zeros(1, 3, *input_shape, device="meta")
+    image = torch.zeros(1, 3, *input_shape, device="meta")
     try:
         with torch.no_grad():
-            features = network.forward_features(picture)
+            features = network.forward_features(image)
             on_the_way = calls.copy()
             network.forward_head(features)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"input_shape={tuple(input_shape)}: {name} can't take such pictures ({error})") from error
-    found, reached, start = [], picture, 0
+        raise ValueError(f"input_shape={tuple(input_shape)}: {name} can't take such images ({error})") from error
+    found, reached, start = [], image, 0
     # Calls come in the order in which they end, so that a block's own comes after those of what is in it.
     while following := [i for i in range(start, len(on_the_way)) if on_the_way[i][1] is reached]:
         # The next call or what contains it; a later one may take the same tensor, if that is changed in place.
@@ -187,7 +187,7 @@ def _create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
 
 def published_by_timm(name: str) -> tuple[str | None, dict[str, Any]]:
     """The repository on the hub that has the published weights of a network, None if there is none, and what they
-    expect of pictures, by the names of the config's fields."""
+    expect of images, by the names of the config's fields."""
     known = _published(name.removeprefix(TIMM))
     repository = known.hf_hub_id
     if repository and repository.endswith("/"):

@@ -146,7 +146,7 @@ def build_torchvision(name: str, num_classes: int, **rates: float) -> WrappedNet
 
 
 def published_by_torchvision(name: str) -> tuple[str, dict[str, Any]]:
-    """Where the published weights of a network in `TORCHVISION` are, and what they expect of pictures, by the names of
+    """Where the published weights of a network in `TORCHVISION` are, and what they expect of images, by the names of
     the config's fields."""
     import torchvision.models  # slow to import
 

@@ -31,7 +31,7 @@ class Size:
 
 
 # Base, large and huge: table 1 of the ViT paper. Tiny and small: table 1 of DeiT, https://arxiv.org/abs/2012.12877.
-# Patch 4 is for pictures of about 16 to 64 pixels, where a patch of 16 would leave hardly any tokens; vit_xs is
+# Patch 4 is for images of about 16 to 64 pixels, where a patch of 16 would leave hardly any tokens; vit_xs is
 # vit_t with half its blocks. Patch 8 is DINO's, patch 14 DINOv2's.
 SIZES: dict[str, Size] = {
     "vit_xs_4": Size(patch_size=4, num_features=192, depth=6, num_heads=3),
@@ -179,7 +179,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Cuts the picture into patches and projects each to a token: a convolution whose stride is its kernel."""
+    """Cuts the image into patches and projects each to a token: a convolution whose stride is its kernel."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -193,9 +193,9 @@ class VisionTransformer(FreezableNetwork):
     """A Vision Transformer whose backbone can be frozen and thawed.
 
     Args:
-        input_shape: height and width of the pictures in pixels, each a multiple of `patch_size`.
+        input_shape: height and width of the images in pixels, each a multiple of `patch_size`.
         patch_size: side of a patch in pixels.
-        in_chans: channels of the pictures.
+        in_chans: channels of the images.
         num_classes: outputs of the head.
         num_features: width C, a multiple of `num_heads`.
         depth: number of blocks.
@@ -270,7 +270,7 @@ class VisionTransformer(FreezableNetwork):
         return resample_pos_embed(pos_embed, source, self.grid, **options)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to tokens (B, N, C): the class token, registers, patches."""
+        """Images (B, 3, height, width) to tokens (B, N, C): the class token, registers, patches."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         if self.reg_token is not None:
@@ -278,7 +278,7 @@ class VisionTransformer(FreezableNetwork):
         return self.pos_drop(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Pictures (B, 3, height, width) to normalised tokens (B, N, C), the class token first."""
+        """Images (B, 3, height, width) to normalised tokens (B, N, C), the class token first."""
         x = self.embed(x)
         for block in self.blocks:
             x = block(x)
@@ -302,7 +302,7 @@ class VisionTransformer(FreezableNetwork):
 
     @property
     def map_layer(self) -> nn.Module:
-        """The last module that the whole picture goes through."""
+        """The last module that the whole image goes through."""
         return self.blocks[-1].norm1
 
     def to_map(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class WrappedNetwork(FreezableNetwork):
     Args:
         network: the library's, without its head.
         parts: what it consists of, see `FreezableNetwork.parts`.
-        map_layer: the last of its modules whose output has a place for each part of the picture.
+        map_layer: the last of its modules whose output has a place for each part of the image.
         head: its head.
         head_name: what the library calls it.
         drop_rate: dropout before the head.
@@ -50,14 +50,14 @@ class WrappedNetwork(FreezableNetwork):
 
     @property
     def map_layer(self) -> nn.Module:
-        """The last module whose output has a place for each part of the picture."""
+        """The last module whose output has a place for each part of the image."""
         return self._map_layer[0]
 
     def to_map(self, x: Tensor) -> Tensor:
         """What `map_layer` gives as a map (B, C, rows, columns)."""
         return x
 
-    def adopt(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rename_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The library's state dict under the names that it has here; one that has them already as it is."""
         if any(name.startswith(OWN) for name in state):
             return state

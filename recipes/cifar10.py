@@ -1,4 +1,4 @@
-"""A small ViT for pictures of 32 x 32 pixels, from scratch on CIFAR-10.
+"""A small ViT for images of 32 x 32 pixels, from scratch on CIFAR-10.
 
 What it took, and how good it became, is told in `model_data/vit_xs_4.md`.
 
@@ -27,7 +27,7 @@ CONFIG = TrainConfig(
     thaw_warmup=0.5,
     optimizer_type="muon",
     momentum=0.95,
-    init_lr=4e-3,  # for 256 pictures a step: 2e-3 for 128
+    init_lr=4e-3,  # for 256 images a step: 2e-3 for 128
     min_lr=2e-5,
     weight_decay=0.05,
     ema_decay=0.999,

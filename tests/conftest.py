@@ -68,9 +68,9 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def shared() -> Path:
-    """The folder of real pictures and weights beside the project."""
+    """The folder of real images and weights beside the project."""
     if not SHARED.is_dir():
-        pytest.skip("no ../shared with real pictures beside the project")
+        pytest.skip("no ../shared with real images beside the project")
     return SHARED
 
 
@@ -92,8 +92,8 @@ def command(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
-def write_picture(path: Path, level: int = 128, size: tuple[int, int] = (20, 16), seed: int = 0) -> Path:
-    """Write a noisy picture, as bright as `level`, and the folders it needs."""
+def write_image(path: Path, level: int = 128, size: tuple[int, int] = (20, 16), seed: int = 0) -> Path:
+    """Write a noisy image, as bright as `level`, and the folders it needs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(-40, 40, (size[1], size[0], 3))
     Image.fromarray(np.clip(level + noise, 0, 255).astype(np.uint8)).save(path)
@@ -104,23 +104,23 @@ NAMES = ["dark", "light"]
 
 
 def write_two_classes(datasets: Path) -> Path:
-    """`datasets` with dark and light pictures: 24 and 16 to train on, 6 and 5 to test on."""
+    """`datasets` with dark and light images: 24 and 16 to train on, 6 and 5 to test on."""
     for split, counts in (("train", (24, 16)), ("test", (6, 5))):
         for name, level, count in zip(("dark", "light"), (60, 190), counts, strict=True):
             for i in range(count):
-                write_picture(datasets / split / name / f"{i:02d}.png", level, seed=i)
+                write_image(datasets / split / name / f"{i:02d}.png", level, seed=i)
     return datasets
 
 
 def write_scene(datasets: Path) -> None:
-    """Twenty pictures in each of two classes by a fixed camera: all of them look alike."""
+    """Twenty images in each of two classes by a fixed camera: all of them look alike."""
     scene = Image.effect_noise((120, 90), 80).resize((480, 360), Image.Resampling.BICUBIC).convert("RGB")
     for name in ("good", "scratched"):
         (datasets / name).mkdir(parents=True)
         for i in range(20):
-            picture = scene.copy()
-            picture.paste((200, 30 if name == "good" else 90, i), (10 * i, 100, 10 * i + 8, 108))
-            picture.save(datasets / name / f"{i}.png")
+            image = scene.copy()
+            image.paste((200, 30 if name == "good" else 90, i), (10 * i, 100, 10 * i + 8, 108))
+            image.save(datasets / name / f"{i}.png")
 
 
 def write_back(run: Path, epoch: int) -> None:

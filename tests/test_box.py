@@ -8,45 +8,45 @@ import pytest
 import torch
 
 import predict
-from nets.weights.pretrained import BOX, IN_THE_BOX, find_pretrained
+from nets.weights.pretrained import BUNDLED_FOLDER, BUNDLED_WEIGHTS, find_pretrained
 from utils.config.train_config import TrainConfig
 from utils.inference.classifier import load_classifier
-from utils.modeling.build import make_model
+from utils.modeling.build import build_network
 
-PICTURES = sorted((BOX.parent / "img").glob("*.jpg"))
+IMAGES = sorted((BUNDLED_FOLDER.parent / "img").glob("*.jpg"))
 ON_THE_CARD = 0.837  # of these 1,000; 84.2 % of all 10,000
 NAMES = {"aeroplane": "airplane", "car": "automobile", "cat": "cat", "ship": "ship"}
 
 
 def test_it_is_small_and_says_what_it_is():
-    assert IN_THE_BOX.stat().st_size < 11e6
-    card = json.loads(IN_THE_BOX.with_suffix(".json").read_text())
+    assert BUNDLED_WEIGHTS.stat().st_size < 11e6
+    card = json.loads(BUNDLED_WEIGHTS.with_suffix(".json").read_text())
     assert (card["model"]["name"], card["provenance"]["precision"]) == ("vit_xs_4", "fp16")
-    told = IN_THE_BOX.with_suffix(".md").read_text()
+    told = BUNDLED_WEIGHTS.with_suffix(".md").read_text()
     for heading in ("## What it learned from", "## How it was made", "## How good it is", "## What it can't do"):
         assert heading in told
 
 
-def test_it_names_pictures_before_any_training(here, capsys):
-    assert {path.stem for path in PICTURES} == NAMES.keys()
-    assert predict.main(tuple(map(str, PICTURES)), json_lines=True) == 0
+def test_it_names_images_before_any_training(here, capsys):
+    assert {path.stem for path in IMAGES} == NAMES.keys()
+    assert predict.main(tuple(map(str, IMAGES)), json_lines=True) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {Path(answer["path"]).stem: answer["label"] for answer in answers} == NAMES
 
 
 def test_a_run_starts_from_it(here, capsys):
-    assert find_pretrained("vit_xs_4").path == IN_THE_BOX
+    assert find_pretrained("vit_xs_4").path == BUNDLED_WEIGHTS
     config = TrainConfig(backbone="vit_xs_4", input_shape=(32, 32), pretrained=True)
-    settled, model, origin = make_model(config, [str(i) for i in range(10)])
+    resolved, model, origin = build_network(config, [str(i) for i in range(10)])
     assert "its head of 10 other classes is left out" in capsys.readouterr().out
-    assert (settled.eval_crop, Path(origin["file"])) == (1.0, IN_THE_BOX)
-    weights = load_classifier(IN_THE_BOX, "cpu", precision="fp32").network[1].state_dict()
+    assert (resolved.eval_crop, Path(origin["file"])) == (1.0, BUNDLED_WEIGHTS)
+    weights = load_classifier(BUNDLED_WEIGHTS, "cpu", precision="fp32").network[1].state_dict()
     assert torch.equal(model.state_dict()["blocks.5.mlp.fc1.weight"], weights["blocks.5.mlp.fc1.weight"])
 
 
 def test_it_is_as_good_as_its_card_says(shared, here):
-    """On the first 100 test pictures of each class, which had no part in its training."""
-    classifier = load_classifier(IN_THE_BOX)
+    """On the first 100 test images of each class, which had no part in its training."""
+    classifier = load_classifier(BUNDLED_WEIGHTS)
     taken: dict[str, list[str]] = {name: [] for name in classifier.class_names}
     with tarfile.open(shared / "data/cifar10.tar") as archive:
         for member in archive:

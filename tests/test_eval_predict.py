@@ -21,7 +21,7 @@ from torch import nn
 import eval as evaluation
 import predict
 from nets.weights.seal import digest_file
-from tests.conftest import write_picture
+from tests.conftest import write_image
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_io import open_image
 from utils.data.image_list import read_list
@@ -47,7 +47,7 @@ def run(script: str, *args: str, env: dict | None = None, **options) -> subproce
 
 
 def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
-    """The three ways to a probability: the training loop's validation, eval.py's loader, predict.py's pictures."""
+    """The three ways to a probability: the training loop's validation, eval.py's loader, predict.py's images."""
     checkpoint = find_checkpoint("")
     row = load_checkpoint(checkpoint)["history"][load_checkpoint(checkpoint)["epoch"] - 1]
     for raw in (True, False):
@@ -82,7 +82,7 @@ def test_eval_command(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "best_epoch_weights.pth on cls_test.txt" in result.stdout
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["pictures"] == 11
+    assert metrics["images"] == 11
     assert [row["support"] for row in metrics["per_class"]] == [6, 5]
     low, high = metrics["intervals"]["top1"]
     assert f"top-1 {metrics['top1']:.2%} [{100 * low:.2f}, {100 * high:.2f}]" in result.stdout
@@ -133,7 +133,7 @@ def test_evaluating_a_folder_and_a_list_is_the_same(trained, tmp_path):
 def test_a_folder_that_lacks_a_class_is_evaluated_and_said(trained, tmp_path, capsys):
     shutil.copytree("datasets/test/dark", tmp_path / "data" / "dark")
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
-    assert "No pictures, so not in the means: light" in capsys.readouterr().out
+    assert "No images, so not in the means: light" in capsys.readouterr().out
 
 
 def test_other_classes_are_refused(trained, tmp_path):
@@ -144,7 +144,7 @@ def test_other_classes_are_refused(trained, tmp_path):
     classes.write_text("light\ndark\n")
     with pytest.raises(ValueError, match="the same in another order"):
         evaluation.main(classes_path=str(classes), out=str(tmp_path))
-    write_picture(tmp_path / "data" / "red" / "1.png")
+    write_image(tmp_path / "data" / "red" / "1.png")
     with pytest.raises(ValueError, match=r"only in .*data: red"):
         evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
     with pytest.raises(ValueError, match="give the one that has, such as datasets/test"):
@@ -168,17 +168,17 @@ def test_an_answer_that_is_no_number_is_none(trained, tmp_path, capsys):
     save_checkpoint(tmp_path / "a.pth", content | {"weights": weights})
     assert predict.main(("datasets/test/dark/00.png",), model_path=str(tmp_path / "a.pth"), json_lines=True) == 1
     assert "output isn't finite" in json.loads(capsys.readouterr().out)["error"]
-    with pytest.raises(ValueError, match=r"\.png, one of 11 such pictures: the network's output isn't finite"):
+    with pytest.raises(ValueError, match=r"\.png, one of 11 such images: the network's output isn't finite"):
         evaluation.main(model_path=str(tmp_path / "a.pth"), out=str(tmp_path))
 
 
 def test_a_checkpoint_is_all_that_is_needed(trained, tmp_path, monkeypatch, capsys):
     shutil.copy(find_checkpoint(""), tmp_path / "model.pth")
-    shutil.copytree("datasets/test", tmp_path / "pictures")
+    shutil.copytree("datasets/test", tmp_path / "images")
     monkeypatch.chdir(tmp_path)
-    evaluation.main(data="pictures", model_path="model.pth")
-    assert predict.main(("pictures",), model_path="model.pth") == 0
-    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("pictures/")]) == 11
+    evaluation.main(data="images", model_path="model.pth")
+    assert predict.main(("images",), model_path="model.pth") == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("images/")]) == 11
 
 
 def test_predict_command_on_files_folders_and_globs(trained, command):
@@ -186,14 +186,14 @@ def test_predict_command_on_files_folders_and_globs(trained, command):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert len(lines) == 1 + 5 + 4
-    assert "10 pictures: " in result.stderr and " as dark" in result.stderr
+    assert "10 images: " in result.stderr and " as dark" in result.stderr
     assert lines[0].startswith("datasets/test/dark/00.png: dark ")
     assert lines[1].startswith("datasets/test/light/00.png: light ")
     assert BEST in result.stderr
 
 
 def test_predict_json_and_unreadable_files(trained, tmp_path, command):
-    (tmp_path / "broken.jpg").write_text("no picture")
+    (tmp_path / "broken.jpg").write_text("no image")
     result = command(
         "predict.py", "--json", "--top-k", "1", "none.jpg", str(tmp_path / "broken.jpg"), "datasets/test/light/00.png"
     )
@@ -204,7 +204,7 @@ def test_predict_json_and_unreadable_files(trained, tmp_path, command):
     assert [p["class"] for p in answers[2]["predictions"]] == ["light"]
 
 
-def test_predict_asks_for_pictures(trained, command):
+def test_predict_asks_for_images(trained, command):
     result = command("predict.py", input="datasets/test/dark/00.png\nnone.jpg\ndatasets/test/light/00.png\n\n")
     lines = result.stdout.splitlines()
     assert len(lines) == 3
@@ -214,27 +214,27 @@ def test_predict_asks_for_pictures(trained, command):
     assert result.returncode == 1
 
 
-def test_asked_for_pictures_are_answered_one_by_one(trained, monkeypatch, capsys):
+def test_asked_for_images_are_answered_one_by_one(trained, monkeypatch, capsys):
     printed = []
 
-    def ask():
+    def ask_for_paths():
         for path in ("datasets/test/dark/00.png", "datasets/test/light/00.png"):
             yield path
             printed.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(predict, "ask", ask)
+    monkeypatch.setattr(predict, "ask_for_paths", ask_for_paths)
     predict.main()
     assert ["dark/00" in printed[0], "light/00" in printed[1]] == [True, True]
 
 
 def test_typed_paths_may_be_quoted_folders_and_globs(monkeypatch, trained):
     monkeypatch.setattr("sys.stdin", io.StringIO("'datasets/test/dark'\n\"datasets/test/*/00.png\"\n"))
-    assert len(list(predict.expand(predict.ask()))) == 6 + 2
+    assert len(list(predict.expand(predict.ask_for_paths()))) == 6 + 2
 
 
 def test_folders_globs_and_hidden_files(here):
     for name in ("a/1.png", "a/b/2.JPG", "a/.hidden.png", "a/notes.txt", "c/x.txt"):
-        write_picture(here / f"{name}.png").rename(here / name)
+        write_image(here / f"{name}.png").rename(here / name)
     assert list(predict.expand(["a"])) == ["a/1.png", "a/b/2.JPG"]
     assert list(predict.expand(["*"])) == ["a/1.png", "a/b/2.JPG", "c"]
     assert list(predict.expand(["**/1.png"])) == ["a/1.png"]
@@ -246,7 +246,7 @@ def test_folders_globs_and_hidden_files(here):
 def test_a_folder_below_that_cannot_be_opened(here, monkeypatch, capsys):
     """Whoever runs the tests may be allowed to open any."""
     for name in ("a/1.png", "a/b/2.png", "c/3.png"):
-        write_picture(here / name)
+        write_image(here / name)
     scandir = os.scandir
 
     def refuse(path):
@@ -276,10 +276,10 @@ def test_names_that_a_windows_console_pipes(monkeypatch):
 
 def test_asking_ends_with_the_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a.jpg\nb.jpg"))
-    assert list(predict.ask()) == ["a.jpg", "b.jpg"]
+    assert list(predict.ask_for_paths()) == ["a.jpg", "b.jpg"]
 
 
-def test_saved_pictures_carry_a_label_and_overwrite_nothing(trained, tmp_path):
+def test_saved_images_carry_a_label_and_overwrite_nothing(trained, tmp_path):
     before = {path: path.read_bytes() for path in Path("datasets").rglob("*.png")}
     for _ in range(2):
         predict.main(("datasets/test/dark/00.png", "datasets/test/light/00.png"), save=str(tmp_path / "out"))
@@ -308,7 +308,7 @@ def test_labels_fit_and_tell_classes_apart(here, name):
 
 def test_the_built_in_digits_make_way(trained, tmp_path, capsys):
     shutil.copytree("datasets/test", tmp_path / "data")
-    write_picture(tmp_path / "data" / "7" / "builtin-digit-0001.png")
+    write_image(tmp_path / "data" / "7" / "builtin-digit-0001.png")
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
     assert "passed over: 1 built-in digits" in capsys.readouterr().out
     assert len(list(predict.expand([str(tmp_path / "data")]))) == 11
@@ -316,15 +316,15 @@ def test_the_built_in_digits_make_way(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_unreadable_picture_in_a_list_is_one_line(trained, tmp_path, workers, command):
+def test_an_unreadable_image_in_a_list_is_one_line(trained, tmp_path, workers, command):
     (tmp_path / "list.txt").write_text(f"0;{trained}/datasets/test/dark/00.png\n1;broken.jpg\n")
-    (tmp_path / "broken.jpg").write_text("no picture")
+    (tmp_path / "broken.jpg").write_text("no image")
     result = command("eval.py", "--data", str(tmp_path / "list.txt"), "--num-workers", workers)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     message = result.stderr.splitlines()[-1]
-    assert message.startswith(f"error: {tmp_path}/broken.jpg can't be read as a picture: it is of no known")
-    assert message.endswith("with its flags and --fix leaves such pictures out")
+    assert message.startswith(f"error: {tmp_path}/broken.jpg can't be read as an image: it is of no known")
+    assert message.endswith("with its flags and --fix leaves such images out")
 
 
 def test_no_such_data_and_a_file_to_save_in(trained, tmp_path):
@@ -365,7 +365,7 @@ def test_eval_names_what_it_passes_over(trained, tmp_path, capsys):
     (tmp_path / "data" / "loose.jpg").touch()
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
     told = capsys.readouterr().out
-    assert "passed over: 1 not a picture (.txt) (dark)" in told
+    assert "passed over: 1 not an image (.txt) (dark)" in told
     assert "passed over: 1 outside the class folders" in told
 
 
@@ -382,7 +382,7 @@ def test_top_k_is_checked(trained):
     assert predict.main(("datasets/test/dark/00.png",), top_k=50) == 0
 
 
-def test_many_pictures_come_back_in_order(trained, capsys):
+def test_many_images_come_back_in_order(trained, capsys):
     paths = tuple(f"datasets/train/{name}/{i:02d}.png" for i in range(16) for name in ("light", "dark")) * 2 + (
         "no.png",
     )
@@ -453,7 +453,7 @@ def test_nothing_trained_yet(here, command):
     assert message.endswith("train first, python train.py")
     result = command("predict.py", "a.jpg")
     assert result.returncode == 1
-    assert "a.jpg can't be read as a picture: there is no such file" in result.stdout + result.stderr
+    assert "a.jpg can't be read as an image: there is no such file" in result.stdout + result.stderr
 
 
 def test_a_value_that_cannot_work_on_the_command_line(here, command):

@@ -20,7 +20,7 @@ import predict
 import train
 from nets.factory import build_model
 from nets.weights.safe_load import read_header
-from tests.conftest import EXPORTS, NAMES, SMALL, write_picture
+from tests.conftest import EXPORTS, NAMES, SMALL, write_image
 from utils.annotation.annotate import annotate
 from utils.config.train_config import TrainConfig
 from utils.data.image_io import open_image
@@ -34,7 +34,7 @@ from utils.inference.classifier import Classifier, load_classifier
 from utils.inference.exported_metadata import ExportFacts
 from utils.inference.onnx_classifier import OnnxClassifier, open_onnx
 from utils.inference.onnx_file import DIGEST, digest
-from utils.modeling.build import make_model
+from utils.modeling.build import build_network
 from utils.modeling.pixel_network import pixel_network
 from utils.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
@@ -44,7 +44,7 @@ def classifier(trained) -> Classifier:
     return load_classifier(find_checkpoint(""), "cpu", precision="fp32")
 
 
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     """Of the sizes of real ones, and of odd ones."""
     generator = np.random.default_rng(0)
     sizes = [(16, 20), (8, 8), (1, 1), (1, 90), (333, 250), (3, 7)]
@@ -56,9 +56,9 @@ def of_checkpoint(classifier: Classifier, pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("key", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-3), ("int8", 2e-2), ("pt2", 1e-6)])
-def test_any_picture_gives_what_the_checkpoint_gives(exported, classifier, key, tolerance):
+def test_any_image_gives_what_the_checkpoint_gives(exported, classifier, key, tolerance):
     exported_file = formats.FORMATS[EXPORTS[key][0]].open(exported(key), classifier)
-    for pixels in pictures():
+    for pixels in images():
         assert exported_file(pixels) == pytest.approx(of_checkpoint(classifier, pixels), abs=tolerance)
 
 
@@ -76,7 +76,7 @@ def test_sizes_arithmetic_and_reports(exported):
     assert sizes["int8"] < 0.35 * sizes["fp32"]
     for key, precision in (("fp32", "fp32"), ("int8", "int8")):
         report = json.loads(exported(key).with_name(f"{exported(key).name}.check.json").read_text())
-        assert (report["passed"], report["precision"], report["pictures"]) == (True, precision, 4)
+        assert (report["passed"], report["precision"], report["images"]) == (True, precision, 4)
         assert report["top1_exported"] == report["top1_checkpoint"] == 1
     types = {node.op_type for node in onnx.load(exported("fp32")).graph.node}
     assert "MatMulInteger" not in types
@@ -178,30 +178,30 @@ def test_exported_weights_predict_and_are_what_train_py_starts_from(trained, tmp
     for one, other in zip(*answers, strict=True):
         assert (one["path"], one["label"]) == (other["path"], other["label"])
         assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-2)
-    _, model, _ = make_model(TrainConfig(**SMALL, model_path=str(path)), NAMES)
+    _, model, _ = build_network(TrainConfig(**SMALL, model_path=str(path)), NAMES)
     own = load_checkpoint(find_checkpoint(""))["weights"]
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, own[name], atol=1e-3 if precision == "fp16" else 0, rtol=0)
     # Before there is a run, the weights that lie in the box answer.
-    monkeypatch.setattr("predict.IN_THE_BOX", path)
-    pictures = str(Path("datasets/test").resolve())
+    monkeypatch.setattr("predict.BUNDLED_WEIGHTS", path)
+    images = str(Path("datasets/test").resolve())
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert predict.main((pictures,), device="cpu") == 0
+    assert predict.main((images,), device="cpu") == 0
     assert "there is no run in logs/ yet" in capsys.readouterr().err
     Path("logs/run").mkdir(parents=True)
     Path("logs/run/config.json").write_text("{}")  # it has begun
     with pytest.raises(FileNotFoundError, match="no run in logs/ has a checkpoint yet"):
-        predict.main((pictures,), device="cpu")
+        predict.main((images,), device="cpu")
 
 
 def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, trained, tmp_path, capsys):
     model = exported("fp32")
     capsys.readouterr()
     shutil.copy(model, tmp_path / "Copy.ONNX")
-    (tmp_path / "broken.jpg").write_text("no picture")
-    write_picture(tmp_path / "large.jpg", size=(90, 70), seed=5)
+    (tmp_path / "broken.jpg").write_text("no image")
+    write_image(tmp_path / "large.jpg", size=(90, 70), seed=5)
     paths = ("datasets/test", str(tmp_path / "large.jpg"), str(tmp_path / "broken.jpg"))
     answers = []
     for options in (
@@ -248,7 +248,7 @@ def test_what_takes_a_checkpoint_is_refused_by_name(exported, options, named):
         predict.main(("datasets/test/dark/00.png",), model_path=str(exported("fp32")), **options)
 
 
-def test_pictures_in_memory(exported, classifier):
+def test_images_in_memory(exported, classifier):
     model = open_onnx(exported("fp32"))
     pixels = np.asarray(open_image("datasets/test/dark/00.png"))
     for image in (pixels, Image.fromarray(pixels), Path("datasets/test/dark/00.png")):
@@ -262,7 +262,7 @@ def test_two_models_are_one_too_many(exported):
 
 
 def fake(classifier: Classifier, shift: float, flip: bool = False) -> formats.Format:
-    """A format whose files are off by `shift`, for dark pictures, or name the other class."""
+    """A format whose files are off by `shift`, for dark images, or name the other class."""
 
     def run(pixels: np.ndarray) -> np.ndarray:
         right = of_checkpoint(classifier, pixels)
@@ -278,8 +278,8 @@ def fake(classifier: Classifier, shift: float, flip: bool = False) -> formats.Fo
     [
         (2e-3, False, "fp32", "a probability is off by 0.002, and 1e-03 is allowed"),
         (2e-2, False, "fp16", "a probability is off by 0.02, and 1e-02 is allowed"),
-        (0, True, "fp32", "it names another class for 4 of 4 pictures"),
-        (0, True, "int8", "it names 0.0% of the pictures right, the checkpoint 100.0%"),
+        (0, True, "fp32", "it names another class for 4 of 4 images"),
+        (0, True, "int8", "it names 0.0% of the images right, the checkpoint 100.0%"),
         (np.nan, False, "int8", "aren't finite"),
     ],
 )
@@ -315,31 +315,31 @@ def test_the_command_fails_with_a_line(trained, tmp_path, command):
     assert result.stderr == "error: precision=int8 isn't for format=pt2: take fp32\n"
 
 
-def test_unreadable_pictures_are_named_and_left_out(classifier, tmp_path, monkeypatch, capsys):
+def test_unreadable_images_are_named_and_left_out(classifier, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, 0))
-    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "broken.png").write_text("no image")
     write_list(tmp_path / "list.txt", [(0, str(Path("datasets/test/dark/00.png").resolve())), (1, "broken.png")])
     export.main(out=str(tmp_path / "out"), data=str(tmp_path / "list.txt"))
     assert "left out: " in capsys.readouterr().out
     write_list(tmp_path / "list.txt", [(1, "broken.png")])
-    with pytest.raises(ValueError, match=r"none of the 1 pictures .* with --data"):
+    with pytest.raises(ValueError, match=r"none of the 1 images .* with --data"):
         export.main(out=str(tmp_path / "out"), data=str(tmp_path / "list.txt"))
 
 
-def test_which_pictures_check_it(classifier, tmp_path, monkeypatch):
+def test_which_images_check_it(classifier, tmp_path, monkeypatch):
     checkpoint = find_checkpoint("")
     val = read_list("cls_val.txt", 2)
-    assert export.pictures_to_check(checkpoint, classifier, "", "").path(0) == val.path(0)
+    assert export.images_to_check(checkpoint, classifier, "", "").path(0) == val.path(0)
     shutil.copy(checkpoint, tmp_path / "model.pth")
-    assert export.pictures_to_check(tmp_path / "model.pth", classifier, "", "").path(0) == val.path(0)
-    assert len(export.pictures_to_check(checkpoint, classifier, "datasets/test", "")) == 11
+    assert export.images_to_check(tmp_path / "model.pth", classifier, "", "").path(0) == val.path(0)
+    assert len(export.images_to_check(checkpoint, classifier, "datasets/test", "")) == 11
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="with --data"):
-        export.pictures_to_check(tmp_path / "model.pth", classifier, "", "")
+        export.images_to_check(tmp_path / "model.pth", classifier, "", "")
 
 
 def test_too_large_for_one_file_is_said_before_time_is_spent(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MOST_BYTES", 8_000_000)  # 2.7 million weights
+    monkeypatch.setattr(formats, "MAX_BYTES", 8_000_000)  # 2.7 million weights
     monkeypatch.setattr(formats, "make_onnx", lambda *_: b"reached")
     facts = describe_export(classifier, find_checkpoint(""), "fp32")
     with (tmp_path / "x").open("wb") as file, pytest.raises(ValueError, match="take --precision fp16"):
@@ -519,7 +519,7 @@ def test_the_check_reads_no_more_than_it_is_told(classifier, monkeypatch, tmp_pa
     seen = []
     compare = check.compare
     monkeypatch.setattr(export, "compare", lambda *parts: seen.append(parts[2]) or compare(*parts))
-    export.main(out=str(tmp_path), data="datasets/test", pictures=6)
+    export.main(out=str(tmp_path), data="datasets/test", check_images=6)
     assert np.bincount(seen[0].class_ids).tolist() == [3, 3]
 
 
@@ -556,7 +556,7 @@ def trashnet(shared, here) -> Path:
 
 
 @pytest.mark.slow
-def test_round_trip_of_real_weights_on_real_pictures(trashnet):
+def test_round_trip_of_real_weights_on_real_images(trashnet):
     checkpoint = find_checkpoint("")
     assert load_checkpoint(checkpoint)["epoch"] == 2  # thawed
     for format, precision, name in EXPORTS.values():
@@ -564,11 +564,9 @@ def test_round_trip_of_real_weights_on_real_pictures(trashnet):
             export.main(format=format, precision=precision, data="cls_test.txt")
         (written,) = (checkpoint.parent / "export").glob(f"{name}.*.json")
         report = json.loads(written.read_text())
-        print(
-            name, {key: report[key] for key in ("pictures", "largest_difference", "top1_checkpoint", "top1_exported")}
-        )
-        # A picture or two in hundreds may tip at the least rounding: fp16 is rightly refused then.
-        assert report["passed"] or (precision == "fp16" and report["same_top1"] >= 0.98 * report["pictures"])
+        print(name, {key: report[key] for key in ("images", "largest_difference", "top1_checkpoint", "top1_exported")})
+        # An image or two in hundreds may tip at the least rounding: fp16 is rightly refused then.
+        assert report["passed"] or (precision == "fp16" and report["same_top1"] >= 0.98 * report["images"])
         assert report["passed"] == (checkpoint.parent / "export" / name).exists()
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")
     images = read_list("cls_test.txt", 6)

@@ -13,7 +13,7 @@ NAMES = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_begins(two_classes, capsys, name):
-    """Its summary is printed, for other pictures; the network is drawn in every stage's size."""
+    """Its summary is printed, for other images; the network is drawn in every stage's size."""
     recipe = importlib.import_module(f"recipes.{name}")
     recipe.main(summary=True)
     told = capsys.readouterr().out

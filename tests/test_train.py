@@ -1,4 +1,4 @@
-"""train.py from the pictures to the checkpoints."""
+"""train.py from the images to the checkpoints."""
 
 import dataclasses
 import itertools
@@ -21,13 +21,13 @@ from torch.utils.tensorboard import SummaryWriter
 import eval as evaluation
 import train
 from nets.factory import build_model
-from tests.conftest import NAMES, SMALL, TINY, write_picture, write_two_classes
+from tests.conftest import NAMES, SMALL, TINY, write_image, write_two_classes
 from tests.faults.harness import digest
 from utils.annotation.annotate import annotate
 from utils.config.train_config import StageConfig, TrainConfig
 from utils.data.image_list import read_list
-from utils.data.preprocessing import settle_preprocessing
-from utils.modeling.build import make_model
+from utils.data.preprocessing import resolve_preprocessing
+from utils.modeling.build import build_network
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.runs.folder import new_run_folder
 from utils.runs.log import RunLog
@@ -85,7 +85,7 @@ def test_what_a_checkpoint_holds(trained):
     last = load_checkpoint(only_run() / LAST)
     assert last["class_names"] == ["dark", "light"]
     assert (last["epoch"], last["step"]) == (4, 36 // 8 + 3 * (36 // 6))
-    assert last["config"] == settle_preprocessing(TrainConfig(**SMALL), {}).as_dict()
+    assert last["config"] == resolve_preprocessing(TrainConfig(**SMALL), {}).as_dict()
     assert last["origin"] == {}
     assert last["preprocessing"]["input_shape"] == [8, 8]
     build_model(**last["model"]).load_state_dict(last["weights"], strict=True)
@@ -107,7 +107,7 @@ def test_it_learns(trained):
     assert last["history"][-1]["val_loss"] < last["history"][0]["val_loss"]
 
 
-def test_tensorboard_has_scalars_pictures_and_the_graph(trained):
+def test_tensorboard_has_scalars_images_and_the_graph(trained):
     events = EventAccumulator(str(only_run()))
     events.Reload()
     history = load_checkpoint(only_run() / LAST)["history"]
@@ -132,7 +132,7 @@ def test_a_network_that_torch_cannot_trace_is_trained_all_the_same(two_classes, 
 def test_frozen_then_thawed(two_classes):
     """In stage 1 the frozen part stays as it was built; in stage 2 it moves."""
     config = TrainConfig(**TINY | {"save_period": 1})
-    start = {name: value.clone() for name, value in make_model(config, NAMES).model.state_dict().items()}
+    start = {name: value.clone() for name, value in build_network(config, NAMES).model.state_dict().items()}
     train.main(config)
     first, second = (load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2))
     for name in start:
@@ -153,7 +153,7 @@ GRADUAL = {
 def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
     """Each part moves from its stage on and not before; a run cut off between any two stages ends like a whole one."""
     config = TrainConfig(**TINY | GRADUAL)
-    start = {name: value.clone() for name, value in make_model(config, NAMES).model.state_dict().items()}
+    start = {name: value.clone() for name, value in build_network(config, NAMES).model.state_dict().items()}
     train.main(config)
     states = [start] + [load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2, 3)]
     thawed_in = {"head.": 0, "blocks.5.": 1, "norm.": 1, "blocks.3.": 2, "patch_embed": 2, "pos_embed": 2}
@@ -192,8 +192,8 @@ GROWING = {
 
 
 @pytest.mark.parametrize(("backbone", "optimizer"), [("vit_of_the_tests", "muon"), ("mobilenetv2", "adamw")])
-def test_pictures_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone, optimizer):
-    """Each checkpoint takes pictures of its stage's size; a run cut off between stages or inside ends like a whole."""
+def test_images_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone, optimizer):
+    """Each checkpoint takes images of its stage's size; a run cut off between stages or inside ends like a whole."""
     variant = {"backbone": backbone, "optimizer_type": optimizer, "device": "cpu"}  # a GPU's sums vary
     config = TrainConfig(**TINY | GROWING | variant)
     train.main(config)
@@ -300,9 +300,9 @@ def test_resuming_needs_no_pretrained_weights_and_keeps_their_gelu(trained):
     resumed["model"]["activation"] = "gelu"
     resumed["preprocessing"]["interpolation"] = "bicubic"
     config = TrainConfig(**SMALL, pretrained=True)
-    settled, model, _ = make_model(config, NAMES, resumed)
+    resolved, model, _ = build_network(config, NAMES, resumed)
     assert model.blocks[0].mlp.act.approximate == "none"
-    assert settled.interpolation == "bicubic"
+    assert resolved.interpolation == "bicubic"
     assert all(torch.equal(value, resumed["weights"][name]) for name, value in model.state_dict().items())
 
 
@@ -315,12 +315,12 @@ def test_resuming_a_finished_run_does_nothing(trained, capsys):
 
 def test_starting_from_weights(trained, tmp_path, capsys):
     best = only_run() / BEST
-    _, model, _ = make_model(TrainConfig(**SMALL, model_path=str(best)), NAMES)
+    _, model, _ = build_network(TrainConfig(**SMALL, model_path=str(best)), NAMES)
     weights = load_checkpoint(best)["weights"]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    make_model(TrainConfig(**SMALL, model_path=str(best)), ["a", "b", "c"])
+    build_network(TrainConfig(**SMALL, model_path=str(best)), ["a", "b", "c"])
     assert "head of 2 other classes is left out, ours starts anew with 3" in capsys.readouterr().out
-    _, model, _ = make_model(TrainConfig(**SMALL, model_path=str(best)), ["cat", "dog"])
+    _, model, _ = build_network(TrainConfig(**SMALL, model_path=str(best)), ["cat", "dog"])
     assert "head of 2 other classes is left out" in capsys.readouterr().out
     assert not torch.equal(model.head.weight, weights["head.weight"])
     assert torch.equal(model.norm.weight, weights["norm.weight"])
@@ -329,7 +329,7 @@ def test_starting_from_weights(trained, tmp_path, capsys):
 def test_weights_of_ones_own_go_before_published_ones(trained, capsys):
     """As CONFIG has `pretrained` set, and `--model-path` is how training is prolonged."""
     best = only_run() / BEST
-    _, model, _ = make_model(TrainConfig(**SMALL, pretrained=True, model_path=str(best)), NAMES)
+    _, model, _ = build_network(TrainConfig(**SMALL, pretrained=True, model_path=str(best)), NAMES)
     assert torch.equal(model.norm.weight, load_checkpoint(best)["weights"]["norm.weight"])
     assert "pretrained: True -> False" in capsys.readouterr().out
 
@@ -338,7 +338,7 @@ def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
     checkpoint = load_checkpoint(only_run() / BEST)
     checkpoint["model"]["activation"] = "gelu"
     torch.save(checkpoint, tmp_path / "w.pth")
-    _, model, _ = make_model(TrainConfig(**SMALL, model_path=str(tmp_path / "w.pth")), NAMES)
+    _, model, _ = build_network(TrainConfig(**SMALL, model_path=str(tmp_path / "w.pth")), NAMES)
     assert model.blocks[0].mlp.act.approximate == "none"
 
 
@@ -346,15 +346,15 @@ def test_the_config_reaches_the_network():
     config = TrainConfig(
         **TINY, drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4, activation="gelu", freeze_train=False
     )
-    block = make_model(config, NAMES).model.blocks[-1]
+    block = build_network(config, NAMES).model.blocks[-1]
     assert (block.mlp.drop1.p, block.attn.attn_drop_rate, block.drop_path.drop_rate) == pytest.approx((0.2, 0.3, 0.4))
     assert block.mlp.act.approximate == "none"
     with pytest.raises(ValueError, match="pretrained=True: no weights are published"):
-        make_model(TrainConfig(**TINY | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
+        build_network(TrainConfig(**TINY | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
 
 
 def test_another_seed_gives_other_weights():
-    one, same, other = (make_model(TrainConfig(**TINY, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2))
+    one, same, other = (build_network(TrainConfig(**TINY, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -392,11 +392,11 @@ def test_summary_prints_and_leaves(two_classes, capsys):
     model = build_model("vit_of_the_tests", 2, (8, 8))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in told
     assert "stage 1: epochs 1 to 1, 8 x 8 pixels, frozen: embeddings or stem, and 4 blocks; 4 steps of 8" in told
-    assert "stage 2: epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 pictures an epoch; learning" in told
+    assert "stage 2: epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 images an epoch; learning" in told
     # The second stage begins where the cosine of the whole run has fallen to: the rates that are really had.
     highest = [float(rate) for rate in re.findall(r"learning rate up to ([\d.e-]+), down to", told)]
     assert highest == pytest.approx([1.25e-4, 8.4e-5], rel=0.05)
-    assert "warning: the pictures have" not in told
+    assert "warning: the images have" not in told
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, monkeypatch):
@@ -409,7 +409,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, 
         return train_epoch(trainer, loader, optimizer, epoch, learning_rate, after_step)
 
     monkeypatch.setattr(Trainer, "train_epoch", poison_third)
-    with pytest.raises(NonFiniteLoss, match=r"finite at step 11 .*pictures: datasets.train"):
+    with pytest.raises(NonFiniteLoss, match=r"finite at step 11 .*images: datasets.train"):
         train.main(TrainConfig(**TINY))
     for name in (BEST, LAST):
         checkpoint = load_checkpoint(only_run() / name)
@@ -418,13 +418,13 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, 
 
 
 def test_freezing_what_has_learned_nothing_is_warned_about(capsys):
-    make_model(TrainConfig(**TINY), NAMES)
+    build_network(TrainConfig(**TINY), NAMES)
     assert "freezes a backbone that has learned nothing" in capsys.readouterr().out
-    make_model(TrainConfig(**TINY | {"freeze_train": False}), NAMES)
+    build_network(TrainConfig(**TINY | {"freeze_train": False}), NAMES)
     assert "learned nothing" not in capsys.readouterr().out
 
 
-def test_tiny_pictures_through_a_large_input_are_warned_about(two_classes, capsys):
+def test_tiny_images_through_a_large_input_are_warned_about(two_classes, capsys):
     for side, warned in ((64, False), (72, True)):
         train.main(TrainConfig(**TINY | {"input_shape": (side, side)}), summary=True)
         assert ("pixels, and input_shape (72, 72) enlarges them to 5184" in capsys.readouterr().out) == warned
@@ -433,9 +433,9 @@ def test_tiny_pictures_through_a_large_input_are_warned_about(two_classes, capsy
 def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
     for name in "ab":
         for i in range(3):
-            write_picture(here / "datasets" / name / f"{i}.png", size=(400, 300), seed=ord(name) + i)
+            write_image(here / "datasets" / name / f"{i}.png", size=(400, 300), seed=ord(name) + i)
     train.main(TrainConfig(**TINY), summary=True)
-    assert "warning: the pictures have some 120 thousand pixels" in capsys.readouterr().out
+    assert "warning: the images have some 120 thousand pixels" in capsys.readouterr().out
 
 
 def test_a_missing_list_of_the_users_own(here):
@@ -446,7 +446,7 @@ def test_a_missing_list_of_the_users_own(here):
 
 
 def test_classes_can_be_balanced_in_either_way(two_classes, monkeypatch):
-    """22 dark and 14 light pictures: what is set reaches the loader or the loss."""
+    """22 dark and 14 light images: what is set reaches the loader or the loss."""
     made = {}
 
     def noting(name, make):
@@ -483,10 +483,10 @@ def test_an_epochs_seconds_are_its_own(two_classes, monkeypatch):
     assert all(0 < row["seconds"] < 1000 for row in load_checkpoint(only_run() / LAST)["history"])
 
 
-def test_an_unreadable_picture_is_named_at_the_end_of_its_epoch(two_classes, capsys):
+def test_an_unreadable_image_is_named_at_the_end_of_its_epoch(two_classes, capsys):
     annotate()
     images = read_list("cls_train.txt", 2)
-    Path(images.path(5)).write_text("no picture")
+    Path(images.path(5)).write_text("no image")
     train.main(TrainConfig(**TINY, max_bad_fraction=0.05))
     lines = capsys.readouterr().out.splitlines()
     told = [i for i, line in enumerate(lines) if "1 unreadable" in line]
@@ -497,7 +497,7 @@ def test_an_unreadable_picture_is_named_at_the_end_of_its_epoch(two_classes, cap
 
 @pytest.mark.slow
 def test_a_compiled_network_trains_the_same(two_classes, monkeypatch):
-    """Through both stages, over features and over pictures. Not by the compiler itself, which takes minutes."""
+    """Through both stages, over features and over images. Not by the compiler itself, which takes minutes."""
     compiled = []
 
     def trace(network, compile=torch.compile):
@@ -518,7 +518,7 @@ def test_a_compiled_network_trains_the_same(two_classes, monkeypatch):
 
 @pytest.mark.slow
 def test_the_digits_are_learned_as_well_in_auto_as_in_fp32(here):
-    """Half of the usual epochs; what auto is depends on the machine. Of 359 pictures, two in a hundred are noise."""
+    """Half of the usual epochs; what auto is depends on the machine. Of 359 images, two in a hundred are noise."""
     top1 = {}
     for precision in ("fp32", "auto"):
         train.main(dataclasses.replace(train.CONFIG, precision=precision, unfreeze_epoch=10, save_dir=precision))

@@ -57,7 +57,7 @@ def _is_prefix(prefix: str, state: State) -> bool:
     return first in state or (bool(state) and all(name.startswith(prefix) for name in state))
 
 
-def to_our_names(state: State, source: Source) -> tuple[State, list[str]]:
+def convert_names(state: State, source: Source) -> tuple[State, list[str]]:
     """The tensors of `source` as `nets.vit` has them, and the names of those that are left out.
 
     Raises:
@@ -66,7 +66,7 @@ def to_our_names(state: State, source: Source) -> tuple[State, list[str]]:
     if source.of_flax:
         state = {name: _from_flax(name, tensor) for name, tensor in state.items()}
     found: State = {}
-    left_out = []
+    excluded = []
     for name, tensor in state.items():
         ours = name
         for pattern, replacement in source.renames:
@@ -74,12 +74,12 @@ def to_our_names(state: State, source: Source) -> tuple[State, list[str]]:
         foreign = next((what for pattern, what in FOREIGN_PARTS.items() if re.search(pattern, ours)), None)
         if foreign:
             raise ValueError(f"it has {foreign}, {name!r}, which the ViT here lacks; choose weights without it")
-        if re.search(source.left_out, ours):
-            left_out.append(name)
+        if re.search(source.excluded, ours):
+            excluded.append(name)
         else:
             found[ours] = tensor
     found = _fold_layer_scale(_join_queries_keys_values(found))
-    return _with_class_position(found), left_out
+    return _with_class_position(found), excluded
 
 
 def _from_flax(name: str, tensor: Tensor) -> Tensor:

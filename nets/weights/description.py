@@ -1,4 +1,4 @@
-"""What timm and Hugging Face write beside a file of weights: how the network differs, and what pictures it expects."""
+"""What timm and Hugging Face write beside a file of weights: how the network differs, and what images it expects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PREPROCESSING: dict[str, Callable[[Any], bool]] = {
     "interpolation": lambda value: value in FILTERS.values(),
     "eval_crop": _is_share,
 }
-"""What a description may say of pictures, as the config calls it, and which values are taken."""
+"""What a description may say of images, as the config calls it, and which values are taken."""
 
 
 def read_variant(folder: Path) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def read_variant(folder: Path) -> dict[str, Any]:
 
 
 def read_preprocessing(folder: Path) -> dict[str, Any]:
-    """What timm's `config.json` and Hugging Face's `preprocessor_config.json` in `folder` say of pictures: the fields
+    """What timm's `config.json` and Hugging Face's `preprocessor_config.json` in `folder` say of images: the fields
     in `PREPROCESSING`."""
     config, processor = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
     return known_fields(_of_hugging_face(processor) | _of_timm(config.get("pretrained_cfg")))

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nets.network import FreezableNetwork
-from nets.weights.convert import to_our_names, unwrap
+from nets.weights.convert import convert_names, unwrap
 from nets.weights.description import ACTIVATIONS, known_fields, read_preprocessing, read_variant
 from nets.weights.hub import Found
 from nets.weights.safe_load import open_safely, read_header
@@ -29,10 +29,10 @@ class Weights:
         source: whose they are, for messages.
         state: under the names of the networks here, if they are a ViT's, else under their own.
         variant: how their network differs from ours by default: arguments of `nets.vit.vit`.
-        preprocessing: what they expect of pictures, by the names of the config's fields, as far as it is known.
-        input_shape: height and width of the pictures that they are for; None: a square.
+        preprocessing: what they expect of images, by the names of the config's fields, as far as it is known.
+        input_shape: height and width of the images that they are for; None: a square.
         resampling: how their position embedding is resampled, as arguments of `F.interpolate`.
-        left_out: names of tensors that a classifier has no use for.
+        excluded: names of tensors that a classifier has no use for.
         class_names: what the outputs of their head mean, as far as it is known.
         origin: where they are from: file, SHA-256, and repository and revision of what was downloaded.
     """
@@ -44,7 +44,7 @@ class Weights:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     input_shape: tuple[int, int] | None = None
     resampling: Mapping[str, bool] = field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     origin: Mapping[str, str] = field(default_factory=dict)
 
@@ -101,7 +101,7 @@ def read_weights(file: str | Path | Found, of_vit: bool = True) -> Weights:
         told_preprocessing = read_preprocessing(path.parent)
         if source is None:
             return Weights(path, "a network's own names", state, preprocessing=told_preprocessing, origin=origin)
-        state, left_out = to_our_names(state, source)
+        state, excluded = convert_names(state, source)
         _check_dimensions(state)
         told_variant = read_variant(path.parent)
     except (ValueError, IndexError, RuntimeError) as error:  # tensors of other shapes than their names promise
@@ -118,7 +118,7 @@ def read_weights(file: str | Path | Found, of_vit: bool = True) -> Weights:
         variant | told_variant,
         dict(source.preprocessing) | told_preprocessing,
         resampling=source.resampling,
-        left_out=tuple(left_out),
+        excluded=tuple(excluded),
         origin=origin,
     )
 
@@ -126,7 +126,7 @@ def read_weights(file: str | Path | Found, of_vit: bool = True) -> Weights:
 def _of_thaw(
     path: Path, state: State, described: Mapping[str, Any], origin: Mapping[str, str], of_vit: bool
 ) -> Weights:
-    """Those of a checkpoint, or of an export of one, which say what network and what pictures they are for."""
+    """Those of a checkpoint, or of an export of one, which say what network and what images they are for."""
     arguments, preprocessing = described.get("model"), described.get("preprocessing")
     sides = arguments.get("input_shape") if isinstance(arguments, dict) else None
     if not (isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)):
@@ -205,14 +205,14 @@ def load_weights(model: FreezableNetwork, weights: Weights, class_names: Sequenc
     Raises:
         ValueError: names or shapes differ in anything else; the message lists the first of them.
     """
-    own, state = model.state_dict(), model.adopt(dict(weights.state))
+    own, state = model.state_dict(), model.rename_state(dict(weights.state))
     variant = ", ".join(f"{name} {value}" for name, value in weights.variant.items())
     print(f"{weights.path}: {weights.source}{f' ({variant})' if variant else ''}")
     # A counter that nothing here reads; files from before torch 0.4.1 don't have it.
     state |= {name: own[name] for name in own.keys() - state.keys() if name.endswith(".num_batches_tracked")}
-    if weights.left_out:
-        named = ", ".join(weights.left_out[:3]) + (", ..." if len(weights.left_out) > 3 else "")
-        print(f"{weights.path}: {len(weights.left_out)} tensors that a classifier doesn't need are left out: {named}")
+    if weights.excluded:
+        named = ", ".join(weights.excluded[:3]) + (", ..." if len(weights.excluded) > 3 else "")
+        print(f"{weights.path}: {len(weights.excluded)} tensors that a classifier doesn't need are left out: {named}")
     if {"pos_embed", "patch_embed.proj.weight"} <= state.keys() & own.keys() and weights.grid() != model.grid:
         state["pos_embed"] = model.resample_positions(state["pos_embed"], weights.grid(), **weights.resampling)
         print(f"{weights.path}: position embedding resampled to {model.grid[0]} x {model.grid[1]} patches")

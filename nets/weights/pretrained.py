@@ -26,10 +26,10 @@ HUB_REPOS: dict[str, str] = {
     "vit_l_32": "timm/vit_large_patch32_384.orig_in21k_ft_in1k",
     "vit_h_14": "timm/vit_huge_patch14_224.orig_in21k",
 }
-BOX = Path(__file__).resolve().parents[2] / "model_data"
+BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "model_data"
 """Where weights lie that come with the project."""
-IN_THE_BOX = BOX / "vit_xs_4.safetensors"
-"""A small ViT for pictures of 32 x 32 pixels, see `recipes/cifar10.py`."""
+BUNDLED_WEIGHTS = BUNDLED_FOLDER / "vit_xs_4.safetensors"
+"""A small ViT for images of 32 x 32 pixels, see `recipes/cifar10.py`."""
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 LAYOUT_FILES: dict[str, str] = {"vit_b_16": LAYOUT_FILE}
@@ -42,7 +42,8 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
         name: of the network.
         wanted: a file; a repository on the Hugging Face hub, `owner/name` or `owner/name@revision`; or True: those that
             are published for the network, from `folder` (`<name>.safetensors` or `<name>.pth`, without timm/, or for
-            the base ViT bubbliiiing's `vit-patch_16.pth`) or from `BOX`, else from a cache, else downloaded to it.
+            the base ViT bubbliiiing's `vit-patch_16.pth`) or from `BUNDLED_FOLDER`, else from a cache, else downloaded
+            to it.
         folder: see `wanted`.
 
     Raises:
@@ -53,7 +54,9 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
     if isinstance(wanted, str):
         return _find_named(wanted, folder)
     stem = name.removeprefix(TIMM)
-    for place, file in product((folder, BOX), (LAYOUT_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")):
+    for place, file in product(
+        (folder, BUNDLED_FOLDER), (LAYOUT_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")
+    ):
         if file and (place / file).is_file():
             return Found(place / file)
     remedy = f"Fetch it where there is internet and put it at {folder / stem}.{{}}, or set pretrained=False"

@@ -32,9 +32,9 @@ class Source:
         of_flax: whether its tensors are in flax's order.
         wrapped: whether its tensors lie in a dict of their own, or their names begin with that of a part.
         renames: pairs of a pattern and what takes its place, applied to each name one after the other.
-        left_out: pattern of (renamed) tensors that a classifier has no use for; they are named when they are left out.
+        excluded: pattern of (renamed) tensors that a classifier has no use for; they are named when they are left out.
         variant: what sets the network apart from `nets.vit`'s by default, see `nets.vit.vit`.
-        preprocessing: what it expects of pictures, by the names of the config's fields.
+        preprocessing: what it expects of images, by the names of the config's fields.
         resampling: how the project itself resamples a position embedding, as arguments of `F.interpolate`.
     """
 
@@ -43,7 +43,7 @@ class Source:
     of_flax: bool = False
     wrapped: bool | None = None
     renames: tuple[tuple[str, str], ...] = ()
-    left_out: str = "$^"
+    excluded: str = "$^"
     variant: Mapping[str, Any] = field(default_factory=dict)
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     resampling: Mapping[str, bool] = field(default_factory=dict)
@@ -91,7 +91,7 @@ SOURCES: tuple[Source, ...] = (
             (r"^head/", "head."),
             (r"(kernel|scale)$", "weight"),
         ),
-        left_out=r"^opt/state/",
+        excluded=r"^opt/state/",
         variant={"activation": "gelu_tanh"},  # flax's default
         preprocessing={**OF_INCEPTION, "interpolation": "bilinear", "eval_crop": 1.0},
     ),
@@ -119,7 +119,7 @@ SOURCES: tuple[Source, ...] = (
         "Hugging Face's DINOv2 with registers",
         r"(^|\.)embeddings\.register_tokens$",
         renames=HUGGING_FACE_NAMES,
-        left_out=r"^mask_token$",
+        excluded=r"^mask_token$",
         variant={"activation": "gelu"},
         preprocessing=OF_META,
         resampling={"antialias": True},
@@ -128,7 +128,7 @@ SOURCES: tuple[Source, ...] = (
         "Hugging Face's DINOv2",
         r"\.layer_scale1\.lambda1$",
         renames=HUGGING_FACE_NAMES,
-        left_out=r"^mask_token$",
+        excluded=r"^mask_token$",
         variant={"activation": "gelu"},
         preprocessing=OF_META,
     ),
@@ -136,7 +136,7 @@ SOURCES: tuple[Source, ...] = (
         "Hugging Face's ViT",
         r"(^|\.)embeddings\.patch_embeddings\.projection\.weight$",
         renames=HUGGING_FACE_NAMES,
-        left_out=r"^(mask_token$|pooler\.|decoder\.)",
+        excluded=r"^(mask_token$|pooler\.|decoder\.)",
         variant={"activation": "gelu", "norm_eps": 1e-12},
         preprocessing={**OF_INCEPTION, "interpolation": "bilinear", "eval_crop": 1.0},
     ),
@@ -144,7 +144,7 @@ SOURCES: tuple[Source, ...] = (
         "DINOv2, or another with LayerScale",
         r"(^|\.)blocks\.0\.ls1\.gamma$",
         renames=((r"^register_tokens$", "reg_token"),),
-        left_out=r"^mask_token$",
+        excluded=r"^mask_token$",
         variant={"activation": "gelu"},
         preprocessing=OF_META,
         resampling={"antialias": True},  # timm's way; Meta's code has it as a choice
@@ -153,7 +153,7 @@ SOURCES: tuple[Source, ...] = (
         "Meta's MAE, DINO or DeiT",
         r"^patch_embed\.proj\.weight$",
         wrapped=True,
-        left_out=r"^(mask_token$|decoder_|head\.(mlp|last_layer)\.)",
+        excluded=r"^(mask_token$|decoder_|head\.(mlp|last_layer)\.)",
         variant={"activation": "gelu"},
         preprocessing=OF_META,
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import write_picture
+from tests.conftest import write_image
 from utils.annotation.annotate import annotate, demo_digits, ensure_lists
 from utils.annotation.folder_scan import scan_datasets
 from utils.config.train_config import TrainConfig
@@ -88,7 +88,7 @@ def test_an_old_test_list_goes_with_its_folder(here, capsys):
     annotate()
     assert not Path("cls_test.txt").exists()
     assert Path("cls_test.txt.old").exists()
-    assert "there are no test pictures: cls_test.txt is called cls_test.txt.old from now on" in capsys.readouterr().out
+    assert "there are no test images: cls_test.txt is called cls_test.txt.old from now on" in capsys.readouterr().out
 
 
 def test_names_and_suffixes(here, capsys):
@@ -101,8 +101,8 @@ def test_names_and_suffixes(here, capsys):
     found = {line.partition(";")[2] for line in entries("cls_train.txt") + entries("cls_val.txt")}
     assert found == {f"datasets/ä b/{name}" for name in kept} | {"datasets/z/1.jpg"}
     told = capsys.readouterr().out
-    assert "2 hidden, 1 not a picture (.txt), 1 not a picture (no suffix)" in told
-    assert "1 no pictures in datasets" in told
+    assert "2 hidden, 1 not an image (.txt), 1 not an image (no suffix)" in told
+    assert "1 no images in datasets" in told
     assert "1 outside the class folders" in told
 
 
@@ -113,7 +113,7 @@ def test_val_fraction_is_checked(two_classes, fraction):
 
 
 def test_a_class_file_is_obeyed(two_classes, capsys):
-    write_picture(two_classes / "train" / "other" / "1.png")
+    write_image(two_classes / "train" / "other" / "1.png")
     Path("model_data").mkdir()
     Path("model_data/cls_classes.txt").write_text("light\ndark\nmissing\n")
     annotate()
@@ -121,8 +121,8 @@ def test_a_class_file_is_obeyed(two_classes, capsys):
     assert not any("other" in line for line in entries("cls_train.txt") + entries("cls_val.txt"))
     told = capsys.readouterr().out
     assert "other" in told
-    assert "1 pictures: not in the class file" in told
-    assert "no train pictures of missing" in told
+    assert "1 images: not in the class file" in told
+    assert "no train images of missing" in told
 
 
 def test_a_class_file_of_other_classes(two_classes):
@@ -135,22 +135,20 @@ def test_a_class_file_of_other_classes(two_classes):
 
 
 def test_classes_only_in_test_are_left_out_and_said(two_classes, capsys):
-    write_picture(two_classes / "test" / "new" / "1.png")
+    write_image(two_classes / "test" / "new" / "1.png")
     annotate()
     assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
-    assert "1 pictures: no training pictures" in capsys.readouterr().out
+    assert "1 images: no training images" in capsys.readouterr().out
 
 
 def test_folders_that_cannot_work(here):
     with pytest.raises(FileNotFoundError, match="no folder datasets"):
         annotate()
     touch("datasets/a/1.jpg")
-    with pytest.raises(ValueError, match=r"folders with training pictures: a$"):
+    with pytest.raises(ValueError, match=r"folders with training images: a$"):
         annotate()
     touch("datasets/b/notes.doc")
-    with pytest.raises(
-        ValueError, match=r"training pictures: a; passed over: 1 not a picture \(\.doc\), 1 no pictures"
-    ):
+    with pytest.raises(ValueError, match=r"training images: a; passed over: 1 not an image \(\.doc\), 1 no images"):
         annotate()
     touch("datasets/test/a/1.jpg")
     with pytest.raises(ValueError, match="none named train"):
@@ -173,7 +171,7 @@ def test_the_demo_is_written_where_there_is_nothing(here, capsys):
     assert [len(read_list(name, 10)) for name in LISTS[:3]] == [1294, 144, 359]
 
 
-def test_own_pictures_take_the_demos_place(here, capsys):
+def test_own_images_take_the_demos_place(here, capsys):
     ensure_lists(TrainConfig())
     touch("datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/7/3.jpg", "datasets/train/7/4.jpg")
     ensure_lists(TrainConfig())
@@ -196,7 +194,7 @@ def test_own_classes_replace_the_demos_class_file(here):
 def test_the_users_lists_are_left_alone(two_classes):
     annotate()
     before = Path("cls_train.txt").read_bytes()
-    write_picture(two_classes / "train" / "dark" / "new.png")
+    write_image(two_classes / "train" / "dark" / "new.png")
     ensure_lists(TrainConfig())
     assert Path("cls_train.txt").read_bytes() == before
     ensure_lists(TrainConfig(train_annotation_path="mine.txt"))
@@ -227,7 +225,7 @@ def test_classes_named_like_splits(here, capsys):
 
 def test_splits_without_classes(here):
     touch("datasets/train/1.jpg", "datasets/train/2.jpg", "datasets/test/1.jpg", "datasets/test/2.jpg")
-    with pytest.raises(ValueError, match="put the pictures of each class into one there"):
+    with pytest.raises(ValueError, match="put the images of each class into one there"):
         annotate()
 
 
@@ -243,25 +241,25 @@ def test_a_test_set_is_taken_out_if_wanted(here, capsys):
     assert not (train & test or val & test or train & val)
     annotate(test_fraction=0.5, val_fraction=0.4, audit=False)  # parts of the whole, both
     assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
-    with pytest.raises(ValueError, match=r"cls_test\.txt holds pictures that were taken out of train.*as before"):
+    with pytest.raises(ValueError, match=r"cls_test\.txt holds images that were taken out of train.*as before"):
         annotate(audit=False)
     assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
     Path("cls_test.txt").unlink()
     annotate(audit=False)
     assert [len(entries(name)) for name in LISTS[:2]] == [90, 10]
     touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/test/a/1.jpg")
-    with pytest.raises(ValueError, match=r"test_fraction=0\.2: there are test pictures already"):
+    with pytest.raises(ValueError, match=r"test_fraction=0\.2: there are test images already"):
         annotate(test_fraction=0.2, audit=False)
     with pytest.raises(ValueError, match="leaves a part to train on"):
         annotate(test_fraction=0.95, audit=False)
 
 
-def test_test_pictures_stay_that_wherever_the_lists_are(here):
+def test_test_images_stay_that_wherever_the_lists_are(here):
     touch(*(f"pets/{name}/{i:02d}.jpg" for name in "ab" for i in range(20)))
     fields = ("train_annotation_path", "val_annotation_path", "test_annotation_path")
     places = {field: f"pets/{field}.txt" for field in fields}
     annotate("pets", **places, test_fraction=0.2, audit=False)
-    with pytest.raises(ValueError, match=r"test_annotation_path\.txt holds pictures that were taken out of train"):
+    with pytest.raises(ValueError, match=r"test_annotation_path\.txt holds images that were taken out of train"):
         annotate("pets", **places, audit=False)
 
 
@@ -310,10 +308,10 @@ def test_a_readme_and_hidden_files_do_not_stop_the_demo(here):
 
 def test_no_empty_validation_list(here):
     touch("datasets/a/1.jpg", "datasets/b/1.jpg")
-    with pytest.raises(ValueError, match="no pictures to validate on"):
+    with pytest.raises(ValueError, match="no images to validate on"):
         annotate()
     touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/val/c/1.jpg")
-    with pytest.raises(ValueError, match="no pictures to validate on"):
+    with pytest.raises(ValueError, match="no images to validate on"):
         annotate()
     assert not Path("cls_val.txt").exists()
 

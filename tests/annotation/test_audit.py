@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from tests.conftest import write_picture, write_scene
+from tests.conftest import write_image, write_scene
 from utils.annotation import fingerprints, near_duplicates
 from utils.annotation.annotate import annotate
-from utils.annotation.audit import Picture, find_faults
+from utils.annotation.audit import AuditedImage, find_faults
 from utils.annotation.audit_report import format_findings, write_audit
 from utils.annotation.fingerprints import Fingerprint, Fingerprints, take_fingerprint
-from utils.annotation.near_duplicates import MOST_BITS, _candidates, alike_groups
+from utils.annotation.near_duplicates import MOST_BITS, _candidates, near_duplicate_groups
 from utils.data import image_io
 from utils.data.image_list import read_list
 
@@ -63,7 +63,7 @@ def findings_of(datasets=Path("datasets")) -> dict[str, list[set[str]]]:
     content = json.loads(Path("audit/audit.json").read_text())
     found = defaultdict(list)
     for finding in content["findings"]:
-        found[finding["kind"]] += [{picture["path"] for picture in group} for group in finding["groups"]]
+        found[finding["kind"]] += [{image["path"] for image in group} for group in finding["groups"]]
     return found
 
 
@@ -127,7 +127,7 @@ def plant(datasets: Path) -> dict[str, list[set[str]]]:
     return planted
 
 
-def test_fix_leaves_the_faulty_ones_out_and_touches_no_picture(rubbish, capsys):
+def test_fix_leaves_the_faulty_ones_out_and_touches_no_image(rubbish, capsys):
     planted = plant(rubbish)
     before = {path: path.read_bytes() for path in rubbish.rglob("*") if path.is_file()}
     annotate(fix=True)
@@ -144,20 +144,20 @@ def test_fix_leaves_the_faulty_ones_out_and_touches_no_picture(rubbish, capsys):
         assert len(group & listed["test"]) == 1
     for group in planted["alike within a class"] + planted["alike across classes"]:
         assert group <= listed["train"] or group <= listed["val"]
-    left_out = dict(reversed(line.split(";", 1)) for line in Path("audit/left_out.txt").read_text().splitlines())
-    assert set(left_out) == {path.relative_to(Path.cwd()).as_posix() for path in before} - everywhere
-    assert left_out["datasets/train/glass/empty.jpg"] == "unreadable"
-    assert "left out, see left_out.txt" in capsys.readouterr().out
+    excluded = dict(reversed(line.split(";", 1)) for line in Path("audit/excluded.txt").read_text().splitlines())
+    assert set(excluded) == {path.relative_to(Path.cwd()).as_posix() for path in before} - everywhere
+    assert excluded["datasets/train/glass/empty.jpg"] == "unreadable"
+    assert "left out, see excluded.txt" in capsys.readouterr().out
     annotate()
     assert "the lists before this were made with --fix" in capsys.readouterr().out
-    assert not Path("audit/left_out.txt").exists()
+    assert not Path("audit/excluded.txt").exists()
 
 
-def test_a_second_run_reads_no_picture(rubbish, monkeypatch):
+def test_a_second_run_reads_no_image(rubbish, monkeypatch):
     plant(rubbish)
     annotate()
     first = Path("audit/audit.json").read_bytes(), Path("audit/audit.html").read_bytes()
-    write_picture(rubbish / "train" / "glass" / "new.png", size=(50, 40))
+    write_image(rubbish / "train" / "glass" / "new.png", size=(50, 40))
 
     read = []
     opened = image_io._opened
@@ -175,7 +175,7 @@ def test_a_second_run_reads_no_picture(rubbish, monkeypatch):
 
 
 def test_what_is_remembered_may_be_broken_or_a_run_cut_off(here, monkeypatch):
-    paths = [str(write_picture(Path(f"{i}.png"), seed=i)) for i in range(5)]
+    paths = [str(write_image(Path(f"{i}.png"), seed=i)) for i in range(5)]
     Path("prints").write_bytes(b"no data base" * 100)
     expected = [take_fingerprint(path) for path in paths]
     monkeypatch.setattr(fingerprints, "SAVE_EVERY", 2)
@@ -195,12 +195,12 @@ def test_what_is_remembered_may_be_broken_or_a_run_cut_off(here, monkeypatch):
     )
     assert Fingerprints("prints").read(paths) == expected
     assert len(again) == 3
-    write_picture(Path("2.png"), seed=99)
+    write_image(Path("2.png"), seed=99)
     assert Fingerprints("prints").read(paths)[2] == take_fingerprint("2.png") != expected[2]
 
 
 def test_a_failure_is_not_remembered(here, monkeypatch):
-    path = str(write_picture(here / "a.png"))
+    path = str(write_image(here / "a.png"))
     with monkeypatch.context() as patch:
         patch.setattr(image_io.Image, "open", lambda *args, **kwargs: (_ for _ in ()).throw(MemoryError()))
         assert "MemoryError" in Fingerprints("prints").read([path])[0].error
@@ -209,9 +209,9 @@ def test_a_failure_is_not_remembered(here, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_done_without(here, monkeypatch, capsys):
     monkeypatch.setattr(fingerprints, "PATIENCE", 0)
-    path = str(write_picture(here / "a.png"))
+    path = str(write_image(here / "a.png"))
     expected = Fingerprints("prints").read([path])
-    new = str(write_picture(here / "b.png", seed=2))
+    new = str(write_image(here / "b.png", seed=2))
     other = sqlite3.connect("prints")
     for place, lock in (("prints", "IMMEDIATE"), ("prints", "EXCLUSIVE"), ("a.png/prints", "EXCLUSIVE")):
         other.execute(f"BEGIN {lock}")
@@ -243,12 +243,12 @@ def test_a_fine_texture_is_not_blank(here):
     assert take_fingerprint("white.jpg").flat
 
 
-def pictures_of(counts: dict[str, int], make) -> list[Picture]:
-    """Training pictures with made-up fingerprints: `make(name, i)` gives what differs from a photo's."""
+def images_of(counts: dict[str, int], make) -> list[AuditedImage]:
+    """Training images with made-up fingerprints: `make(name, i)` gives what differs from a photo's."""
     rng = random.Random(0)
     defaults = {"format": "JPEG", "width": 640, "height": 480}
     return [
-        Picture(
+        AuditedImage(
             f"{name}/{i}.jpg",
             "train",
             name,
@@ -263,19 +263,17 @@ def pictures_of(counts: dict[str, int], make) -> list[Picture]:
     ]
 
 
-def kinds(pictures, names=("a", "b", "c")):
-    return {finding.kind: finding.message for finding in find_faults(pictures, names)}
+def kinds(images, names=("a", "b", "c")):
+    return {finding.kind: finding.message for finding in find_faults(images, names)}
 
 
 def test_a_format_that_tells_the_class():
-    found = kinds(
-        pictures_of({"a": 20, "b": 20, "c": 20}, lambda name, i: {"format": "PNG" if name == "a" else "JPEG"})
-    )
+    found = kinds(images_of({"a": 20, "b": 20, "c": 20}, lambda name, i: {"format": "PNG" if name == "a" else "JPEG"}))
     assert found["shortcut"].startswith("format tells the class: nearly all of a are PNG and hardly any of b, c")
 
 
 def test_grey_that_tells_the_class():
-    found = kinds(pictures_of({"a": 20, "b": 20, "c": 20}, lambda name, i: {"grey": name == "b" and i > 0}))
+    found = kinds(images_of({"a": 20, "b": 20, "c": 20}, lambda name, i: {"grey": name == "b" and i > 0}))
     assert found["shortcut"].startswith("colour tells the class: nearly all of b are grey and hardly any of a, c")
 
 
@@ -287,13 +285,13 @@ def test_size_that_tells_the_class(told):
         side = {"a": 300, "b": 600, "c": 1200}[name] if told else 600
         return {"width": side + rng.randrange(100), "height": side + rng.randrange(100)}
 
-    found = kinds(pictures_of({"a": 30, "b": 30, "c": 30}, make))
+    found = kinds(images_of({"a": 30, "b": 30, "c": 30}, make))
     assert ("shortcut" in found) == told
     assert not told or "size tells the class" in found["shortcut"]
 
 
 def test_a_format_that_a_class_lacks():
-    lacking = pictures_of(
+    lacking = images_of(
         {"a": 20, "b": 20, "c": 20}, lambda name, i: {"format": ("PNG", "GIF")[i % 2] if name == "c" else "JPEG"}
     )
     assert kinds(lacking)["shortcut"].startswith(
@@ -302,19 +300,19 @@ def test_a_format_that_a_class_lacks():
 
 
 def test_an_attribute_that_is_mixed_is_no_shortcut():
-    mixed = pictures_of(
+    mixed = images_of(
         {"a": 30, "b": 30, "c": 30}, lambda name, i: {"format": "PNG" if i % 3 else "JPEG", "grey": i % 2 == 0}
     )
     assert "shortcut" not in kinds(mixed)
-    assert "shortcut" not in kinds(pictures_of({"a": 30, "b": 30, "c": 30}, lambda name, i: {"grey": True}))
+    assert "shortcut" not in kinds(images_of({"a": 30, "b": 30, "c": 30}, lambda name, i: {"grey": True}))
 
 
 def test_sizes_of_classes():
-    found = kinds(pictures_of({"a": 100, "b": 10, "c": 4}, lambda name, i: {}), ("a", "b", "c", "d"))
-    assert found["imbalance"].startswith("a has 100 training pictures and c 4")
-    assert found["tiny class"] == "fewer than 10 training pictures of c (4)"
-    assert found["missing class"] == "no train pictures of d"
-    assert set(kinds(pictures_of({"a": 99, "b": 10}, lambda name, i: {}), ("a", "b"))) == set()
+    found = kinds(images_of({"a": 100, "b": 10, "c": 4}, lambda name, i: {}), ("a", "b", "c", "d"))
+    assert found["imbalance"].startswith("a has 100 training images and c 4")
+    assert found["tiny class"] == "fewer than 10 training images of c (4)"
+    assert found["missing class"] == "no train images of d"
+    assert set(kinds(images_of({"a": 99, "b": 10}, lambda name, i: {}), ("a", "b"))) == set()
 
 
 def test_candidates_are_all_pairs_that_differ_in_few_bits():
@@ -340,7 +338,7 @@ def test_one_scene_is_no_fault(here):
 
 
 @pytest.mark.parametrize("bits", [10, 12, 16])
-def test_pictures_of_12_bits_in_files_of_16_are_told(here, bits):
+def test_images_of_12_bits_in_files_of_16_are_told(here, bits):
     for name in "ab":
         for i in range(4):
             noise = np.random.default_rng(ord(name) + i).integers(0, 2**bits, (30, 40))
@@ -366,7 +364,7 @@ def test_many_alike_take_little_memory_and_time(monkeypatch):
     thumbnail = rng.integers(0, 256, 256, np.uint8).tobytes()
     prints = [Fingerprint(phash=h.to_bytes(8, "little"), thumbnail=thumbnail, width=640, height=480) for h in hashes]
     tracemalloc.start()
-    assert alike_groups(prints) == [list(range(3000))]
+    assert near_duplicate_groups(prints) == [list(range(3000))]
     assert tracemalloc.get_traced_memory()[1] < 300e6
     assert sum(pairs) < 1_000_000  # of 4.5 million
     tracemalloc.stop()
@@ -376,7 +374,7 @@ def test_copies_that_enlarge_a_class_are_kept_once(here):
     for name, copies in (("few", 6), ("many", 1)):
         for i in range(12):
             for copy in range(copies):
-                write_picture(here / "datasets" / name / f"{i}_{copy}.png", size=(80, 60), seed=100 * copies + i)
+                write_image(here / "datasets" / name / f"{i}_{copy}.png", size=(80, 60), seed=100 * copies + i)
     annotate(fix=True)
     assert set(findings_of()) == {"equal within a class"}
     assert len(read_list("cls_train.txt", 2)) + len(read_list("cls_val.txt", 2)) == 24
@@ -387,12 +385,12 @@ def test_a_patient_in_two_splits_is_told(here, capsys):
         for name in ("a", "b"):
             for i in range(12):
                 place = here / "datasets" / split / name / f"p{i if split == 'train' else i + 10}_{name}.png"
-                write_picture(place, size=(80, 60), seed=zlib.crc32(f"{split} {name} {i}".encode()))
+                write_image(place, size=(80, 60), seed=zlib.crc32(f"{split} {name} {i}".encode()))
     annotate(group_regex=r"^(p\d+)_", fix=True)
     assert findings_of()["group across splits"] == [
         {f"datasets/{split}/{name}/p{i}_{name}.png" for split in ("train", "val") for name in "ab"} for i in (10, 11)
     ]
-    assert "22 groups; 0 pictures" in capsys.readouterr().out
+    assert "22 groups; 0 images" in capsys.readouterr().out
     lists = [read_list(f"cls_{name}.txt", 2) for name in ("train", "val")]
     patients = [{Path(images.path(i)).name.split("_")[0] for i in range(len(images))} for images in lists]
     assert not patients[0] & patients[1]
@@ -429,16 +427,16 @@ def test_things_of_a_kind_are_not_taken_for_each_other(shared, name, most):
     """Digits that are written alike, and hands before one wall: hundreds of these have hashes that differ little."""
     paths = sorted(str(path) for path in (shared / "data" / name).rglob("*") if path.is_file())[::2]
     prints = [take_fingerprint(path) for path in paths]
-    assert sum(map(len, alike_groups(prints))) <= most
+    assert sum(map(len, near_duplicate_groups(prints))) <= most
     assert sum(map(len, _candidates(prints, np.arange(len(prints))))) > 20
 
 
 def test_names_are_escaped_on_the_page(here):
     name = "<script>alert(1)<"
-    path = str(write_picture(Path("datasets", f"{name} \udcff.png")))
-    picture = Picture(path, "train", name, Fingerprint(error="<b>broken</b>"))
-    found = find_faults([picture], [name])
-    write_audit("audit", found, [picture], Fingerprints("prints"))
+    path = str(write_image(Path("datasets", f"{name} \udcff.png")))
+    image = AuditedImage(path, "train", name, Fingerprint(error="<b>broken</b>"))
+    found = find_faults([image], [name])
+    write_audit("audit", found, [image], Fingerprints("prints"))
     page = Path("audit/audit.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "&lt;script&gt;" in page
@@ -447,7 +445,7 @@ def test_names_are_escaped_on_the_page(here):
     assert "1 file can't be read: 1 x <b>broken</b>" in format_findings(found, "audit", fix=False)
 
 
-def test_without_the_audit_no_picture_is_read(rubbish, monkeypatch):
+def test_without_the_audit_no_image_is_read(rubbish, monkeypatch):
     monkeypatch.setattr(image_io, "_opened", None)
     annotate(audit=False)
     assert not Path("audit").exists()

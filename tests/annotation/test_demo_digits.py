@@ -1,4 +1,4 @@
-"""utils/annotation/demo_digits.py: the pictures are scikit-learn's digits."""
+"""utils/annotation/demo_digits.py: the images are scikit-learn's digits."""
 
 import numpy as np
 from PIL import Image

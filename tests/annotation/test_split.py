@@ -6,14 +6,14 @@ from utils.annotation.split import group_by_name, join_groups, split_validation
 
 
 def test_validation_takes_one_of_each_class_that_has_two():
-    pictures = {"many": [f"{i}" for i in range(50)], "two": ["a", "b"], "one": ["c"]}
-    taken = split_validation(pictures, 0.1, seed=0)
+    images = {"many": [f"{i}" for i in range(50)], "two": ["a", "b"], "one": ["c"]}
+    taken = split_validation(images, 0.1, seed=0)
     assert {name: len(paths) for name, paths in taken.items()} == {"many": 5, "two": 1}
-    assert {name: len(paths) for name, paths in pictures.items()} == {"many": 45, "two": 1, "one": 1}
-    assert sorted(pictures["many"] + taken["many"]) == sorted(f"{i}" for i in range(50))
+    assert {name: len(paths) for name, paths in images.items()} == {"many": 45, "two": 1, "one": 1}
+    assert sorted(images["many"] + taken["many"]) == sorted(f"{i}" for i in range(50))
 
 
-def test_validation_depends_on_the_seed_and_hardly_on_other_pictures():
+def test_validation_depends_on_the_seed_and_hardly_on_other_images():
     def draw(count, seed=0):
         return set(split_validation({"a": [f"{i}" for i in range(count)]}, 0.1, seed)["a"])
 
@@ -23,29 +23,27 @@ def test_validation_depends_on_the_seed_and_hardly_on_other_pictures():
 
 
 def test_groups_stay_on_one_side():
-    pictures = {name: [f"{name}/p{i // 4:02d}_{i % 4}.png" for i in range(80)] for name in ("a", "b")}
-    groups = group_by_name([p for paths in pictures.values() for p in paths], r"^(p\d+)_")
-    assert sorted(map(len, groups)) == [8] * 20  # a patient has pictures in both classes
-    taken = split_validation(pictures, 0.1, seed=3, groups=groups)
-    patients = [{path[2:5] for paths in side.values() for path in paths} for side in (pictures, taken)]
+    images = {name: [f"{name}/p{i // 4:02d}_{i % 4}.png" for i in range(80)] for name in ("a", "b")}
+    groups = group_by_name([p for paths in images.values() for p in paths], r"^(p\d+)_")
+    assert sorted(map(len, groups)) == [8] * 20  # a patient has images in both classes
+    taken = split_validation(images, 0.1, seed=3, groups=groups)
+    patients = [{path[2:5] for paths in side.values() for path in paths} for side in (images, taken)]
     assert not patients[0] & patients[1]
     assert [len(taken[name]) for name in ("a", "b")] == [8, 8]
 
 
 def test_large_groups_still_give_a_validation_set():
-    pictures = {name: [f"{name}/{name}{i // 10}_{i}.png" for i in range(30)] for name in ("a", "b")}
-    groups = group_by_name([p for paths in pictures.values() for p in paths], r"^[ab]\d+")
-    taken = split_validation(pictures, 0.1, seed=3, groups=groups)
+    images = {name: [f"{name}/{name}{i // 10}_{i}.png" for i in range(30)] for name in ("a", "b")}
+    groups = group_by_name([p for paths in images.values() for p in paths], r"^[ab]\d+")
+    taken = split_validation(images, 0.1, seed=3, groups=groups)
     assert [len(taken[name]) for name in ("a", "b")] == [10, 10]
-    assert [len(pictures[name]) for name in ("a", "b")] == [20, 20]
+    assert [len(images[name]) for name in ("a", "b")] == [20, 20]
 
 
 def test_what_is_taken_is_near_what_is_wanted():
-    pictures = {
-        name: [f"{name}/p{i // 120}_{name}{i}.png" for i in range(960)] + [f"{name}/single.png"] for name in "ab"
-    }
-    groups = group_by_name([p for paths in pictures.values() for p in paths], r"^(p\d+)_")
-    taken = split_validation(pictures, 0.1, seed=3, groups=groups)
+    images = {name: [f"{name}/p{i // 120}_{name}{i}.png" for i in range(960)] + [f"{name}/single.png"] for name in "ab"}
+    groups = group_by_name([p for paths in images.values() for p in paths], r"^(p\d+)_")
+    taken = split_validation(images, 0.1, seed=3, groups=groups)
     assert all(120 <= len(taken[name]) <= 121 for name in "ab")
 
 

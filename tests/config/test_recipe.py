@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import train
-from nets.factory import draw_model
+from nets.factory import build_meta_model
 from tests.conftest import TINY, write_back
 from tests.test_train import only_run
 from utils.config.recipe import Known, apply_recipe, keep_flags
 from utils.config.train_config import StageConfig, TrainConfig
 from utils.runs.checkpoint import LAST, load_checkpoint
-from utils.runs.settle_recipe import count_layers
+from utils.runs.resolve_recipe import count_layers
 
 AUTO = TrainConfig(recipe="auto")
 
@@ -113,8 +113,8 @@ def test_freezing_can_be_kept(pretrained, own):
 
 def test_a_backbone_of_one_piece_has_no_layers_to_slow_down():
     """As most of timm's transformers are; the high rate goes with the slowing down."""
-    assert count_layers(draw_model("timm/test_vit", 2, (160, 160))) == 1
-    assert count_layers(draw_model("vit_xs_4", 2, (8, 8))) == 8
+    assert count_layers(build_meta_model("timm/test_vit", 2, (160, 160))) == 1
+    assert count_layers(build_meta_model("vit_xs_4", 2, (8, 8))) == 8
     whole = apply_recipe(AUTO, known(layers=1))
     assert (whole.layer_decay, whole.init_lr) == (1.0, TrainConfig.init_lr)
     kept = apply_recipe(dataclasses.replace(AUTO, keep=("layer_decay",)), known())

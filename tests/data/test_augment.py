@@ -1,4 +1,4 @@
-"""utils/data/augment.py against torchvision's crops and its operations on Pillow's pictures."""
+"""utils/data/augment.py against torchvision's crops and its operations on Pillow's images."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""utils/data/image_cache.py: the same pictures as from their files, made once, and made anew when anything changed."""
+"""utils/data/image_cache.py: the same images as from their files, made once, and made anew when anything changed."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import train
-from tests.conftest import SMALL, write_picture
+from tests.conftest import SMALL, write_image
 from utils.config.train_config import TrainConfig
 from utils.data import image_cache
 from utils.data.dataset import FileSource, ImageDataset
@@ -31,13 +31,13 @@ CONFIG = TrainConfig(input_shape=(32, 32), cache_images=True, augmentation="none
 @pytest.fixture
 def images(here) -> ImageList:
     for i in range(12):
-        write_picture(here / f"{i}.png", 60 + 10 * i, (90 + i, 60), seed=i)
+        write_image(here / f"{i}.png", 60 + 10 * i, (90 + i, 60), seed=i)
     return list_in_memory((i, f"{i}.png") for i in range(12))
 
 
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
-    """The pictures that are shrunk, as it happens."""
+    """The images that are shrunk, as it happens."""
     paths = []
     shrink = image_cache._shrink
     monkeypatch.setattr(image_cache, "_shrink", lambda path, config: paths.append(path) or shrink(path, config))
@@ -51,7 +51,7 @@ def batch(source, config=CONFIG, epoch=0):
 
 @pytest.mark.parametrize("shape", [(224, 224), (96, 160)])
 def test_photos_look_as_they_do_from_their_files(shared, here, shape):
-    """The same crops of the same pictures, softer where a crop is small."""
+    """The same crops of the same images, softer where a crop is small."""
     paths = sorted(map(str, (shared / "data" / "trashnet" / "test").rglob("*.jpg")))[::20]
     photos = list_in_memory((0, path) for path in paths)
     config = dataclasses.replace(CONFIG, input_shape=shape)
@@ -64,8 +64,8 @@ def test_photos_look_as_they_do_from_their_files(shared, here, shape):
     assert decibels.quantile(0.05) > 25
 
 
-def test_a_small_picture_is_kept_as_it_is(here):
-    write_picture(here / "a.png", size=(30, 20))
+def test_a_small_image_is_kept_as_it_is(here):
+    write_image(here / "a.png", size=(30, 20))
     source = open_cache(list_in_memory([(0, "a.png")]), CONFIG)
     assert cached_size(20, 30, CONFIG) == (20, 30)
     plain, _ = batch(FileSource(source.images, Preprocessing.of(CONFIG)))
@@ -81,7 +81,7 @@ def test_crops_of_middling_area_are_not_enlarged():
 def test_it_is_made_once(images, made, capsys):
     first = open_cache(images, CONFIG)
     assert sorted(made) == sorted(f"{i}.png" for i in range(12))
-    assert "12 pictures" in capsys.readouterr().out
+    assert "12 images" in capsys.readouterr().out
     second = open_cache(images, CONFIG)
     assert len(made) == 12
     assert torch.equal(batch(second)[0], batch(first)[0])
@@ -99,7 +99,7 @@ def test_it_is_made_anew_when_something_changed(images, made, monkeypatch, chang
     first, config = open_cache(images, CONFIG), CONFIG
     before, _ = batch(first)
     if change == "content":
-        write_picture(Path("3.png"), 250, (90, 60))
+        write_image(Path("3.png"), 250, (90, 60))
     elif change == "time":
         os.utime("3.png", (1, 1))
     elif change == "shape":
@@ -118,7 +118,7 @@ def test_it_is_made_anew_when_something_changed(images, made, monkeypatch, chang
 
 def test_two_processes_make_one_cache(here):
     for i in range(40):
-        write_picture(here / f"{i}.png", 100, (200, 150), seed=i)
+        write_image(here / f"{i}.png", 100, (200, 150), seed=i)
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from tests.data.test_image_cache import CONFIG, batch, list_in_memory, open_cache\n"
@@ -154,8 +154,8 @@ def test_what_was_cut_off_leaves_nothing_behind(images, monkeypatch):
     assert list(Path(CONFIG.cache_dir).iterdir()) == []
 
 
-def test_an_unreadable_picture_is_stood_in_for(images, here, capsys):
-    (here / "3.png").write_text("no picture")
+def test_an_unreadable_image_is_stood_in_for(images, here, capsys):
+    (here / "3.png").write_text("no image")
     images = list_in_memory((i // 6, f"{i}.png") for i in range(12))
     pixels, dataset = batch(open_cache(images, CONFIG))
     assert "but for 1 unreadable" in capsys.readouterr().out
@@ -186,4 +186,4 @@ def test_a_worker_maps_the_file_instead_of_being_sent_it(images):
 
 def test_training_with_the_cache(two_classes, capsys):
     train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 1}, cache_images=True))
-    assert "pictures from cache" in capsys.readouterr().out
+    assert "images from cache" in capsys.readouterr().out

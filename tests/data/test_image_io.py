@@ -1,4 +1,4 @@
-"""utils/data/image_io.py: any file becomes a picture or an ImageError, on files made here and on those in shared/."""
+"""utils/data/image_io.py: any file becomes an image or an ImageError, on files made here and on those in shared/."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from utils.annotation.folder_scan import pictures_below
+from utils.annotation.folder_scan import find_images
 from utils.data.image_io import HAS_HEIF, ImageError, Region, open_image, open_to_decode, read_size, upright_rgb
 from utils.inference.classifier import load_classifier
 from utils.runs.checkpoint import find_checkpoint
@@ -49,7 +49,7 @@ def test_every_mode_becomes_rgb(here, mode):
         (np.float32([[np.nan, 0.5, -1.0]]), [0, 128, 0]),
     ],
 )
-def test_deep_pictures_are_scaled(here, values, expected):
+def test_deep_images_are_scaled(here, values, expected):
     Image.fromarray(values).save("a.tif")
     assert np.asarray(open_image("a.tif"))[0, :, 0].tolist() == expected
 
@@ -60,7 +60,7 @@ def test_a_deep_png_is_scaled(here):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_pictures_lie_on_white(here, mode):
+def test_transparent_images_lie_on_white(here, mode):
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 0, 255))
     image.convert(mode).save("a.png")
@@ -98,12 +98,12 @@ def test_jpegs_of_other_colours(here, mode):
     np.testing.assert_allclose(open_image("a.jpg").getpixel((5, 5)), (200, 200, 200), atol=3)
 
 
-def test_all_exif_orientations_give_one_picture(shared):
+def test_all_exif_orientations_give_one_image(shared):
     for kind, upright in (("Landscape", (1800, 1200)), ("Portrait", (1200, 1800))):
-        pictures = [open_image(shared / "data" / "exif_orientation" / f"{kind}_{i}.jpg") for i in range(9)]
-        assert {picture.size for picture in pictures} == {upright}
-        pixels = [np.asarray(picture.resize((30, 30))).astype(int) for picture in pictures]
-        # The files were compressed one by one, so they are alike, not equal; a picture on its side is off by far more.
+        images = [open_image(shared / "data" / "exif_orientation" / f"{kind}_{i}.jpg") for i in range(9)]
+        assert {image.size for image in images} == {upright}
+        pixels = [np.asarray(image.resize((30, 30))).astype(int) for image in images]
+        # The files were compressed one by one, so they are alike, not equal; an image on its side is off by far more.
         assert max(np.abs(p - pixels[1]).mean() for p in pixels) < 5
         assert np.abs(pixels[1][::-1] - pixels[1]).mean() > 15
 
@@ -119,7 +119,7 @@ def test_all_exif_orientations_are_classified_alike(shared, trained):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
-def test_a_part_lies_where_the_upright_picture_has_it(here, orientation, suffix):
+def test_a_part_lies_where_the_upright_image_has_it(here, orientation, suffix):
     exif = Image.Exif()
     exif[0x0112] = orientation
     levels = np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8)
@@ -154,8 +154,8 @@ def test_a_jpeg_is_decoded_no_finer_than_needed(here):
     assert pixels(0.5, 60) == (200, 400)
 
 
-def test_every_picture_is_the_same_by_either_reader(shared):
-    """Over files that try decoders, the reader of parts gives what the reader of whole pictures gives, errors too."""
+def test_every_image_is_the_same_by_either_reader(shared):
+    """Over files that try decoders, the reader of parts gives what the reader of whole images gives, errors too."""
     agreed = 0
     for path in sorted((shared / "data" / "difficult_images").rglob("*")):
         if not path.is_file():
@@ -187,10 +187,10 @@ def test_orientation_made_here(here):
 
 @pytest.mark.parametrize("reader", [open_image, read_size])
 def test_unreadable_files_are_named(here, reader):
-    (here / "text.jpg").write_text("no picture")
+    (here / "text.jpg").write_text("no image")
     (here / "folder.jpg").mkdir()
     for name in ("text.jpg", "folder.jpg", "none.jpg"):
-        with pytest.raises(ImageError, match=f"{name} can't be read as a picture"):
+        with pytest.raises(ImageError, match=f"{name} can't be read as an image"):
             reader(name)
 
 
@@ -209,7 +209,7 @@ def test_heic_names_its_plug_in(here):
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_a_whole_picture_with_broken_exif_is_upright(here, suffix):
+def test_a_whole_image_with_broken_exif_is_upright(here, suffix):
     exif = b"Exif\0\0" + b"no TIFF header at all" + bytes(20)
     Image.new("RGB", (40, 20), "red").save(f"a.{suffix}", exif=exif, dpi=(72, 72))
     assert open_image(f"a.{suffix}").size == (40, 20)
@@ -226,8 +226,8 @@ def test_a_tag_of_an_unusual_type_beside_the_orientation(here, suffix, mode):
     sideways = np.zeros((10, 20), np.uint8)
     sideways[:, :10] = 255
     Image.fromarray(sideways).convert(mode).save(f"a.{suffix}", exif=exif)
-    picture = open_image(f"a.{suffix}")
-    for upright in (np.asarray(picture), np.asarray(upright_rgb(picture))):  # turned once, not twice
+    image = open_image(f"a.{suffix}")
+    for upright in (np.asarray(image), np.asarray(upright_rgb(image))):  # turned once, not twice
         assert upright.shape == (20, 10, 3)
         assert upright[:8].min() > 200
         assert upright[12:].max() < 50
@@ -252,7 +252,7 @@ def test_what_is_no_file_never_hangs(here):
         with pytest.raises(ImageError, match=name):
             open_image(name)
     skipped = Counter()
-    assert pictures_below(here, skipped) == []
+    assert find_images(here, skipped) == []
     assert skipped == {"no file (a broken link, a link to a folder, a pipe)": 4}
     server.close()
 
@@ -294,7 +294,7 @@ def test_difficult_files(shared):
     assert found["peak_mb"] < 300
 
 
-def test_a_picture_that_claims_to_be_huge_takes_no_memory(here):
+def test_a_image_that_claims_to_be_huge_takes_no_memory(here):
     Image.new("1", (13_300, 13_300)).save("a.png")
     Image.new("L", (13_300, 13_300)).save("a.jpg")
     found = read_all(here)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 
-from tests.conftest import write_picture
+from tests.conftest import write_image
 from utils.config.train_config import TrainConfig
 from utils.data.dataset import FileSource, ImageDataset, TooManyUnreadable
 from utils.data.image_io import ImageError
@@ -26,7 +26,7 @@ PREPROCESSING = Preprocessing.of(CONFIG)
 @pytest.fixture
 def images(here) -> ImageList:
     for i in range(23):
-        write_picture(here / f"{i}.png", level=60 + 6 * i, seed=i)
+        write_image(here / f"{i}.png", level=60 + 6 * i, seed=i)
     return list_in_memory((i, f"{i}.png") for i in range(23))
 
 
@@ -70,13 +70,13 @@ def test_seed_and_epoch_change_everything(images):
     assert not equal(epoch_of(images, 0, seed=2), first)
 
 
-def test_the_same_picture_looks_otherwise_in_another_epoch(images):
+def test_the_same_image_looks_otherwise_in_another_epoch(images):
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
     assert torch.equal(dataset[(0, 3, 0)][0], dataset[(0, 3, 0)][0])
     assert not torch.equal(dataset[(0, 3, 0)][0], dataset[(1, 3, 0)][0])
 
 
-def test_a_picture_does_not_depend_on_the_others_of_its_batch(images):
+def test_a_image_does_not_depend_on_the_others_of_its_batch(images):
     transform = TrainTransform(dataclasses.replace(CONFIG, augmentation="autoaugment"))
     dataset = ImageDataset(FileSource(images, PREPROCESSING), transform, seed=1)
     together = dataset.__getitems__([(0, i, 0) for i in range(23)])
@@ -84,20 +84,20 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch(images):
     assert equal(together, [(pixels, class_id) for pixels, class_id in alone])
 
 
-def test_training_batches_are_whole_and_no_picture_comes_twice(images):
+def test_training_batches_are_whole_and_no_image_comes_twice(images):
     batches = epoch_of(images, 0)
     assert [len(targets) for _, targets in batches] == [5] * 4
     seen = torch.cat([targets for _, targets in batches])
     assert len(seen.unique()) == 20
     assert seen.tolist() != sorted(seen.tolist())
-    left_out = [
+    excluded = [
         set(range(23)) - set(torch.cat([t for _, t in epoch_of(images, 0, epoch=e)]).tolist()) for e in range(4)
     ]
-    assert len(set.union(*left_out)) > 3
+    assert len(set.union(*excluded)) > 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_sees_every_picture_once_and_in_order(images, workers):
+def test_evaluation_sees_every_image_once_and_in_order(images, workers):
     batches = list(eval_loader(eval_set(images), 5, workers))
     assert torch.cat([targets for _, targets in batches]).tolist() == list(range(23))
     assert all(pixels.dtype == torch.uint8 for pixels, _ in batches)
@@ -120,15 +120,15 @@ def test_order_is_a_permutation_that_depends_on_the_epoch():
     assert [i for _, i, _ in first] != [i for _, i, _ in second]
 
 
-def test_an_unreadable_picture_is_named(images, here):
-    (here / "3.png").write_text("no picture")
-    with pytest.raises(ImageError, match=r"3\.png can't be read as a picture"):
+def test_an_unreadable_image_is_named(images, here):
+    (here / "3.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"3\.png can't be read as an image"):
         epoch_of(images, 0, batch_size=23)
 
 
-def test_an_unreadable_picture_is_named_by_a_worker(images, here):
-    (here / "3.png").write_text("no picture")
-    with pytest.raises(ImageError, match=r"3\.png can't be read as a picture"):
+def test_an_unreadable_image_is_named_by_a_worker(images, here):
+    (here / "3.png").write_text("no image")
+    with pytest.raises(ImageError, match=r"3\.png can't be read as an image"):
         epoch_of(images, 1, batch_size=23)
 
 
@@ -152,11 +152,11 @@ def test_seeds_differ_by_purpose_and_position():
 
 @pytest.fixture
 def two_of_three(here) -> ImageList:
-    """Class 0 is pictures 0 to 19, class 1 is 20 to 29, class 2 is 30 and 31; 3 and 25 can't be read."""
+    """Class 0 is images 0 to 19, class 1 is 20 to 29, class 2 is 30 and 31; 3 and 25 can't be read."""
     for i in range(32):
-        write_picture(here / f"{i}.png", level=40 + 70 * (0 if i < 20 else 1 if i < 30 else 2), seed=i)
+        write_image(here / f"{i}.png", level=40 + 70 * (0 if i < 20 else 1 if i < 30 else 2), seed=i)
     for i in (3, 25):
-        (here / f"{i}.png").write_text("no picture")
+        (here / f"{i}.png").write_text("no image")
     return list_in_memory((0 if i < 20 else 1 if i < 30 else 2, f"{i}.png") for i in range(32))
 
 
@@ -186,17 +186,17 @@ def test_what_stands_in_is_the_same_each_time(two_of_three):
 
 
 def crop_of(dataset, index):
-    """Picture `index` with the crop of picture 3."""
+    """Image `index` with the crop of image 3."""
     return dataset._crop(index, (0, 3, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_unreadable_stop_the_run(two_of_three, workers):
-    with pytest.raises(TooManyUnreadable, match=r"^2 of 32 pictures can't be read.*0\.05: 3.png, 25.png; mend"):
+    with pytest.raises(TooManyUnreadable, match=r"^2 of 32 images can't be read.*0\.05: 3.png, 25.png; mend"):
         list(train_loader(train_set(two_of_three, 0.05), 32, workers))
 
 
-def test_a_class_without_a_readable_picture_is_an_error(two_of_three, here):
+def test_a_class_without_a_readable_image_is_an_error(two_of_three, here):
     for i in (30, 31):
         (here / f"{i}.png").unlink()
     with pytest.raises(ImageError, match=r"3[01]\.png can't be read.*no such file; nor can any other.*id 2"):
@@ -213,7 +213,7 @@ def test_balanced_sampling_draws_classes_alike():
     assert len(np.unique(drawn[class_ids[drawn] == 0])) > 220  # not the same few
     assert set(drawn[class_ids[drawn] == 3]) == set(range(990, 1000))
     assert list(sampler) == keys
-    assert len(set(keys)) == 1000  # a picture that comes again is drawn anew
+    assert len(set(keys)) == 1000  # an image that comes again is drawn anew
     assert max(repeat for _, index, repeat in keys if index >= 990) > 10
     sampler.epoch = 1
     assert [index for _, index, _ in sampler] != drawn.tolist()

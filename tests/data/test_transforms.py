@@ -1,4 +1,4 @@
-"""utils/data/transforms.py against Pillow, torchvision and hand-made pictures."""
+"""utils/data/transforms.py against Pillow, torchvision and hand-made images."""
 
 import dataclasses
 import math
@@ -41,7 +41,7 @@ def test_evaluation_is_short_side_then_centre(size):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(640, 480), (300, 224), (50, 40)])
 def test_evaluation_is_one_resize_of_pillows(size, interpolation):
-    """Of pictures that lie, in which Pillow, too, goes across first."""
+    """Of images that lie, in which Pillow, too, goes across first."""
     transform = EvalTransform(preprocessing(interpolation=interpolation, eval_crop=0.9))
     image = noise(*size)
     box = transform.choose_box(*size)
@@ -50,7 +50,7 @@ def test_evaluation_is_one_resize_of_pillows(size, interpolation):
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_a_picture_of_extreme_shape_costs_no_more_than_another(upright, monkeypatch):
+def test_a_image_of_extreme_shape_costs_no_more_than_another(upright, monkeypatch):
     """10 pixels by 20,000 would be 512 million pixels if its short side were brought to 256 first."""
     made = []
     resize = Image.Image.resize
@@ -149,11 +149,11 @@ CHANGES = [{"augmentation": name} for name in ("autoaugment", "randaugment", "tr
 def test_changes_follow_their_fields(fields):
     pixels = drawn(dataclasses.replace(PLAIN, train_crop=1.0, **fields), gradient(16, 16), 50)
     looks = len(pixels.unique(dim=0))
-    assert looks > 10 if fields else looks <= 5  # of a square picture, whole crops are all that is left
+    assert looks > 10 if fields else looks <= 5  # of a square image, whole crops are all that is left
 
 
-def test_how_often_and_how_far_pictures_are_changed():
-    """By their definitions: grey boxes of 2 to 33 % in half the pictures; levels of a grey one within the jitter."""
+def test_how_often_and_how_far_images_are_changed():
+    """By their definitions: grey boxes of 2 to 33 % in half the images; levels of a grey one within the jitter."""
     grey = Image.new("RGB", (40, 40), (100, 100, 100))
     plain = dataclasses.replace(PLAIN, train_crop=1.0, input_shape=(40, 40))
     erased = (drawn(dataclasses.replace(plain, random_erasing=0.5), grey, 400) == 128).all(1).float().mean(dim=(1, 2))
@@ -175,7 +175,7 @@ def test_preprocessing_round_trip():
 
 
 def test_the_centre_of_a_shape_that_is_no_square():
-    """By hand: a flat strip of a tall picture, as wide as it is, and a part of it with a crop."""
+    """By hand: a flat strip of a tall image, as wide as it is, and a part of it with a crop."""
     preprocessing = Preprocessing.of(TrainConfig(input_shape=(8, 16), eval_crop=1.0))
     assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((0, 7.5, 10, 12.5))
     preprocessing = Preprocessing.of(TrainConfig(input_shape=(8, 16), eval_crop=0.5))

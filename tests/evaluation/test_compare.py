@@ -21,7 +21,7 @@ from utils.evaluation.eval_lists import Seen
 from utils.metrics.scores import Scores
 from utils.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
-UNSEEN = Seen(pictures=40, trained_on=0, validated_on=0, known=True)
+UNSEEN = Seen(images=40, trained_on=0, validated_on=0, known=True)
 
 
 def compare(a: Scores, b: Scores, seen: tuple[Seen, Seen] = (UNSEEN, UNSEEN)) -> dict:
@@ -46,7 +46,7 @@ def test_a_survey_asked_twice():
     assert 1e-5 < mcnemar_p_value(150, 86) < 6e-5  # the normal one is 3.1e-5
 
 
-def test_few_pictures_without_a_difference_leave_room_for_one():
+def test_few_images_without_a_difference_leave_room_for_one():
     low, high = difference_interval(0, 0, 10)
     assert low == -high and high > 0.1
 
@@ -90,19 +90,19 @@ def test_what_one_has_seen_tells_nothing():
     truth = [0] * 40
     a, b = scores([1] * 20 + [0] * 20, truth), scores([0] * 40, truth)
     for seen, note in (
-        (Seen(40, 40, 0, known=True), "40 of the 40 pictures were trained on"),
-        (Seen(40, 0, 40, known=True), "40 of the 40 pictures are of the validation list"),
-        (Seen(40, 0, 0, known=False), "Whether the run has seen these pictures can't be told"),
+        (Seen(40, 40, 0, known=True), "40 of the 40 images were trained on"),
+        (Seen(40, 0, 40, known=True), "40 of the 40 images are of the validation list"),
+        (Seen(40, 0, 0, known=False), "Whether the run has seen these images can't be told"),
     ):
         told = format_comparison(compare(a, b, (UNSEEN, seen)))
         assert "B is better" not in told
-        assert "B has seen more of these pictures, or may have" in told
+        assert "B has seen more of these images, or may have" in told
         assert f"warning: B: {note}" in told
         assert "B is better" in format_comparison(compare(a, b, (seen, seen)))
         assert "B is better" in format_comparison(compare(a, b, (seen, UNSEEN)))  # in spite of that
 
 
-def test_two_checkpoints_on_the_same_pictures(trained, tmp_path, capsys):
+def test_two_checkpoints_on_the_same_images(trained, tmp_path, capsys):
     """The second has its classes in another order and half of its head turned round."""
     best = find_checkpoint("")
     content = load_checkpoint(best)
@@ -120,7 +120,7 @@ def test_two_checkpoints_on_the_same_pictures(trained, tmp_path, capsys):
     assert "warning: B: Whether" in told  # it lies alone
     assert "warning: A" not in told
     rows = list(csv.DictReader((tmp_path / "flipped.csv").open()))
-    assert len(rows) == found["only_a_right"] + found["only_b_right"] == found["pictures"]
+    assert len(rows) == found["only_a_right"] + found["only_b_right"] == found["images"]
     assert all(row["prediction_a"] != row["prediction_b"] for row in rows)
 
     renamed = content | {"class_names": ["light", "dark"]}

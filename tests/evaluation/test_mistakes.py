@@ -1,10 +1,10 @@
-"""utils/evaluation/mistakes.py and corruptions.py: which pictures are pointed out, and how pictures are made worse."""
+"""utils/evaluation/mistakes.py and corruptions.py: which images are pointed out, and how images are made worse."""
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import write_picture
+from tests.conftest import write_image
 from utils.data.image_list import list_in_memory
 from utils.evaluation.corruptions import CORRUPTIONS, corrupt
 from utils.evaluation.mistakes import (
@@ -39,7 +39,7 @@ def test_orders_by_hand():
     assert least_certain(SCORES, 1) == [3]
     assert margins(SCORES)[0] == pytest.approx(0.85)
     pairs = confused_pairs(SCORES)
-    assert [(pair.truth, pair.predicted, pair.pictures) for pair in pairs] == [(0, 1, [2, 1]), (1, 0, [5]), (1, 2, [3])]
+    assert [(pair.truth, pair.predicted, pair.images) for pair in pairs] == [(0, 1, [2, 1]), (1, 0, [5]), (1, 2, [3])]
 
 
 def test_nothing_wrong_is_nothing_to_show():
@@ -50,7 +50,7 @@ def test_nothing_wrong_is_nothing_to_show():
 def test_planted_label_errors_are_found():
     generator = torch.Generator().manual_seed(0)
     class_ids = torch.randint(4, (400,), generator=generator)
-    logits = 3 * torch.eye(5)[class_ids] + torch.randn(400, 5, generator=generator)  # the fifth class has no pictures
+    logits = 3 * torch.eye(5)[class_ids] + torch.randn(400, 5, generator=generator)  # the fifth class has no images
     wrong = torch.randperm(400, generator=generator)[:20]
     labels = class_ids.clone()
     labels[wrong] = (labels[wrong] + 1) % 4
@@ -82,18 +82,18 @@ def test_slices_by_hand():
 
 
 def test_sizes_are_read_and_unreadable_ones_are_not_known(here):
-    write_picture(here / "a.png", size=(30, 20))
-    (here / "b.png").write_text("no picture")
+    write_image(here / "a.png", size=(30, 20))
+    (here / "b.png").write_text("no image")
     sizes = read_sizes(list_in_memory([(0, "a.png"), (0, "b.png")]), 10**6)
     assert sizes[0].tolist() == [30, 20] and np.isnan(sizes[1]).all()
 
 
 def smooth() -> torch.Tensor:
-    """Two pictures (2, 3, 48, 64) with a gradient, a bright square, and no noise."""
+    """Two images (2, 3, 48, 64) with a gradient, a bright square, and no noise."""
     rows = torch.linspace(60, 180, 48)[:, None].expand(48, 64)
-    picture = rows.clone()
-    picture[16:32, 24:40] = 230
-    return picture.round().to(torch.uint8).expand(2, 3, 48, 64).clone()
+    image = rows.clone()
+    image[16:32, 24:40] = 230
+    return image.round().to(torch.uint8).expand(2, 3, 48, 64).clone()
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -116,8 +116,8 @@ def test_corruptions_do_what_their_names_say():
     noisy = corrupt(pixels, CORRUPTIONS["noise"], 0).float() - pixels.float()
     assert noisy.std().item() == pytest.approx(0.08 * 255, rel=0.1)
 
-    def edges(picture: torch.Tensor) -> torch.Tensor:
-        return picture.float().diff(dim=-1).abs().amax()
+    def edges(image: torch.Tensor) -> torch.Tensor:
+        return image.float().diff(dim=-1).abs().amax()
 
     assert edges(corrupt(pixels, CORRUPTIONS["blur"], 0)) < edges(pixels)
     turned = corrupt(pixels, CORRUPTIONS["rotated by 10°"], 0)[0, 0].float()

@@ -7,7 +7,7 @@ import torch
 from nets.factory import build_model
 from tests.conftest import SMALL
 from utils.config.train_config import TrainConfig
-from utils.evaluation.plots import MOST_CLASSES, arrange_classes, plot_confusion
+from utils.evaluation.plots import MAX_CLASSES, arrange_classes, plot_confusion
 from utils.runs.curves import plot_losses
 from utils.training.stages import plan_stages
 from utils.training.summary import count_flops, format_config, format_model
@@ -36,11 +36,11 @@ def test_of_many_classes_the_confused_are_shown(classes):
     if classes > 20:
         confusion[17, 5] = 2
     order = arrange_classes(confusion)
-    assert len(order) == min(classes, MOST_CLASSES)
+    assert len(order) == min(classes, MAX_CLASSES)
     assert {0, 1} <= set(order)
     axes = plot_confusion(confusion, [f"class {i}" for i in range(classes)]).axes[0]
     assert len(axes.get_yticklabels()) == len(order)
-    assert ("classes with the most mistakes" in axes.get_title()) == (classes > MOST_CLASSES)
+    assert ("classes with the most mistakes" in axes.get_title()) == (classes > MAX_CLASSES)
 
 
 def test_loss_curves_hold_the_history():

@@ -14,15 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval as evaluation_script
 from nets.factory import build_model
-from tests.conftest import SMALL, write_picture
+from tests.conftest import SMALL, write_image
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import list_in_memory, take
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.evaluation.evaluation import Evaluation, evaluate_corrupted
-from utils.evaluation.gallery import THUMBNAIL, Gallery, shown_pictures, to_uri
+from utils.evaluation.gallery import THUMBNAIL, Gallery, shown_images, to_uri
 from utils.evaluation.mistakes import worst_mistakes
-from utils.evaluation.plots import MOST_CLASSES, plot_confusion
+from utils.evaluation.plots import MAX_CLASSES, plot_confusion
 from utils.evaluation.report_files import EVENTS_FOLDER, format_metrics, write_csv, write_events, write_numbers
 from utils.evaluation.report_page import LABELS, WORST, curves, label_gallery, render, slices
 from utils.inference.classifier import Classifier
@@ -50,13 +50,13 @@ CHROMIUM = next(
 
 
 def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12, accuracy: float = 2.0) -> Evaluation:
-    """An evaluation of `n` pictures, of `files` files, by a network that never saw them: logits are made up."""
+    """An evaluation of `n` images, of `files` files, by a network that never saw them: logits are made up."""
     generator = torch.Generator().manual_seed(0)
     config = TrainConfig(input_shape=(16, 16), eval_crop=1.0, freeze_epoch=3, unfreeze_epoch=8)
     preprocessing = Preprocessing.of(config)
     model = build_model("vit_xs_4", len(names), (16, 16))
     class_ids = torch.arange(n) % len(names)
-    paths = [write_picture(folder / "pictures" / f"<b>{i}&.png", 20 * (i % 12), (20 + i, 16), i) for i in range(files)]
+    paths = [write_image(folder / "images" / f"<b>{i}&.png", 20 * (i % 12), (20 + i, 16), i) for i in range(files)]
     images = list_in_memory((int(k), str(paths[i % files])) for i, k in enumerate(class_ids))
     logits = torch.randn(n, len(names), generator=generator) + accuracy * torch.eye(len(names))[class_ids]
     embeddings = torch.randn(n, 192, generator=generator) + 3 * torch.eye(192)[class_ids % 192]
@@ -75,12 +75,12 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
         writer.writerow(["epoch", "loss", "top1", "val_loss", "val_top1", *calibrated])
         writer.writerows([e, 2 / e, 1 - 1 / e, 2.2 / e, 1 - 1.1 / e, 2.1 / e, 0.0] for e in range(1, 9))
     outputs = Outputs(logits, embeddings, class_ids, torch.rand(n, generator=generator), torch.arange(n))
-    strangers = Outputs(
+    ood = Outputs(
         logits[: n // 2] / 3, -embeddings[: n // 2], class_ids[: n // 2], torch.rand(n // 2), torch.arange(n // 2)
     )
     corrupted = {"none": (9, 10), "blur": (7, 10)}
     (run / BEST).touch()
-    return Evaluation(run / BEST, "", "<i>list</i>.txt", classifier, images, outputs, corrupted, strangers, 0.05)
+    return Evaluation(run / BEST, "", "<i>list</i>.txt", classifier, images, outputs, corrupted, ood, 0.05)
 
 
 def make_page(folder: Path, names: list[str], n: int = 60, **options) -> Path:
@@ -112,10 +112,10 @@ def test_what_is_rejected_is_in_the_numbers(here):
     evaluation = make_evaluation(here, ["a", "b", "c"], n=300)
     found = evaluation.metrics["rejection"]
     accepted = found["accepted"]
-    assert found["max_error"] == 0.05 and 0 < accepted < 1 and found["strangers"] == 150
-    assert found["error"] <= 0.05  # they are the very pictures that it was chosen on
-    assert found["strangers_rejected"] > 1 - accepted  # their probabilities are lower, and they lie on the other side
-    assert f"strangers: {found['strangers_rejected']:.1%} of 150 rejected" in format_metrics(evaluation.metrics)
+    assert found["max_error"] == 0.05 and 0 < accepted < 1 and found["ood"] == 150
+    assert found["error"] <= 0.05  # they are the very images that it was chosen on
+    assert found["ood_rejected"] > 1 - accepted  # their probabilities are lower, and they lie on the other side
+    assert f"OOD images: {found['ood_rejected']:.1%} of 150 rejected" in format_metrics(evaluation.metrics)
     easier = evaluation.rejection(0.5)
     assert easier["accepted"] >= accepted
 
@@ -131,7 +131,7 @@ def test_a_run_gets_its_report_and_tensorboard_too(trained, capsys):
     (run / EVENTS_FOLDER).mkdir(exist_ok=True)
     (run / EVENTS_FOLDER / "mine.txt").touch()  # which isn't deleted
     for _ in range(2):
-        evaluation_script.main(strangers="datasets/train/dark")
+        evaluation_script.main(ood="datasets/train/dark")
     assert sorted(path.name for path in (run / EVENTS_FOLDER).iterdir() if "tfevents" not in path.name) == ["mine.txt"]
     told = capsys.readouterr().out
     assert f"open {run.relative_to(trained)}/report.html" in told
@@ -148,31 +148,31 @@ def test_a_run_gets_its_report_and_tensorboard_too(trained, capsys):
 def test_what_a_reader_must_know_comes_first(trained, tmp_path):
     evaluation_script.main(data="cls_train.txt", out=str(tmp_path), raw=True)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "36 of the 36 pictures were trained on" in page
+    assert "36 of the 36 images were trained on" in page
     assert "the network&#39;s own, as asked for" in page
     evaluation_script.main(data="datasets/test", out=str(tmp_path))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "were trained on" not in page
 
 
-def test_that_pictures_may_have_been_seen_is_said_where_it_cannot_be_told(trained, tmp_path, monkeypatch):
+def test_that_images_may_have_been_seen_is_said_where_it_cannot_be_told(trained, tmp_path, monkeypatch):
     shutil.copytree("datasets/train", tmp_path / "moved")
     run = shutil.copytree(find_checkpoint("").parent, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     evaluation_script.main(data="moved", model_path=str(run), out="out", corrupted=0)
     (note,) = json.loads(Path("out/metrics.json").read_text())["notes"]
-    assert note.startswith("Whether the run has seen these pictures can't be told")
+    assert note.startswith("Whether the run has seen these images can't be told")
     shutil.copytree("moved", "datasets/train")
     shutil.copytree(trained / "datasets/test", "datasets/test")
-    shutil.move("datasets/train/dark/00.png", "datasets/test/dark/new.png")  # of one picture it can't be told
+    shutil.move("datasets/train/dark/00.png", "datasets/test/dark/new.png")  # of one image it can't be told
     evaluation_script.main(data="datasets/test", model_path=str(run), out="out", corrupted=0)
     assert json.loads(Path("out/metrics.json").read_text())["notes"] == [note]
     evaluation_script.main(data="datasets/train", model_path=str(run), out="out", corrupted=0)
     notes = json.loads(Path("out/metrics.json").read_text())["notes"]
-    assert [re.sub(r"\d+", "N", text)[:40] for text in notes] == [
-        "N of the N pictures were trained on: wit",
-        "N of the N pictures are of the validatio",
-        "Whether the run has seen others of these",
+    assert [re.sub(r"\d+", "N", text)[:38] for text in notes] == [
+        "N of the N images were trained on: wit",
+        "N of the N images are of the validatio",
+        "Whether the run has seen others of the",
     ]
 
 
@@ -188,9 +188,9 @@ def test_worst_mistakes_reach_tensorboard_and_the_page(here):
     evaluation = make_evaluation(here, ["a", "b", "c"], accuracy=0.5)
     worst = worst_mistakes(evaluation.scores, WORST)
     assert len(worst) > 10
-    pictures = shown_pictures(evaluation, worst)
-    assert len(pictures) == len(worst)
-    write_events(here, evaluation, plot_confusion(np.eye(3, dtype=int), ["a", "b", "c"]), pictures)
+    images = shown_images(evaluation, worst)
+    assert len(images) == len(worst)
+    write_events(here, evaluation, plot_confusion(np.eye(3, dtype=int), ["a", "b", "c"]), images)
     images = EventAccumulator(str(here / EVENTS_FOLDER), size_guidance={"images": 0}).Reload()
     assert sum(tag.startswith("worst mistakes") for tag in images.Tags()["images"]) >= 1
 
@@ -209,8 +209,8 @@ def test_beside_a_mistake_are_its_own_maps_and_neighbour(here):
         pixels = evaluation.classifier.load(evaluation.images.path(index))
         expected = explain_one(evaluation.classifier, pixels, int(evaluation.scores.predicted[index]), THUMBNAIL)
         assert [shown["title"] for shown in figure["maps"]] == list(expected)
-        assert [shown["picture"] for shown in figure["maps"]] == [to_uri(image) for image in expected.values()]
-    assert len({figure["maps"][1]["picture"] for figure in figures}) > len(figures) // 3
+        assert [shown["image"] for shown in figure["maps"]] == [to_uri(image) for image in expected.values()]
+    assert len({figure["maps"][1]["image"] for figure in figures}) > len(figures) // 3
 
 
 def test_suspicious_labels_reach_the_page(here):
@@ -222,15 +222,15 @@ def test_suspicious_labels_reach_the_page(here):
     assert len(planted & {figure["path"] for figure in found["figures"]}) >= 6
 
 
-def test_conditions_are_those_of_the_pictures(here):
-    """The made pictures are 16 high and from 20 to 31 wide."""
+def test_conditions_are_those_of_the_images(here):
+    """The made images are 16 high and from 20 to 31 wide."""
     short, shape, brightness = slices(make_evaluation(here, ["a", "b", "c"]))
     assert [row["range"] for row in short["rows"]] == ["16"]
     assert shape["rows"][0]["range"].startswith("1.25 to") and shape["rows"][-1]["range"].endswith("to 1.94")
     assert sum(row["count"] for row in brightness["rows"]) == 60
 
 
-def test_corrupted_pictures_are_what_the_network_is_shown(here, monkeypatch):
+def test_corrupted_images_are_what_the_network_is_shown(here, monkeypatch):
     evaluation = make_evaluation(here, ["a", "b", "c"], n=12)
     monkeypatch.setattr("utils.evaluation.evaluation.CORRUPTIONS", {"black": lambda pixels, _: pixels * 0})
     found = evaluate_corrupted(evaluation.classifier, evaluation.images, evaluation.outputs, 12, 0, 4)
@@ -239,38 +239,38 @@ def test_corrupted_pictures_are_what_the_network_is_shown(here, monkeypatch):
     assert found["none"] == (int(evaluation.raw_scores.correct.sum()), 12)
 
 
-def test_pictures_of_validation_are_said_to_be(trained, tmp_path, capsys):
+def test_images_of_validation_are_said_to_be(trained, tmp_path, capsys):
     evaluation_script.main(data="cls_val.txt", out=str(tmp_path))
-    assert "4 of the 4 pictures are of the validation list" in capsys.readouterr().out
+    assert "4 of the 4 images are of the validation list" in capsys.readouterr().out
 
 
 def test_strangers_must_be_there(trained, tmp_path):
-    with pytest.raises(FileNotFoundError, match="strangers='none'"):
-        evaluation_script.main(strangers="none", out=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="ood='none'"):
+        evaluation_script.main(ood="none", out=str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no pictures in it"):
-        evaluation_script.main(strangers=str(tmp_path / "empty"), out=str(tmp_path))
+    with pytest.raises(ValueError, match="no images in it"):
+        evaluation_script.main(ood=str(tmp_path / "empty"), out=str(tmp_path))
     with pytest.raises(ValueError, match="rejects nothing"):
-        evaluation_script.main(strangers="datasets/test", raw=True, out=str(tmp_path))
+        evaluation_script.main(ood="datasets/test", raw=True, out=str(tmp_path))
 
 
 def test_strangers_that_cannot_be_read_are_named_and_left_out(trained, tmp_path, capsys):
-    strangers = tmp_path / "strangers"
-    write_picture(strangers / "whole.png")
-    (strangers / "broken.jpg").write_text("no picture")
-    evaluation_script.main(strangers=str(strangers), out=str(tmp_path), corrupted=0, num_workers=0)
-    assert f"can't be read is left out: {strangers}/broken.jpg" in capsys.readouterr().out
-    assert json.loads((tmp_path / "metrics.json").read_text())["rejection"]["strangers"] == 1
-    (strangers / "whole.png").unlink()
-    with pytest.raises(ValueError, match="strangers: none of the 1 pictures can be read"):
-        evaluation_script.main(strangers=str(strangers), out=str(tmp_path), corrupted=0, num_workers=0)
+    ood = tmp_path / "ood"
+    write_image(ood / "whole.png")
+    (ood / "broken.jpg").write_text("no image")
+    evaluation_script.main(ood=str(ood), out=str(tmp_path), corrupted=0, num_workers=0)
+    assert f"can't be read is left out: {ood}/broken.jpg" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.json").read_text())["rejection"]["ood"] == 1
+    (ood / "whole.png").unlink()
+    with pytest.raises(ValueError, match="ood: none of the 1 images can be read"):
+        evaluation_script.main(ood=str(ood), out=str(tmp_path), corrupted=0, num_workers=0)
 
 
 def test_a_checkpoint_elsewhere_reports_into_the_working_folder(trained, tmp_path, monkeypatch):
     shutil.copy(find_checkpoint(""), tmp_path / "model.pth")
-    shutil.copytree("datasets/test", tmp_path / "pictures")
+    shutil.copytree("datasets/test", tmp_path / "images")
     monkeypatch.chdir(tmp_path)
-    evaluation_script.main(data="pictures", model_path="model.pth")
+    evaluation_script.main(data="images", model_path="model.pth")
     assert (tmp_path / "metrics_out" / "report.html").is_file()
     assert not (tmp_path / "metrics_out" / EVENTS_FOLDER).exists()
 
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_is_not_calibrated_is_reported_without_neighbours(trai
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
         assert "mistakes, the most surprising first" in page
         assert ("Not calibrated" in page) == (not calibrated)
-        assert ("36 training pictures the one that the network finds most like it" in page) == calibrated
+        assert ("36 training images the one that the network finds most like it" in page) == calibrated
 
 
 @pytest.fixture(scope="module")
@@ -331,8 +331,8 @@ def test_the_page_loads_without_a_complaint_at_two_widths(awkward_page, browser,
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
     assert dark == (scheme == "dark")
-    picture = page.screenshot(full_page=True)
-    assert len(picture) > 50_000
+    image = page.screenshot(full_page=True)
+    assert len(image) > 50_000
 
 
 def test_names_do_no_harm(awkward_page, browser):
@@ -378,7 +378,7 @@ def test_the_filter_and_the_sort_work_from_the_keyboard(here, browser):
     assert [text.strip() for text in page.locator("#classes td.name").all_text_contents()] == names
 
 
-def test_ten_thousand_pictures_open_in_two_seconds_with_few_thumbnails(here, browser):
+def test_ten_thousand_images_open_in_two_seconds_with_few_thumbnails(here, browser):
     path = make_page(here, [f"class {i}" for i in range(81)], n=10_000, accuracy=4.0)
     page, complaints, seconds = open_page(browser, path)
     assert complaints == [] and seconds < 2
@@ -386,7 +386,7 @@ def test_ten_thousand_pictures_open_in_two_seconds_with_few_thumbnails(here, bro
     assert page.locator("#mistakes > .gallery").first.locator("figure").count() == WORST
     assert page.locator("#labels figure").count() <= LABELS
     assert "24 of" in page.locator("#mistakes").inner_text()
-    assert page.locator(".matrix tbody tr").count() == MOST_CLASSES
+    assert page.locator(".matrix tbody tr").count() == MAX_CLASSES
     assert "The 40 classes with the most mistakes, of 81" in page.locator("#confusion").inner_text()
 
 
@@ -407,7 +407,7 @@ def test_the_thaw_is_marked(here, browser):
 def test_nothing_wrong_is_said(here, browser):
     page, complaints, _ = open_page(browser, make_page(here, ["a", "b"], accuracy=50.0))
     assert complaints == []
-    assert "Not one picture was named wrong" in page.locator("#mistakes").inner_text()
+    assert "Not one image was named wrong" in page.locator("#mistakes").inner_text()
     assert "None was found" in page.locator("#labels").inner_text()
 
 

@@ -63,8 +63,8 @@ def test_counts_figures_and_hashes(own_run, tmp_path, capsys):
     evaluation.main(model_path=str(own_run), data="datasets/train", corrupted=0)
     assert f"what {own_run.parent} has of datasets/test is replaced" in capsys.readouterr().out
     page = card_of(own_run, folder)
-    assert "- **36 of the 40 pictures were trained on&#58;" in page
-    assert "- **4 of the 40 pictures are of the validation list&#44;" in page
+    assert "- **36 of the 40 images were trained on&#58;" in page
+    assert "- **4 of the 40 images are of the validation list&#44;" in page
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_checkpoint_without_its_run(own_run, tmp_path, monkeypatch):
     evaluation.main(model_path=str(alone), data="test", corrupted=0)
     page = card_of(alone, tmp_path)
     assert "Not measured" not in page
-    assert "Whether the run has seen these pictures can&#39;t be told" in page
+    assert "Whether the run has seen these images can&#39;t be told" in page
 
 
 def test_only_a_card_gives_way_to_a_card(own_run, tmp_path):
@@ -162,12 +162,12 @@ def test_its_code_runs_without_thaw(exported, trained, tmp_path):
     page = card_of(checkpoint, tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     transparent = Image.fromarray(np.full((50, 70, 4), (60, 60, 60, 0), np.uint8))  # dark, if that is what counted
-    transparent.save(tmp_path / "picture.jpg", "PNG")
+    transparent.save(tmp_path / "image.jpg", "PNG")
     result = subprocess.run(
         [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
     )
     name, probability = result.stdout.split()
-    expected = load_classifier(checkpoint, "cpu", precision="fp32").predict(str(tmp_path / "picture.jpg"))[0]
+    expected = load_classifier(checkpoint, "cpu", precision="fp32").predict(str(tmp_path / "image.jpg"))[0]
     assert name == expected.label == "light"
     assert float(probability) == pytest.approx(expected.probability, abs=1e-3)
     assert (tmp_path / CARD).is_file()

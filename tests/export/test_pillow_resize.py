@@ -23,7 +23,7 @@ def resizer(
 
 
 def by_pillow(pixels: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """What evaluation shows the network of a picture in memory."""
+    """What evaluation shows the network of an image in memory."""
     return EvalTransform(preprocessing)(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
 
 
@@ -68,7 +68,7 @@ def test_pillows_pixels(height, width, shape, letterbox, crop, interpolation, ki
 @pytest.mark.parametrize(
     "size", [(480, 640), (377, 501), (224, 224), (100, 150), (31, 900), (1200, 900), (562, 375), (900, 31)]
 )
-def test_pictures_as_they_are_taken(size, letterbox, interpolation):
+def test_images_as_they_are_taken(size, letterbox, interpolation):
     module, preprocessing = resizer((224, 224), letterbox, 0.9, interpolation)
     pixels = noise(*size, "levels", seed=1)
     assert np.array_equal(by_graph(module, pixels), by_pillow(pixels, preprocessing))
@@ -81,7 +81,7 @@ def test_the_same_size_stays_as_it_is():
 
 
 def test_a_sliver_keeps_a_line():
-    """A picture so thin that by its aspect ratio nothing of it would be left."""
+    """An image so thin that by its aspect ratio nothing of it would be left."""
     module, preprocessing = resizer((8, 8), letterbox=True)
     for size in ((1, 400), (400, 1)):
         pixels = np.zeros((*size, 3), np.uint8)
@@ -90,7 +90,7 @@ def test_a_sliver_keeps_a_line():
         assert np.array_equal(levels, by_pillow(pixels, preprocessing))
 
 
-def test_pictures_of_a_batch_do_not_mix():
+def test_images_of_a_batch_do_not_mix():
     module, _ = resizer((8, 8))
-    pictures = torch.from_numpy(np.stack([noise(20, 30, "levels", seed) for seed in range(3)]))
-    assert torch.equal(module(pictures)[1:2], module(pictures[1:2]))
+    images = torch.from_numpy(np.stack([noise(20, 30, "levels", seed) for seed in range(3)]))
+    assert torch.equal(module(images)[1:2], module(images[1:2]))

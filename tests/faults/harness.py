@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.conftest import SHARED, write_picture
+from tests.conftest import SHARED, write_image
 from tests.faults import trainee
 from utils.data.image_list import write_classes, write_list
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
@@ -45,7 +45,7 @@ context.set_forkserver_preload(
 
 
 def prepare(folder: Path, data: str) -> Path:
-    """A working folder with lists of pictures of three classes: of the shared set `data`, or made if there is none."""
+    """A working folder with lists of images of three classes: of the shared set `data`, or made if there is none."""
     folder.mkdir(parents=True)
     source = SHARED / "data" / data / "train"
     names = ["0", "3", "8"]
@@ -54,8 +54,8 @@ def prepare(folder: Path, data: str) -> Path:
         if source.is_dir():
             paths = [str(path) for path in sorted((source / name).iterdir())[: TRAIN + VAL]]
         else:
-            made = (folder / "pictures" / name / f"{i:02d}.png" for i in range(TRAIN + VAL))
-            paths = [str(write_picture(path, 60 + 60 * class_id, seed=i)) for i, path in enumerate(made)]
+            made = (folder / "images" / name / f"{i:02d}.png" for i in range(TRAIN + VAL))
+            paths = [str(write_image(path, 60 + 60 * class_id, seed=i)) for i, path in enumerate(made)]
         entries += [(class_id, path) for path in paths]
     write_list(folder / "cls_train.txt", entries[::3][:TRAIN])
     write_list(folder / "cls_val.txt", entries[1::3][:VAL] + entries[-VAL // 2 :])

@@ -28,7 +28,7 @@ from nets.weights.load import read_weights
 from nets.weights.pretrained import find_pretrained
 from tests.conftest import NAMES, SMALL
 from utils.config.train_config import TrainConfig
-from utils.modeling.build import make_model
+from utils.modeling.build import build_network
 from utils.runs import run
 from utils.runs.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, read_progress, save_checkpoint
 from utils.runs.resume import open_run
@@ -273,7 +273,7 @@ DOORS = ("model_path", "pretrained", "resume", "eval", "predict")
 def go_through(door: str, file: Path) -> None:
     """Open a file as a user would; that of a run's folder is its only checkpoint."""
     if door == "model_path":
-        make_model(TrainConfig(**SMALL, model_path=str(file)), NAMES)
+        build_network(TrainConfig(**SMALL, model_path=str(file)), NAMES)
     elif door == "pretrained":
         Path("model_data").mkdir(exist_ok=True)
         shutil.copy(file, "model_data/vit-patch_16.pth")
@@ -283,7 +283,7 @@ def go_through(door: str, file: Path) -> None:
     elif door == "eval":
         evaluation.main(model_path=str(file))
     else:
-        predict.main(("picture.png",), model_path=str(file))
+        predict.main(("image.png",), model_path=str(file))
 
 
 PAIRS = [(kind, door) for kind in TRAPS for door in DOORS]

@@ -1,4 +1,4 @@
-"""A run that is killed, wherever, ends as one that wasn't: the same bits, from the same pictures.
+"""A run that is killed, wherever, ends as one that wasn't: the same bits, from the same images.
 
 `python -m pytest tests/faults` is the short form, with `-m "slow or not slow"` the whole.
 """
@@ -151,8 +151,8 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_without_reading_what_was_done(t
     noted = len(read_steps(folder))
     finish(folder, settings)
     assert [int(line.split()[0]) for line in read_steps(folder)[noted:]] == [3]
-    pictures = [name for given in steps_of(folder).values() for name in given.split()[0].split(",")]
-    assert len(pictures) == len(set(pictures)) == 32
+    images = [name for given in steps_of(folder).values() for name in given.split()[0].split(",")]
+    assert len(images) == len(set(images)) == 32
     assert "after epoch 0 and 3 steps" in (folder / "output.log").read_text()
 
 

@@ -207,8 +207,8 @@ def nan_at_step(monkeypatch):
 
 
 @pytest.fixture
-def nan_in_a_picture(monkeypatch):
-    """Make what the network says of a batch with a very light picture a NaN."""
+def nan_in_a_image(monkeypatch):
+    """Make what the network says of a batch with a very light image a NaN."""
     pixel_network = train.pixel_network
 
     def poisoned(*args):
@@ -229,7 +229,7 @@ NAN = TINY | {"ema_decay": 0.9, "cache_features": False}
 
 def test_a_nan_at_a_step_stops_the_run(two_classes, nan_at_step):
     nan_at_step(12)
-    with pytest.raises(NonFiniteLoss, match=r"at step 13 \(learning rate about .*; its pictures: .*\.png.*on_nan=skip"):
+    with pytest.raises(NonFiniteLoss, match=r"at step 13 \(learning rate about .*; its images: .*\.png.*on_nan=skip"):
         train.main(TrainConfig(**NAN))
     assert all_finite(only_run())
 
@@ -246,7 +246,7 @@ def test_steps_with_a_nan_are_left_out_and_counted(two_classes, nan_at_step, cap
     assert all_finite(only_run())
 
 
-def test_a_picture_that_gives_a_nan_is_named(two_classes, nan_in_a_picture, capsys):
+def test_a_image_that_gives_a_nan_is_named(two_classes, nan_in_a_image, capsys):
     light = Path(two_classes / "train" / "light" / "03.png")
     from PIL import Image
 
@@ -261,7 +261,7 @@ def test_a_picture_that_gives_a_nan_is_named(two_classes, nan_in_a_picture, caps
 def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
     """Which the limits on init_lr don't let pass, so it is planted behind them."""
     monkeypatch.setattr(Stage, "learning_rate", lambda self, epoch: 1e6 if epoch > 2.5 else 1e-4)
-    monkeypatch.setattr(trainer, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(trainer, "MAX_SKIPPED", 3)
     with pytest.raises(NonFiniteLoss, match=r"n't finite|the validation loss is"):
         train.main(TrainConfig(**NAN | {"optimizer_type": "sgd"}, on_nan=on_nan))
     assert all_finite(only_run())

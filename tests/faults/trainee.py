@@ -47,7 +47,7 @@ def train_in(folder: Path, settings: dict[str, Any], fault: str = "", number: in
 
 
 def note_steps() -> None:
-    """After each step, write a line with its number, the pictures, and a digest of what the network was given."""
+    """After each step, write a line with its number, the images, and a digest of what the network was given."""
     train_epoch, train_step = Trainer.train_epoch, Trainer.train_step
     log = os.open(STEPS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
@@ -56,11 +56,11 @@ def note_steps() -> None:
         return train_epoch(self, loader, *args, **kwargs)
 
     def noting_step(self, inputs, targets, optimizer):
-        pictures = ",".join(Path(path).name for path in batch_paths(self.loader, self.done))
+        images = ",".join(Path(path).name for path in batch_paths(self.loader, self.done))
         fed = hashlib.sha256(inputs.contiguous().view(torch.uint8).numpy().tobytes() + targets.numpy().tobytes())
         step = self.step
         result = train_step(self, inputs, targets, optimizer)
-        os.write(log, f"{step} {pictures} {fed.hexdigest()}\n".encode())
+        os.write(log, f"{step} {images} {fed.hexdigest()}\n".encode())
         return result
 
     Trainer.train_epoch, Trainer.train_step = noting_epoch, noting_step

@@ -1,4 +1,4 @@
-"""utils/inference/explain.py against another library's Grad-CAM, timm's attention, and a picture whose place is
+"""utils/inference/explain.py against another library's Grad-CAM, timm's attention, and an image whose place is
 known."""
 
 import numpy as np
@@ -124,33 +124,33 @@ def test_the_map_points_to_what_decides():
     classifier = make_classifier(model, (16, 16))
 
     def batch(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        pictures = torch.randint(0, 60, (n, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        images = torch.randint(0, 60, (n, 3, 16, 16), dtype=torch.uint8, generator=generator)
         class_ids, places = torch.arange(n) % 2, torch.randint(16, (n,), generator=generator)
         for i in torch.nonzero(class_ids).flatten().tolist():
             row, column = divmod(int(places[i]), 4)
-            pictures[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 250
-        return pictures, class_ids, places
+            images[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 250
+        return images, class_ids, places
 
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4)
     model.train()
     for _ in range(60):
-        pictures, class_ids, _ = batch(32)
-        nn.functional.cross_entropy(classifier.network(pictures), class_ids).backward()
+        images, class_ids, _ = batch(32)
+        nn.functional.cross_entropy(classifier.network(images), class_ids).backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    pictures, class_ids, places = batch(64)
+    images, class_ids, places = batch(64)
     bright = class_ids == 1
-    assert (classifier.network(pictures).argmax(1) == class_ids).float().mean() > 0.95
-    maps = explain(classifier, pictures[bright], class_ids[bright])
+    assert (classifier.network(images).argmax(1) == class_ids).float().mean() > 0.95
+    maps = explain(classifier, images[bright], class_ids[bright])
     found = maps.rollout.flatten(1).argmax(1) == places[bright]
     assert found.float().mean() > 0.6  # by chance 1 in 16
 
 
-def test_overlays_are_pictures_of_what_was_shown():
-    picture = pixels(1)[0]
-    assert shown(picture, 96).size == (96, 64)
-    laid = overlay(picture, torch.eye(8, 12), 96)
+def test_overlays_are_images_of_what_was_shown():
+    image = pixels(1)[0]
+    assert shown(image, 96).size == (96, 64)
+    laid = overlay(image, torch.eye(8, 12), 96)
     assert laid.size == (96, 64)
     red, blue = (np.asarray(laid, float)[..., c] for c in (0, 2))
     assert red[4, 4] > red[60, 10] or blue[4, 4] < blue[60, 10]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import predict
-from tests.conftest import write_picture
+from tests.conftest import write_image
 from utils.data.image_io import ImageError, open_image
 from utils.inference.classifier import Classifier, load_classifier
 from utils.inference.prediction import (
@@ -44,7 +44,7 @@ def classifier(trained):
     return load_classifier(find_checkpoint(""), "cpu")
 
 
-def test_paths_pictures_and_arrays_are_alike(classifier):
+def test_paths_images_and_arrays_are_alike(classifier):
     image = open_image(DARK)
     inputs = [DARK, Path(DARK), image, np.asarray(image), np.asarray(image)[..., 0]]
     answers = classifier.predict(inputs)
@@ -58,7 +58,7 @@ def test_paths_pictures_and_arrays_are_alike(classifier):
     assert classifier.predict([]) == []
 
 
-def test_a_picture_on_its_side_is_turned_and_left_as_it_was(classifier, tmp_path):
+def test_a_image_on_its_side_is_turned_and_left_as_it_was(classifier, tmp_path):
     image = open_image(DARK)
     exif = Image.Exif()
     exif[274] = 6
@@ -79,9 +79,9 @@ def test_arrays_that_mean_something_else_are_refused(classifier, array):
         classifier.predict(array)
 
 
-def test_what_is_no_picture_and_numbers_that_cannot_be(classifier, tmp_path):
+def test_what_is_no_image_and_numbers_that_cannot_be(classifier, tmp_path):
     for wrong in ([5], [None], [torch.zeros(3, 4, 4)]):
-        with pytest.raises(ValueError, match="give a path, a picture of Pillow's, or a numpy array"):
+        with pytest.raises(ValueError, match="give a path, an Pillow image, or a numpy array"):
             classifier.predict(wrong)
     for wrong in ({"batch_size": 0}, {"top_k": 0}):
         with pytest.raises(ValueError, match="whole numbers from 1 up"):
@@ -93,7 +93,7 @@ def test_what_is_no_picture_and_numbers_that_cannot_be(classifier, tmp_path):
     assert second.label == "light"
 
 
-def test_views_are_judged_by_the_distance_of_their_own_picture(classifier, monkeypatch):
+def test_views_are_judged_by_the_distance_of_their_own_image(classifier, monkeypatch):
     """Brightness stands in for the network, and for the distance."""
     told = []
 
@@ -112,7 +112,7 @@ def test_views_are_judged_by_the_distance_of_their_own_picture(classifier, monke
 
 
 def test_an_unreadable_file_is_an_error_or_a_failure(classifier, tmp_path):
-    (tmp_path / "broken.jpg").write_text("no picture")
+    (tmp_path / "broken.jpg").write_text("no image")
     with pytest.raises(ImageError, match=r"broken\.jpg can't be read"):
         classifier.predict([DARK, tmp_path / "broken.jpg"])
     first, second, third = classifier.stream([DARK, tmp_path / "broken.jpg", LIGHT])
@@ -121,10 +121,10 @@ def test_an_unreadable_file_is_an_error_or_a_failure(classifier, tmp_path):
 
 
 def test_views_are_averaged(classifier):
-    from utils.inference.tta_views import Views
+    from utils.inference.tta_views import TTAViews
 
     (answer,) = classifier.predict(LIGHT, tta=True)
-    views = Views(classifier.preprocessing, mirror=True)
+    views = TTAViews(classifier.preprocessing, mirror=True)
     pixels = classifier._read(LIGHT, views)
     expected = classifier.probabilities(pixels).mean(dim=0)
     assert dict(answer.classes) == pytest.approx(dict(zip(["dark", "light"], expected.tolist(), strict=True)), abs=1e-6)
@@ -184,7 +184,7 @@ def test_tables_and_bars_fit_the_terminal(width, name):
     assert likely > 4 * unlikely
     rejected = Prediction("p.png", UNKNOWN, 0.6, ((name, 0.6),), "not sure enough")
     assert "unknown?" in to_row(rejected, width, 10) and display_width(to_row(rejected, width, 10)) <= width
-    failure = Failure("x.png", "x.png can't be read as a picture " * 5)
+    failure = Failure("x.png", "x.png can't be read as an image " * 5)
     assert display_width(to_row(failure, width, 10)) <= width
 
 
@@ -203,7 +203,7 @@ def test_csv_and_a_list_on_standard_input(trained, command):
     assert [row["label"] for row in rows] == ["dark"] + ["light"] * 5 + [""]
     assert rows[0]["class_1"] == "dark" and rows[0]["class_2"] == "light"
     assert "no such file" in rows[-1]["note"]
-    assert "7 pictures: 5 as light, 1 as dark; 1 without an answer" in result.stderr
+    assert "7 images: 5 as light, 1 as dark; 1 without an answer" in result.stderr
 
 
 def test_standard_input_beside_other_paths(trained, command):
@@ -260,13 +260,13 @@ def test_a_terminal_gets_a_table_and_bars(trained, tmp_path):
 
 
 def test_sorting_copies_and_never_overwrites(trained, tmp_path):
-    pictures = tmp_path / "in"
+    images = tmp_path / "in"
     for folder, source in (("a", DARK), ("b", "datasets/test/dark/01.png"), ("c", LIGHT)):
-        (pictures / folder).mkdir(parents=True)
-        shutil.copy(source, pictures / folder / "same.png")
+        (images / folder).mkdir(parents=True)
+        shutil.copy(source, images / folder / "same.png")
     out = tmp_path / "out"
     for _ in range(2):  # a second time changes nothing
-        assert predict.main((str(pictures),), sort_into=str(out)) == 0
+        assert predict.main((str(images),), sort_into=str(out)) == 0
         assert sorted(str(path.relative_to(out)) for path in out.rglob("*.png")) == [
             "dark/same.png",
             "dark/same_2.png",
@@ -274,7 +274,7 @@ def test_sorting_copies_and_never_overwrites(trained, tmp_path):
         ]
     assert (out / "dark/same.png").read_bytes() == Path(DARK).read_bytes()
     assert (out / "dark/same_2.png").read_bytes() == Path("datasets/test/dark/01.png").read_bytes()
-    assert len(list(pictures.rglob("*.png"))) == 3
+    assert len(list(images.rglob("*.png"))) == 3
 
 
 def test_what_is_rejected_is_sorted_into_unknown(trained, tmp_path, capsys):
@@ -321,7 +321,7 @@ def test_a_class_called_unknown_cannot_be_told_from_a_rejection(trained, tmp_pat
     assert predict.main((DARK,), model_path=str(tmp_path / "model.pth")) == 0
 
 
-def test_pictures_are_explained(trained, tmp_path):
+def test_images_are_explained(trained, tmp_path):
     predict.main((DARK, LIGHT), save=str(tmp_path / "plain"))
     predict.main((DARK, LIGHT), save=str(tmp_path / "explained"), explain=True)
     plain, explained = (Image.open(tmp_path / folder / "00.png") for folder in ("plain", "explained"))
@@ -346,10 +346,10 @@ def test_to_be_explained_is_to_be_saved(trained, tmp_path, monkeypatch):
 def test_rejection_auto_says_what_it_costs(trained, tmp_path, capsys):
     predict.main((DARK,), reject_below="auto")
     told = capsys.readouterr().err
-    assert "of 4 validation pictures" in told and "° from all classes" in told
+    assert "of 4 validation images" in told and "° from all classes" in told
     predict.main((DARK,), reject_below="auto", tta=True)
     assert "with --tta probabilities are lower" in capsys.readouterr().err
-    write_picture(tmp_path / "black.png", 0)
+    write_image(tmp_path / "black.png", 0)
     for rejected, raw in ((True, False), (False, True)):
         predict.main((str(tmp_path / "black.png"),), reject_below="0.1", raw=raw)
         answer, told = capsys.readouterr()
@@ -382,7 +382,7 @@ def test_flags_that_contradict_each_other(trained):
 
 
 def test_reading_goes_on_while_thousands_are_answered(classifier, tmp_path):
-    """Answers come before all pictures have been asked for."""
+    """Answers come before all images have been asked for."""
     asked = []
 
     def paths():
@@ -397,7 +397,7 @@ def test_reading_goes_on_while_thousands_are_answered(classifier, tmp_path):
 
 
 def test_library_results_do_not_depend_on_the_batch(classifier):
-    paths = [write_picture(Path(f"pictures/{i}.png"), 40 + 20 * i, seed=i) for i in range(9)]
+    paths = [write_image(Path(f"images/{i}.png"), 40 + 20 * i, seed=i) for i in range(9)]
     one, many = (classifier.predict(paths, batch_size=size) for size in (1, 4))
     torch.testing.assert_close(
         torch.tensor([a.probability for a in one]), torch.tensor([a.probability for a in many]), atol=1e-6, rtol=1e-5
@@ -411,5 +411,5 @@ def test_copies_go_where_times_and_permissions_are_refused(here, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(shutil, "copystat", refuse)
-    write_picture(here / "p.png")
+    write_image(here / "p.png")
     assert copy_into("p.png", here / "out").read_bytes() == (here / "p.png").read_bytes()

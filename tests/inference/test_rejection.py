@@ -1,4 +1,4 @@
-"""utils/inference/rejection.py against scipy, against scikit-learn, and on pictures that are of no class."""
+"""utils/inference/rejection.py against scipy, against scikit-learn, and on images that are of no class."""
 
 import copy
 import dataclasses
@@ -15,7 +15,7 @@ from scipy.stats import sem
 from sklearn.covariance import LedoitWolf
 
 import train
-from tests.conftest import TINY, write_picture, write_two_classes
+from tests.conftest import TINY, write_image, write_two_classes
 from utils.annotation.annotate import annotate
 from utils.annotation.demo_digits import write_demo
 from utils.config.train_config import TrainConfig
@@ -58,7 +58,7 @@ def test_the_temperature_is_the_one_that_scipy_finds():
     assert fit_temperature(logits, class_ids) == pytest.approx(expected, rel=1e-4)
 
 
-def test_many_pictures_outweigh_the_prior():
+def test_many_images_outweigh_the_prior():
     assert fit_temperature(*overconfident(20_000)) == pytest.approx(3.0, rel=0.03)
 
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_had_is_said():
     rejection = calibration.choose_rejection(0.05)
     assert math.isinf(rejection.least_probability)
     assert rejection.reason(1.0, 1) == "not sure enough: 100.0% is below any"
-    assert "none of the 2 validation pictures is accepted" in rejection.format_cost(calibration)
+    assert "none of the 2 validation images is accepted" in rejection.format_cost(calibration)
 
 
 def test_the_part_that_is_far_is_the_one_that_is_stated():
@@ -196,22 +196,22 @@ def test_a_state_of_its_own_gets_no_other_ones_calibration(here, monkeypatch):
     assert last["optimizer"] and not best["optimizer"]  # to be handed on
 
 
-def test_unreadable_pictures_are_left_out_of_calibration(two_classes, capsys):
-    """All validation pictures of a class and some training pictures break after training."""
+def test_unreadable_images_are_left_out_of_calibration(two_classes, capsys):
+    """All validation images of a class and some training images break after training."""
     train.main(TrainConfig(**TINY | {"unfreeze_epoch": 1}))
     (run,) = Path("logs").iterdir()
     train_images, val_images = read_list("cls_train.txt", 2), read_list("cls_val.txt", 2)
     before = load_checkpoint(run / BEST)["calibration"]
     broken = [val_images.path(i) for i in np.flatnonzero(val_images.class_ids == 0)] + [train_images.path(3)]
     for path in broken:
-        Path(path).write_text("no picture")
+        Path(path).write_text("no image")
     after = calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**TINY))
     assert len(after["correct"]) == len(before["correct"]) - len(broken) + 1
     kept = read_embeddings(run / BEST, Calibration.from_dict(after), 2)
     assert len(kept.images) == len(train_images) - 1
     assert train_images.path(3) not in [kept.images.path(i) for i in range(len(kept.images))]
     for path in (*broken, *(val_images.path(i) for i in range(len(val_images)))):
-        Path(path).write_text("no picture")
+        Path(path).write_text("no image")
     assert calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**TINY)) == {}
 
 
@@ -229,7 +229,7 @@ def test_rare_classes_are_drawn_too():
     assert [some.path(i) for i in range(60)] == [f"{i}.png" for i in drawn]
 
 
-def test_embeddings_of_training_pictures_are_kept(trained, tmp_path, capsys):
+def test_embeddings_of_training_images_are_kept(trained, tmp_path, capsys):
     (run,) = trained.glob("logs/*")
     train_images = read_list("cls_train.txt", 2)
     calibration = load_classifier(run, "cpu").calibration
@@ -242,24 +242,24 @@ def test_embeddings_of_training_pictures_are_kept(trained, tmp_path, capsys):
     assert read_embeddings(tmp_path / BEST, calibration, 2) is None
     assert capsys.readouterr().out == ""
     assert read_embeddings(run / BEST, calibration, 1) is None  # ids of classes that there aren't
-    assert "no training pictures are shown" in capsys.readouterr().out
+    assert "no training images are shown" in capsys.readouterr().out
     (tmp_path / EMBEDDINGS).write_bytes((run / EMBEDDINGS).read_bytes()[:1000])
     assert read_embeddings(tmp_path / BEST, calibration, 2) is None
-    assert "no training pictures are shown" in capsys.readouterr().out
+    assert "no training images are shown" in capsys.readouterr().out
 
 
 def test_a_class_left_out_of_training_is_rejected_far_more_often(here):
-    """Two classes are trained; pictures of a third, of a brightness between theirs, are held against new ones of the
+    """Two classes are trained; images of a third, of a brightness between theirs, are held against new ones of the
     two."""
     for name, level in (("dark", 60), ("light", 190)):
         for i in range(120):
-            write_picture(here / "datasets" / "train" / name / f"{i:02d}.png", level, seed=i)
+            write_image(here / "datasets" / "train" / name / f"{i:02d}.png", level, seed=i)
     train.main(TrainConfig(**TINY | {"unfreeze_epoch": 6}))
     classifier = load_classifier(next(here.glob("logs/*")), "cpu")
     rejection = classifier.calibration.choose_rejection(0.05)
 
     def rejected(level: int) -> float:
-        paths = [write_picture(here / f"{level}" / f"{i}.png", level, seed=1000 + i) for i in range(40)]
+        paths = [write_image(here / f"{level}" / f"{i}.png", level, seed=1000 + i) for i in range(40)]
         images = list_in_memory((0, str(path)) for path in paths)
         outputs = compute_outputs(classifier, images, num_workers=0)
         probability = (outputs.logits / classifier.temperature).softmax(1).amax(1)

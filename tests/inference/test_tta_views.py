@@ -9,7 +9,7 @@ from utils.config.train_config import TrainConfig
 from utils.data.image_io import Region
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
-from utils.inference.tta_views import Views
+from utils.inference.tta_views import TTAViews
 
 
 def preprocessing(**fields) -> Preprocessing:
@@ -22,7 +22,7 @@ REGION = Region(PIXELS, (0, 0, 32, 16))
 
 def test_the_first_view_is_that_of_evaluation_and_the_others_are_the_corners():
     of_evaluation = preprocessing()
-    views = Views(of_evaluation, mirror=False).resize(REGION)
+    views = TTAViews(of_evaluation, mirror=False).resize(REGION)
     assert views.shape == (5, 3, 8, 8)
     assert torch.equal(views[0], EvalTransform(of_evaluation)(Image.fromarray(PIXELS)))
     corners = [PIXELS[:8, :8], PIXELS[:8, -8:], PIXELS[-8:, :8], PIXELS[-8:, -8:]]  # half of the short side is 8
@@ -31,24 +31,24 @@ def test_the_first_view_is_that_of_evaluation_and_the_others_are_the_corners():
 
 
 def test_mirrored_views_only_if_training_mirrored():
-    views = Views(preprocessing(), mirror=True).resize(REGION)
+    views = TTAViews(preprocessing(), mirror=True).resize(REGION)
     assert len(views) == 10
     assert torch.equal(views[5:], views[:5].flip(-1))
 
 
 def test_a_frame_that_is_filled_is_cropped_a_little():
-    boxes = Views(preprocessing(eval_crop=1.0), mirror=False).boxes(REGION)
+    boxes = TTAViews(preprocessing(eval_crop=1.0), mirror=False).boxes(REGION)
     assert boxes[0] == (8, 0, 24, 16)
     assert boxes[1:] == [(0, 0, 14, 14), (18, 0, 32, 14), (0, 2, 14, 16), (18, 2, 32, 16)]
 
 
-def test_all_of_a_letterboxed_picture_is_one_view():
-    views = Views(preprocessing(letterbox_image=True), mirror=False).resize(REGION)
+def test_all_of_a_letterboxed_image_is_one_view():
+    views = TTAViews(preprocessing(letterbox_image=True), mirror=False).resize(REGION)
     assert len(views) == 1
     assert torch.equal(views[0], EvalTransform(preprocessing(letterbox_image=True))(Image.fromarray(PIXELS)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3)])
-def test_tiny_and_long_pictures_have_views(size):
+def test_tiny_and_long_images_have_views(size):
     region = Region(np.zeros((*size, 3), np.uint8), (0, 0, size[1], size[0]))
-    assert Views(preprocessing(), mirror=False).resize(region).shape == (5, 3, 8, 8)
+    assert TTAViews(preprocessing(), mirror=False).resize(region).shape == (5, 3, 8, 8)

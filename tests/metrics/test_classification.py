@@ -16,7 +16,7 @@ from utils.metrics.classification import cross_entropy, evaluation_metrics, top_
 from utils.metrics.intervals import bootstrap_intervals, resampled_rank_figures, wilson_interval
 from utils.metrics.scores import Scores, reliability
 
-# Six pictures of classes a, b, c; none of d. Predictions: a b a b c d.
+# Six images of classes a, b, c; none of d. Predictions: a b a b c d.
 CLASS_IDS = torch.tensor([0, 0, 0, 1, 2, 2])
 LOGITS = torch.eye(4)[[0, 1, 0, 1, 2, 3]] * 2 + torch.tensor([0.3, 0.2, 0.1, 0.0])
 NAMES = ["a", "b", "c", "d"]
@@ -37,7 +37,7 @@ def random_case(n: int = 300, classes: int = 7, seed: int = 0) -> tuple[torch.Te
 
 def test_worked_example():
     metrics = evaluation_metrics(Scores.of(LOGITS, CLASS_IDS), NAMES)
-    assert metrics["pictures"] == 6
+    assert metrics["images"] == 6
     assert metrics["top1"] == pytest.approx(4 / 6)
     assert "top5" not in metrics
     rows = {row["class"]: row for row in metrics["per_class"]}
@@ -130,17 +130,17 @@ def test_all_right_and_all_wrong():
     assert (right["top1"], right["macro_f1"], right["roc_auc"]) == (1, 1, 1)
     assert (wrong["top1"], wrong["macro_f1"]) == (0, 0)
     assert right["intervals"]["top1"][1] == 1 and wrong["intervals"]["top1"][0] == 0
-    assert right["intervals"]["top1"][0] > 0.85  # thirty pictures are not all there are
+    assert right["intervals"]["top1"][0] > 0.85  # thirty images are not all there are
     assert (
         right["intervals"]["macro_f1"] is None and right["per_class"][0]["f1_interval"] is None
     )  # as a bootstrap would
 
 
 def test_nothing_and_nan_are_refused():
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         Scores.of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match="outputs for 1 of 2 pictures aren't finite"):
+        with pytest.raises(ValueError, match="outputs for 1 of 2 images aren't finite"):
             Scores.of(torch.tensor([[0.0, bad], [0, 0]]), torch.tensor([0, 1]))
 
 
@@ -180,7 +180,7 @@ def test_resampled_areas_are_scikit_learns_with_weights():
 
 
 def test_the_bootstrap_deviates_as_theory_says():
-    """For means over pictures the bootstrap's interval is about that of the normal approximation."""
+    """For means over images the bootstrap's interval is about that of the normal approximation."""
     logits, class_ids = random_case(n=2000)
     scores = Scores.of(logits, class_ids)
     intervals, _ = bootstrap_intervals(scores)

@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 
 import train
-from nets.factory import build_model, draw_model, expected_preprocessing, restore_model
+from nets.factory import build_meta_model, build_model, expected_preprocessing, restore_model
 from nets.timm_networks import published_by_timm
 from nets.torchvision_networks import TORCHVISION
 from nets.weights.load import load_weights, read_weights
@@ -25,7 +25,7 @@ from utils.data.image_list import read_list
 from utils.data.preprocessing import Preprocessing
 from utils.inference.classifier import load_classifier
 from utils.inference.explain import explain
-from utils.modeling.build import draw_network, make_model
+from utils.modeling.build import build_meta_network, build_network
 from utils.modeling.pixel_network import pixel_network
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 from utils.training.feature_cache import FrozenPart, ThawedPart
@@ -74,7 +74,7 @@ def drawn_at_random(name: str, shape: tuple[int, int], **options) -> nn.Module:
     return build_model(name, 5, shape, **options)
 
 
-def pictures(n: int = 2, shape: tuple[int, int] = (SIDE, SIDE)) -> torch.Tensor:
+def images(n: int = 2, shape: tuple[int, int] = (SIDE, SIDE)) -> torch.Tensor:
     return torch.randn(n, 3, *shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -93,7 +93,7 @@ def test_the_librarys_weights_give_what_they_gave_there(here, name, shape=(96, 6
     model = build(name, shape).eval()
     load_weights(model, read_weights("w.pth", of_vit=False))
     with torch.inference_mode():
-        torch.testing.assert_close(model(pictures(shape=shape)), peer(pictures(shape=shape)), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(images(shape=shape)), peer(images(shape=shape)), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -102,7 +102,7 @@ def test_the_frozen_part_stays_as_it_is_and_the_rest_makes_the_forward(name):
     model = build(name, drop_rate=0.3, drop_path_rate=0.3)
     depth = len(model.parts()) - 2
     assert depth == FAMILIES[name]
-    x = pictures(4)
+    x = images(4)
     expected = model.eval()(x)
     for blocks in sorted({0, depth // 2, depth}) if depth else ["all"]:
         model.freeze_backbone(blocks)
@@ -123,7 +123,7 @@ def test_statistics_move_in_the_thawed_part_alone(name):
     model = build(name)
     model.freeze_backbone(1)
     before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("running_mean")}
-    model.train()(pictures(4))
+    model.train()(images(4))
     moved = {name for name, value in model.named_buffers() if name in before and not torch.equal(value, before[name])}
     assert moved == before.keys() - model.frozen_state().keys()
     assert before.keys() & model.frozen_state().keys()
@@ -133,12 +133,12 @@ def test_statistics_move_in_the_thawed_part_alone(name):
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_all_of_torchvisions_can_be_drawn_and_frozen(name):
-    model = draw_model(name, 5, (64, 96))
+    model = build_meta_model(name, 5, (64, 96))
     with torch.device("meta"):
         peer = torchvision.models.get_model(TORCHVISION[name].name, num_classes=5)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in peer.parameters())
     assert {n: t.shape for n, t in model.state_dict().items()} == {
-        n: t.shape for n, t in model.adopt(peer.state_dict()).items()
+        n: t.shape for n, t in model.rename_state(peer.state_dict()).items()
     }
     model.freeze_backbone("all")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
@@ -171,9 +171,9 @@ def test_layers_rise_from_the_stem_to_the_head(name):
 def test_what_a_head_takes_is_one_vector():
     for name in FAMILIES:
         model = build(name).eval()
-        embedding = model.forward_embedding(pictures())
+        embedding = model.forward_embedding(images())
         assert embedding.shape == (2, model.head.in_features), name
-        torch.testing.assert_close(model.head(embedding), model(pictures()))
+        torch.testing.assert_close(model.head(embedding), model(images()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -181,7 +181,7 @@ def test_maps_have_places(name):
     model = build(name, (64, 96)).eval()
     found = []
     handle = model.map_layer.register_forward_hook(lambda _, __, output: found.append(model.to_map(output)))
-    model(pictures(shape=(64, 96)))
+    model(images(shape=(64, 96)))
     handle.remove()
     (features,) = found
     rows, columns = features.shape[2:]
@@ -232,7 +232,7 @@ def test_a_run_frozen_then_thawed(two_classes, capsys, name):
     blocks = "all" if name == "timm/test_vit" else 1
     train.main(TrainConfig(**RUN | {"backbone": name, "freeze_blocks": blocks}))
     told = capsys.readouterr().out
-    assert "features of 1 view of 36 pictures" in told
+    assert "features of 1 view of 36 images" in told
     assert "attn_drop_rate: 0.1 -> 0" in told
     run = next(Path("logs").iterdir())
     last = load_checkpoint(run / LAST)
@@ -274,16 +274,16 @@ GROWING = [
 
 
 @pytest.mark.parametrize(("name", "fits"), GROWING)
-def test_pictures_that_grow_are_for_timms_networks_of_any_size(name, fits):
+def test_images_that_grow_are_for_timms_networks_of_any_size(name, fits):
     stages = (StageConfig(1, "nothing", 8, (160, 160)), StageConfig(1, "nothing"))
     config = TrainConfig(backbone=name, input_shape=(224, 224), stages=stages)
     with pytest.raises(ValueError, match="one input_shape for the whole run") if not fits else nullcontext():
-        draw_network(config, 5)
+        build_meta_network(config, 5)
 
 
 def test_muon_is_for_transformers():
     with pytest.raises(ValueError, match="that is for transformers"):
-        draw_network(TrainConfig(backbone="resnet18", optimizer_type="muon"), 5)
+        build_meta_network(TrainConfig(backbone="resnet18", optimizer_type="muon"), 5)
 
 
 def test_a_timm_network_is_restored_with_what_is_not_saved():
@@ -292,20 +292,20 @@ def test_a_timm_network_is_restored_with_what_is_not_saved():
     model = build(name, shape).eval()
     again = restore_model(model.arguments, model.state_dict()).eval()
     with torch.inference_mode():
-        assert torch.equal(again(pictures(1, shape)), model(pictures(1, shape)))
+        assert torch.equal(again(images(1, shape)), model(images(1, shape)))
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "told"),
     [
-        ("resnet18", (0, 0), "can't take such pictures"),
-        ("vgg11", (16, 16), "can't take such pictures"),
-        ("timm/test_vit", (30, 64), "can't take such pictures"),
+        ("resnet18", (0, 0), "can't take such images"),
+        ("vgg11", (16, 16), "can't take such images"),
+        ("timm/test_vit", (30, 64), "can't take such images"),
     ],
 )
-def test_pictures_that_do_not_go_through(name, shape, told):
+def test_images_that_do_not_go_through(name, shape, told):
     with pytest.raises(ValueError, match=rf"input_shape=\({shape[0]}, {shape[1]}\): .*{told}"):
-        draw_model(name, 2, shape)
+        build_meta_model(name, 2, shape)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_pictures_that_do_not_go_through(name, shape, told):
 )
 def test_networks_that_cannot_be_had(name, told):
     with pytest.raises(ValueError, match=told):
-        draw_model(name, 2, (224, 224))
+        build_meta_model(name, 2, (224, 224))
 
 
 def test_without_timm(monkeypatch):
@@ -343,7 +343,7 @@ def test_rates_reach_their_places():
     assert model.ignored_rates == ()
     for name in ("resnet18", "mobilenetv2", "timm/resnet10t"):
         assert build(name, drop_rate=0.2).head_drop.p == 0.2
-    vgg = draw_model("vgg11", 2, (64, 64), drop_rate=0.2)
+    vgg = build_meta_model("vgg11", 2, (64, 64), drop_rate=0.2)
     assert {module.p for module in vgg.modules() if isinstance(module, nn.Dropout)} == {0.2}
     assert build("timm/convnext_atto", drop_path_rate=0.2).ignored_rates == ("attn_drop_rate",)
     assert build("timm/vgg11", drop_path_rate=0.2).ignored_rates == ("attn_drop_rate", "drop_path_rate")
@@ -385,18 +385,18 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     timms = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     torch.save(timms.state_dict(), "vit.pth")
     changes = {"input_shape": (32, 32), "model_path": "resnet18.pth", "backbone": "resnet18"}
-    settled, _, origin = make_model(TrainConfig(**SMALL | changes), NAMES)
-    assert (settled.image_mean[0], settled.interpolation, settled.eval_crop) == (0.485, "bilinear", 0.875)
+    resolved, _, origin = build_network(TrainConfig(**SMALL | changes), NAMES)
+    assert (resolved.image_mean[0], resolved.interpolation, resolved.eval_crop) == (0.485, "bilinear", 0.875)
     assert origin["file"] == "resnet18.pth" and len(origin["sha256"]) == 64
     changes |= {"model_path": "vit.pth", "backbone": "vit_t_16", "eval_crop": 1.0}
-    settled, model, _ = make_model(TrainConfig(**SMALL | changes), NAMES)
-    assert (settled.image_mean[0], settled.interpolation, settled.eval_crop) == (0.5, "bicubic", 1.0)
+    resolved, model, _ = build_network(TrainConfig(**SMALL | changes), NAMES)
+    assert (resolved.image_mean[0], resolved.interpolation, resolved.eval_crop) == (0.5, "bicubic", 1.0)
     assert model.arguments["activation"] == "gelu"
     assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
-    _, model, _ = make_model(TrainConfig(**SMALL | changes, activation="gelu_tanh"), NAMES)
+    _, model, _ = build_network(TrainConfig(**SMALL | changes, activation="gelu_tanh"), NAMES)
     assert model.arguments["activation"] == "gelu_tanh"
     with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
-        make_model(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
+        build_network(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
 
 
 def test_timms_weights_go_to_another_size_as_timm_takes_them_there(here):
@@ -407,7 +407,7 @@ def test_timms_weights_go_to_another_size_as_timm_takes_them_there(here):
     model = build("timm/test_vit", (96, 64)).eval()
     load_weights(model, read_weights("w.pth", of_vit=False))
     with torch.inference_mode():
-        x = pictures(shape=(96, 64))
+        x = images(shape=(96, 64))
         torch.testing.assert_close(model(x), peer(x), atol=1e-5, rtol=1e-4)
 
 
@@ -423,13 +423,13 @@ def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
     peer = timm.create_model("test_vit", num_classes=2, img_size=32)
     torch.save(peer.state_dict(), "w.pth")
     config = {"input_shape": (32, 32), "model_path": "w.pth", "backbone": "timm/test_vit"}
-    _, model, _ = make_model(TrainConfig(**SMALL | config), NAMES)
+    _, model, _ = build_network(TrainConfig(**SMALL | config), NAMES)
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model.eval()(pixels), peer.eval()(pixels), atol=1e-5, rtol=0)
     ours = build_model("vit_xs_4", 2, (32, 32))
     torch.save({"weights": ours.state_dict(), "model": ours.arguments}, "ours.pth")
     with pytest.raises(ValueError, match="doesn't fit this network"):
-        make_model(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), NAMES)
+        build_network(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), NAMES)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])
@@ -459,10 +459,10 @@ def test_what_works_in_place_stays_and_dropout_of_its_own_goes(name):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias)
     model = build_model(f"timm/{name}", 3, (64, 64))
-    model.load_state_dict(model.adopt(peer.state_dict()))
-    pictures = torch.randn(2, 3, 64, 64)
+    model.load_state_dict(model.rename_state(peer.state_dict()))
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval()(pictures), peer(pictures), rtol=1e-5, atol=0)
+        torch.testing.assert_close(model.eval()(images), peer(images), rtol=1e-5, atol=0)
         model.train()
         model.freeze_backbone("all")
-        torch.testing.assert_close(model.forward_frozen(pictures), model.forward_frozen(pictures), rtol=0, atol=0)
+        torch.testing.assert_close(model.forward_frozen(images), model.forward_frozen(images), rtol=0, atol=0)

@@ -167,9 +167,9 @@ def test_torchvisions_weights_are_downloaded_once_and_checked(here, monkeypatch,
     assert found.path.parent == here / "torch" / "checkpoints"
     own = build_model("resnet18", 1000, (64, 64)).eval()
     load_weights(own, read_weights(found))
-    pictures = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(own(pictures), peer(pictures), atol=1e-5, rtol=0)
+        torch.testing.assert_close(own(images), peer(images), atol=1e-5, rtol=0)
     assert read_weights(found).origin["url"] == found.origin["url"]
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)
     assert find_pretrained("resnet18") == found

@@ -29,7 +29,7 @@ class Peer(NamedTuple):
     Attributes:
         file: where its weights were saved.
         backbone: what it is called here.
-        logits: pictures to logits, or, where it has no head, features (B, C) of the class token, at its own size and,
+        logits: images to logits, or, where it has no head, features (B, C) of the class token, at its own size and,
             with its own resampling, at others.
         has_head: whether these are logits.
     """
@@ -258,10 +258,10 @@ def test_it_gives_what_the_projects_own_network_gives(here, capsys, name):
         own = build_model(peer.backbone, 5, (side, side), **weights.variant).eval()
         load_weights(own, weights)
         assert ("resampled" in capsys.readouterr().out) == elsewhere
-        pictures = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
-            found = own(pictures) if peer.has_head else own.forward_embedding(pictures)
-            expected = peer.logits(pictures)
+            found = own(images) if peer.has_head else own.forward_embedding(images)
+            expected = peer.logits(images)
         assert expected.std() > 0.1
         differences.append((found - expected).abs().max().item())
     print(f"{name}: {max(differences):.1e}")
@@ -359,7 +359,7 @@ def test_names_that_differ_only_by_a_prefix(here):
         (of_mae, (0.485, "bicubic", 0.875)),
     ],
 )
-def test_what_pictures_it_expects(here, make, expected):
+def test_what_images_it_expects(here, make, expected):
     found = read_weights(make().file).preprocessing
     assert (found["image_mean"][0], found["interpolation"], found["eval_crop"]) == expected
 
@@ -387,7 +387,7 @@ def test_what_stands_beside_the_file_is_heeded(here):
     assert found == {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "interpolation": "bicubic", "eval_crop": 0.9}
 
 
-def test_pictures_from_0_to_1_are_expected(here):
+def test_images_from_0_to_1_are_expected(here):
     """No mean to subtract, as some networks have it, is a mean all the same."""
     (here / "config.json").write_text('{"pretrained_cfg": {"mean": [0, 0.0, 0], "std": [1, 1, 1]}}')
     found = read_weights(of_timm("vit_tiny_patch16_224", "", "w.pth").file).preprocessing

@@ -26,7 +26,7 @@ def small_vit(**changes) -> VisionTransformer:
     return VisionTransformer(**options | changes)
 
 
-def pictures(*shape: int, batch: int = 2) -> torch.Tensor:
+def images(*shape: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, *shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -37,7 +37,7 @@ def test_equals_timm(shape):
     own = vit(input_shape=list(shape), activation="gelu").eval()
     own.load_state_dict(peer.state_dict(), strict=True)
     with torch.inference_mode():
-        x = pictures(*shape)
+        x = images(*shape)
         torch.testing.assert_close(own(x), peer(x), atol=1e-4, rtol=0)
         torch.testing.assert_close(own.forward_features(x), peer.forward_features(x), atol=1e-4, rtol=0)
 
@@ -95,7 +95,7 @@ def test_attention_is_the_papers_equation(dtype, training):
 
 def test_gradients_reach_every_parameter():
     model = small_vit()
-    model(pictures(16, 16)).square().sum().backward()
+    model(images(16, 16)).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -128,7 +128,7 @@ def test_input_shape_that_the_patch_does_not_divide():
 
 def test_input_of_another_shape_than_built_for_fails():
     with pytest.raises(RuntimeError):
-        small_vit()(pictures(32, 32))
+        small_vit()(images(32, 32))
 
 
 @pytest.mark.parametrize("shape", [(160, 224), (448, 96)])
@@ -138,7 +138,7 @@ def test_resized_it_is_the_network_that_loads_its_weights_at_that_size(shape):
     load_weights(other, Weights(Path("x"), "test", model.state_dict()))
     model.resize(shape)
     assert model.arguments == other.arguments
-    assert torch.equal(model(pictures(*shape)), other(pictures(*shape)))
+    assert torch.equal(model(images(*shape)), other(images(*shape)))
     with pytest.raises(ValueError, match="multiples of the patch"):
         model.resize((20, 20))
 
@@ -209,7 +209,7 @@ def test_drop_path_by_rows_is_drop_path_by_a_mask():
 
 def test_dropout_acts_in_training_only():
     model = small_vit(drop_rate=0.5, attn_drop_rate=0.5)
-    x = pictures(16, 16)
+    x = images(16, 16)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
 
@@ -220,7 +220,7 @@ def test_dropout_and_stochastic_depth_are_in_every_place():
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout | DropPath):
             module.register_forward_hook(lambda module, args, output, name=name: called.append(name))
-    model(pictures(16, 16))
+    model(images(16, 16))
     in_a_block = ["attn.proj_drop", "drop_path", "mlp.drop1", "mlp.drop2", "drop_path"]
     assert called == ["pos_drop", *(f"blocks.{i}.{name}" for i in range(3) for name in in_a_block)]
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.2}
@@ -234,7 +234,7 @@ def test_attention_drops_weights_in_training_only(dtype):
     weights = attention(q, q, v, scale=1.0, drop_rate=0.5)  # v being the identity, these are the weights themselves
     assert (weights == 0).float().mean().item() == pytest.approx(0.5, abs=0.06)
     model = small_vit(drop_rate=0.0, attn_drop_rate=0.5, drop_path_rate=0.0)
-    x = pictures(16, 16)
+    x = images(16, 16)
     assert not torch.equal(model.train()(x), model(x))
     assert torch.equal(model.eval()(x), model(x))
 
@@ -287,7 +287,7 @@ def test_freezing_more_blocks_than_there_are(blocks):
 def test_head_and_features_make_the_forward():
     """And the gradients: the forward leaves out of the last block what the head doesn't look at."""
     model = small_vit(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0)
-    x = pictures(16, 16)
+    x = images(16, 16)
     features = model.forward_features(x)
     assert features.shape == (2, 17, 24)
     logits, by_features = model(x), model.forward_head(features)
@@ -301,7 +301,7 @@ def test_head_and_features_make_the_forward():
 def test_the_frozen_part_and_the_thawed_make_the_forward(blocks, shape):
     model = small_vit(drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5)
     model.freeze_backbone(blocks)
-    x = pictures(16, 16)
+    x = images(16, 16)
     features = model.train().forward_frozen(x)
     assert features.shape == shape
     assert not features.requires_grad
@@ -313,7 +313,7 @@ def test_the_frozen_part_and_the_thawed_make_the_forward(blocks, shape):
 
 def test_with_nothing_frozen_the_thawed_part_is_all():
     model = small_vit().eval()
-    x = pictures(16, 16)
+    x = images(16, 16)
     assert model.forward_frozen(x) is x
     assert torch.equal(model.forward_thawed(x), model(x))
 
@@ -326,7 +326,7 @@ def test_norm_and_activation_are_arguments():
 
 
 def test_registers_stand_between_the_class_token_and_the_patches():
-    """The class token's output doesn't depend on it, but what shows a place of the picture does."""
+    """The class token's output doesn't depend on it, but what shows a place of the image does."""
     torch.manual_seed(0)
     model = build_model("vit_xs_4", 3, (8, 12), num_registers=2).eval()
     with torch.no_grad():

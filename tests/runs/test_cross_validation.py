@@ -1,4 +1,4 @@
-"""Cross-validation: how pictures are divided, and what comes of the runs."""
+"""Cross-validation: how images are divided, and what comes of the runs."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import train
-from tests.conftest import TINY, write_picture, write_scene
+from tests.conftest import TINY, write_image, write_scene
 from utils.annotation.annotate import annotate
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, list_in_memory
@@ -24,17 +24,17 @@ def test_it_is_no_summary():
 
 @pytest.fixture
 def noise(tmp_path, monkeypatch) -> ImageList:
-    """Sixty pictures of noise in two classes, 40 and 20, of patients 0 to 19, three pictures each."""
+    """Sixty images of noise in two classes, 40 and 20, of patients 0 to 19, three images each."""
     monkeypatch.chdir(tmp_path)
     entries = []
     for i in range(60):
         path = tmp_path / f"p{i // 3:02d}_{i % 3}.png"
-        write_picture(path, size=(70, 70), seed=i)
+        write_image(path, size=(70, 70), seed=i)
         entries.append((int(i >= 40), str(path)))
     return list_in_memory(entries)
 
 
-def test_every_class_is_divided_evenly_and_each_picture_is_in_one_fold(noise):
+def test_every_class_is_divided_evenly_and_each_image_is_in_one_fold(noise):
     fold_of = assign_folds(noise, 5, TrainConfig(), "")
     for class_id, each in ((0, 8), (1, 4)):
         assert np.bincount(fold_of[noise.class_ids == class_id], minlength=5).tolist() == [each] * 5
@@ -56,29 +56,29 @@ def test_links_are_grouped_by_their_own_names(two_classes, capsys):
     store = two_classes.parent / "store"
     store.mkdir()
     for number, path in enumerate(sorted((two_classes / "train").rglob("*.png"))):
-        write_picture(store / f"{number:x}.png", size=(70, 70), seed=number)
+        write_image(store / f"{number:x}.png", size=(70, 70), seed=number)
         path.unlink()
         path.with_name(f"p{number // 4:02d}_{number}.png").symlink_to(store / f"{number:x}.png")
     annotate(two_classes)
-    pictures = read_all(TrainConfig(), 2)
-    fold_of = assign_folds(pictures, 3, TrainConfig(), r"^(p\d+)_")
-    patients = np.array([Path(pictures.path(i)).name[:3] for i in range(len(pictures))])
+    images = read_all(TrainConfig(), 2)
+    fold_of = assign_folds(images, 3, TrainConfig(), r"^(p\d+)_")
+    patients = np.array([Path(images.path(i)).name[:3] for i in range(len(images))])
     assert all(len(set(fold_of[patients == patient])) == 1 for patient in patients)
-    assert "group_regex: 10 groups; 0 pictures" in capsys.readouterr().out
+    assert "group_regex: 10 groups; 0 images" in capsys.readouterr().out
 
 
-def test_pictures_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys):
+def test_images_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys):
     write_scene(here / "datasets")
     paths = sorted(map(str, Path("datasets").rglob("*.png")))
     images = list_in_memory((int("scratched" in path), path) for path in paths)
     fold_of = assign_folds(images, 5, TrainConfig(), "")
     for class_id in (0, 1):
         assert np.bincount(fold_of[images.class_ids == class_id]).tolist() == [4] * 5
-    assert "warning: 40 pictures look alike, a large part of a class" in capsys.readouterr().out
+    assert "warning: 40 images look alike, a large part of a class" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])
-def test_more_folds_than_there_are_pictures_or_groups(noise, folds, regex):
+def test_more_folds_than_there_are_images_or_groups(noise, folds, regex):
     with pytest.raises(ValueError, match=f"cross_validate={folds}: give 2 to (20|7)"):
         assign_folds(noise, folds, TrainConfig(), regex)
 
@@ -90,7 +90,7 @@ def test_groups_are_for_cross_validation():
 
 def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
     for number, path in enumerate(sorted(Path("datasets/train").rglob("*.png"))):
-        write_picture(path, size=(70, 70), seed=number)  # none alike
+        write_image(path, size=(70, 70), seed=number)  # none alike
     config = TrainConfig(**TINY)
     trained = []
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import train
-from tests.conftest import SMALL, write_back, write_picture
+from tests.conftest import SMALL, write_back, write_image
 from utils.annotation.annotate import annotate
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import compare_lists, list_in_memory, read_list, write_list
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint, load_newest
-from utils.runs.folder import remove_strays
+from utils.runs.folder import remove_leftovers
 from utils.runs.resume import changed_fields
 from utils.system import folder_lock
 from utils.system.folder_lock import FolderLock, InUse
@@ -28,7 +28,7 @@ def runs() -> list[Path]:
 
 @pytest.fixture
 def cut_off(trained, tmp_path, monkeypatch) -> Path:
-    """A run that was cut off after the second of four epochs, with its pictures, in the working folder."""
+    """A run that was cut off after the second of four epochs, with its images, in the working folder."""
     for name in ("datasets", "logs", "model_data"):
         shutil.copytree(trained / name, tmp_path / name)
     for path in trained.glob("cls_*.txt"):
@@ -113,12 +113,12 @@ def lists_here() -> dict:
     return {key: read_list(f"cls_{key}.txt", 2) for key in ("train", "val")}
 
 
-def change_pictures() -> None:
-    """One picture more, one less, one moved, one relabelled."""
+def change_images() -> None:
+    """One image more, one less, one moved, one relabelled."""
     images = read_list("cls_train.txt", 2)
     entries = [(int(images.class_ids[i]), images.name(i)) for i in range(len(images))]
     light, dark = [e for e in entries if e[0] == 1], [e for e in entries if e[0] == 0]
-    write_picture(Path("datasets/train/dark/new.png"), 60)
+    write_image(Path("datasets/train/dark/new.png"), 60)
     moved = Path("elsewhere") / Path(dark[1][1]).name
     moved.parent.mkdir()
     shutil.copy(dark[1][1], moved)
@@ -128,7 +128,7 @@ def change_pictures() -> None:
 
 def test_accepted_lists_are_known_from_then_on(cut_off, monkeypatch):
     """Though the run is cut off again before its next step."""
-    change_pictures()
+    change_images()
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_stages", lambda run, *_: run.close())
         train.main(TrainConfig(**SMALL, accept_changed_lists=True))
@@ -138,7 +138,7 @@ def test_accepted_lists_are_known_from_then_on(cut_off, monkeypatch):
 
 
 def test_a_new_run_that_comes_to_nothing_leaves_nothing(two_classes, monkeypatch, capsys):
-    monkeypatch.setattr(train, "begin", lambda *_: 1 / 0)
+    monkeypatch.setattr(train, "start", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(TrainConfig(**SMALL))
     assert runs() == []
@@ -158,7 +158,7 @@ def test_checkpoints_of_single_epochs_that_are_too_many_make_way_before_it_goes_
         shutil.copy(cut_off / LAST, cut_off / f"ep{epoch:03d}-loss0-val_loss0.pth")
     shutil.copy(next((trained / "logs").glob("*/ep004-*")), cut_off)
     assert load_newest(cut_off)[1]["epoch"] == 4
-    change_pictures()
+    change_images()
     with pytest.raises(ValueError, match="was begun with other lists"):
         train.open_run(TrainConfig(**SMALL, keep_periodic=2), ["dark", "light"], lists_here())
     assert len(list(cut_off.glob("ep*.pth"))) == 4
@@ -171,7 +171,7 @@ def test_checkpoints_of_single_epochs_that_are_too_many_make_way_before_it_goes_
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])
 def test_changed_lists_are_named_and_refused_unless_accepted(cut_off, capsys, resume):
-    change_pictures()
+    change_images()
     config = SMALL | {"resume": str(cut_off) if resume == "folder" else "auto"}
     told = (
         r"cls_train\.txt: 1 added \(.*new\.png\), 1 removed \(.*\.png\), 1 moved \(.*\.png -> elsewhere/.*\.png\), "
@@ -197,7 +197,7 @@ def test_other_classes_are_another_run(cut_off, untrained):
 
 def test_lists_in_another_order_are_said_to_be():
     one, other = (list_in_memory([(0, "a.png"), (1, "b.png")][::step]) for step in (1, -1))
-    assert compare_lists(one, other, ["x", "y"]) == "the same pictures in another order or notation"
+    assert compare_lists(one, other, ["x", "y"]) == "the same images in another order or notation"
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_in_its_folder(cut_off):
@@ -240,7 +240,7 @@ def test_a_lock_that_leads_elsewhere_harms_nothing(here, link):
     Path("thesis.txt").write_text("years of work")
     Path("logs/gift").mkdir(parents=True)
     link(Path("logs/gift", folder_lock.LOCK_FILE), here / "thesis.txt")
-    remove_strays(Path("logs"))
+    remove_leftovers(Path("logs"))
     with pytest.raises(OSError):
         FolderLock(Path("logs/gift"))
     assert Path("thesis.txt").read_text() == "years of work"

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from utils.system.signals import SIGNALS, Stopped, held, stop_signals
+from utils.system.signals import SIGNALS, Stopped, defer_signals, handle_stop_signals
 
 
 @contextlib.contextmanager
@@ -24,9 +24,9 @@ def heard(number):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_it_waits_for_the_end_of_what_is_held(number, capfd):
     done = []
-    with heard(number), stop_signals(), pytest.raises(Stopped) as stopped:
-        with held():
-            with held():
+    with heard(number), handle_stop_signals(), pytest.raises(Stopped) as stopped:
+        with defer_signals():
+            with defer_signals():
                 os.kill(os.getpid(), number)
                 done.append("inner")
             done.append("outer")
@@ -37,20 +37,20 @@ def test_it_waits_for_the_end_of_what_is_held(number, capfd):
 
 
 def test_outside_it_comes_at_once():
-    with stop_signals(), pytest.raises(Stopped):
+    with handle_stop_signals(), pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
 
 
 def test_an_error_inside_comes_first():
-    with stop_signals(), pytest.raises(ZeroDivisionError), held():
+    with handle_stop_signals(), pytest.raises(ZeroDivisionError), defer_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         1 / 0  # noqa: B018
 
 
 def test_the_handlers_are_given_back():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with stop_signals():
+    with handle_stop_signals():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
@@ -58,7 +58,7 @@ def test_the_handlers_are_given_back():
 def test_under_nohup_a_closed_terminal_stops_nothing():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop_signals():
+        with handle_stop_signals():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -69,7 +69,7 @@ def test_nothing_is_handled_in_another_thread():
     done = []
 
     def work():
-        with stop_signals(), held():
+        with handle_stop_signals(), defer_signals():
             done.append(True)
 
     thread = threading.Thread(target=work)
@@ -85,9 +85,9 @@ def test_one_that_a_destructor_swallowed_comes_again():
             os.kill(os.getpid(), signal.SIGTERM)
             sum(range(100))
 
-    with stop_signals(), pytest.raises(Stopped), warnings.catch_warnings():
+    with handle_stop_signals(), pytest.raises(Stopped), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         swallower = Swallower()
         del swallower
-        with held():
+        with defer_signals():
             pass

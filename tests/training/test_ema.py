@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from nets.factory import build_model
-from utils.training.ema import WeightAverage
+from utils.training.ema import WeightEMA
 
 
 def test_the_average_is_that_of_torch():
@@ -15,8 +15,8 @@ def test_the_average_is_that_of_torch():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.BatchNorm1d(2))
     model[0].requires_grad_(False)
-    average = WeightAverage(model, 0.6)
-    average.settle_frozen(["0.weight", "0.bias"])
+    average = WeightEMA(model, 0.6)
+    average.set_frozen(["0.weight", "0.bias"])
     step = 0
 
     def mean_of(mean, new, _):
@@ -47,7 +47,7 @@ def test_what_is_shared_is_averaged_once():
     """A module in two places, as in some of timm's networks."""
     shared = nn.Linear(2, 2)
     model = nn.Sequential(shared, nn.ReLU(), shared)
-    average = WeightAverage(model, 0.9)
+    average = WeightEMA(model, 0.9)
     nn.init.ones_(shared.weight)
     average.update(0)
     with average.in_place():
@@ -58,7 +58,7 @@ def test_what_is_shared_is_averaged_once():
 def test_what_is_frozen_again_is_what_was_evaluated():
     """A part that was thawed has an average that lags behind its weights; frozen, both are one and don't change."""
     model = build_model("resnet18", 3, (32, 32))
-    average = WeightAverage(model, 0.9)
+    average = WeightEMA(model, 0.9)
     for step in range(3):
         with torch.no_grad():
             model(torch.rand(4, 3, 32, 32))
@@ -67,7 +67,7 @@ def test_what_is_frozen_again_is_what_was_evaluated():
         average.update(step)
     averages = {name: tensor.clone() for name, tensor in average.averages.items()}
     model.freeze_backbone("all")
-    average.settle_frozen(model.frozen_state())
+    average.set_frozen(model.frozen_state())
     assert average.moving == ["head.weight", "head.bias"]
     average.update(3)
     with average.in_place():
@@ -81,7 +81,7 @@ def test_what_is_frozen_again_is_what_was_evaluated():
 
 def test_the_average_gives_way_even_when_evaluation_fails():
     model = nn.Linear(2, 2)
-    average = WeightAverage(model, 0.9)
+    average = WeightEMA(model, 0.9)
     nn.init.ones_(model.weight)
     with pytest.raises(KeyboardInterrupt), average.in_place():
         assert not torch.equal(model.weight, torch.ones(2, 2))

@@ -1,4 +1,4 @@
-"""utils/training/feature_cache.py: the features of a frozen part give the run that the pictures give, and are computed
+"""utils/training/feature_cache.py: the features of a frozen part give the run that the images give, and are computed
 once."""
 
 import dataclasses
@@ -11,7 +11,7 @@ import torch
 
 import train
 from nets.factory import build_model
-from tests.conftest import SMALL, TINY, write_back, write_picture
+from tests.conftest import SMALL, TINY, write_back, write_image
 from utils.config.train_config import TrainConfig
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.feature_dataset import FeatureDataset
@@ -38,21 +38,21 @@ def make_network(blocks=4, seed=0):
 
 
 @pytest.fixture
-def pictures(here):
+def images(here):
     """18 of them, three classes."""
     for i in range(18):
-        write_picture(here / f"{i:02d}.png", 60 + 60 * (i % 3), seed=i)
+        write_image(here / f"{i:02d}.png", 60 + 60 * (i % 3), seed=i)
     return list_in_memory((i % 3, f"{i:02d}.png") for i in range(18))
 
 
-def dataset_of(pictures, transform=None, config=CONFIG):
-    source = FileSource(pictures, PREPROCESSING)
+def dataset_of(images, transform=None, config=CONFIG):
+    source = FileSource(images, PREPROCESSING)
     return ImageDataset(source, transform or TrainTransform(config), config.seed, max_bad_fraction=0.2)
 
 
-def open_features(pictures, config=CONFIG, network=None, views=3, precision="fp32", dataset=None):
+def open_features(images, config=CONFIG, network=None, views=3, precision="fp32", dataset=None):
     cache = FeatureCache(network or make_network(), config, CPU, precision)
-    return cache.open(dataset or dataset_of(pictures, config=config), "list.txt", views)
+    return cache.open(dataset or dataset_of(images, config=config), "list.txt", views)
 
 
 def losses_of(network, dataset, sampling, epochs=3):
@@ -70,19 +70,19 @@ def losses_of(network, dataset, sampling, epochs=3):
 
 @pytest.mark.parametrize("sampling", ["shuffle", "balanced"])
 @pytest.mark.parametrize("blocks", [0, 4, 6, "all"])
-def test_a_cached_epoch_is_an_uncached_one_bit_for_bit(pictures, blocks, sampling):
-    plain = dataset_of(pictures, EvalTransform(PREPROCESSING))
+def test_a_cached_epoch_is_an_uncached_one_bit_for_bit(images, blocks, sampling):
+    plain = dataset_of(images, EvalTransform(PREPROCESSING))
     uncached = losses_of(make_network(blocks), plain, sampling)
     network = make_network(blocks)
-    features = open_features(pictures, network=network, views=1)
+    features = open_features(images, network=network, views=1)
     assert losses_of(ThawedPart(network), features, sampling) == uncached
     assert len(set(uncached)) == len(uncached) == 9
 
 
-def test_the_views_are_the_plain_picture_and_augmented_ones(pictures):
-    network, dataset = make_network(), dataset_of(pictures)
-    features = open_features(pictures, network=network, views=3).views
-    plain = dataset_of(pictures, EvalTransform(PREPROCESSING))
+def test_the_views_are_the_plain_image_and_augmented_ones(images):
+    network, dataset = make_network(), dataset_of(images)
+    features = open_features(images, network=network, views=3).views
+    plain = dataset_of(images, EvalTransform(PREPROCESSING))
     for view, source in ((0, plain), (1, dataset), (2, dataset)):
         pixels = torch.stack([source[(view, i, 0)][0] for i in range(18)])
         expected = network[1].eval().forward_frozen(network[0](pixels))
@@ -91,7 +91,7 @@ def test_the_views_are_the_plain_picture_and_augmented_ones(pictures):
 
 
 def test_the_views_take_turns():
-    """In an epoch every picture comes once; in as many epochs as there are views, each view once."""
+    """In an epoch every image comes once; in as many epochs as there are views, each view once."""
     features = torch.arange(4 * 10).view(4, 10, 1, 1)  # row = 10 · view + index
     dataset = FeatureDataset(features, list_in_memory((i, f"{i}.png") for i in range(10)), seed=1)
     loader = train_loader(dataset, 5, 0)
@@ -120,37 +120,37 @@ def same(one, other):
     return all(map(torch.equal, one.views, other.views))
 
 
-def test_it_is_computed_once_and_said_beforehand(pictures, computed, capsys):
-    first = open_features(pictures)
+def test_it_is_computed_once_and_said_beforehand(images, computed, capsys):
+    first = open_features(images)
     told = capsys.readouterr().out
-    assert "features of 3 views of 18 pictures: 0.21 MB, 3 to be computed, in cache/" in told
-    second = open_features(pictures)
+    assert "features of 3 views of 18 images: 0.21 MB, 3 to be computed, in cache/" in told
+    second = open_features(images)
     assert len(computed) == 3
-    assert "pictures: 0.21 MB, 0 to be computed" in capsys.readouterr().out
+    assert "images: 0.21 MB, 0 to be computed" in capsys.readouterr().out
     assert same(first, second)
     path = next(Path("cache").glob("features-*.bin"))
     os.truncate(path, path.stat().st_size // 2)  # which torch would fill up with zeros
-    assert same(open_features(pictures), first)
+    assert same(open_features(images), first)
     assert len(computed) == 4
 
 
 @pytest.mark.parametrize(
     "change",
-    ["weights", "freezing point", "list", "label", "picture", "crop", "flip", "mean", "precision", "views", "seed"],
+    ["weights", "freezing point", "list", "label", "image", "crop", "flip", "mean", "precision", "views", "seed"],
 )
-def test_it_is_computed_anew_when_something_changed(pictures, computed, change):
-    before = open_features(pictures)
+def test_it_is_computed_anew_when_something_changed(images, computed, change):
+    before = open_features(images)
     config, network, options = CONFIG, make_network(), {}
     if change == "weights":
         network[1].blocks[3].mlp.fc2.bias.data[0] += 1
     elif change == "freezing point":
         network = make_network(blocks=5)
     elif change == "list":
-        pictures = list_in_memory((i % 3, f"{17 - i:02d}.png") for i in range(18))
+        images = list_in_memory((i % 3, f"{17 - i:02d}.png") for i in range(18))
     elif change == "label":
-        pictures = list_in_memory((min(i, 2), f"{i:02d}.png") for i in range(18))
-    elif change == "picture":
-        write_picture(Path("03.png"), 250, seed=7)
+        images = list_in_memory((min(i, 2), f"{i:02d}.png") for i in range(18))
+    elif change == "image":
+        write_image(Path("03.png"), 250, seed=7)
     elif change == "precision":
         options["precision"] = "bf16"
     elif change == "views":
@@ -163,14 +163,14 @@ def test_it_is_computed_anew_when_something_changed(pictures, computed, change):
             "seed": ("seed", 5),
         }[change]
         config = dataclasses.replace(CONFIG, **{field: value})
-    open_features(pictures, config, network, **options)
+    open_features(images, config, network, **options)
     assert len(computed) == (4 if change == "views" else 6)
     assert len(list(Path("cache").iterdir())) == {"freezing point": 6, "views": 4}.get(change, 3)
     again = open_features(list_in_memory((i % 3, f"{i:02d}.png") for i in range(18)))
-    assert same(again, before) == (change != "picture")
+    assert same(again, before) == (change != "image")
 
 
-def test_every_setting_that_shapes_a_training_picture_is_in_the_key():
+def test_every_setting_that_shapes_a_training_image_is_in_the_key():
     """A field that the transform reads and the key lacks would leave old features in the place of new ones."""
     read = set()
 
@@ -183,20 +183,20 @@ def test_every_setting_that_shapes_a_training_picture_is_in_the_key():
     assert {"train_crop", "augmentation", "input_shape"} <= read <= set(SHAPING_FIELDS)
 
 
-def test_what_is_thawed_does_not_count(pictures, computed):
+def test_what_is_thawed_does_not_count(images, computed):
     """The head, the other blocks, the learning rate: a second run with another of these computes nothing."""
-    open_features(pictures)
+    open_features(images)
     network = make_network()
     network[1].head.weight.data.zero_()
     network[1].blocks[4].mlp.fc2.bias.data[0] += 1
-    open_features(pictures, dataclasses.replace(CONFIG, init_lr=0.1, num_workers=2), network)
+    open_features(images, dataclasses.replace(CONFIG, init_lr=0.1, num_workers=2), network)
     assert len(computed) == 3
 
 
 @pytest.mark.parametrize("gigabytes", [0.0, 1.0])
-def test_beyond_the_limit_it_is_read_from_its_file(pictures, capsys, gigabytes):
+def test_beyond_the_limit_it_is_read_from_its_file(images, capsys, gigabytes):
     config = dataclasses.replace(CONFIG, feature_cache_gb=gigabytes)
-    features = open_features(pictures, config)
+    features = open_features(images, config)
     assert ("not held in memory" in capsys.readouterr().out) == (gigabytes == 0)
     expected = [view.clone() for view in features.views]
     for path in Path("cache").iterdir():
@@ -207,17 +207,17 @@ def test_beyond_the_limit_it_is_read_from_its_file(pictures, capsys, gigabytes):
         assert torch.equal(view, before) == (gigabytes == 1)
 
 
-def test_it_is_kept_in_the_runs_precision(pictures):
-    full, half = (open_features(pictures, precision=precision).views[0] for precision in ("fp32", "bf16"))
+def test_it_is_kept_in_the_runs_precision(images):
+    full, half = (open_features(images, precision=precision).views[0] for precision in ("fp32", "bf16"))
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(half.float(), full, atol=0.1, rtol=0.05)
 
 
-def test_an_unreadable_picture_is_stood_in_for_and_named_each_time(pictures, here):
-    (here / "04.png").write_text("no picture")
+def test_an_unreadable_image_is_stood_in_for_and_named_each_time(images, here):
+    (here / "04.png").write_text("no image")
     for _ in range(2):
-        dataset = dataset_of(pictures)
-        features = open_features(pictures, dataset=dataset)
+        dataset = dataset_of(images)
+        features = open_features(images, dataset=dataset)
         assert dataset.newly_unreadable() == ["04.png"]
         assert dataset.newly_unreadable() == []
     plain = features.views[0]
@@ -225,31 +225,31 @@ def test_an_unreadable_picture_is_stood_in_for_and_named_each_time(pictures, her
     assert any(torch.allclose(plain[4], plain[i], atol=1e-5) for i in others)
 
 
-def test_of_what_was_cut_off_whole_views_are_left(pictures, computed, monkeypatch):
+def test_of_what_was_cut_off_whole_views_are_left(images, computed, monkeypatch):
     batches = []
 
     def fail(self, pixels, compute=FeatureCache._compute):
         batches.append(len(pixels))
-        if len(batches) == 7:  # one tries the network; of 18 pictures in batches of 5 it is the second of view 1
+        if len(batches) == 7:  # one tries the network; of 18 images in batches of 5 it is the second of view 1
             raise KeyboardInterrupt
         return compute(self, pixels)
 
     with monkeypatch.context() as patched:
         patched.setattr(FeatureCache, "_compute", fail)
         with pytest.raises(KeyboardInterrupt):
-            open_features(pictures)
+            open_features(images)
     assert len(list(Path("cache").iterdir())) == 1
-    cut_off = open_features(pictures)
+    cut_off = open_features(images)
     assert len(computed) == 2 + 2
     shutil.rmtree("cache")
-    assert same(open_features(pictures), cut_off)
+    assert same(open_features(images), cut_off)
 
 
-def test_no_room_is_an_error_beforehand(pictures, monkeypatch):
+def test_no_room_is_an_error_beforehand(images, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"cache_dir='cache'.*or feature_views to fewer, or cache_features to False"):
-        open_features(pictures)
+        open_features(images)
 
 
 @pytest.mark.parametrize(

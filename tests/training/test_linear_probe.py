@@ -17,7 +17,7 @@ from utils.config.train_config import TrainConfig
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
-from utils.modeling.build import make_model
+from utils.modeling.build import build_network
 from utils.modeling.pixel_network import pixel_network
 from utils.runs.checkpoint import LAST, load_checkpoint
 from utils.training.datasets import load_data, make_datasets
@@ -31,7 +31,7 @@ def features_of(class_ids, seed, views=1, noise=1.5):
     centres = np.random.default_rng(99).normal(size=(5, 12))
     x = centres[class_ids] + noise * generator.normal(size=(views, len(class_ids), 12))
     x = 7 + x * np.logspace(-1, 1, 12)
-    return FeatureDataset(torch.from_numpy(x).float(), list_in_memory((int(i), "picture") for i in class_ids), seed=0)
+    return FeatureDataset(torch.from_numpy(x).float(), list_in_memory((int(i), "image") for i in class_ids), seed=0)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -58,7 +58,7 @@ def test_it_is_scikit_learns_with_the_best_penalty(num_classes, balanced):
     assert probe.val_top1 == pytest.approx((own.argmax(1).numpy() == val_ids).mean())
 
 
-def test_a_class_without_pictures_is_the_least_likely():
+def test_a_class_without_images_is_the_least_likely():
     """Whether it is absent from training or, besides, from validation."""
     ids = np.array([0, 1, 3] * 20)
     for val_ids in (ids, np.array([0, 1, 2, 3] * 10)):
@@ -100,13 +100,13 @@ def test_a_run_begins_with_the_probe(two_classes, capsys, changes):
 
 @pytest.mark.slow
 def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
-    """68.9 % on TrashNet's test pictures by a logistic regression on the class token, says the weights' README."""
+    """68.9 % on TrashNet's test images by a logistic regression on the class token, says the weights' README."""
     data = shared / "data" / "trashnet"
     names = sorted(path.name for path in (data / "train").iterdir())
     Path("classes.txt").write_text("\n".join(names))
     for split in ("train", "test"):
-        pictures = ((i, path) for i, name in enumerate(names) for path in sorted((data / split / name).iterdir()))
-        Path(f"{split}.txt").write_text("\n".join(f"{i};{path}" for i, path in pictures))
+        images = ((i, path) for i, name in enumerate(names) for path in sorted((data / split / name).iterdir()))
+        Path(f"{split}.txt").write_text("\n".join(f"{i};{path}" for i, path in images))
     lists = {"train_annotation_path": "train.txt", "val_annotation_path": "test.txt", "classes_path": "classes.txt"}
     config = TrainConfig(
         backbone="vit_s_14",
@@ -117,7 +117,7 @@ def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
         **lists,
     )
     data = load_data(config)
-    config, model, _ = make_model(config, names)
+    config, model, _ = build_network(config, names)
     network = pixel_network(model, Preprocessing.of(config), torch.device("cpu"))
     init_head(model, FeatureCache(network, config, torch.device("cpu"), "fp32"), *make_datasets(data, config), config)
     top1 = float(capsys.readouterr().out.rsplit("top-1 ")[-1].rstrip("%\n"))

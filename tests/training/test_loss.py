@@ -1,4 +1,4 @@
-"""The training loss, against torch's with soft labels, and mixed pictures, pixel by pixel."""
+"""The training loss, against torch's with soft labels, and mixed images, pixel by pixel."""
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from utils.training.loss import Batch, TrainingLoss
 CLASSES = 4
 
 
-def flat_pictures(count: int = CLASSES, size: tuple[int, int] = (20, 30)) -> tuple[Tensor, Tensor]:
-    """Picture i has the level 60 * i everywhere, and is of class i."""
+def flat_images(count: int = CLASSES, size: tuple[int, int] = (20, 30)) -> tuple[Tensor, Tensor]:
+    """Image i has the level 60 * i everywhere, and is of class i."""
     class_ids = torch.arange(count)
     pixels = (60 * class_ids).to(torch.uint8)[:, None, None, None].expand(-1, 3, *size)
     return pixels.contiguous(), class_ids
@@ -36,7 +36,7 @@ def soft_labels(loss: TrainingLoss, batch) -> Tensor:
 )
 def test_equals_torchs_with_soft_labels(weights, options):
     loss = TrainingLoss(weights, **options)
-    batch = loss.mix(*flat_pictures(), seed=3)
+    batch = loss.mix(*flat_images(), seed=3)
     logits = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(0))
     expected = F.cross_entropy(
         logits, soft_labels(loss, batch), weights, reduction="none", label_smoothing=loss.label_smoothing
@@ -46,11 +46,11 @@ def test_equals_torchs_with_soft_labels(weights, options):
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.4])
-def test_weights_are_of_pictures_where_labels_are_smoothed(mixup):
-    """Each picture's part of a mixed one counts by the weight of its own class, whatever its label is spread over."""
+def test_weights_are_of_images_where_labels_are_smoothed(mixup):
+    """Each image's part of a mixed one counts by the weight of its own class, whatever its label is spread over."""
     weights = torch.tensor([0.5, 1.0, 2.0, 0.5])
     loss = TrainingLoss(weights, label_smoothing=0.1, mixup=mixup)
-    batch = loss.mix(*flat_pictures(), seed=3)
+    batch = loss.mix(*flat_images(), seed=3)
     logits = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(0))
     own, other = (
         weights[ids] * F.cross_entropy(logits, F.one_hot(ids, CLASSES).float(), reduction="none", label_smoothing=0.1)
@@ -61,10 +61,10 @@ def test_weights_are_of_pictures_where_labels_are_smoothed(mixup):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_balanced_weights_keep_what_a_picture_shows(smoothing):
-    """A hundred common pictures and one rare, which can be told apart: at the lowest loss each is named as it is."""
+def test_balanced_weights_keep_what_a_image_shows(smoothing):
+    """A hundred common images and one rare, which can be told apart: at the lowest loss each is named as it is."""
     loss = TrainingLoss(torch.tensor([0.505, 50.5]), smoothing)
-    logits = torch.zeros(2, 2, requires_grad=True)  # of a common picture, and of the rare one
+    logits = torch.zeros(2, 2, requires_grad=True)  # of a common image, and of the rare one
     counts = torch.tensor([100.0, 1.0])
     batch = Batch(logits, torch.arange(2), torch.arange(2), 1.0)
     optimizer = torch.optim.LBFGS([logits], max_iter=100)
@@ -80,8 +80,8 @@ def test_balanced_weights_keep_what_a_picture_shows(smoothing):
     assert (shown > 0.9).all() and (smoothing == 0 or torch.allclose(shown, torch.tensor(1 - smoothing / 2), atol=1e-3))
 
 
-def test_mixup_blends_each_picture_with_another_in_the_labels_parts():
-    pixels, class_ids = flat_pictures()
+def test_mixup_blends_each_image_with_another_in_the_labels_parts():
+    pixels, class_ids = flat_images()
     loss = TrainingLoss(mixup=1.0)
     shares = []
     for seed in range(300):
@@ -97,7 +97,7 @@ def test_mixup_blends_each_picture_with_another_in_the_labels_parts():
 
 
 def test_cutmix_labels_go_by_the_area_that_was_cut():
-    pixels, class_ids = flat_pictures()
+    pixels, class_ids = flat_images()
     loss = TrainingLoss(cutmix=1.0)
     edges = 0
     for seed in range(300):
@@ -115,7 +115,7 @@ def test_cutmix_labels_go_by_the_area_that_was_cut():
 
 
 def test_both_take_turns_by_the_seed():
-    pixels, class_ids = flat_pictures()
+    pixels, class_ids = flat_images()
     loss = TrainingLoss(mixup=1.0, cutmix=1.0)
     cut = [len(loss.mix(pixels, class_ids, seed).inputs[1].unique()) == 2 for seed in range(200)]
     assert 60 < sum(cut) < 140
@@ -125,14 +125,14 @@ def test_both_take_turns_by_the_seed():
 
 
 def test_features_and_plain_batches_stay_as_they_are():
-    pixels, class_ids = flat_pictures()
+    pixels, class_ids = flat_images()
     features = torch.randn(CLASSES, 5, 8)
     assert TrainingLoss(mixup=1.0, cutmix=1.0).mix(features, class_ids, 1).inputs is features
     assert TrainingLoss().mix(pixels, class_ids, 1).inputs is pixels
 
 
 def test_parts_are_the_whole():
-    batch = TrainingLoss(mixup=1.0).mix(*flat_pictures(), seed=1)
+    batch = TrainingLoss(mixup=1.0).mix(*flat_images(), seed=1)
     parts = list(batch.split(3))
     assert torch.equal(torch.cat([part.inputs for part in parts]), batch.inputs)
     assert torch.equal(torch.cat([part.others for part in parts]), batch.others)

@@ -42,9 +42,7 @@ def suggest_at_once(monkeypatch, suggestion: float | None) -> None:
 
 def test_a_loss_that_does_not_fall_is_drawn(two_classes, monkeypatch):
     suggest_at_once(monkeypatch, None)
-    with pytest.raises(
-        ValueError, match=r"fell at no learning rate, see logs/learning_rates\.png: look at the pictures"
-    ):
+    with pytest.raises(ValueError, match=r"fell at no learning rate, see logs/learning_rates\.png: look at the images"):
         train.main(TrainConfig(**TINY), find_lr=True)
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
 

@@ -7,10 +7,10 @@ from utils.config.train_config import StageConfig, TrainConfig
 from utils.training.stages import plan_stages
 
 
-def stages_of(num_pictures=1000, **changes):
+def stages_of(num_images=1000, **changes):
     options = {"freeze_epoch": 3, "unfreeze_epoch": 10, "freeze_batch_size": 64, "unfreeze_batch_size": 16}
     config = TrainConfig(**options | changes)
-    return plan_stages(config, num_pictures, transformer=True)
+    return plan_stages(config, num_images, transformer=True)
 
 
 def test_two_stages():
@@ -32,7 +32,7 @@ def test_frozen_to_the_end():
 
 
 def test_a_small_set_makes_a_smaller_batch_and_says_so(capsys):
-    frozen, thawed = stages_of(num_pictures=20)
+    frozen, thawed = stages_of(num_images=20)
     assert (frozen.batch_size, thawed.batch_size) == (20, 16)
     assert "batch size: 64 -> 20" in capsys.readouterr().out
 
@@ -41,7 +41,7 @@ def test_a_rate_beyond_the_limits_is_said(capsys):
     stages_of(init_lr=1e-3)
     assert "limit" not in capsys.readouterr().out
     frozen, _ = stages_of(init_lr=1.0)
-    assert "init_lr: 1 is 0.25 a step of 64 pictures -> 0.001, the limit for adamw" in capsys.readouterr().out
+    assert "init_lr: 1 is 0.25 a step of 64 images -> 0.001, the limit for adamw" in capsys.readouterr().out
     assert frozen.init_lr == 1e-3
 
 

@@ -214,7 +214,7 @@ def test_training_learns():
     optimizer = build_optimizer(own[1], CONFIG, 1e-3)
     epochs = []
     for epoch in range(8):
-        trainer.begin_epoch()
+        trainer.start_epoch()
         epochs.append(trainer.train_epoch(Batches([batch()] * 5), optimizer, epoch, lambda epoch: 1e-3))
     assert epochs[-1]["loss"] < 0.5 * epochs[0]["loss"]
     assert epochs[-1]["top1"] == 1
@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
             nn.init.constant_(own[1].head.bias, float("nan"))
         return 1e-3
 
-    with pytest.raises(NonFiniteLoss, match=r"finite at step 113 .*pictures: 072\.png.*Lower init_lr"):
+    with pytest.raises(NonFiniteLoss, match=r"finite at step 113 .*images: 072\.png.*Lower init_lr"):
         trainer.train_epoch(Batches([batch()] * 30), build_optimizer(own[1], CONFIG, 1e-3), 0, rate)
     assert len(poisoned) == 20  # seen at the next look
 
@@ -243,13 +243,13 @@ def test_a_validation_loss_that_is_not_finite():
     with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
         Trainer(own, CPU, "fp32", 1).validate(Batches([batch()]))
     with torch.no_grad():
-        own[1].head.bias.zero_()[-1] = -math.inf  # as if overflowed, for a class that has no picture here
+        own[1].head.bias.zero_()[-1] = -math.inf  # as if overflowed, for a class that has no image here
     pixels, targets = batch()
     with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
         Trainer(own, CPU, "fp32", 1).validate(Batches([(pixels, torch.zeros_like(targets))]))
 
 
-def test_evaluation_keeps_order_and_every_picture_and_no_dropout():
+def test_evaluation_keeps_order_and_every_image_and_no_dropout():
     own = network(drop_rate=0.5).train()
     pixels, targets = batch(11)
     whole = compute_logits(own, Batches([(pixels, targets)]), CPU, "fp32")
@@ -272,7 +272,7 @@ def test_evaluation_keeps_order_and_every_picture_and_no_dropout():
     assert torch.equal(parts[1], targets)
 
 
-@pytest.mark.parametrize("way", ["loader", "pictures"])
+@pytest.mark.parametrize("way", ["loader", "images"])
 def test_evaluation_is_in_the_precision_asked_for(way):
     own = network().eval()
     pixels, targets = batch()
@@ -312,7 +312,7 @@ def test_only_convolutional_networks_have_their_channels_last():
 
 
 def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_nothing(capsys):
-    """Of a network that can do two pictures at a time."""
+    """Of a network that can do two images at a time."""
 
     class Narrow(nn.Module):
         def __init__(self, network):
@@ -341,12 +341,12 @@ def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_n
     assert trainer.state_dict()["micro_batches"] == 4
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
-    wanted = "warning: out of memory at step 1: batches of 7 pictures are now worked through in 4 parts"
+    wanted = "warning: out of memory at step 1: batches of 7 images are now worked through in 4 parts"
     assert told[1].startswith(wanted)
 
 
 def test_what_is_left_out_leaves_no_trace_in_batch_norms_and_figures():
-    """Pictures that are no numbers, between others, of a network that takes up statistics as it computes."""
+    """Images that are no numbers, between others, of a network that takes up statistics as it computes."""
     torch.manual_seed(0)
     own = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 3))
     trainer = Trainer(own, CPU, "fp32", 1, on_nan="skip")
@@ -365,13 +365,13 @@ def test_what_is_left_out_leaves_no_trace_in_batch_norms_and_figures():
     assert numbers["top1"] == pytest.approx(hits / 18)
 
 
-def test_no_memory_for_a_single_picture():
+def test_no_memory_for_a_single_image():
     class None_(nn.Module):
         def forward(self, inputs):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     own = network()
-    with pytest.raises(OutOfMemory, match="cpu has too little memory for a single picture"):
+    with pytest.raises(OutOfMemory, match="cpu has too little memory for a single image"):
         Trainer(None_(), CPU, "fp32", 1).train_step(*batch(), build_optimizer(own[1], CONFIG, 1e-3))
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import jinja2
 
-from utils.annotation.audit import Finding, Picture
+from utils.annotation.audit import AuditedImage, Finding
 from utils.annotation.fingerprints import Fingerprints
 from utils.system.files import write_json, write_text
 from utils.system.text import printable
 
 NAMED = 3
-"""Pictures of a finding that the terminal names."""
-GROUPS_SHOWN, PICTURES_SHOWN = 12, 6
-"""Groups of a finding, and pictures of a group, that the page shows."""
+"""Images of a finding that the terminal names."""
+GROUPS_SHOWN, IMAGES_SHOWN = 12, 6
+"""Groups of a finding, and images of a group, that the page shows."""
 
 
 def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) -> str:
@@ -35,25 +35,25 @@ def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) 
     for finding in findings:
         lines.append(f"  {finding.kind:<{width}}  {finding.message}")
         for group in finding.groups[:NAMED]:
-            lines.append(f"  {'':<{width}}    {', '.join(picture.path for picture in group[:NAMED])}")
+            lines.append(f"  {'':<{width}}    {', '.join(image.path for image in group[:NAMED])}")
     lines.append(f"  all of it: {folder}/audit.html, {folder}/audit.json")
-    if not fix and any(finding.left_out for finding in findings):
+    if not fix and any(finding.excluded for finding in findings):
         lines.append("  the same command with --fix makes lists without the faulty ones; no file is touched")
     return "\n".join(["audit:", *lines])
 
 
 def write_audit(
-    folder: str | Path, findings: Sequence[Finding], pictures: Sequence[Picture], fingerprints: Fingerprints
+    folder: str | Path, findings: Sequence[Finding], images: Sequence[AuditedImage], fingerprints: Fingerprints
 ) -> None:
     """Write `audit.json`, with every file name, and `audit.html`, with thumbnails of the first of each kind."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"pictures": len(pictures), "findings": [_as_dict(finding) for finding in findings]}
+    content = {"images": len(images), "findings": [_as_dict(finding) for finding in findings]}
     write_json(folder / "audit.json", content)
     template = Path(__file__).with_name("audit_page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = [_for_page(finding, fingerprints) for finding in findings]
-    page = environment.from_string(template).render(pictures=len(pictures), findings=shown)
+    page = environment.from_string(template).render(images=len(images), findings=shown)
     write_text(folder / "audit.html", page)
 
 
@@ -64,33 +64,33 @@ def _as_dict(finding: Finding) -> dict[str, Any]:
         "groups": [
             [{"path": p.path, "split": p.split, "class": p.class_name} for p in group] for group in finding.groups
         ],
-        "left_out": [picture.path for picture in finding.left_out],
+        "excluded": [image.path for image in finding.excluded],
     }
 
 
 def _for_page(finding: Finding, fingerprints: Fingerprints) -> dict[str, Any]:
     groups = [
         {
-            "pictures": [_figure(picture, fingerprints) for picture in group[:PICTURES_SHOWN]],
-            "more": max(0, len(group) - PICTURES_SHOWN),
+            "images": [_figure(image, fingerprints) for image in group[:IMAGES_SHOWN]],
+            "more": max(0, len(group) - IMAGES_SHOWN),
         }
         for group in finding.groups[:GROUPS_SHOWN]
     ]
     return {
         "kind": finding.kind,
         "message": printable(finding.message),
-        "left_out": len(finding.left_out),
+        "excluded": len(finding.excluded),
         "groups": groups,
         "more": max(0, len(finding.groups) - GROUPS_SHOWN),
     }
 
 
-def _figure(picture: Picture, fingerprints: Fingerprints) -> dict[str, str]:
-    preview = None if picture.fingerprint.error else fingerprints.preview(picture.path)
+def _figure(image: AuditedImage, fingerprints: Fingerprints) -> dict[str, str]:
+    preview = None if image.fingerprint.error else fingerprints.preview(image.path)
     return {
-        "path": printable(picture.path),
-        "split": picture.split,
-        "class_name": printable(picture.class_name),
-        "error": printable(picture.fingerprint.error),
+        "path": printable(image.path),
+        "split": image.split,
+        "class_name": printable(image.class_name),
+        "error": printable(image.fingerprint.error),
         "preview": base64.b64encode(preview).decode() if preview else "",
     }

@@ -1,4 +1,4 @@
-"""The built-in data set: the handwritten digits that ship inside scikit-learn, for a first run without own pictures."""
+"""The built-in data set: the handwritten digits that ship inside scikit-learn, for a first run without own images."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 CLASSES = tuple("0123456789")
 PREFIX = "builtin-digit-"
-"""Their file names begin with this, so that they can be told from the user's pictures and set aside for them."""
+"""Their file names begin with this, so that they can be told from the user's images and set aside for them."""
 
 
 def write_demo(datasets_path: str | Path) -> int:
@@ -16,7 +16,7 @@ def write_demo(datasets_path: str | Path) -> int:
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998 (its test part, 13 writers).
 
     Returns:
-        How many pictures were written.
+        How many images were written.
     """
     from sklearn.datasets import load_digits
 

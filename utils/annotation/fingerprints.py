@@ -1,4 +1,4 @@
-"""What is worth knowing of each picture of a folder, read once and remembered."""
+"""What is worth knowing of each image of a folder, read once and remembered."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from utils.data.image_io import MAX_PIXELS, READERS, ImageError, open_image
 from utils.system.thread_map import map_parallel
 
 PREVIEW = 128
-"""Longer side of the pictures on the audit's page."""
+"""Longer side of the images on the audit's page."""
 THUMBNAIL = 16
-"""Side of the grey thumbnail in which two pictures are compared."""
+"""Side of the grey thumbnail in which two images are compared."""
 FLAT = 8
-"""Levels of 255 by which each colour of a picture of one colour may vary."""
+"""Levels of 255 by which each colour of an image of one colour may vary."""
 VERSION = 1
 """To be raised when fingerprints are taken in another way."""
 SAVE_EVERY = 1000
-"""Pictures between two writings of what was found, so that a run that is stopped goes on from there."""
+"""Images between two writings of what was found, so that a run that is stopped goes on from there."""
 
 PATIENCE = 60
 """Seconds to wait for another program that writes to the file."""
@@ -37,17 +37,17 @@ PATIENCE = 60
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """One picture.
+    """One image.
 
     Attributes:
         error: why it can't be read; then all that follows is empty.
         format: what it is, such as "JPEG", whatever its name says.
-        width: of the upright picture, in pixels.
+        width: of the upright image, in pixels.
         height: likewise.
         grey: whether it has no colour.
         flat: whether all of it is one colour, or nearly.
-        digest: equal for two pictures of the same size with the same pixels, whatever their files are.
-        phash: 64 bits; few of them differ where pictures look alike (Zauner, "Implementation and Benchmarking of
+        digest: equal for two images of the same size with the same pixels, whatever their files are.
+        phash: 64 bits; few of them differ where images look alike (Zauner, "Implementation and Benchmarking of
             Perceptual Image Hash Functions", 2010).
         thumbnail: grey levels (16, 16), as bytes.
     """
@@ -71,7 +71,7 @@ PREVIEWS = "CREATE TABLE IF NOT EXISTS previews (path BLOB PRIMARY KEY, state TE
 
 
 def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Fingerprint:
-    """Read a picture; that it can't be read is told in the fingerprint."""
+    """Read an image; that it can't be read is told in the fingerprint."""
     try:
         image = open_image(path, max_pixels, allow_truncated)
     except ImageError as error:
@@ -93,7 +93,7 @@ def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: b
 
 
 class Fingerprints:
-    """Fingerprints and small previews of pictures, kept in a file: only what is new or changed is read.
+    """Fingerprints and small previews of images, kept in a file: only what is new or changed is read.
 
     Files that can't be read are few, and may be readable the next time, so they aren't remembered.
 
@@ -138,7 +138,7 @@ class Fingerprints:
         return sqlite3.connect(self.path, timeout=PATIENCE)
 
     def read(self, paths: Sequence[str]) -> list[Fingerprint]:
-        """The fingerprints of these pictures, in this order, with a progress bar while some must be read."""
+        """The fingerprints of these images, in this order, with a progress bar while some must be read."""
         keys = [os.fsencode(os.path.abspath(path)) for path in paths]
         states = [self._state(path) for path in paths]
         with closing(self._connect()) as db:
@@ -148,7 +148,7 @@ class Fingerprints:
             ]
             missing = [i for i, fingerprint in enumerate(found) if fingerprint is None]
             take = partial(take_fingerprint, max_pixels=self.limits[0], allow_truncated=self.limits[1])
-            taken = map_parallel(take, [paths[i] for i in missing], "looking at pictures")
+            taken = map_parallel(take, [paths[i] for i in missing], "looking at images")
             rows = []
             for i, fingerprint in zip(missing, taken, strict=True):
                 found[i] = fingerprint
@@ -160,7 +160,7 @@ class Fingerprints:
         return found
 
     def preview(self, path: str) -> bytes | None:
-        """A small JPEG of a picture; None if it can't be read."""
+        """A small JPEG of an image; None if it can't be read."""
         state = f"{PREVIEW} {self._state(path)}"
         with closing(self._connect()) as db:
             key = os.fsencode(os.path.abspath(path))
@@ -187,7 +187,7 @@ class Fingerprints:
 
     def _forget(self, error: Exception) -> None:
         self.remembers = False
-        print(f"warning: {self.path} can't be used ({error}): what is read of the pictures isn't remembered")
+        print(f"warning: {self.path} can't be used ({error}): what is read of the images isn't remembered")
 
     def _state(self, path: str) -> str:
         """Changes when the file does, or what reads it, or what is asked of it."""

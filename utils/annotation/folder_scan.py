@@ -1,4 +1,4 @@
-"""What lies in folders of pictures: which of them are splits, which classes, and what is passed over."""
+"""What lies in folders of images: which of them are splits, which classes, and what is passed over."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.annotation import demo_digits
 from utils.data.image_io import HEIF_SUFFIXES, IMAGE_SUFFIXES
 
 HIDDEN = (".", "@eaDir")
-"""What the names of hidden files and folders begin with; the second are Synology's, with small copies of pictures."""
+"""What the names of hidden files and folders begin with; the second are Synology's, with small copies of images."""
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -22,29 +22,29 @@ class Scan:
     """What lies in the folders.
 
     Attributes:
-        pictures: split -> class -> paths, sorted; only classes with pictures.
+        images: split -> class -> paths, sorted; only classes with images.
         skipped: class -> why -> how many were passed over; the class "" stands for what lies outside class folders.
-        demo_set_aside: whether built-in digits were passed over because there are other pictures.
+        demo_excluded: whether built-in digits were passed over because there are other images.
     """
 
-    pictures: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {split: {} for split in SPLITS})
+    images: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {split: {} for split in SPLITS})
     skipped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    demo_set_aside: bool = False
+    demo_excluded: bool = False
 
     def count(self, split: str, name: str) -> int:
-        """How many pictures a class has in a split."""
-        return len(self.pictures[split].get(name, ()))
+        """How many images a class has in a split."""
+        return len(self.images[split].get(name, ()))
 
     def paths(self) -> list[str]:
-        """All pictures."""
-        return [path for classes in self.pictures.values() for paths in classes.values() for path in paths]
+        """All images."""
+        return [path for classes in self.images.values() for paths in classes.values() for path in paths]
 
 
 def scan_datasets(root: str | Path) -> Scan:
-    """Find the pictures under `<split>/<class>/`, or directly under `<class>/`, at any depth below.
+    """Find the images under `<split>/<class>/`, or directly under `<class>/`, at any depth below.
 
     A folder named like a split (train, val, valid, validation or test, in upper or lower case) counts as one if there
-    are folders in it. The built-in digits are passed over where there are other pictures.
+    are folders in it. The built-in digits are passed over where there are other images.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -52,12 +52,12 @@ def scan_datasets(root: str | Path) -> Scan:
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}: make it and put a folder of pictures per class into it")
+        raise FileNotFoundError(f"there is no folder {root}: make it and put a folder of images per class into it")
     folders = _folders(root)
     splits = {entry: SPLIT_NAMES[entry.name.lower()] for entry in folders if _is_split(entry)}
     scan = Scan()
     if not splits and len(folders) > 1 and all(entry.name.lower() in SPLIT_NAMES for entry in folders):
-        raise ValueError(f"the folders in {root} hold no class folders: put the pictures of each class into one there")
+        raise ValueError(f"the folders in {root} hold no class folders: put the images of each class into one there")
     if splits and "train" not in splits.values():
         raise ValueError(
             f"{root} has a folder {next(iter(splits)).name} and none named train: put the classes to train on into one"
@@ -70,13 +70,13 @@ def scan_datasets(root: str | Path) -> Scan:
         for entry, split in splits.items():
             scan_classes(entry, scan, split)
         for entry in others:
-            if pictures := len(pictures_below(entry, Counter())):
-                scan.skipped[entry.name]["in a folder beside train, val and test: move it into one of them"] += pictures
+            if images := len(find_images(entry, Counter())):
+                scan.skipped[entry.name]["in a folder beside train, val and test: move it into one of them"] += images
         _count_loose(root, scan)
     else:  # class folders; split folders with nothing but the built-in digits in them have made way
         scan_classes(root, scan, "train", besides=set(splits))
-        scan.demo_set_aside = bool(splits)
-    set_demo_aside(scan)
+        scan.demo_excluded = bool(splits)
+    exclude_demo(scan)
     return scan
 
 
@@ -90,16 +90,16 @@ def scan_classes(folder: Path, scan: Scan, split: str, besides: frozenset[Path] 
         if entry in besides:
             continue
         name = unicodedata.normalize("NFC", entry.name)
-        found = scan.pictures[split].setdefault(name, [])
-        found += pictures_below(entry, scan.skipped[name])
+        found = scan.images[split].setdefault(name, [])
+        found += find_images(entry, scan.skipped[name])
         if not found:
-            del scan.pictures[split][name]
-            scan.skipped[name][f"no pictures in {folder.name}"] += 1
+            del scan.images[split][name]
+            scan.skipped[name][f"no images in {folder.name}"] += 1
     _count_loose(folder, scan)
 
 
-def pictures_below(folder: str | Path, skipped: Counter[str]) -> list[str]:
-    """The paths of all pictures in `folder` and below, sorted; what is hidden, no picture, or a folder that can't be
+def find_images(folder: str | Path, skipped: Counter[str]) -> list[str]:
+    """The paths of all images in `folder` and below, sorted; what is hidden, no image, or a folder that can't be
     opened is counted in `skipped`.
 
     Links to files are followed, links to folders are not, so that no loop is run through. No file is opened.
@@ -118,22 +118,22 @@ def pictures_below(folder: str | Path, skipped: Counter[str]) -> list[str]:
                     skipped["hidden"] += 1
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-                elif reason := _no_picture(entry):
+                elif reason := _why_no_image(entry):
                     skipped[reason] += 1
                 else:
                     found.append(Path(entry.path).as_posix())
     return sorted(found)
 
 
-def _no_picture(entry: os.DirEntry) -> str | None:
-    """Why `entry` isn't taken for a picture, None if it is."""
+def _why_no_image(entry: os.DirEntry) -> str | None:
+    """Why `entry` isn't taken for an image, None if it is."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if "\n" in entry.name or "\r" in entry.name:
         return "with a line break in the name, rename it"
     if suffix in HEIF_SUFFIXES - IMAGE_SUFFIXES:
         return f"needs pip install pillow-heif ({suffix})"
     if suffix not in IMAGE_SUFFIXES:
-        return f"not a picture ({suffix or 'no suffix'})"
+        return f"not an image ({suffix or 'no suffix'})"
     return None if os.path.isfile(entry.path) else "no file (a broken link, a link to a folder, a pipe)"
 
 
@@ -154,23 +154,23 @@ def _count_loose(folder: Path, scan: Scan) -> None:
 
 
 def is_demo(path: str) -> bool:
-    """Whether a picture is one of the built-in digits."""
+    """Whether an image is one of the built-in digits."""
     return os.path.basename(path).startswith(demo_digits.PREFIX)
 
 
 def _holds_only_demo(folder: Path) -> bool:
-    return all(map(is_demo, pictures_below(folder, Counter())))
+    return all(map(is_demo, find_images(folder, Counter())))
 
 
-def set_demo_aside(scan: Scan) -> None:
-    """Take the built-in digits out of `scan` if there are other pictures."""
+def exclude_demo(scan: Scan) -> None:
+    """Take the built-in digits out of `scan` if there are other images."""
     if all(map(is_demo, scan.paths())):
         return
-    for classes in scan.pictures.values():
+    for classes in scan.images.values():
         for name, paths in list(classes.items()):
             own = [path for path in paths if not is_demo(path)]
             if len(own) < len(paths):
-                scan.demo_set_aside = True
+                scan.demo_excluded = True
                 scan.skipped[""]["built-in digits"] += len(paths) - len(own)
             if own:
                 classes[name] = own

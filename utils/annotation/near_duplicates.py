@@ -1,4 +1,4 @@
-"""Which pictures look alike: recompressed, resized, brightened, a little cropped, or taken in one burst."""
+"""Which images look alike: recompressed, resized, brightened, a little cropped, or taken in one burst."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from tqdm import tqdm
 from utils.annotation.fingerprints import Fingerprint
 
 MOST_BITS = 7
-"""Bits of 64 in which the hashes of alike pictures may differ. Two such hashes have one byte of the eight in common at
-least, so only pictures with a byte in common are held against each other."""
+"""Bits of 64 in which the hashes of alike images may differ. Two such hashes have one byte of the eight in common at
+least, so only images with a byte in common are held against each other."""
 LEAST_CORRELATION = 0.97
 """Of the grey thumbnails. Photos recompressed at quality 30, halved, 15 % brighter or cropped by 2 % are above it in 19
 of 20 cases; of 340,000 pairs of photos of rubbish on the same board two are, both bursts, and of 1.1 million pairs of
 hands before one wall one."""
 TINY, LEAST_CORRELATION_OF_TINY = 64, 0.99
-"""Pictures with a side of fewer pixels, such as handwritten digits, have too little in them to differ by."""
+"""Images with a side of fewer pixels, such as handwritten digits, have too little in them to differ by."""
 ROWS, PAIRS = 256, 50_000
 """Hashes that are held against the others of a group, and thumbnails against each other, at a time."""
 
 
-def alike_groups(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
+def near_duplicate_groups(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
     """Groups of two and more, of indices, that are linked by looking alike, directly or over others."""
     labels = np.arange(len(fingerprints))
     if len(fingerprints) < 2:
@@ -42,7 +42,7 @@ def alike_groups(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
 
 
 def _link(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Labels (n,) of linked pictures, with the links of `pairs` added."""
+    """Labels (n,) of linked images, with the links of `pairs` added."""
     if not len(pairs):
         return labels
     from scipy.sparse import coo_array  # slow to import

@@ -1,4 +1,4 @@
-"""Taking a validation set out of the training pictures."""
+"""Taking a validation set out of the training images."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 def split_validation(
-    pictures: dict[str, list[str]], val_fraction: float, seed: int, groups: Iterable[Sequence[str]] = ()
+    images: dict[str, list[str]], val_fraction: float, seed: int, groups: Iterable[Sequence[str]] = ()
 ) -> dict[str, list[str]]:
-    """Take `val_fraction` of each class out of `pictures`, at least one of each class that has two, and return them.
+    """Take `val_fraction` of each class out of `images`, at least one of each class that has two, and return them.
 
-    Which ones depends on seed and path only: a picture that is added moves hardly any other to the other side. Of each
+    Which ones depends on seed and path only: an image that is added moves hardly any other to the other side. Of each
     of `groups`, paths of one or several classes, all are taken or none; so a class may give fewer or more, or none if
     all of it is one group.
     """
-    class_of = {path: name for name, paths in pictures.items() for path in paths}
-    wanted = {
-        name: max(1, round(len(paths) * val_fraction)) if len(paths) > 1 else 0 for name, paths in pictures.items()
-    }
-    taken: dict[str, list[str]] = {name: [] for name in pictures}
+    class_of = {path: name for name, paths in images.items() for path in paths}
+    wanted = {name: max(1, round(len(paths) * val_fraction)) if len(paths) > 1 else 0 for name, paths in images.items()}
+    taken: dict[str, list[str]] = {name: [] for name in images}
     units = join_groups(class_of, groups)
     units.sort(key=lambda unit: hashlib.sha256(os.fsencode(f"{seed}:{min(unit)}")).digest())
 
     def leaves_some(name: str, count: int) -> bool:
-        return len(taken[name]) + count < len(pictures[name])
+        return len(taken[name]) + count < len(images[name])
 
     def comes_nearer(name: str, count: int) -> bool:
         return count < 2 * (wanted[name] - len(taken[name])) and leaves_some(name, count)
@@ -43,8 +41,8 @@ def split_validation(
     for unit in sorted(units, key=len):  # for classes whose groups are all far larger than what is wanted
         if any(wanted[class_of[path]] and not taken[class_of[path]] for path in unit):
             take(unit, leaves_some)
-    for name, paths in pictures.items():
-        pictures[name] = sorted(set(paths) - set(taken[name]))
+    for name, paths in images.items():
+        images[name] = sorted(set(paths) - set(taken[name]))
     return {name: sorted(paths) for name, paths in taken.items() if paths}
 
 
@@ -81,5 +79,5 @@ def group_by_name(paths: Sequence[str], group_regex: str) -> list[list[str]]:
     if not groups:
         raise ValueError(f"group_regex={group_regex!r}: it matches no file name")
     alone = len(paths) - sum(map(len, groups.values()))
-    print(f"group_regex: {len(groups)} groups; {alone} pictures whose names it doesn't match stand by themselves")
+    print(f"group_regex: {len(groups)} groups; {alone} images whose names it doesn't match stand by themselves")
     return list(groups.values())

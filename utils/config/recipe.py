@@ -11,19 +11,19 @@ import numpy as np
 from utils.config.train_config import FREE_FIELDS, TrainConfig
 
 UNBALANCED = 10
-"""So many times more pictures in the largest class than in the smallest are too many to go by all alike."""
-LEAST_EPOCHS, MOST_EPOCHS, MOST_EPOCHS_CPU = 30, 300, 100
+"""So many times more images in the largest class than in the smallest are too many to go by all alike."""
+MIN_EPOCHS, MAX_EPOCHS, MAX_EPOCHS_CPU = 30, 300, 100
 """From scratch."""
-PICTURES_FROM_SCRATCH = 600_000
+IMAGES_FROM_SCRATCH = 600_000
 """That a network from scratch sees, if that takes neither fewer nor more epochs than these."""
 SMALL_BATCH_UP_TO = 5_000
-"""Training pictures of which batches are small, so that there are enough steps."""
+"""Training images of which batches are small, so that there are enough steps."""
 
 DEPTHS_DROPPED = ((15, 0.0), (50, 0.05), (200, 0.2), (450, 0.45))
 """Stochastic depth of a transformer from scratch, by up to how many million parameters it has; larger ones have 0.6.
 The rates for ViT-S, B, L and H are those of Touvron et al., "DeiT III: Revenge of the ViT", 2022."""
 
-OF_TWO_STAGES = ("freeze_train", "unfreeze_epoch", "unfreeze_batch_size")
+TWO_STAGE_FIELDS = ("freeze_train", "unfreeze_epoch", "unfreeze_batch_size")
 """What a list of stages says instead."""
 
 
@@ -31,7 +31,7 @@ class Known(NamedTuple):
     """What is known before training.
 
     Attributes:
-        class_counts: training pictures of each class.
+        class_counts: training images of each class.
         pretrained: whether the run starts from weights.
         transformer: whether the network is one.
         layers: of the backbone, see `count_layers`.
@@ -70,7 +70,7 @@ def apply_recipe(config: TrainConfig, known: Known) -> TrainConfig:
         if not is_open(config, field):
             if getattr(config, field) != value:
                 print(f"recipe: {field} stays {getattr(config, field)}, as you set it ({value} was due: {reason})")
-        elif not (field in OF_TWO_STAGES and config.stages):
+        elif not (field in TWO_STAGE_FIELDS and config.stages):
             print(f"recipe: {field}={value}: {reason}")
             chosen[field] = value
     if is_open(config, "min_lr"):
@@ -103,7 +103,7 @@ def for_all(known: Known, config: TrainConfig) -> list[Choice]:
     largest, smallest = counts.max(), counts.min()
     if largest < UNBALANCED * smallest or config.class_weights == "balanced":
         return []
-    return [Choice("sampler", "balanced", f"the largest class has {largest} pictures, the smallest {smallest}")]
+    return [Choice("sampler", "balanced", f"the largest class has {largest} images, the smallest {smallest}")]
 
 
 def for_pretrained(known: Known, config: TrainConfig) -> list[Choice]:
@@ -116,13 +116,13 @@ def for_pretrained(known: Known, config: TrainConfig) -> list[Choice]:
         Choice("head_init", "probe", "the head begins as good as the pretrained backbone allows"),
         Choice("freeze_train", False, unfrozen),
         Choice("unfreeze_epoch", *((5, "on a processor each epoch is dear") if known.on_cpu else (15, "on a GPU"))),
-        Choice("unfreeze_batch_size", *((16, "many small steps") if few else (64, "pictures enough"))),
+        Choice("unfreeze_batch_size", *((16, "many small steps") if few else (64, "images enough"))),
         Choice("train_crop", 0.3, "a short run has no time for small crops"),
         *_without_dropout("the weights were made without"),
         Choice("drop_path_rate", 0.0, "likewise"),
     ]
     if known.on_cpu:
-        choices.append(Choice("augmentation", "none", "a short run learns more from pictures as they are"))
+        choices.append(Choice("augmentation", "none", "a short run learns more from images as they are"))
     if known.transformer and known.layers > 1:
         choices.append(Choice("layer_decay", 0.7, "early layers are good already"))
         slowed = is_open(config, "layer_decay") or config.layer_decay < 1
@@ -132,19 +132,19 @@ def for_pretrained(known: Known, config: TrainConfig) -> list[Choice]:
 
 
 def from_scratch(known: Known, config: TrainConfig) -> list[Choice]:
-    """All is to be learned: many epochs, and what keeps a network from learning the pictures by heart."""
+    """All is to be learned: many epochs, and what keeps a network from learning the images by heart."""
     count = int(known.class_counts.sum())
-    most = MOST_EPOCHS_CPU if known.on_cpu else MOST_EPOCHS
-    epochs = int(np.clip(round(PICTURES_FROM_SCRATCH / count), LEAST_EPOCHS, most))
+    most = MAX_EPOCHS_CPU if known.on_cpu else MAX_EPOCHS
+    epochs = int(np.clip(round(IMAGES_FROM_SCRATCH / count), MIN_EPOCHS, most))
     small = count < SMALL_BATCH_UP_TO
     choices = [
         Choice("freeze_train", False, "nothing is gained by freezing what has learned nothing"),
         Choice(
             "unfreeze_epoch",
             epochs,
-            f"{count * epochs} pictures are seen in all; {LEAST_EPOCHS} to {most} epochs are usual",
+            f"{count * epochs} images are seen in all; {MIN_EPOCHS} to {most} epochs are usual",
         ),
-        Choice("unfreeze_batch_size", *((32, "many small steps") if small else (128, "pictures enough"))),
+        Choice("unfreeze_batch_size", *((32, "many small steps") if small else (128, "images enough"))),
         Choice("ema_decay", 0.999, "the average of the last thousand steps is better than the last"),
         Choice("label_smoothing", 0.1, "a long run grows too sure of itself"),
         *_without_dropout("augmentation does more against learning by heart"),
@@ -153,7 +153,7 @@ def from_scratch(known: Known, config: TrainConfig) -> list[Choice]:
     dropped = next((rate for most, rate in DEPTHS_DROPPED if millions <= most), 0.6) if known.transformer else 0.0
     choices.append(Choice("drop_path_rate", dropped, f"stochastic depth by size, {millions:.1f} million parameters"))
     if known.transformer:
-        choices.append(Choice("optimizer_type", "muon", "it learns more from each picture than adamw does"))
+        choices.append(Choice("optimizer_type", "muon", "it learns more from each image than adamw does"))
         choices.append(Choice("clip_grad", 1.0, "the first steps jump"))
         if config.optimizer_type == "muon" or is_open(config, "optimizer_type"):
             choices.append(Choice("momentum", 0.95, "as Muon's author has it"))

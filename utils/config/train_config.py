@@ -20,8 +20,8 @@ class StageConfig:
         epochs: how many it takes, 1 or more.
         frozen: blocks that are frozen, from the first, besides embeddings or stem; "all": everything but the head;
             "nothing".
-        batch_size: pictures a step.
-        input_shape: height and width in pixels, to begin with smaller pictures, which take less time; the positions of
+        batch_size: images a step.
+        input_shape: height and width in pixels, to begin with smaller images, which take less time; the positions of
             a ViT are resampled from stage to stage, so that pretrained ones lose in detail, and the best epoch is one
             of the last size. None: the run's, as the last stage's must be.
 
@@ -97,13 +97,13 @@ class TrainConfig:
     """Class names, one a line; the line number is the class id. `txt_annotation.py` writes it."""
 
     train_annotation_path: str = "cls_train.txt"
-    """List of the training pictures, one `class_id;path` a line. `txt_annotation.py` writes it."""
+    """List of the training images, one `class_id;path` a line. `txt_annotation.py` writes it."""
 
     val_annotation_path: str = "cls_val.txt"
-    """List of the validation pictures, which choose the best epoch; never the test pictures."""
+    """List of the validation images, which choose the best epoch; never the test images."""
 
     recipe: Literal["none", "auto"] = "none"
-    """`auto`: epochs, batch size, optimizer, learning rate, crops and the like are chosen by the number of pictures per
+    """`auto`: epochs, batch size, optimizer, learning rate, crops and the like are chosen by the number of images per
     class, by whether the network is a transformer and pretrained, and by the device; see `utils/config/recipe.py`. Each
     choice is printed with its reason. A field that you set to other than its default stays as it is. `none`: all is as
     it stands here."""
@@ -115,17 +115,17 @@ class TrainConfig:
     """Network. For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14; with DINOv2's
     weights vit_s_14, vit_b_14 or vit_l_14; for fine detail, and slow, vit_s_8 or vit_b_8. Or another: resnet18, 34, 50,
     101 or 152; mobilenetv2; vgg11, 13 or 16, also with _bn; swin_transformer_tiny, _small or _base; or timm/<name>, any
-    of timm's, if that is installed, whose head is a linear layer. For pictures of about 16 to 64 pixels: vit_xs_4,
-    vit_t_4 or vit_s_4. Larger is slower and more accurate if there are pictures enough."""
+    of timm's, if that is installed, whose head is a linear layer. For images of about 16 to 64 pixels: vit_xs_4,
+    vit_t_4 or vit_s_4. Larger is slower and more accurate if there are images enough."""
 
     input_shape: tuple[int, int] = (224, 224)
-    """Height and width in pixels that pictures are brought to, multiples of the network's patch. Larger shows finer
+    """Height and width in pixels that images are brought to, multiples of the network's patch. Larger shows finer
     detail; the time grows faster than the area."""
 
     pretrained: bool | str = False
     """Start from published weights. True: those of the backbone, from `model_data/`, else downloaded. Or others for the
     same network: a file, or a repository on the Hugging Face hub, such as "facebook/dinov2-small", with "@" and a
-    revision to have the same again later. With fewer than some ten thousand pictures this decides how good the result
+    revision to have the same again later. With fewer than some ten thousand images this decides how good the result
     is."""
 
     model_path: str = ""
@@ -137,7 +137,7 @@ class TrainConfig:
     so the same command started again goes on where it was cut off. `no`: a new run. A run's folder: that run."""
 
     accept_changed_lists: bool = False
-    """Go on with a run though pictures were added, removed, renamed or relabelled in its lists since. It is then not
+    """Go on with a run though images were added, removed, renamed or relabelled in its lists since. It is then not
     what a run without interruption would have become."""
 
     activation: Literal["auto", "gelu_tanh", "gelu"] = "auto"
@@ -163,16 +163,16 @@ class TrainConfig:
 
     freeze_blocks: int | Literal["all"] = 8
     """How many blocks, from the first, are frozen in the first stage, besides embeddings or stem; "all": everything but
-    the head. More is faster and safer with few pictures, fewer adapts better."""
+    the head. More is faster and safer with few images, fewer adapts better."""
 
     cache_features: bool = True
-    """Compute what the frozen part makes of the pictures once, before the first stage, which then trains on that. With
+    """Compute what the frozen part makes of the images once, before the first stage, which then trains on that. With
     8 of 12 blocks frozen an epoch takes half the time, with "all" next to none. A stage with no more epochs than
     `feature_views` goes without."""
 
     feature_views: int = 4
-    """How many views of each picture that is: one as in evaluation, the others augmented; they take turns from epoch to
-    epoch. 1 to about 10: more vary more, and each costs a pass over the pictures and its part of the file."""
+    """How many views of each image that is: one as in evaluation, the others augmented; they take turns from epoch to
+    epoch. 1 to about 10: more vary more, and each costs a pass over the images and its part of the file."""
 
     feature_cache_gb: float = 4.0
     """Features are held in memory up to this size, in GB; larger ones are read from their file in `cache_dir` when they
@@ -184,19 +184,19 @@ class TrainConfig:
     from being pulled about by a head that knows nothing (Kumar et al., 2022)."""
 
     freeze_batch_size: int = 32
-    """Pictures a step while frozen. It takes less memory than thawed, so it can be larger; with "all" by far."""
+    """Images a step while frozen. It takes less memory than thawed, so it can be larger; with "all" by far."""
 
     unfreeze_epoch: int = 100
     """Epochs in all. From pretrained weights 5 to 100, few with `head_init="probe"`; from scratch 300 and more."""
 
     unfreeze_batch_size: int = 32
-    """Pictures a step once thawed. As large as memory takes; the learning rate follows it."""
+    """Images a step once thawed. As large as memory takes; the learning rate follows it."""
 
     stages: tuple[StageConfig, ...] = ()
     """Stages of your own in the place of the two, to thaw bit by bit: `(StageConfig(5, "all"), StageConfig(5, 8),
     StageConfig(20, "nothing"))` trains 5 epochs of the head, 5 of four blocks of twelve, 20 of everything. The fields
     from `freeze_train` to `freeze_blocks`, the batch sizes and `unfreeze_epoch` then don't count. For pretrained
-    weights that two stages spoil (Howard and Ruder, 2018); or to begin with smaller pictures, which take less time:
+    weights that two stages spoil (Howard and Ruder, 2018); or to begin with smaller images, which take less time:
     `StageConfig(10, "nothing", 32, (160, 160))`. No flag: import `StageConfig` from here into train.py and set it in
     `CONFIG`."""
 
@@ -211,12 +211,12 @@ class TrainConfig:
 
     optimizer_type: Literal["sgd", "adam", "adamw", "muon"] = "adamw"
     """`adamw` suits transformers, pretrained ones above all. `muon`, with `momentum` 0.95, for transformers from
-    scratch: it learns more from each picture, at a fifth more time a step (vit_xs_4 on 24 x 24 pixels of CIFAR-10: 71 %
-    of the validation pictures after 4 epochs, adamw 57 % after 14). `sgd` (Nesterov) wants a learning rate ten to a
+    scratch: it learns more from each image, at a fifth more time a step (vit_xs_4 on 24 x 24 pixels of CIFAR-10: 71 %
+    of the validation images after 4 epochs, adamw 57 % after 14). `sgd` (Nesterov) wants a learning rate ten to a
     hundred times as high."""
 
     init_lr: float = 1e-3
-    """Highest learning rate, for 256 pictures a step (64 for networks that are not transformers): it is scaled by the
+    """Highest learning rate, for 256 images a step (64 for networks that are not transformers): it is scaled by the
     batch size, kept within limits, and printed. Halve it if the loss jumps."""
 
     min_lr: float = 1e-5
@@ -252,7 +252,7 @@ class TrainConfig:
     it to compare, or if the loss isn't finite."""
 
     on_nan: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient isn't finite. `stop`: the run stops and names its pictures. `skip`:
+    """What becomes of a step whose loss or gradient isn't finite. `stop`: the run stops and names its images. `skip`:
     it is left out, named and counted; each step then waits for the device, which costs a GPU some speed."""
 
     torch_compile: bool = False
@@ -264,32 +264,32 @@ class TrainConfig:
     """Where to train. `auto`: CUDA if there is one, else Apple's GPU (mps), else the processor."""
 
     letterbox_image: bool = False
-    """How evaluation brings a picture to `input_shape`. False: resize the short side and cut out the centre. True:
+    """How evaluation brings an image to `input_shape`. False: resize the short side and cut out the centre. True:
     show all of it, with grey (128) bars; for when what matters may lie at the border."""
 
     eval_crop: float | None = None
     """The part of each side that the centre crop keeps, above 0 to 1. None: as the weights that training starts from
-    expect, else 0.875. 1 for pictures that fill their frame."""
+    expect, else 0.875. 1 for images that fill their frame."""
 
     train_crop: float = 0.08
     """The least area that a random training crop keeps, above 0 to 1. Towards 1 if a crop can cut off what matters."""
 
     horizontal_flip: float = 0.5
-    """Probability of mirroring a training picture, 0 to 1. 0 where left and right matter: digits, letters, signs."""
+    """Probability of mirroring a training image, 0 to 1. 0 where left and right matter: digits, letters, signs."""
 
     color_jitter: float = 0.0
-    """Change brightness, contrast and saturation of training pictures at random, each by up to this part, 0 to 1. 0.2
-    to 0.4 where light differs from picture to picture and `augmentation` is none."""
+    """Change brightness, contrast and saturation of training images at random, each by up to this part, 0 to 1. 0.2
+    to 0.4 where light differs from image to image and `augmentation` is none."""
 
     augmentation: Literal["none", "autoaugment", "randaugment", "trivialaugment", "augmix"] = "autoaugment"
-    """Random changes of training pictures, each a mix of colours, contrast, shear, rotation and the like.
+    """Random changes of training images, each a mix of colours, contrast, shear, rotation and the like.
     `autoaugment`: the policy found on ImageNet (Cubuk et al., 2019), and the fastest here. `randaugment`: two at a set
     strength (Cubuk et al., 2020). `trivialaugment`: one of any strength (Müller and Hutter, 2021). `augmix`: chains of
-    them blended, for pictures that get worse in use (Hendrycks et al., 2020). `none` where colour or orientation tells
+    them blended, for images that get worse in use (Hendrycks et al., 2020). `none` where colour or orientation tells
     the class."""
 
     random_erasing: float = 0.0
-    """Probability that a box of a training picture, of 2 to 33 % of its area, is made grey, 0 to 1. 0.25 where what
+    """Probability that a box of a training image, of 2 to 33 % of its area, is made grey, 0 to 1. 0.25 where what
     matters is partly hidden at times (Zhong et al., 2020)."""
 
     label_smoothing: float = 0.0
@@ -297,36 +297,36 @@ class TrainConfig:
     wrong: the network is then less sure of itself (Szegedy et al., 2016)."""
 
     mixup: float = 0.0
-    """MixUp: training pictures are blended in pairs, in parts from a Beta distribution with this parameter, and so are
+    """MixUp: training images are blended in pairs, in parts from a Beta distribution with this parameter, and so are
     their labels. 0.1 to 0.8, the more the longer the run (Zhang et al., 2018). A stage on cached features goes without.
     0: none."""
 
     cutmix: float = 0.0
-    """CutMix: a box of each training picture comes from another, and its part of the label. 1 for hundreds of epochs
+    """CutMix: a box of each training image comes from another, and its part of the label. 1 for hundreds of epochs
     (Yun et al., 2019); with `mixup` besides, each step draws one of the two. A stage on cached features goes
     without. 0: none."""
 
     sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """`shuffle`: every training picture once an epoch. `balanced`: every class equally often, the pictures of small
+    """`shuffle`: every training image once an epoch. `balanced`: every class equally often, the images of small
     classes several times. For when classes differ tenfold or more in size and each counts alike."""
 
     class_weights: Literal["none", "balanced"] = "none"
-    """`balanced`: every class counts alike in the training loss, its pictures weighted by one over their number. The
+    """`balanced`: every class counts alike in the training loss, its images weighted by one over their number. The
     gentler of the two; use one of them. The validation loss, by which the best epoch is chosen, stays unweighted."""
 
     max_bad_fraction: float = 0.01
-    """A picture that can't be read while training is replaced by another of its class, and named at the epoch's end.
+    """An image that can't be read while training is replaced by another of its class, and named at the epoch's end.
     Above this part of the list, 0 to 1, the run stops."""
 
     max_pixels: int = 100_000_000
-    """Pictures that say they have more pixels are refused unread; raise it for larger ones, at four bytes a pixel."""
+    """Images that say they have more pixels are refused unread; raise it for larger ones, at four bytes a pixel."""
 
     allow_truncated: bool = False
     """Take what there is of files that end too early, the rest grey, instead of refusing them."""
 
     cache_images: bool = False
-    """Shrink the training pictures once to what `input_shape` needs and keep them decoded in a file, which is made anew
-    when pictures change. Loading is then three times as fast, and takes 0.4 MB of disk a picture at 224 pixels.
+    """Shrink the training images once to what `input_shape` needs and keep them decoded in a file, which is made anew
+    when images change. Loading is then three times as fast, and takes 0.4 MB of disk an image at 224 pixels.
     Small crops are a little softer: photos differ by two levels of 255 in the mean. For when the loader, not the
     network, is what the training waits for."""
 
@@ -334,7 +334,7 @@ class TrainConfig:
     """Folder for what can be made again, such as that file. On a fast disk."""
 
     interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
-    """How pictures are resized. `auto`: as the weights expect, else bilinear."""
+    """How images are resized. `auto`: as the weights expect, else bilinear."""
 
     image_mean: tuple[float, float, float] | None = None
     """Mean of red, green and blue (0 to 1) that is subtracted. None: as the weights expect, else ImageNet's, 0.485
@@ -361,7 +361,7 @@ class TrainConfig:
     """Folder that gets a folder for every run."""
 
     num_workers: int = 4
-    """Processes that load pictures; 0: none besides the main one. About the number of cores beside a GPU (on Windows no
+    """Processes that load images; 0: none besides the main one. About the number of cores beside a GPU (on Windows no
     more than 4, which are slow to start), half of them without one."""
 
     seed: int = 11
@@ -425,11 +425,11 @@ class TrainConfig:
 
     def best_epoch(self, history: Sequence[Mapping[str, float]]) -> int:
         """The epoch, counted from 0, that is the best of these so far: the latest whose calibrated validation loss is
-        within one standard error of the lowest, among the last ones with pictures of one size, as losses at other sizes
+        within one standard error of the lowest, among the last ones with images of one size, as losses at other sizes
         don't compare.
 
         Learning rates fall, so later epochs are mostly better; one standard error of a loss is a convention, from
-        Breiman et al., Classification and Regression Trees, 1984, section 3.4.3, for what the validation pictures,
+        Breiman et al., Classification and Regression Trees, 1984, section 3.4.3, for what the validation images,
         which may be few, must say to the contrary. Their rule takes the simplest tree within it, this one the longest
         trained network, mostly the last. The loss is that of calibrated answers, since a network goes on learning to
         tell classes apart when it has long grown too sure of itself, and that costs only the plain loss.

@@ -1,4 +1,4 @@
-"""What is drawn for a training picture: its crop, and how it is changed."""
+"""What is drawn for a training image: its crop, and how it is changed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 
 from utils.data.image_io import Box
 
-cv2.setNumThreads(1)  # the pictures are small, and the workers are the threads
+cv2.setNumThreads(1)  # the images are small, and the workers are the threads
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 """Least and greatest width to height of a random crop."""
 GREY = (128, 128, 128)
-"""What fills the corners of a turned picture, and the bars of a letterbox."""
+"""What fills the corners of a turned image, and the bars of a letterbox."""
 
 LEVELS = np.arange(256)
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
 
 
 def random_box(width: int, height: int, least_area: float) -> Box:
-    """A part of a picture, of `least_area` (0 to 1) of its area or more, as torchvision's RandomResizedCrop draws it.
+    """A part of an image, of `least_area` (0 to 1) of its area or more, as torchvision's RandomResizedCrop draws it.
 
     Szegedy et al., "Going Deeper with Convolutions", 2015. The area is uniform, the logarithm of the aspect ratio too;
-    if ten draws don't fit into the picture, it is the largest centred part with an aspect ratio that is allowed.
+    if ten draws don't fit into the image, it is the largest centred part with an aspect ratio that is allowed.
     Drawn from torch's global generator.
     """
     narrow, wide = ASPECT_RATIOS
@@ -45,7 +45,7 @@ def random_box(width: int, height: int, least_area: float) -> Box:
 
 
 def make_changes(color_jitter: float, augmentation: str, random_erasing: float) -> nn.Sequential:
-    """What happens to the uint8 pixels (3, height, width) of a training picture, see `TrainConfig`; all of it draws
+    """What happens to the uint8 pixels (3, height, width) of a training image, see `TrainConfig`; all of it draws
     from torch's global generator."""
     changes: list[nn.Module] = [AutoAugment()] if augmentation == "autoaugment" else []
     if augmentation not in ("autoaugment", "none") or color_jitter or random_erasing:
@@ -65,18 +65,18 @@ class AutoAugment(nn.Module):
     """AutoAugment with the policy found on ImageNet, on uint8 pixels (3, height, width).
 
     Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", 2019. What it gives is what torchvision's
-    gives on Pillow's pictures (held by `tests/data/test_augment.py`), but for corners in grey instead of black, in a
+    gives on Pillow's images (held by `tests/data/test_augment.py`), but for corners in grey instead of black, in a
     quarter of the time: OpenCV does the work. Drawn from torch's global generator.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
         which, *draws = torch.rand(5).tolist()
-        picture = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # (height, width, 3)
+        image = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # (height, width, 3)
         steps = POLICY[int(which * len(POLICY))]
         for (name, probability, level), draw, sign in zip(steps, draws[:2], draws[2:], strict=True):
             if draw < probability:
-                picture = OPERATIONS[name](picture, magnitude(name, level, negative=sign < 0.5))
-        return torch.from_numpy(picture).permute(2, 0, 1)
+                image = OPERATIONS[name](image, magnitude(name, level, negative=sign < 0.5))
+        return torch.from_numpy(image).permute(2, 0, 1)
 
 
 def magnitude(name: str, level: int, negative: bool) -> float:
@@ -102,7 +102,7 @@ def _rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def _shear_x(pixels: np.ndarray, slope: float) -> np.ndarray:
-    # Half a row more: the axis is the upper edge of the picture, not the middle of its first row.
+    # Half a row more: the axis is the upper edge of the image, not the middle of its first row.
     return _warp(pixels, np.array([[1, -slope, -slope / 2], [0, 1, 0]]))
 
 
@@ -166,7 +166,7 @@ OPERATIONS = {
     "Invert": _by_table(lambda *_: 255 - LEVELS),
 }
 
-# Of the 25 one is drawn for each picture: two operations, each with its probability and its level (without meaning for
+# Of the 25 one is drawn for each image: two operations, each with its probability and its level (without meaning for
 # AutoContrast, Equalize and Invert).
 POLICY = (
     (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),

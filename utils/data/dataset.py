@@ -22,7 +22,7 @@ from utils.system.seeds import derive_seed
 
 
 class Source(Protocol):
-    """Where the pictures of a list come from: their files, or `utils.data.image_cache.ImageCache`."""
+    """Where the images of a list come from: their files, or `utils.data.image_cache.ImageCache`."""
 
     images: ImageList
 
@@ -36,7 +36,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """The pictures of a list, read from their files."""
+    """The images of a list, read from their files."""
 
     images: ImageList
     preprocessing: Preprocessing
@@ -47,26 +47,26 @@ class FileSource:
 
 
 class TooManyUnreadable(ImageError):
-    """More pictures than `max_bad_fraction` allows couldn't be read."""
+    """More images than `max_bad_fraction` allows couldn't be read."""
 
 
 class ImageDataset(Dataset):
-    """The pictures of a list, transformed.
+    """The images of a list, transformed.
 
     An item's key is (epoch, index in the list, how often that index came before in the epoch). What the transform draws
     is a function of the seed and the key, whichever worker draws it.
 
     Args:
-        source: where the pictures come from.
+        source: where the images come from.
         transform: what is made of them.
         seed: of all that is drawn.
-        max_bad_fraction: the part of the pictures, 0 to 1, that may be unreadable: another picture of the class, always
+        max_bad_fraction: the part of the images, 0 to 1, that may be unreadable: another image of the class, always
             the same, stands in for each. None: the first one is an error.
 
     Attributes:
         images: the list.
         class_ids: (n,).
-        unreadable: (n,) bool, the pictures that couldn't be read so far.
+        unreadable: (n,) bool, the images that couldn't be read so far.
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int, max_bad_fraction: float | None = None) -> None:
@@ -78,23 +78,23 @@ class ImageDataset(Dataset):
         self.class_ids = source.images.class_ids
         # In memory that workers share, so that the main process knows what they met.
         self.unreadable = torch.zeros(len(self.class_ids), dtype=torch.bool).share_memory_()
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
 
     def with_transform(self, transform: Transform) -> ImageDataset:
-        """The same pictures, with one account of those that can't be read, otherwise transformed."""
+        """The same images, with one account of those that can't be read, otherwise transformed."""
         other = copy.copy(self)
         other.transform = transform
         return other
 
-    def take_account(self, other: ImageDataset) -> None:
-        """Go on with the account that `other` kept of the same pictures that can't be read."""
-        self.unreadable, self._told = other.unreadable, other._told
+    def share_unreadable(self, other: ImageDataset) -> None:
+        """Go on with the account that `other` kept of the same images that can't be read."""
+        self.unreadable, self._reported = other.unreadable, other._reported
 
     def __len__(self) -> int:
         return len(self.class_ids)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        """One picture, uint8 (3, height, width), and its class id.
+        """One image, uint8 (3, height, width), and its class id.
 
         Raises:
             ImageError: the file can't be read, and none may stand in for it, or none can.
@@ -105,18 +105,18 @@ class ImageDataset(Dataset):
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
         """The items of a batch. First all are read, then all augmented: a processor's cache doesn't hold the code of
         both, so that going to and fro takes a tenth longer."""
-        pixels = [self._read(key) for key in keys]
+        batch = [self._read(key) for key in keys]
         items = []
-        for key, picture in zip(keys, pixels, strict=True):
+        for key, pixels in zip(keys, batch, strict=True):
             self._seed("augment", key)
-            items.append((self.transform.augment(picture), int(self.class_ids[key[1]])))
+            items.append((self.transform.augment(pixels), int(self.class_ids[key[1]])))
         return items
 
     @staticmethod
     def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """Items to a batch, whose colours lie next to each other in memory as they do in the pictures: a plain copy."""
+        """Items to a batch, whose colours lie next to each other in memory as they do in the images: a plain copy."""
         pixels, class_ids = zip(*items, strict=True)
-        stacked = torch.stack([picture.permute(1, 2, 0) for picture in pixels])  # (B, height, width, 3)
+        stacked = torch.stack([image.permute(1, 2, 0) for image in pixels])  # (B, height, width, 3)
         return stacked.permute(0, 3, 1, 2), torch.tensor(class_ids)
 
     def _seed(self, purpose: str, key: Key) -> None:
@@ -135,14 +135,14 @@ class ImageDataset(Dataset):
             return self._crop(index, key)
         except ImageError as error:
             if self.max_bad_fraction is None:
-                remedy = "mend or remove it; txt_annotation.py with its flags and --fix leaves such pictures out"
+                remedy = "mend or remove it; txt_annotation.py with its flags and --fix leaves such images out"
                 raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
             self.unreadable[index] = True
             self._check_unreadable()
             return self._read_another(key, error)
 
     def _read_another(self, key: Key, error: ImageError) -> Tensor:
-        """The first picture that can be read of its class, in an order that depends on (seed, index)."""
+        """The first image that can be read of its class, in an order that depends on (seed, index)."""
         index = key[1]
         others = np.flatnonzero(self.class_ids == self.class_ids[index])
         for other in np.random.default_rng(derive_seed(self.seed, "stand-in", index)).permutation(others):
@@ -150,7 +150,7 @@ class ImageDataset(Dataset):
                 return self._crop(int(other), key)
             except ImageError:
                 continue
-        told = f"{error}; nor can any other picture of its class (id {self.class_ids[index]})"
+        told = f"{error}; nor can any other image of its class (id {self.class_ids[index]})"
         raise ImageError(told, error.path, error.cause) from error
 
     def _check_unreadable(self) -> None:
@@ -158,13 +158,13 @@ class ImageDataset(Dataset):
         if len(bad) > self.max_bad_fraction * len(self):
             named = ", ".join(self.images.path(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise TooManyUnreadable(
-                f"{len(bad)} of {len(self)} pictures can't be read, more than max_bad_fraction="
+                f"{len(bad)} of {len(self)} images can't be read, more than max_bad_fraction="
                 f"{self.max_bad_fraction}: {named}; mend or remove them, or run python "
                 f"txt_annotation.py, with the flags as before and --fix, to have lists without them"
             )
 
     def newly_unreadable(self) -> list[str]:
-        """The pictures that couldn't be read and weren't told by an earlier call."""
-        new = [i for i in self.unreadable.nonzero().flatten().tolist() if i not in self._told]
-        self._told.update(new)
+        """The images that couldn't be read and weren't told by an earlier call."""
+        new = [i for i in self.unreadable.nonzero().flatten().tolist() if i not in self._reported]
+        self._reported.update(new)
         return [self.images.path(i) for i in new]

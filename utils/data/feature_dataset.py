@@ -14,10 +14,10 @@ from utils.data.sampler import Key
 
 
 class FeatureDataset(Dataset):
-    """What the frozen part of a network made of the pictures of a list: a drop-in for `ImageDataset` behind it.
+    """What the frozen part of a network made of the images of a list: a drop-in for `ImageDataset` behind it.
 
     Args:
-        views: of each the features (n, ...); which of them of a picture comes changes from epoch to epoch.
+        views: of each the features (n, ...); which of them of an image comes changes from epoch to epoch.
         images: the list.
         seed: of the order.
     """

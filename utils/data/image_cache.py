@@ -1,4 +1,4 @@
-"""The pictures of a list, shrunk once to what training needs and kept decoded in one file."""
+"""The images of a list, shrunk once to what training needs and kept decoded in one file."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from utils.system.files import format_bytes
 from utils.system.thread_map import map_parallel
 
 INDEX_ROW = 5 * 8
-"""Bytes of the index for each picture."""
+"""Bytes of the index for each image."""
 SAMPLE = 200
-"""Pictures whose headers are read to say how large the file will be."""
+"""Images whose headers are read to say how large the file will be."""
 
 
 class ImageCache:
-    """Pictures out of one memory-mapped file, in place of `utils.data.dataset.FileSource`.
+    """Images out of one memory-mapped file, in place of `utils.data.dataset.FileSource`.
 
-    The file has the pixels, uint8 RGB, one picture after the other, and then the index: int64 (n, 5), for each picture
+    The file has the pixels, uint8 RGB, one image after the other, and then the index: int64 (n, 5), for each image
     where it begins, its height and width there, and the height and width of the upright original; nought where that
     couldn't be read.
 
@@ -98,18 +98,18 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
     path = folder / f"images-{of_list}-{of_content}.bin"
     if not _is_whole(path, len(images)):
         expected = _expected_size(images, config)
-        print(f"cache_images: shrinking {len(images)} pictures into {path}, about {format_bytes(expected)}")
+        print(f"cache_images: shrinking {len(images)} images into {path}, about {format_bytes(expected)}")
         check_room(expected, folder, "cache_images to False")
         with replace_cache(path, replaces=f"images-{of_list}-*.bin") as file:
             _write(images, config, file)
     cache = ImageCache(images, path)
     lost = int((cache.index[:, 1] == 0).sum())
-    print(f"pictures from {path} ({format_bytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
+    print(f"images from {path} ({format_bytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
     return cache
 
 
 def _is_whole(path: Path, num_images: int) -> bool:
-    """Whether there is a cache of so many pictures, with all that its index says."""
+    """Whether there is a cache of so many images, with all that its index says."""
     room = path.stat().st_size - num_images * INDEX_ROW if path.is_file() else -1
     if room < 0:
         return False
@@ -118,14 +118,14 @@ def _is_whole(path: Path, num_images: int) -> bool:
 
 
 def cached_size(height: int, width: int, config: TrainConfig) -> tuple[int, int]:
-    """Height and width to which a picture is shrunk: a random crop of middling area is then of `input_shape`."""
+    """Height and width to which an image is shrunk: a random crop of middling area is then of `input_shape`."""
     middling = (1 + config.train_crop) / 2
     factor = max(config.input_shape[0] / height, config.input_shape[1] / width) / math.sqrt(middling)
     return (height, width) if factor >= 1 else (round(height * factor), round(width * factor))
 
 
 def _shrink(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int] | None:
-    """The shrunk picture (height, width, 3), and the height and width of the original; None if it can't be read."""
+    """The shrunk image (height, width, 3), and the height and width of the original; None if it can't be read."""
     try:
         with open_to_decode(path, config.max_pixels, config.allow_truncated) as image:
             width, height = image.width, image.height
@@ -137,13 +137,13 @@ def _shrink(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int] | Non
 
 
 def _write(images: ImageList, config: TrainConfig, file: BinaryIO) -> None:
-    """Write the pictures, then the index."""
+    """Write the images, then the index."""
     index = np.zeros((len(images), 5), np.int64)
 
     def shrink(i: int) -> tuple[np.ndarray, int, int] | None:
         return _shrink(images.path(i), config)
 
-    for i, shrunk in enumerate(map_parallel(shrink, range(len(images)), "shrinking pictures")):
+    for i, shrunk in enumerate(map_parallel(shrink, range(len(images)), "shrinking images")):
         index[i, 0] = file.tell()
         if shrunk is not None:
             pixels, *full = shrunk
@@ -154,7 +154,7 @@ def _write(images: ImageList, config: TrainConfig, file: BinaryIO) -> None:
 
 
 def _expected_size(images: ImageList, config: TrainConfig) -> int:
-    """About how many bytes the file will have, by the headers of some pictures."""
+    """About how many bytes the file will have, by the headers of some images."""
     pixels = []
     for i in range(0, len(images), max(1, len(images) // SAMPLE)):
         with suppress(ImageError):

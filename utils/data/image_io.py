@@ -1,4 +1,4 @@
-"""A file becomes an upright RGB picture, or an error that names it and says why."""
+"""A file becomes an upright RGB image, or an error that names it and says why."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SUFFIXES = {
 """What files of a format are called, by Pillow's name for it."""
 HEIF_SUFFIXES = frozenset(SUFFIXES["HEIF"])
 IMAGE_SUFFIXES = frozenset(chain(*SUFFIXES.values())) - (frozenset() if HAS_HEIF else HEIF_SUFFIXES)
-"""Files with these, in upper or lower case, are taken for pictures when folders are scanned."""
+"""Files with these, in upper or lower case, are taken for images when folders are scanned."""
 
 # What a file may be, whatever its name says. Pillow knows more formats; those left out are no photos, and some of their
 # decoders start other programs (EPS) or are hardly ever tried.
@@ -60,13 +60,13 @@ FORMATS = [
 ]
 
 READERS = f"Pillow {PIL.__version__}, OpenCV {cv2.__version__}{', pillow-heif' if HAS_HEIF else ''}"
-"""What reads pictures here: another version may read more, or give other pixels."""
+"""What reads images here: another version may read more, or give other pixels."""
 
 MAX_PIXELS = TrainConfig.max_pixels
-"""A picture of more is refused before it is decoded: a small file can claim to be a huge picture."""
+"""An image of more is refused before it is decoded: a small file can claim to be a huge image."""
 
 BACKGROUND = (255, 255, 255)
-"""What transparent pictures are laid on."""
+"""What transparent images are laid on."""
 
 
 DETAIL = 1.5
@@ -96,11 +96,11 @@ UPRIGHT = {
 LYING = (5, 6, 7, 8)
 
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom of a part of a picture, in its pixels."""
+"""Left, top, right and bottom of a part of an image, in its pixels."""
 
 
 class Region(NamedTuple):
-    """A picture and the part of it that is wanted.
+    """An image and the part of it that is wanted.
 
     Attributes:
         pixels: uint8 (height, width, 3), upright RGB; perhaps smaller than the file says.
@@ -111,13 +111,13 @@ class Region(NamedTuple):
     box: Box
 
 
-# Pillow warns of large pictures and odd metadata; here limits and errors decide.
+# Pillow warns of large images and odd metadata; here limits and errors decide.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageError(InputError):
-    """A file that can't be read as a picture.
+    """A file that can't be read as an image.
 
     Attributes:
         path: the file.
@@ -133,21 +133,21 @@ class ImageError(InputError):
     @staticmethod
     def of(path: str | Path, cause: str) -> ImageError:
         """The error for one file."""
-        return ImageError(f"{path} can't be read as a picture: {cause}", str(path), cause)
+        return ImageError(f"{path} can't be read as an image: {cause}", str(path), cause)
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Image.Image:
-    """Read a picture, turn it upright by its EXIF orientation, and make it RGB, see `to_rgb`.
+    """Read an image, turn it upright by its EXIF orientation, and make it RGB, see `to_rgb`.
 
-    Of an animation it is the first frame. The picture's `format` says what the file is.
+    Of an animation it is the first frame. The image's `format` says what the file is.
 
     Args:
         path: the file, of one of `FORMATS`, whatever its suffix.
-        max_pixels: a picture that says it has more is refused unread.
+        max_pixels: an image that says it has more is refused unread.
         allow_truncated: take what there is of a file that ends too early; what is missing is grey.
 
     Raises:
-        ImageError: the file is missing or is no readable picture; whatever else goes wrong in reading it becomes this.
+        ImageError: the file is missing or is no readable image; whatever else goes wrong in reading it becomes this.
     """
     with _opened(path, max_pixels, allow_truncated) as image:
         return _upright_rgb(image)
@@ -226,15 +226,15 @@ def _decode_jpeg(path: str | Path, reduction: int, orientation: int) -> np.ndarr
 
 
 def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """A picture in memory as `open_image` gives one from a file: of Pillow's, or an array of uint8, (height, width, 3)
+    """An image in memory as `open_image` gives one from a file: of Pillow's, or an array of uint8, (height, width, 3)
     in RGB or (height, width) in grey.
 
     Raises:
-        ImageError: the file behind the picture, which Pillow reads only now, is broken.
+        ImageError: the file behind the image, which Pillow reads only now, is broken.
         ValueError: it is neither, or the array is of another type or shape.
     """
     if not isinstance(image, np.ndarray | Image.Image):
-        raise ValueError(f"a {type(image).__name__}: give a path, a picture of Pillow's, or a numpy array")
+        raise ValueError(f"a {type(image).__name__}: give a path, an Pillow image, or a numpy array")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise ValueError(
@@ -245,7 +245,7 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
     try:
         return _upright_rgb(image.copy())
     except (OSError, SyntaxError) as error:
-        raise ImageError.of(getattr(image, "filename", "") or "a picture in memory", str(error)) from error
+        raise ImageError.of(getattr(image, "filename", "") or "an image in memory", str(error)) from error
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -259,7 +259,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF tag; 1, upright, where there is none, or none that can be read: the picture is whole all the same."""
+    """The EXIF tag; 1, upright, where there is none, or none that can be read: the image is whole all the same."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, LookupError, struct.error):
@@ -267,17 +267,17 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height that a picture's header says, in most formats before it is turned upright. No more is read.
+    """Width and height that an image's header says, in most formats before it is turned upright. No more is read.
 
     Raises:
-        ImageError: the file is missing, is no picture, or says it has more than `max_pixels`.
+        ImageError: the file is missing, is no image, or says it has more than `max_pixels`.
     """
     with _opened(path, max_pixels) as image:
         return image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Make a picture RGB: transparent ones are laid on white, and deeper ones scaled to 8 bits.
+    """Make an image RGB: transparent ones are laid on white, and deeper ones scaled to 8 bits.
 
     Of whole numbers, 65,535 is white; of floats, 1 is white if there is none above it, else 255.
     """
@@ -322,10 +322,10 @@ def _cause(path: str | Path, error: Exception, max_pixels: int) -> str:
             return "it is HEIC; pip install pillow-heif to read it"
         if kind[4:8] == b"ftyp" and kind[8:12] in (b"avif", b"avis"):
             return "it is AVIF, which this build of Pillow lacks; pip install -U pillow to read it"
-        return "it is of no known picture format" if kind else "it is empty"
+        return "it is of no known image format" if kind else "it is empty"
     if isinstance(error, Image.DecompressionBombError):
         return (
             f"it has more pixels than max_pixels={max_pixels} allows; raise that, a setting of train.py and "
-            f"txt_annotation.py, or shrink the picture"
+            f"txt_annotation.py, or shrink the image"
         )
     return "there is no such file" if missing else f"{type(error).__name__}: {error}"

@@ -46,11 +46,11 @@ class ImageList:
         return len(self.class_ids)
 
     def path(self, index: int) -> str:
-        """The path of one picture, as it can be opened."""
+        """The path of one image, as it can be opened."""
         return os.path.join(self.folder, self.name(index))
 
     def name(self, index: int) -> str:
-        """The path of one picture, as it stands in the list."""
+        """The path of one image, as it stands in the list."""
         line = self.buffer[self.starts[index] : self.starts[index + 1]].tobytes().rstrip(b"\r\n")
         return _decode(line.partition(b";")[2])
 
@@ -80,7 +80,7 @@ def write_list(path: str | Path, entries: Iterable[tuple[int, str]]) -> None:
     write_bytes(Path(path), _format(entries))
 
 
-def write_left_out(path: str | Path, reasons: Mapping[str, str]) -> None:
+def write_excluded(path: str | Path, reasons: Mapping[str, str]) -> None:
     """Write a line `reason;path` for each path that `reasons` has a reason for."""
     write_bytes(Path(path), _encode("".join(f"{reason};{_one_line(name)}\n" for name, reason in reasons.items())))
 
@@ -100,7 +100,7 @@ def parse_list(buffer: np.ndarray, source: str | Path) -> ImageList:
 
 
 def draw(images: ImageList, most: int, seed: int, by_class: bool = False) -> np.ndarray:
-    """Indices (n,), rising, of up to `most` pictures drawn at random: any, or of each class as many, as far as it has
+    """Indices (n,), rising, of up to `most` images drawn at random: any, or of each class as many, as far as it has
     them."""
     order = np.random.default_rng(seed).permutation(len(images))
     if by_class:
@@ -118,7 +118,7 @@ def count_earlier(values: np.ndarray) -> np.ndarray:
 
 
 def take(images: ImageList, indices: np.ndarray) -> ImageList:
-    """Some pictures of a list, as a list."""
+    """Some images of a list, as a list."""
     return list_in_memory((int(images.class_ids[i]), images.path(i)) for i in indices)
 
 
@@ -134,7 +134,7 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
         raise FileNotFoundError(f"there is no list {path}: run python txt_annotation.py")
     images = _parse(np.fromfile(path, np.uint8), _folder(path), str(path))
     if not len(images):
-        raise ValueError(f"{path} is empty: put pictures into datasets/ and run python txt_annotation.py")
+        raise ValueError(f"{path} is empty: put images into datasets/ and run python txt_annotation.py")
     if images.class_ids.max() >= num_classes:
         worst = int(images.class_ids.argmax())
         number = _line_number(images.buffer, images.starts[worst])
@@ -146,7 +146,7 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
 
 
 def compare_lists(before: ImageList, now: ImageList, class_names: Sequence[str]) -> str:
-    """What is in one list and not in the other, in words: pictures added, removed, moved (the file's name is the same,
+    """What is in one list and not in the other, in words: images added, removed, moved (the file's name is the same,
     its folder another) and relabelled."""
     then, here = ({images.name(i): int(images.class_ids[i]) for i in range(len(images))} for images in (before, now))
     gone, come = _by_file_name(then.keys() - here.keys()), _by_file_name(here.keys() - then.keys())
@@ -163,7 +163,7 @@ def compare_lists(before: ImageList, now: ImageList, class_names: Sequence[str])
         for kind, names in changes.items()
         if names
     ]
-    return ", ".join(told) or "the same pictures in another order or notation"
+    return ", ".join(told) or "the same images in another order or notation"
 
 
 def _by_file_name(names: Iterable[str]) -> dict[str, str]:
@@ -176,13 +176,13 @@ def _by_file_name(names: Iterable[str]) -> dict[str, str]:
 
 def _parse(buffer: np.ndarray, folder: str, source: str) -> ImageList:
     """Find lines and ids in the bytes of a list, a block at a time, so that it takes little memory besides."""
-    begin = len(codecs.BOM_UTF8) if buffer[:3].tobytes() == codecs.BOM_UTF8 else 0
+    start = len(codecs.BOM_UTF8) if buffer[:3].tobytes() == codecs.BOM_UTF8 else 0
     for i in range(0, len(buffer), BLOCK):
         if not (block := buffer[i : i + BLOCK]).all():
             number = _line_number(buffer, i + int(block.argmin()))
             raise ValueError(f"{source}, line {number}: it has a NUL in it, which no path has")
     newlines = [np.flatnonzero(buffer[i : i + BLOCK] == NEWLINE) + (i + 1) for i in range(0, len(buffer), BLOCK)]
-    starts = np.concatenate([[begin], *newlines])
+    starts = np.concatenate([[start], *newlines])
     starts = starts[starts < len(buffer)]
     starts = starts[(buffer[starts] != NEWLINE) & (buffer[starts] != RETURN)]  # but for empty lines
     class_ids = np.empty(len(starts), np.int32)
@@ -221,7 +221,7 @@ def _line_number(buffer: np.ndarray, start: int) -> int:
 
 
 def read_first_path(path: str | Path) -> str | None:
-    """The first picture of a list, as it can be opened; None if there is no list or nothing in it."""
+    """The first image of a list, as it can be opened; None if there is no list or nothing in it."""
     if not Path(path).is_file():
         return None
     return next((os.path.join(_folder(path), _decode(line.partition(b";")[2])) for _, line in _lines(path)), None)

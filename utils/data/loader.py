@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from utils.data.dataset import ImageDataset
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.sampler import EpochSampler, Sampling
-from utils.system.signals import WorkerDied, held, ignore_interrupt, watch_workers
+from utils.system.signals import WorkerDied, defer_signals, ignore_interrupt, watch_workers
 
 
 def batch_paths(loader: DataLoader, number: int) -> list[str]:
@@ -29,14 +29,14 @@ def train_loader(
 ) -> DataLoader:
     """Batches of uint8 pixels (B, 3, height, width), or of features (B, ...), and class ids (B,), anew in each epoch.
 
-    All batches are of one size, so what an epoch leaves over sits out, other pictures each time. Set
+    All batches are of one size, so what an epoch leaves over sits out, other images each time. Set
     `loader.sampler.epoch` and `.start` before each epoch; the loader's length is that of a whole one.
     """
     return _loader(dataset, batch_size, num_workers, sampling)
 
 
 def eval_loader(dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int) -> DataLoader:
-    """Batches in the list's order, every picture once; the last batch may be smaller."""
+    """Batches in the list's order, every image once; the last batch may be smaller."""
     return _loader(dataset, batch_size, num_workers, None)
 
 
@@ -46,7 +46,7 @@ def fetch(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     Raises:
         WorkerDied: one of its workers did.
     """
-    with held():  # so that no worker is started that nobody knows of
+    with defer_signals():  # so that no worker is started that nobody knows of
         batches = iter(loader)
         watch_workers()
     try:

@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
 UNSET = (None, "auto")
 
 
-def settle_preprocessing(config: TrainConfig, expected: Mapping[str, Any]) -> TrainConfig:
+def resolve_preprocessing(config: TrainConfig, expected: Mapping[str, Any]) -> TrainConfig:
     """`config` with what it leaves open of `DEFAULTS` as the weights have it that training starts from, or else by
     default.
 
@@ -38,7 +38,7 @@ def settle_preprocessing(config: TrainConfig, expected: Mapping[str, Any]) -> Tr
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How evaluation prepares a picture. A checkpoint carries it; the fields are those of `TrainConfig`."""
+    """How evaluation prepares an image. A checkpoint carries it; the fields are those of `TrainConfig`."""
 
     max_pixels: int
     allow_truncated: bool

@@ -20,9 +20,9 @@ class EpochSampler(Sampler):
     """The keys of one epoch, in an order that is a function of (seed, epoch).
 
     Args:
-        class_ids: (n,), of the pictures.
-        sampling: "shuffle": every picture once; "balanced": n draws, every class equally often in the mean, so that
-            pictures of small classes come several times and those of large ones not in every epoch; None: in the list's
+        class_ids: (n,), of the images.
+        sampling: "shuffle": every image once; "balanced": n draws, every class equally often in the mean, so that
+            images of small classes come several times and those of large ones not in every epoch; None: in the list's
             order.
         seed: another seed gives other orders.
 

@@ -32,7 +32,7 @@ class Decodable(Protocol):
 
 
 class Transform(ABC):
-    """A picture to uint8 pixels (3, height, width), in three steps: choose a part, which is known before the file is
+    """An image to uint8 pixels (3, height, width), in three steps: choose a part, which is known before the file is
     decoded and so decides how finely that is done; resize it; augment it.
 
     Attributes:
@@ -43,7 +43,7 @@ class Transform(ABC):
 
     @abstractmethod
     def choose_box(self, width: int, height: int) -> Box:
-        """The part that is wanted of an upright picture of this size."""
+        """The part that is wanted of an upright image of this size."""
 
     def region(self, image: Decodable) -> Region:
         """That part of an image, decoded."""
@@ -58,12 +58,12 @@ class Transform(ABC):
         return pixels
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """All steps, for an upright RGB picture that is in memory."""
+        """All steps, for an upright RGB image that is in memory."""
         return self.augment(self.resize(Region(np.array(image), self.choose_box(*image.size))))
 
 
 class TrainTransform(Transform):
-    """A random part of a picture to uint8 (3, height, width), with augmentation.
+    """A random part of an image to uint8 (3, height, width), with augmentation.
 
     All is drawn from torch's global generator.
     """
@@ -94,7 +94,7 @@ class TrainTransform(Transform):
 
 
 class EvalTransform(Transform):
-    """A picture to uint8 (3, height, width): the same for validation, evaluation and prediction.
+    """An image to uint8 (3, height, width): the same for validation, evaluation and prediction.
 
     Either the centre: the largest part with the aspect ratio of `input_shape`, times `eval_crop`. With a square shape
     this is the usual "resize the short side to size / crop, then crop the centre", in one step and without the pixels
@@ -111,7 +111,7 @@ class EvalTransform(Transform):
         """The centre, in fractions of pixels, or all of it."""
         if self.letterbox:
             return 0, 0, width, height
-        # pixels of the picture to one of the result
+        # pixels of the image to one of the result
         scale = self.crop * min(height / self.size[0], width / self.size[1])
         left, top = (width - self.size[1] * scale) / 2, (height - self.size[0] * scale) / 2
         return max(0, left), max(0, top), min(width, width - left), min(height, height - top)
@@ -138,7 +138,7 @@ class EvalTransform(Transform):
         return across.resize(size, self.filter, box=(0, top - first, size[0], bottom - first))
 
     def _fitted(self, width: int, height: int) -> tuple[int, int]:
-        """The largest width and height with the aspect ratio of a picture that fit; of a strip a pixel is left."""
+        """The largest width and height with the aspect ratio of an image that fit; of a strip a pixel is left."""
         most_rows, most_columns = self.size
         if width / height > most_columns / most_rows:
             return most_columns, max(1, round(height / width * most_columns))

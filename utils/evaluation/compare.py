@@ -1,4 +1,4 @@
-"""Whether one classifier is really better than another: both on the same pictures."""
+"""Whether one classifier is really better than another: both on the same images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from utils.metrics.scores import Scores
 from utils.system.text import printable
 
 NAMED = 5
-"""Pictures of each kind that the terminal names."""
+"""Images of each kind that the terminal names."""
 LEVEL = 0.05
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
-    """How likely chance alone makes the numbers of pictures that only A, and only B, names right differ so much.
+    """How likely chance alone makes the numbers of images that only A, and only B, names right differ so much.
 
-    McNemar's test in its exact, two-sided form: if neither is better, each such picture falls to either side like a
+    McNemar's test in its exact, two-sided form: if neither is better, each such image falls to either side like a
     coin. McNemar, 1947, https://doi.org/10.1007/BF02295996.
     """
     from scipy.stats import binomtest  # slow to import
@@ -29,10 +29,10 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
 
 
 def difference_interval(only_a: int, only_b: int, n: int) -> Interval:
-    """The 95 % interval of the difference in accuracy, B less A, of n pictures that both named.
+    """The 95 % interval of the difference in accuracy, B less A, of n images that both named.
 
-    Agresti and Min, 2005, https://doi.org/10.1002/sim.1781: Wald's, with half a picture added to each of the four
-    cells, so that it holds for few pictures too.
+    Agresti and Min, 2005, https://doi.org/10.1002/sim.1781: Wald's, with half an image added to each of the four
+    cells, so that it holds for few images too.
     """
     a, b, n = only_a + 0.5, only_b + 0.5, n + 2
     centre = (b - a) / n
@@ -41,11 +41,11 @@ def difference_interval(only_a: int, only_b: int, n: int) -> Interval:
 
 
 def compare(a: Scores, b: Scores, seen: tuple[Seen, Seen]) -> dict[str, Any]:
-    """What `comparison.json` holds: of two classifiers on the same pictures, and what their runs have seen of them."""
+    """What `comparison.json` holds: of two classifiers on the same images, and what their runs have seen of them."""
     only_a, only_b = (int(np.count_nonzero(x & ~y)) for x, y in ((a.correct, b.correct), (b.correct, a.correct)))
     n = len(a)
     return {
-        "pictures": n,
+        "images": n,
         "top1": [float(a.correct.mean()), float(b.correct.mean())],
         "difference": (only_b - only_a) / n,
         "interval": list(difference_interval(only_a, only_b, n)),
@@ -64,9 +64,9 @@ def compare(a: Scores, b: Scores, seen: tuple[Seen, Seen]) -> dict[str, Any]:
 def format_comparison(comparison: dict[str, Any]) -> str:
     """The comparison in words, then what may be concluded and what to know of it."""
     (top1_a, top1_b), (low, high) = comparison["top1"], comparison["interval"]
-    p, n = comparison["p_value"], comparison["pictures"]
+    p, n = comparison["p_value"], comparison["images"]
     lines = [
-        f"A: top-1 {top1_a:.2%}; B: top-1 {top1_b:.2%}; the same {n} pictures",
+        f"A: top-1 {top1_a:.2%}; B: top-1 {top1_b:.2%}; the same {n} images",
         f"only A is right: {comparison['only_a_right']}; only B: {comparison['only_b_right']}; both: "
         f"{comparison['both_right']}; neither: {comparison['both_wrong']}",
         f"B less A: {100 * comparison['difference']:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}; "
@@ -80,16 +80,16 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         )
     ]
     if p < LEVEL and seen[better] > seen[other]:
-        lines.append(f"{'AB'[better]} has seen more of these pictures, or may have, so that it needn't be better")
+        lines.append(f"{'AB'[better]} has seen more of these images, or may have, so that it needn't be better")
     elif p < LEVEL:
-        lines.append(f"{'AB'[better]} is better, on pictures like these")
+        lines.append(f"{'AB'[better]} is better, on images like these")
     else:
-        lines.append("such a difference may well be chance: these pictures don't tell which is better")
+        lines.append("such a difference may well be chance: these images don't tell which is better")
     return "\n".join([*lines, *(f"warning: {note}" for note in comparison["notes"])])
 
 
 def flipped_rows(a: Scores, b: Scores, paths: list[str], class_names: list[str]) -> list[list[str]]:
-    """The header, then a row for each picture that exactly one names right, the surest such answer first."""
+    """The header, then a row for each image that exactly one names right, the surest such answer first."""
     flipped = np.flatnonzero(a.correct != b.correct)
     surest = np.where(a.correct, a.confidence, b.confidence)[flipped]
     rows = [["path", "truth", "right", "prediction_a", "probability_a", "prediction_b", "probability_b"]]
@@ -100,7 +100,7 @@ def flipped_rows(a: Scores, b: Scores, paths: list[str], class_names: list[str])
 
 
 def format_flipped(rows: list[list[str]]) -> str:
-    """The first pictures that only A, and only B, names right, a line each."""
+    """The first images that only A, and only B, names right, a line each."""
     lines = []
     for side, other in (("A", 5), ("B", 3)):
         of_side = [row for row in rows[1:] if row[2] == side]

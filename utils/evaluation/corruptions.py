@@ -1,7 +1,7 @@
-"""Pictures a little worse than they were: how much a classifier minds blur, compression, noise, light and rotation.
+"""Images a little worse than they were: how much a classifier minds blur, compression, noise, light and rotation.
 
 After Hendrycks and Dietterich, 2019, https://arxiv.org/abs/1903.12261, at about their mildest strength, so that a
-person would name the pictures as before. They are applied to what the network is shown.
+person would name the images as before. They are applied to what the network is shown.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def corrupt(pixels: Tensor, corruption: Corruption, seed: int) -> Tensor:
-    """A batch (B, 3, height, width) uint8, each picture corrupted; what is drawn depends on the seed."""
+    """A batch (B, 3, height, width) uint8, each image corrupted; what is drawn depends on the seed."""
     generator = np.random.default_rng(seed)
-    pictures = pixels.permute(0, 2, 3, 1).contiguous().numpy()
-    made = np.stack([corruption(picture, generator) for picture in pictures])
+    images = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    made = np.stack([corruption(image, generator) for image in images])
     return torch.from_numpy(made).permute(0, 3, 1, 2)
 
 

@@ -1,4 +1,4 @@
-"""What a classifier is evaluated on: a list or a folder, of its classes; pictures of none of them; and which of all
+"""What a classifier is evaluated on: a list or a folder, of its classes; images of none of them; and which of all
 these its run has seen."""
 
 from __future__ import annotations
@@ -8,36 +8,36 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.annotation.folder_scan import SPLIT_NAMES, Scan, pictures_below, scan_classes, set_demo_aside
+from utils.annotation.folder_scan import SPLIT_NAMES, Scan, exclude_demo, find_images, scan_classes
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, list_in_memory, read_classes, read_list
 from utils.inference.classifier import Classifier
 from utils.runs.folder import LIST_FILES, read_run_list
 
 
-def read_strangers(classifier: Classifier, folder: str) -> ImageList:
-    """The pictures in a folder and below, which are of no class.
+def read_ood_images(classifier: Classifier, folder: str) -> ImageList:
+    """The images in a folder and below, which are of no class.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there are no pictures in it, or the classifier rejects nothing.
+        ValueError: there are no images in it, or the classifier rejects nothing.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"strangers={folder!r}: there is no such folder")
+        raise FileNotFoundError(f"ood={folder!r}: there is no such folder")
     if not classifier.can_reject:
         raise ValueError(
-            "strangers: this classifier rejects nothing; take the best checkpoint of a finished run, and leave raw off"
+            "ood: this classifier rejects nothing; take the best checkpoint of a finished run, and leave raw off"
         )
-    paths = pictures_below(folder, skipped := Counter())
+    paths = find_images(folder, skipped := Counter())
     for reason, count in skipped.items():
-        print(f"passed over: {count} {reason} (strangers)")
+        print(f"passed over: {count} {reason} (ood)")
     if not paths:
-        raise ValueError(f"strangers={folder!r}: there are no pictures in it")
+        raise ValueError(f"ood={folder!r}: there are no images in it")
     return list_in_memory((0, path) for path in paths)
 
 
 def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageList:
-    """The pictures of a list, or in a folder of class folders, whose classes are those of the checkpoint.
+    """The images of a list, or in a folder of class folders, whose classes are those of the checkpoint.
 
     Raises:
         FileNotFoundError: there is no such list or folder, or no class file where one was named.
@@ -54,40 +54,40 @@ def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageLi
 
 @dataclass(frozen=True)
 class Seen:
-    """How many of the pictures that a checkpoint is evaluated on its run has seen.
+    """How many of the images that a checkpoint is evaluated on its run has seen.
 
     Attributes:
-        pictures: how many there are.
+        images: how many there are.
         trained_on: how many of them are in the training list that the run began with.
         validated_on: likewise in its validation list.
-        known: whether that is all: the lists are beside the checkpoint, and all their pictures where they say.
+        known: whether that is all: the lists are beside the checkpoint, and all their images where they say.
     """
 
-    pictures: int
+    images: int
     trained_on: int
     validated_on: int
     known: bool
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of figures on these pictures should know first."""
+        """What a reader of figures on these images should know first."""
         told = []
         if self.trained_on:
             told.append(
-                f"{self.trained_on} of the {self.pictures} pictures were trained on: with new pictures the figures "
+                f"{self.trained_on} of the {self.images} images were trained on: with new images the figures "
                 f"would be worse"
             )
         if self.validated_on:
             told.append(
-                f"{self.validated_on} of the {self.pictures} pictures are of the validation list, by which the run "
-                f"chose its best epoch and more (temperature, thresholds, a probe's penalty): new pictures would do a "
+                f"{self.validated_on} of the {self.images} images are of the validation list, by which the run "
+                f"chose its best epoch and more (temperature, thresholds, a probe's penalty): new images would do a "
                 f"little worse"
             )
         if not self.known:
             told.append(
-                f"Whether the run has seen {'others of ' if told else ''}these pictures can't be told: its lists "
-                f"aren't beside the checkpoint, or pictures that they name are elsewhere or gone. If it has, new "
-                f"pictures would do worse"
+                f"Whether the run has seen {'others of ' if told else ''}these images can't be told: its lists "
+                f"aren't beside the checkpoint, or images that they name are elsewhere or gone. If it has, new "
+                f"images would do worse"
             )
         return told
 
@@ -108,24 +108,24 @@ def count_seen(checkpoint: Path, classifier: Classifier, images: ImageList) -> S
 
 
 def list_folder(folder: str, class_names: list[str]) -> ImageList:
-    """The pictures in `folder`, whose folders are named after classes; what is passed over is printed.
+    """The images in `folder`, whose folders are named after classes; what is passed over is printed.
 
     Raises:
-        ValueError: it has a folder that is no class of the checkpoint, or no pictures.
+        ValueError: it has a folder that is no class of the checkpoint, or no images.
     """
     scan = Scan()
     scan_classes(Path(folder), scan, "test")
-    set_demo_aside(scan)
-    pictures = scan.pictures["test"]
-    if pictures.keys() <= SPLIT_NAMES.keys() - set(class_names):
+    exclude_demo(scan)
+    images = scan.images["test"]
+    if images.keys() <= SPLIT_NAMES.keys() - set(class_names):
         such_as = f", such as {folder}/test" if Path(folder, "test").is_dir() else ""
-        raise ValueError(f"{folder} has no folders of pictures named after classes; give the one that has{such_as}")
-    check_classes(list(pictures), class_names, folder, may_lack=True)
+        raise ValueError(f"{folder} has no folders of images named after classes; give the one that has{such_as}")
+    check_classes(list(images), class_names, folder, may_lack=True)
     for name, reasons in scan.skipped.items():
         for reason, count in reasons.items():
             print(f"passed over: {count} {reason}{f' ({name})' if name else ''}")
     return list_in_memory(
-        (class_id, path) for class_id, name in enumerate(class_names) for path in pictures.get(name, ())
+        (class_id, path) for class_id, name in enumerate(class_names) for path in images.get(name, ())
     )
 
 

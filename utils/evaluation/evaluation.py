@@ -33,10 +33,10 @@ class Evaluation:
         checkpoint_sha256: of the file as it was opened; a run that is going on may have put another in its place.
         data: what it was evaluated on, a list or a folder.
         classifier: what the file holds.
-        images: the pictures.
+        images: the images.
         outputs: of the network for them.
-        corrupted: corruption -> right answers and pictures, of a part of them; "none": of the same as they are.
-        strangers: outputs for pictures that are of no class; None: there are none.
+        corrupted: corruption -> right answers and images, of a part of them; "none": of the same as they are.
+        ood: outputs for images that are of no class; None: there are none.
         max_error: the part of the accepted answers that may be wrong, where the report speaks of rejection.
     """
 
@@ -47,7 +47,7 @@ class Evaluation:
     images: ImageList
     outputs: Outputs
     corrupted: Mapping[str, tuple[int, int]]
-    strangers: Outputs | None
+    ood: Outputs | None
     max_error: float
 
     @cached_property
@@ -85,7 +85,7 @@ class Evaluation:
         """What a reader of the figures should know first."""
         notes = count_seen(self.checkpoint, self.classifier, self.images).notes
         if absent_classes:
-            notes.append(f"No pictures, so not in the means: {', '.join(absent_classes)}")
+            notes.append(f"No images, so not in the means: {', '.join(absent_classes)}")
         classifier = self.classifier
         if classifier.calibration is None and classifier.temperature != 1:
             notes.append(
@@ -100,7 +100,7 @@ class Evaluation:
         return notes
 
     def rejection(self, max_error: float) -> dict[str, float | int | list[float] | None]:
-        """What becomes of these pictures, and of the strangers, if validation allows the part `max_error` of errors
+        """What becomes of these images, and of the strangers, if validation allows the part `max_error` of errors
         among the accepted."""
         rejection = self.classifier.calibration.choose_rejection(max_error)
         accepted = rejection.accepts(*self.judged).numpy()
@@ -113,20 +113,20 @@ class Evaluation:
             "error": wrong / count if count else None,
             "error_interval": list(wilson_interval(wrong, count)),
         }
-        if self.strangers is not None:
-            row["strangers"] = len(self.strangers.logits)
-            row["strangers_rejected"] = 1 - rejection.accepts(*self.judged_strangers).numpy().mean()
+        if self.ood is not None:
+            row["ood"] = len(self.ood.logits)
+            row["ood_rejected"] = 1 - rejection.accepts(*self.judged_ood).numpy().mean()
         return row
 
     @cached_property
     def judged(self) -> tuple[Tensor, Tensor]:
-        """Of each picture the probability of its likeliest class and its distance from all, by which it is rejected."""
+        """Of each image the probability of its likeliest class and its distance from all, by which it is rejected."""
         return self._judge(self.outputs)
 
     @cached_property
-    def judged_strangers(self) -> tuple[Tensor, Tensor]:
+    def judged_ood(self) -> tuple[Tensor, Tensor]:
         """The same of the strangers."""
-        return self._judge(self.strangers)
+        return self._judge(self.ood)
 
     def _judge(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
         probability = (outputs.logits / self.classifier.temperature).softmax(dim=1).amax(dim=1)
@@ -136,7 +136,7 @@ class Evaluation:
 def evaluate_corrupted(
     classifier: Classifier, images: ImageList, outputs: Outputs, most: int, num_workers: int, batch_size: int
 ) -> dict[str, tuple[int, int]]:
-    """Right answers and pictures under each corruption of up to `most` pictures drawn at random, and under "none" of
+    """Right answers and images under each corruption of up to `most` images drawn at random, and under "none" of
     the same as they are, which `outputs` has."""
     if most == 0:
         return {}

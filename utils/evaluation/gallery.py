@@ -1,4 +1,4 @@
-"""Pictures for the page of an evaluation: thumbnails, what the network looked at, and the nearest training picture."""
+"""Images for the page of an evaluation: thumbnails, what the network looked at, and the nearest training image."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from utils.inference.fit_calibration import TrainEmbeddings
 from utils.system.text import printable
 
 THUMBNAIL = 160
-"""Pixels on the longer side of a picture on the page."""
+"""Pixels on the longer side of an image on the page."""
 EXPLAINED_AT_ONCE = 8
 
 
 class Gallery:
-    """The pictures on the page, each thumbnail made once.
+    """The images on the page, each thumbnail made once.
 
     Args:
-        evaluation: whose pictures they are.
-        train: training pictures to show the nearest of beside a mistake, if there are any.
+        evaluation: whose images they are.
+        train: training images to show the nearest of beside a mistake, if there are any.
     """
 
     def __init__(self, evaluation: Evaluation, train: TrainEmbeddings | None) -> None:
@@ -54,13 +54,13 @@ class Gallery:
         return fit(Image.fromarray(pixels), THUMBNAIL)
 
     def figure(self, index: int) -> dict[str, Any]:
-        """What is shown of an evaluated picture."""
+        """What is shown of an evaluated image."""
         scores, names = self.evaluation.scores, self.evaluation.classifier.class_names
         truth, predicted = int(scores.class_ids[index]), int(scores.predicted[index])
         path = self.evaluation.images.path(index)
         return {
             "path": printable(path),
-            "picture": self.thumbnail(path),
+            "image": self.thumbnail(path),
             "truth": printable(names[truth]),
             "predicted": printable(names[predicted]),
             "classes": f"{truth} {predicted}",
@@ -72,7 +72,7 @@ class Gallery:
         }
 
     def figures(self, indices: Sequence[int], explained: bool = False) -> list[dict[str, Any]]:
-        """What is shown of evaluated pictures: with the nearest training picture of each, and to be explained with maps
+        """What is shown of evaluated images: with the nearest training image of each, and to be explained with maps
         of what the network looked at."""
         figures = [self.figure(index) for index in indices]
         if explained:
@@ -84,7 +84,7 @@ class Gallery:
                 name = self.evaluation.classifier.class_names[self.train.images.class_ids[neighbour]]
                 figure["nearest"] = {
                     "path": printable(path),
-                    "picture": self.thumbnail(path),
+                    "image": self.thumbnail(path),
                     "class_name": printable(name),
                 }
         return figures
@@ -97,18 +97,18 @@ class Gallery:
             maps = explain(classifier, pixels, torch.from_numpy(self.evaluation.scores.predicted[some]))
             for row, figure in enumerate(figures[start : start + EXPLAINED_AT_ONCE]):
                 overlays = titled_overlays(pixels[row], maps, row, THUMBNAIL)
-                figure["maps"] = [{"title": title, "picture": to_uri(image)} for title, image in overlays.items()]
+                figure["maps"] = [{"title": title, "image": to_uri(image)} for title, image in overlays.items()]
 
 
 def to_uri(image: Image.Image) -> str:
-    """A picture as a JPEG in a data URI."""
+    """An image as a JPEG in a data URI."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def shown_pictures(evaluation: Evaluation, indices: Sequence[int]) -> np.ndarray:
-    """What the network was shown of some pictures, uint8 (n, height, width, 3)."""
+def shown_images(evaluation: Evaluation, indices: Sequence[int]) -> np.ndarray:
+    """What the network was shown of some images, uint8 (n, height, width, 3)."""
     classifier = evaluation.classifier
-    pictures = [np.asarray(shown(classifier.load(evaluation.images.path(i)), THUMBNAIL)) for i in indices]
-    return np.stack(pictures) if pictures else np.zeros((0, 1, 1, 3), np.uint8)
+    images = [np.asarray(shown(classifier.load(evaluation.images.path(i)), THUMBNAIL)) for i in indices]
+    return np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)

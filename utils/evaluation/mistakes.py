@@ -1,4 +1,4 @@
-"""Which pictures to look at: those that were named wrong, hardly right, or whose label may be wrong."""
+"""Which images to look at: those that were named wrong, hardly right, or whose label may be wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.system.thread_map import map_parallel
 
 
 def worst_mistakes(scores: Scores, most: int) -> list[int]:
-    """The pictures named wrong of highest loss, that first."""
+    """The images named wrong of highest loss, that first."""
     wrong = np.flatnonzero(~scores.correct)
     return wrong[np.argsort(-scores.losses[wrong], kind="stable")][:most].tolist()
 
@@ -29,7 +29,7 @@ def margins(scores: Scores) -> np.ndarray:
 
 
 def least_certain(scores: Scores, most: int) -> list[int]:
-    """The pictures, right or wrong, of smallest margin, that first."""
+    """The images, right or wrong, of smallest margin, that first."""
     return np.argsort(margins(scores), kind="stable")[:most].tolist()
 
 
@@ -39,12 +39,12 @@ class ConfusedPair(NamedTuple):
     Attributes:
         truth: class id.
         predicted: class id.
-        pictures: those it happened to, the most confident first.
+        images: those it happened to, the most confident first.
     """
 
     truth: int
     predicted: int
-    pictures: list[int]
+    images: list[int]
 
 
 def confused_pairs(scores: Scores) -> list[ConfusedPair]:
@@ -57,14 +57,14 @@ def confused_pairs(scores: Scores) -> list[ConfusedPair]:
 
 
 def label_errors(scores: Scores) -> list[int]:
-    """The pictures whose label is likely wrong, the likeliest first, by confident learning (Northcutt et al., 2021,
-    https://arxiv.org/abs/1911.00068), which holds for pictures that weren't trained on."""
+    """The images whose label is likely wrong, the likeliest first, by confident learning (Northcutt et al., 2021,
+    https://arxiv.org/abs/1911.00068), which holds for images that weren't trained on."""
     if len(np.unique(scores.class_ids)) < 2:
         return []
     from cleanlab.filter import find_label_issues  # brings pandas
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer than five pictures
+        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer than five images
         found = find_label_issues(
             scores.class_ids,
             scores.probabilities,
@@ -80,12 +80,12 @@ def nearest(embeddings: Tensor, others: Tensor) -> list[int]:
 
 
 class Slice(NamedTuple):
-    """The pictures within a range of some quantity.
+    """The images within a range of some quantity.
 
     Attributes:
         low: smallest value.
         high: largest value.
-        count: how many pictures.
+        count: how many images.
         accuracy: the part that is named right.
         interval: of the accuracy.
     """
@@ -98,7 +98,7 @@ class Slice(NamedTuple):
 
 
 def accuracy_by(values: np.ndarray, correct: np.ndarray) -> list[Slice]:
-    """Accuracy in up to four slices of about as many pictures, by values (n,); equal values stay together, and values
+    """Accuracy in up to four slices of about as many images, by values (n,); equal values stay together, and values
     that aren't known (NaN) are left out."""
     known = ~np.isnan(values)
     values, correct = values[known], correct[known]
@@ -116,7 +116,7 @@ def accuracy_by(values: np.ndarray, correct: np.ndarray) -> list[Slice]:
 
 
 def read_sizes(images: ImageList, max_pixels: int) -> np.ndarray:
-    """Width and height (n, 2) of the pictures of a list in pixels, as their headers have them; NaN where they can't be
+    """Width and height (n, 2) of the images of a list in pixels, as their headers have them; NaN where they can't be
     read."""
 
     def size(path: str) -> tuple[float, float]:

@@ -13,19 +13,19 @@ from utils.system.text import printable
 
 matplotlib.rcParams["font.family"] = font_families()
 
-MOST_CLASSES = 40
+MAX_CLASSES = 40
 """Classes that a confusion matrix shows: with more, nobody can read it."""
 
 
 def arrange_classes(confusion: np.ndarray) -> np.ndarray:
     """The classes to show of a confusion matrix (classes, classes), in an order in which those that are taken for each
-    other stand together: all of them, or the `MOST_CLASSES` with the most mistakes."""
+    other stand together: all of them, or the `MAX_CLASSES` with the most mistakes."""
     from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
     from scipy.spatial.distance import squareform
 
     mistakes = confusion - np.diag(np.diag(confusion))
     busiest = np.argsort(-(mistakes.sum(axis=0) + mistakes.sum(axis=1)), kind="stable")
-    shown = np.sort(busiest[:MOST_CLASSES])
+    shown = np.sort(busiest[:MAX_CLASSES])
     if len(shown) < 3 or not mistakes.any():
         return shown
     part = mistakes / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -35,7 +35,7 @@ def arrange_classes(confusion: np.ndarray) -> np.ndarray:
 
 
 def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """The confusion matrix (classes, classes), coloured by the part of each true class; of more than `MOST_CLASSES`
+    """The confusion matrix (classes, classes), coloured by the part of each true class; of more than `MAX_CLASSES`
     those with the most mistakes. Counts where they fit."""
     shown = arrange_classes(confusion)
     n = len(shown)
@@ -45,8 +45,8 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
     part = (confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1))[np.ix_(shown, shown)]
     image = axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="part of the true class")
-    left_out = f"; the {n} of {len(confusion)} classes with the most mistakes" if n < len(confusion) else ""
-    axes.set(xlabel="predicted", ylabel="true", title=f"confusion matrix{left_out}")
+    excluded = f"; the {n} of {len(confusion)} classes with the most mistakes" if n < len(confusion) else ""
+    axes.set(xlabel="predicted", ylabel="true", title=f"confusion matrix{excluded}")
     names = _labels([class_names[k] for k in shown])
     axes.set_xticks(range(n), names, rotation=90)
     axes.set_yticks(range(n), names)

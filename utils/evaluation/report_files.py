@@ -42,7 +42,7 @@ def write_comparison(folder: Path, comparison: dict[str, Any], flipped: Sequence
 
 
 def prediction_rows(evaluation: Evaluation) -> list[list[str | float]]:
-    """The header and a row for each picture: path, truth, prediction, its probability, margin to the next, loss,
+    """The header and a row for each image: path, truth, prediction, its probability, margin to the next, loss,
     then the next classes with their probabilities."""
     scores, names = evaluation.scores, evaluation.classifier.class_names
     top = min(TOP, len(names))
@@ -97,7 +97,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         shares = ["-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall", "f1")]
         cells = "".join(f"{share:>10}" for share in shares)
         lines.append(f"{printable(row['class']):<24}{cells}{row['support']:>10}")
-    lines.append(f"{metrics['pictures']} pictures; in brackets intervals of 95 %")
+    lines.append(f"{metrics['images']} images; in brackets intervals of 95 %")
     titles = {
         "top1": "top-1",
         "top5": "top-5",
@@ -112,8 +112,8 @@ def format_metrics(metrics: dict[str, Any]) -> str:
             f"rejecting so that {rejection['max_error']:.0%} of the accepted would be wrong on validation: "
             f"{1 - rejection['accepted']:.1%} rejected, {_percent(rejection['error'])} of the others wrong"
         )
-        if "strangers" in rejection:
-            lines.append(f"strangers: {rejection['strangers_rejected']:.1%} of {rejection['strangers']} rejected")
+        if "ood" in rejection:
+            lines.append(f"OOD images: {rejection['ood_rejected']:.1%} of {rejection['ood']} rejected")
     return "\n".join(lines)
 
 

@@ -33,7 +33,7 @@ from utils.runs.log import EPOCHS
 from utils.system.text import printable
 
 WORST, UNCERTAIN, LABELS, PAIRS, OF_A_PAIR = 24, 12, 24, 8, 3
-"""Pictures of each kind that are shown; pairs of classes, and pictures of each."""
+"""Images of each kind that are shown; pairs of classes, and images of each."""
 ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
 MOST_CLASS_ROWS = 1000
 MOST_PAIR_ROWS = 50
@@ -44,7 +44,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
 
     Args:
         evaluation: what it is about.
-        train: training pictures, to show the nearest of beside a mistake.
+        train: training images, to show the nearest of beside a mistake.
     """
     scores, metrics, names = evaluation.scores, evaluation.metrics, evaluation.classifier.class_names
     gallery = Gallery(evaluation, train)
@@ -63,7 +63,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
         curves=curves(epochs, evaluation.classifier.config),
         confusion=confusion_cells(scores.confusion),
         pairs=[
-            {"truth": pair.truth, "predicted": pair.predicted, "count": len(pair.pictures)}
+            {"truth": pair.truth, "predicted": pair.predicted, "count": len(pair.images)}
             for pair in pairs[:MOST_PAIR_ROWS]
         ],
         num_pairs=len(pairs),
@@ -78,8 +78,8 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
             {
                 "truth": printable(names[pair.truth]),
                 "predicted": printable(names[pair.predicted]),
-                "count": len(pair.pictures),
-                "figures": gallery.figures(pair.pictures[:OF_A_PAIR]),
+                "count": len(pair.images),
+                "figures": gallery.figures(pair.images[:OF_A_PAIR]),
             }
             for pair in pairs[:PAIRS]
         ],
@@ -92,7 +92,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
 
 
 def label_gallery(gallery: Gallery) -> dict[str, Any]:
-    """The pictures whose label is likely wrong, and how many there are."""
+    """The images whose label is likely wrong, and how many there are."""
     found = label_errors(gallery.evaluation.scores)
     return {"count": len(found), "figures": gallery.figures(found[:LABELS])}
 
@@ -100,7 +100,7 @@ def label_gallery(gallery: Gallery) -> dict[str, Any]:
 def cards(metrics: dict[str, Any]) -> list[dict[str, str]]:
     """The figures at the top: name, value with its interval, and what it means."""
     shown = [
-        ("top1", "Top-1", True, "of the pictures are named right"),
+        ("top1", "Top-1", True, "of the images are named right"),
         ("top5", "Top-5", True, "have their class among the five likeliest"),
         ("balanced_accuracy", "Balanced accuracy", True, "every class counting alike"),
         ("macro_f1", "Macro F1", True, "precision and recall, every class alike"),

@@ -1,4 +1,4 @@
-"""Whether an exported file gives what the checkpoint gives, picture for picture."""
+"""Whether an exported file gives what the checkpoint gives, image for image."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from PIL import Image
 from utils.data.image_io import ImageError, open_image
 from utils.data.image_list import ImageList
 from utils.inference.classifier import Classifier
-from utils.system.thread_map import MOST_AHEAD, map_parallel
+from utils.system.thread_map import MAX_AHEAD, map_parallel
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2}
 """How far a probability may be off, by precision; int8 is judged by `MOST_LOST`. A fine-tuned DINOv2's are off by 0.006
 in fp16, and by 0.000005 in fp32."""
 MOST_LOST = 0.01
-"""The part of the pictures by which int8 may name fewer right."""
+"""The part of the images by which int8 may name fewer right."""
 WORST = 10
-"""Pictures with the largest differences that a report names."""
+"""Images with the largest differences that a report names."""
 
 Exported = Callable[[np.ndarray], np.ndarray]
-"""An exported file: a picture uint8 (height, width, 3) to probabilities (classes,)."""
+"""An exported file: an image uint8 (height, width, 3) to probabilities (classes,)."""
 
 
 class ExportError(ValueError):
@@ -32,10 +32,10 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the checkpoint and the exported file make of the same n pictures, in memory.
+    """What the checkpoint and the exported file make of the same n images, in memory.
 
     Attributes:
-        paths: of the pictures, n.
+        paths: of the images, n.
         class_ids: (n,), the truth.
         expected: (n, classes), the checkpoint's probabilities in fp32.
         found: (n, classes), the exported file's.
@@ -72,16 +72,16 @@ class Comparison:
             return "some of its probabilities aren't finite numbers"
         if precision == "int8":
             lost = before - after > MOST_LOST + 1e-9
-            return f"it names {after:.1%} of the pictures right, the checkpoint {before:.1%}" if lost else ""
+            return f"it names {after:.1%} of the images right, the checkpoint {before:.1%}" if lost else ""
         told = []
         if others := int((~self.same_top1).sum()):
-            told.append(f"it names another class for {others} of {len(self.paths)} pictures")
+            told.append(f"it names another class for {others} of {len(self.paths)} images")
         if (off := self.difference.max()) > TOLERANCE[precision]:
             told.append(f"a probability is off by {off:.2g}, and {TOLERANCE[precision]:.0e} is allowed")
         return "; ".join(told)
 
     def worst(self) -> list[tuple[str, float]]:
-        """The pictures that differ most, other classes first, with the difference."""
+        """The images that differ most, other classes first, with the difference."""
         order = np.lexsort((-self.difference, self.same_top1))[:WORST]
         return [(self.paths[i], float(self.difference[i])) for i in order if self.difference[i] > 0]
 
@@ -93,7 +93,7 @@ class Comparison:
         return {
             "passed": not self.fault(precision),
             "fault": self.fault(precision),
-            "pictures": len(self.paths),
+            "images": len(self.paths),
             "unreadable": self.unreadable,
             "same_top1": int(self.same_top1.sum()),
             "largest_difference": float(off.max()) if finite else None,
@@ -107,10 +107,10 @@ class Comparison:
 
 
 def compare(classifier: Classifier, exported: Exported, images: ImageList) -> Comparison:
-    """Put the same pictures, read into memory once, through both.
+    """Put the same images, read into memory once, through both.
 
     Raises:
-        ValueError: none of the pictures can be read.
+        ValueError: none of the images can be read.
     """
     preprocessing = classifier.preprocessing
 
@@ -122,7 +122,7 @@ def compare(classifier: Classifier, exported: Exported, images: ImageList) -> Co
         return np.asarray(image)
 
     readable, expected, found, unreadable = [], [], [], []
-    for index, pixels in enumerate(map_parallel(read, range(len(images)), "comparing", MOST_AHEAD)):
+    for index, pixels in enumerate(map_parallel(read, range(len(images)), "comparing", MAX_AHEAD)):
         if isinstance(pixels, str):
             unreadable.append(pixels)
             continue
@@ -131,7 +131,7 @@ def compare(classifier: Classifier, exported: Exported, images: ImageList) -> Co
         found.append(exported(pixels))
     if not readable:
         raise ValueError(
-            f"none of the {len(images)} pictures to check the export with can be read ({unreadable[0]}); give others "
+            f"none of the {len(images)} images to check the export with can be read ({unreadable[0]}); give others "
             f"with --data"
         )
     paths = [images.path(index) for index in readable]
@@ -139,6 +139,6 @@ def compare(classifier: Classifier, exported: Exported, images: ImageList) -> Co
 
 
 def by_checkpoint(classifier: Classifier, pixels: np.ndarray) -> np.ndarray:
-    """Probabilities (classes,) of a picture uint8 (height, width, 3), as evaluation prepares it."""
+    """Probabilities (classes,) of an image uint8 (height, width, 3), as evaluation prepares it."""
     shown = classifier.transform(Image.fromarray(pixels))
     return classifier.probabilities(shown[None])[0].numpy()

@@ -21,7 +21,7 @@ from utils.export.onnx_write import make_onnx
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, read_exported
 from utils.inference.exported_metadata import ExportFacts
 from utils.inference.onnx_classifier import open_onnx
-from utils.inference.onnx_file import MOST_BYTES
+from utils.inference.onnx_file import MAX_BYTES
 from utils.modeling.pixel_network import pixel_network
 from utils.system.files import format_bytes, write_json
 
@@ -64,11 +64,11 @@ def write_onnx(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> No
     """
     precision = facts.provenance["precision"]
     size = sum(p.numel() for p in classifier.network.parameters()) * (2 if precision == "fp16" else 4)
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         remedy = "--format pt2" if precision == "fp16" else "--precision fp16, which takes half, or --format pt2"
         raise ValueError(
             f"format=onnx: the weights take {format_bytes(size)}, and one file of ONNX holds "
-            f"{format_bytes(MOST_BYTES)}: take {remedy}"
+            f"{format_bytes(MAX_BYTES)}: take {remedy}"
         )
     file.write(make_onnx(trace(classifier), facts))
 

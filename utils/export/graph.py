@@ -1,4 +1,4 @@
-"""What is exported: a picture's pixels in, probabilities out, with nothing left to do outside."""
+"""What is exported: an image's pixels in, probabilities out, with nothing left to do outside."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from utils.inference.exported_metadata import INPUT
 
 
 class PixelClassifier(nn.Module):
-    """Pictures (B, height, width, 3), uint8 RGB of any size, to probabilities (B, classes), fp32.
+    """Images (B, height, width, 3), uint8 RGB of any size, to probabilities (B, classes), fp32.
 
-    What `Classifier.transform` does to pictures in memory, then the network, the temperature and the softmax.
+    What `Classifier.transform` does to images in memory, then the network, the temperature and the softmax.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -23,13 +23,13 @@ class PixelClassifier(nn.Module):
         self.network = classifier.network
         self.temperature = classifier.temperature
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        logits = self.network(self.resize(pictures))
+    def forward(self, images: Tensor) -> Tensor:
+        logits = self.network(self.resize(images))
         return (logits / self.temperature).softmax(dim=1)
 
 
 def trace(classifier: Classifier) -> ExportedProgram:
-    """The graph of a classifier that is in fp32 on the CPU; number, height and width of the pictures stay open."""
+    """The graph of a classifier that is in fp32 on the CPU; number, height and width of the images stay open."""
     assert (classifier.device.type, classifier.precision) == ("cpu", "fp32")
     example = torch.zeros(2, 37, 41, 3, dtype=torch.uint8)  # sizes that no side of a network has
     sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}

@@ -54,7 +54,7 @@ def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, fac
         origin=classifier.origin,
         letterbox=classifier.preprocessing.letterbox_image,
         shape=classifier.preprocessing.input_shape,
-        counts=count_pictures(checkpoint, classifier),
+        counts=count_images(checkpoint, classifier),
         calibrated=classifier.calibration is not None or facts.temperature != 1,  # weights of export.py have only that
         metrics=read_metrics(checkpoint, facts.provenance["checkpoint_sha256"]),
         files=[(path.name, format_bytes(path.stat().st_size), digest_file(path)) for path in files],
@@ -99,8 +99,8 @@ def escape(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9 ]", lambda sign: f"&#{ord(sign[0])};", printable(text))
 
 
-def count_pictures(checkpoint: Path, classifier: Classifier) -> list[dict[str, Any]]:
-    """For each class how many pictures it was trained and chosen on; None where the run's lists are not there."""
+def count_images(checkpoint: Path, classifier: Classifier) -> list[dict[str, Any]]:
+    """For each class how many images it was trained and chosen on; None where the run's lists are not there."""
     names = classifier.class_names
     rows = [{"class": name, "train": None, "val": None} for name in names]
     for key in ("train", "val"):
@@ -113,7 +113,7 @@ def count_pictures(checkpoint: Path, classifier: Classifier) -> list[dict[str, A
 
 def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | None:
     """What eval.py wrote of this checkpoint, beside it or where findings of one in no run's folder go: on how many
-    pictures of what, what to know first, and rows of figure, value and interval, and of class, support and recall with
+    images of what, what to know first, and rows of figure, value and interval, and of class, support and recall with
     its interval. None if it wasn't run, or for another checkpoint, or an earlier state of this one.
 
     Raises:
@@ -136,7 +136,7 @@ def _read_metrics(path: Path, checkpoint_sha256: str) -> dict[str, Any] | None:
         ]
         return {
             "data": str(metrics["data"]),
-            "pictures": int(metrics["pictures"]),
+            "images": int(metrics["images"]),
             "notes": [str(note) for note in metrics["notes"]],
             "rows": [(name, format_value(value, interval)) for name, value, interval in rows],
             "classes": [(name, int(n), format_value(value, interval)) for name, n, value, interval in classes],

@@ -24,7 +24,7 @@ def make_onnx(program: ExportedProgram, facts: ExportFacts) -> bytes:
     """The ONNX file of a graph from `utils.export.graph.trace`, in the precision that `facts` has: "fp32", "fp16" or
     "int8"."""
     model = convert(program)
-    forget_traces(model)
+    strip_traces(model)
     precision = facts.provenance["precision"]
     if precision == "fp16":
         halve_weights(model)
@@ -44,7 +44,7 @@ def convert(program: ExportedProgram) -> onnx.ModelProto:
     return made.model_proto
 
 
-def forget_traces(model: onnx.ModelProto) -> None:
+def strip_traces(model: onnx.ModelProto) -> None:
     """Take out what the exporter notes of the code that it went through: it names the folders of this machine."""
     graph = model.graph
     assert not model.functions
@@ -58,14 +58,14 @@ def halve_weights(model: onnx.ModelProto) -> None:
     """Keep matrices in fp16 and cast them back when they are used, so that all arithmetic stays fp32.
 
     ONNX Runtime casts them once, when it opens the file. Arithmetic in fp16 would gain nothing on a processor, where it
-    has few kernels for it, and lose digits. Biases, norms and the convolution that takes the picture are small, and
+    has few kernels for it, and lose digits. Biases, norms and the convolution that takes the image are small, and
     rounding them costs more than rounding all else does.
     """
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) in (2, 4) and not takes_picture(tensor):
+        if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) in (2, 4) and not takes_image(tensor):
             name = tensor.name
             half = numpy_helper.to_array(tensor).astype(np.float16)
             tensor.CopyFrom(numpy_helper.from_array(half, f"{name}_fp16"))
@@ -77,12 +77,12 @@ def halve_weights(model: onnx.ModelProto) -> None:
 
 def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
     """Weights of matrix products and convolutions in 8 bits, a scale for each column or channel; what they are
-    multiplied by is brought to 8 bits while it runs. The convolution that takes the picture stays as it is: it is
+    multiplied by is brought to 8 bits while it runs. The convolution that takes the image stays as it is: it is
     small, and all that follows rests on it."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    kernels = {tensor.name for tensor in model.graph.initializer if takes_picture(tensor)}
+    kernels = {tensor.name for tensor in model.graph.initializer if takes_image(tensor)}
     first = [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] in kernels]
     del model.graph.value_info[:]  # shapes between the operations, which change
     logging.disable(logging.WARNING)  # it recommends a step that torch's exporter has done
@@ -104,6 +104,6 @@ def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
         logging.disable(logging.NOTSET)
 
 
-def takes_picture(weights: onnx.TensorProto) -> bool:
+def takes_image(weights: onnx.TensorProto) -> bool:
     """Whether weights are those of a convolution of three colours."""
     return len(weights.dims) == 4 and weights.dims[1] == 3

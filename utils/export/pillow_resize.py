@@ -1,7 +1,7 @@
-"""Pillow's resize as a module of plain tensor operations, so that an exported file prepares its pictures by itself.
+"""Pillow's resize as a module of plain tensor operations, so that an exported file prepares its images by itself.
 
-What `EvalTransform` does to a picture in memory is two matrix products here, one across and one down, whose weights are
-computed from the picture's size. Pillow's arithmetic (its `Resample.c`) is followed to the bit: weights are whole
+What `EvalTransform` does to an image in memory is two matrix products here, one across and one down, whose weights are
+computed from the image's size. Pillow's arithmetic (its `Resample.c`) is followed to the bit: weights are whole
 numbers of 22 bits, and levels are rounded to whole numbers after each product. So that fp32 adds up without rounding, a
 weight is split into two of 11 bits; then neither the order of the sums nor TF32 changes a pixel.
 """
@@ -23,7 +23,7 @@ HALF_OF_THE_BITS = float(1 << 11)
 
 
 class Span(NamedTuple):
-    """What becomes of one axis: of the pixels of the picture, `extent` from `start` on become `count` pixels of the
+    """What becomes of one axis: of the pixels of the image, `extent` from `start` on become `count` pixels of the
     result, from `first` on. All are scalars of float64, the first two fractions of pixels."""
 
     start: Tensor
@@ -33,7 +33,7 @@ class Span(NamedTuple):
 
 
 class PixelResize(nn.Module):
-    """Pictures uint8 (B, height, width, 3) of any size to what `EvalTransform` makes of them: levels (B, 3,
+    """Images uint8 (B, height, width, 3) of any size to what `EvalTransform` makes of them: levels (B, 3,
     *input_shape), whole numbers from 0 to 255 in fp32."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -43,13 +43,13 @@ class PixelResize(nn.Module):
         self.letterbox = preprocessing.letterbox_image
         self.interpolation = preprocessing.interpolation
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         # Both products are dense though most weights are zero: 12 megapixels still take but 0.2 s on two cores.
-        height, width = pictures.shape[1], pictures.shape[2]
+        height, width = images.shape[1], images.shape[2]
         down, across = self._spans(_scalar(height), _scalar(width))
         to_width = filter_weights(across, width, self.size[1], self.interpolation)  # (2 w, width)
         to_height = filter_weights(down, height, self.size[0], self.interpolation)  # (2 h, height)
-        levels = pictures.permute(0, 3, 1, 2).float()  # (B, 3, height, width)
+        levels = images.permute(0, 3, 1, 2).float()  # (B, 3, height, width)
         levels = _add_up(levels @ to_width.T, dim=3)  # (B, 3, height, w)
         levels = _add_up(to_height @ levels, dim=2)  # (B, 3, h, w)
         if not self.letterbox:
@@ -85,14 +85,14 @@ class PixelResize(nn.Module):
 
 
 def filter_weights(span: Span, length: int, size: int, interpolation: str) -> Tensor:
-    """What each of the `length` pixels on an axis of a picture weighs in each of the `size` pixels of the result.
+    """What each of the `length` pixels on an axis of an image weighs in each of the `size` pixels of the result.
 
     Returns:
         fp32 (2 * size, length): the upper half of the bits of all weights, then the lower one. Rows of pixels outside
         the span mean nothing.
     """
-    scale = span.extent / span.count  # pixels of the picture to one of the result
-    stretch = scale.clamp_min(1)  # an enlarged picture is interpolated, a reduced one averaged
+    scale = span.extent / span.count  # pixels of the image to one of the result
+    stretch = scale.clamp_min(1)  # an enlarged image is interpolated, a reduced one averaged
     reach = SUPPORT[interpolation] * stretch
     index = torch.arange(size, dtype=torch.float64) - span.first
     centre = (span.start + (index + 0.5) * scale)[:, None]  # (size, 1)
@@ -124,7 +124,7 @@ def _add_up(sums: Tensor, dim: int) -> Tensor:
 
 
 def _inside(span: Span, size: int) -> Tensor:
-    """Bool (size,): which pixels of the result show the picture."""
+    """Bool (size,): which pixels of the result show the image."""
     index = torch.arange(size, dtype=torch.float64)
     return (index >= span.first) & (index < span.first + span.count)
 

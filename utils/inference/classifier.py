@@ -23,25 +23,25 @@ from utils.data.image_io import ImageError, upright_rgb
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, Transform
 from utils.inference.exported_metadata import ExportFacts, are_names, is_preprocessing
-from utils.inference.prediction import Failure, Prediction, answer_with
+from utils.inference.prediction import Failure, Prediction, make_prediction
 from utils.inference.rejection import Calibration, Rejection
-from utils.inference.tta_views import Views
+from utils.inference.tta_views import TTAViews
 from utils.modeling.pixel_network import cast_products, pixel_network
 from utils.modeling.precision import autocast, choose_precision, pick_device
 from utils.runs.checkpoint import find_checkpoint, load_checkpoint
 from utils.system.thread_map import map_ahead
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
-"""What a classifier takes: a path, a picture of Pillow's, or an array, see `Classifier.predict`."""
+ImageInput = str | os.PathLike | Image.Image | np.ndarray
+"""What a classifier takes: a path, an Pillow image, or an array, see `Classifier.predict`."""
 
 BATCH = 32
-"""Pictures that go through the network at a time, unless told."""
+"""Images that go through the network at a time, unless told."""
 
 WEIGHTS_SUFFIX = ".safetensors"
 """Of export.py's files of weights."""
 
-MOST_VIEWS = 64
-"""Views that go through the network at a time."""
+MAX_VIEWS = 64
+"""TTAViews that go through the network at a time."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Classifier:
     Attributes:
         network: uint8 pixels (B, 3, height, width) to logits (B, classes), on `device`, in eval mode; it is called
             under `utils.modeling.precision.autocast(device, precision)`.
-        preprocessing: how it wants its pictures.
-        transform: a picture to uint8 (3, height, width).
+        preprocessing: how it wants its images.
+        transform: an image to uint8 (3, height, width).
         class_names: name of each class id.
         device: where the network is.
         precision: the arithmetic: what the run was set to, as far as this device has it.
         temperature: what logits are divided by to become probabilities; 1 if they are taken as the network gives them.
-        calibration: what the validation pictures told of it; None: it isn't the best of a finished run.
+        calibration: what the validation images told of it; None: it isn't the best of a finished run.
         raw: whether nothing that was fitted after training is used.
         config: the settings of its run, as in `TrainConfig.as_dict`.
         origin: where the weights that its run began with were from, see `nets.weights.load.Weights`; empty: random
@@ -83,7 +83,7 @@ class Classifier:
         return self.calibration is not None and not self.raw
 
     @property
-    def no_numbers(self) -> str:
+    def non_finite_message(self) -> str:
         """What to say where the network's outputs aren't finite."""
         return (
             f"the network's output isn't finite: some weights are NaN, or overflow in {self.precision}; take another "
@@ -91,7 +91,7 @@ class Classifier:
         )
 
     def load(self, path: str) -> Tensor:
-        """A picture as the network wants it, uint8 (3, height, width). For one in memory there is `transform`.
+        """An image as the network wants it, uint8 (3, height, width). For one in memory there is `transform`.
 
         Raises:
             ImageError: the file can't be read.
@@ -105,7 +105,7 @@ class Classifier:
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, C), what the head takes, and logits (B, classes) of pictures (B, 3, height, width) uint8; both
+        """Embeddings (B, C), what the head takes, and logits (B, classes) of images (B, 3, height, width) uint8; both
         fp32 on the CPU."""
         normalise, model = self.network
         with autocast(self.device, self.precision):
@@ -114,43 +114,43 @@ class Classifier:
         return embeddings.float().cpu(), logits.float().cpu()
 
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """Probabilities (B, classes), fp32 on the CPU, of pictures (B, 3, height, width) uint8."""
+        """Probabilities (B, classes), fp32 on the CPU, of images (B, 3, height, width) uint8."""
         _, logits = self.forward(pixels)
         return (logits / self.temperature).softmax(dim=1)
 
     def predict(
         self,
-        images: Picture | Iterable[Picture],
+        images: ImageInput | Iterable[ImageInput],
         top_k: int = 5,
         batch_size: int = BATCH,
         tta: bool = False,
         rejection: Rejection | None = None,
     ) -> list[Prediction]:
-        """Say what is in pictures.
+        """Say what is in images.
 
         >>> classifier = load_classifier("logs/2026-01-01_12-00-00")  # doctest: +SKIP
         >>> classifier.predict(["cat.jpg", Image.open("dog.png"), array])[0].label  # doctest: +SKIP
         'cat'
 
         Args:
-            images: one picture or several; a path, a picture of Pillow's (turned upright by its EXIF orientation), or
+            images: one image or several; a path, an Pillow image (turned upright by its EXIF orientation), or
                 an array of uint8, (height, width, 3) in RGB or (height, width) in grey. A JPEG that comes as a path is
-                decoded no finer than the network needs, so that its pixels differ from those of the same picture in
+                decoded no finer than the network needs, so that its pixels differ from those of the same image in
                 memory by about one level of 255.
             top_k: how many classes to give.
-            batch_size: pictures that go through the network at a time.
+            batch_size: images that go through the network at a time.
             tta: average over the centre, the corners and, if training mirrored, their mirror images: five or ten times
                 the time.
             rejection: which answers to reject, from `calibration.choose_rejection`.
 
         Returns:
-            A prediction for each picture, in order.
+            A prediction for each image, in order.
 
         Raises:
             ImageError: a file can't be read, or the network's output for it isn't finite. `stream` goes on instead.
             ValueError: an array is of another type or shape.
         """
-        several = [images] if isinstance(images, Picture) else images
+        several = [images] if isinstance(images, ImageInput) else images
         answers = []
         for answer in self.stream(several, top_k, batch_size, tta, rejection):
             if isinstance(answer, Failure):
@@ -160,23 +160,23 @@ class Classifier:
 
     def stream(
         self,
-        images: Iterable[Picture],
+        images: Iterable[ImageInput],
         top_k: int = 5,
         batch_size: int = BATCH,
         tta: bool = False,
         rejection: Rejection | None = None,
     ) -> Iterator[Prediction | Failure]:
-        """As `predict`, of any number of pictures, an answer as soon as it is there; a file that can't be read becomes
-        a `Failure`. Pictures are read ahead while the network is at work."""
+        """As `predict`, of any number of images, an answer as soon as it is there; a file that can't be read becomes
+        a `Failure`. Images are read ahead while the network is at work."""
         if top_k < 1 or batch_size < 1:
             raise ValueError(f"top_k={top_k}, batch_size={batch_size}: give whole numbers from 1 up")
         return self._stream(images, min(top_k, len(self.class_names)), batch_size, tta, rejection)
 
     def _stream(
-        self, images: Iterable[Picture], top_k: int, batch_size: int, tta: bool, rejection: Rejection | None
+        self, images: Iterable[ImageInput], top_k: int, batch_size: int, tta: bool, rejection: Rejection | None
     ) -> Iterator[Prediction | Failure]:
-        transform = Views(self.preprocessing, self.config.get("horizontal_flip", 0) > 0) if tta else self.transform
-        # Asked for one by one, pictures are answered one by one.
+        transform = TTAViews(self.preprocessing, self.config.get("horizontal_flip", 0) > 0) if tta else self.transform
+        # Asked for one by one, images are answered one by one.
         loaded = map_ahead(partial(self._load, transform), images, 2 * batch_size if batch_size > 1 else 1)
         while batch := list(islice(loaded, batch_size)):
             readable = [(path, views) for path, views in batch if isinstance(views, Tensor)]
@@ -184,8 +184,8 @@ class Classifier:
             for path, views in batch:
                 yield Failure(path, views) if isinstance(views, str) else next(answers)
 
-    def _load(self, transform: Transform, image: Picture) -> tuple[str, Tensor | str]:
-        """The path, and a picture's views (views, 3, height, width) or what is wrong with the file."""
+    def _load(self, transform: Transform, image: ImageInput) -> tuple[str, Tensor | str]:
+        """The path, and an image's views (views, 3, height, width) or what is wrong with the file."""
         path = os.fspath(image) if isinstance(image, str | os.PathLike) else ""
         try:
             if isinstance(image, str | os.PathLike):
@@ -197,24 +197,24 @@ class Classifier:
         return path, views.reshape(-1, *views.shape[-3:])
 
     def _answer(
-        self, paths: Sequence[str], pictures: Sequence[Tensor], top_k: int, rejection: Rejection | None
+        self, paths: Sequence[str], pixels: Sequence[Tensor], top_k: int, rejection: Rejection | None
     ) -> Iterator[Prediction | Failure]:
-        """For each of pictures, which are (views, 3, height, width)."""
-        num_views = len(pictures[0])
-        parts = [self.forward(part) for part in torch.cat(pictures).split(MOST_VIEWS)]
+        """The predictions for `pixels`, each (views, 3, height, width)."""
+        num_views = len(pixels[0])
+        parts = [self.forward(part) for part in torch.cat(pixels).split(MAX_VIEWS)]
         embeddings, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         probabilities = (logits / self.temperature).softmax(dim=1).unflatten(0, (-1, num_views)).mean(dim=1)
         if rejection and self.calibration:
             distances = self.calibration.distances(embeddings[::num_views])  # of what evaluation shows
         else:
-            distances = torch.zeros(len(pictures))
+            distances = torch.zeros(len(pixels))
         values, ids = probabilities.topk(top_k)
         for path, p, k, distance in zip(paths, values.tolist(), ids.tolist(), distances.tolist(), strict=True):
             if not math.isfinite(p[0]):  # of NaN and numbers NaN is the greatest
-                yield Failure(path, f"{path}: {self.no_numbers}" if path else self.no_numbers)
+                yield Failure(path, f"{path}: {self.non_finite_message}" if path else self.non_finite_message)
                 continue
             classes = tuple((self.class_names[i], value) for i, value in zip(k, p, strict=True))
-            yield answer_with(path, classes, rejection, distance)
+            yield make_prediction(path, classes, rejection, distance)
 
 
 def read_exported(path: Path) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         if not is_preprocessing(preprocessing) or not are_names(checkpoint["class_names"]):
             raise TypeError("its class names or its preprocessing can't be right")
         if preprocessing.input_shape != tuple(model.arguments["input_shape"]):
-            raise TypeError("its pictures have another size than its network's")
+            raise TypeError("its images have another size than its network's")
         if len(checkpoint["class_names"]) != model.head.out_features:
             raise TypeError(
                 f"it names {len(checkpoint['class_names'])} classes, its head has {model.head.out_features}"

@@ -29,7 +29,7 @@ class Maps(NamedTuple):
 
 
 def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
-    """What the network looks at in pictures (B, 3, height, width) uint8.
+    """What the network looks at in images (B, 3, height, width) uint8.
 
     Grad-CAM (Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391): the features of the last layer that has places,
     weighed by the class's mean gradient. Rollout (Abnar and Zuidema, 2020, https://arxiv.org/abs/2005.00928): the
@@ -102,31 +102,31 @@ def attention_rollout(weights: list[Tensor]) -> Tensor:
 def overlay(pixels: Tensor, heat: Tensor, side: int) -> Image.Image:
     """A map (rows, columns) in colours, from blue for 0 to red for 1, laid over what the network was shown (3, height,
     width) uint8, with `side` pixels on the longer side."""
-    picture = shown(pixels, side)
+    image = shown(pixels, side)
     levels = (heat.numpy() * 255).round().astype(np.uint8)
-    colours = cv2.applyColorMap(cv2.resize(levels, picture.size, interpolation=cv2.INTER_CUBIC), cv2.COLORMAP_TURBO)
-    return Image.blend(picture, Image.fromarray(cv2.cvtColor(colours, cv2.COLOR_BGR2RGB)), 0.45)
+    colours = cv2.applyColorMap(cv2.resize(levels, image.size, interpolation=cv2.INTER_CUBIC), cv2.COLORMAP_TURBO)
+    return Image.blend(image, Image.fromarray(cv2.cvtColor(colours, cv2.COLOR_BGR2RGB)), 0.45)
 
 
 def shown(pixels: Tensor, side: int) -> Image.Image:
-    """What the network was shown (3, height, width) uint8 as a picture with `side` pixels on the longer side."""
+    """What the network was shown (3, height, width) uint8 as an image with `side` pixels on the longer side."""
     return fit(Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), side)
 
 
-def fit(picture: Image.Image, side: int) -> Image.Image:
-    """A picture with `side` pixels on the longer side; tiny ones are enlarged to plain squares."""
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR)
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """An image with `side` pixels on the longer side; tiny ones are enlarged to plain squares."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.NEAREST if scale > 3 else Image.Resampling.BILINEAR)
 
 
 def explain_one(classifier: Classifier, pixels: Tensor, class_id: int, side: int) -> dict[str, Image.Image]:
-    """The maps of one picture (3, height, width) uint8 as overlays with titles, see `titled_overlays`."""
+    """The maps of one image (3, height, width) uint8 as overlays with titles, see `titled_overlays`."""
     return titled_overlays(pixels, explain(classifier, pixels[None], torch.tensor([class_id])), 0, side)
 
 
 def titled_overlays(pixels: Tensor, maps: Maps, row: int, side: int) -> dict[str, Image.Image]:
-    """Title -> overlay, `side` pixels on the longer side, of one picture (3, height, width) uint8 of a batch."""
+    """Title -> overlay, `side` pixels on the longer side, of one image (3, height, width) uint8 of a batch."""
     title = "evidence for it" if maps.cam[row].any() else "no part is evidence for it"
     overlays = {title: overlay(pixels, maps.cam[row], side)}
     if maps.rollout is not None:

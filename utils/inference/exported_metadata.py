@@ -17,12 +17,12 @@ FORMAT_VERSION = 1
 MARK = "thaw_export"
 """The key under which the version stands; what lacks it is none of Thaw's exports."""
 
-INPUT, OUTPUT = "pictures", "probabilities"
+INPUT, OUTPUT = "images", "probabilities"
 INPUT_DESCRIPTION = {
     "name": INPUT,
     "dtype": "uint8",
     "shape": ["batch", "height", "width", 3],
-    "content": "upright RGB pictures of any size, those of a batch of one size, white where they were transparent; "
+    "content": "upright RGB images of any size, those of a batch of one size, white where they were transparent; "
     "nothing else is to be done to them",
 }
 OUTPUT_DESCRIPTION = {
@@ -32,10 +32,10 @@ OUTPUT_DESCRIPTION = {
     "content": "the probability of each class, in the order of class_names",
 }
 
-MOST_CLASSES = 1_000_000
-MOST_NUMBER = 1e9
-MOST_INPUT_PIXELS = 1 << 24
-"""Of what a picture is resized to: 4096 x 4096."""
+MAX_CLASSES = 1_000_000
+MAX_NUMBER = 1e9
+MAX_INPUT_PIXELS = 1 << 24
+"""Of what an image is resized to: 4096 x 4096."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ExportFacts:
 
     Attributes:
         class_names: name of each class id.
-        preprocessing: how pictures are prepared; all but reading files is inside the file.
+        preprocessing: how images are prepared; all but reading files is inside the file.
         temperature: what logits are divided by, inside the file too.
         provenance: where it comes from: `checkpoint`, `checkpoint_sha256`, `run`, `torch`, `date`, `precision`.
         model: what `nets.factory.build_model` needs to build the network.
@@ -112,7 +112,7 @@ class ExportFacts:
 
 def are_names(names: Any) -> bool:
     """Whether these can be the names of classes: two or more, each once, and each to be written to a file."""
-    fits = isinstance(names, list) and 2 <= len(names) <= MOST_CLASSES
+    fits = isinstance(names, list) and 2 <= len(names) <= MAX_CLASSES
     fits = fits and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
     try:
         return fits and bool("".join(names).encode("utf-8", "surrogateescape"))
@@ -121,13 +121,13 @@ def are_names(names: Any) -> bool:
 
 
 def is_preprocessing(values: Preprocessing) -> bool:
-    """Whether these can be settings of a run, and don't ask for more memory than a picture may take."""
+    """Whether these can be settings of a run, and don't ask for more memory than an image may take."""
     try:
         TrainConfig(**dataclasses.asdict(values))
     except (ValueError, OverflowError):  # the second of a whole number beyond all floats
         return False
-    return math.prod(values.input_shape) <= MOST_INPUT_PIXELS
+    return math.prod(values.input_shape) <= MAX_INPUT_PIXELS
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -MOST_NUMBER < value < MOST_NUMBER
+    return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER

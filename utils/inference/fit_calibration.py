@@ -19,13 +19,13 @@ from utils.inference.rejection import Calibration, fit_calibration
 from utils.system.files import write_bytes
 
 EMBEDDINGS = "train_embeddings.safetensors"
-MOST_EMBEDDINGS, LEAST_OF_A_CLASS = 5000, 5
-"""Training pictures whose embeddings are computed after training, at most, but so many of each class where there are
+MAX_EMBEDDINGS, MIN_PER_CLASS = 5000, 5
+"""Training images whose embeddings are computed after training, at most, but so many of each class where there are
 too many classes for that: means need no more."""
 
 
 class TrainEmbeddings(NamedTuple):
-    """Training pictures, and what the head is given of them, (n, C)."""
+    """Training images, and what the head is given of them, (n, C)."""
 
     images: ImageList
     embeddings: Tensor
@@ -36,31 +36,31 @@ def calibrate_checkpoint(
 ) -> dict[str, Any]:
     """Fit what tells whether the answers of `checkpoint` can be believed; see `utils.inference.rejection`.
 
-    The embeddings of training pictures that go into it are kept beside the checkpoint: `eval.py` shows the nearest
+    The embeddings of training images that go into it are kept beside the checkpoint: `eval.py` shows the nearest
     beside a mistake.
 
     Returns:
         What the checkpoint is to hold of it.
     """
     classifier = load_classifier(checkpoint, config.device)
-    most = max(MOST_EMBEDDINGS, LEAST_OF_A_CLASS * len(classifier.class_names))
+    most = max(MAX_EMBEDDINGS, MIN_PER_CLASS * len(classifier.class_names))
     drawn = take(train_images, draw(train_images, most, config.seed, by_class=True))
     of_train = compute_outputs(classifier, drawn, config.num_workers, skip_unreadable=True, title="embedding")
     of_val = compute_outputs(classifier, val_images, config.num_workers, skip_unreadable=True, title="calibrating")
     if not len(of_val.indices) or not len(of_train.indices):
-        print("warning: no picture could be read to calibrate on; probabilities stay the network's own")
+        print("warning: no image could be read to calibrate on; probabilities stay the network's own")
         return {}
     calibration = fit_calibration(
         of_val.logits, of_val.embeddings, of_val.class_ids, of_train.embeddings, of_train.class_ids
     )
     train = TrainEmbeddings(take(drawn, of_train.indices.numpy()), of_train.embeddings)
     write_embeddings(checkpoint, train, calibration)
-    print(f"calibrated on {len(of_val.indices)} validation pictures: temperature {calibration.temperature:.2f}")
+    print(f"calibrated on {len(of_val.indices)} validation images: temperature {calibration.temperature:.2f}")
     return calibration.as_dict()
 
 
 def write_embeddings(checkpoint: Path, train: TrainEmbeddings, calibration: Calibration) -> None:
-    """Write what a checkpoint makes of training pictures to a file beside it, in fp16."""
+    """Write what a checkpoint makes of training images to a file beside it, in fp16."""
     tensors = {"embeddings": train.embeddings.half(), "list": torch.from_numpy(train.images.buffer.copy())}
     write_bytes(checkpoint.with_name(EMBEDDINGS), safetensors.torch.save(tensors, {"of": _digest(calibration)}))
 
@@ -81,7 +81,7 @@ def read_embeddings(checkpoint: Path, calibration: Calibration | None, num_class
         if not fits or images.class_ids.max(initial=0) >= num_classes:
             raise ValueError("its parts don't fit together")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        print(f"warning: {path} can't be used ({error}); no training pictures are shown beside mistakes")
+        print(f"warning: {path} can't be used ({error}); no training images are shown beside mistakes")
         return None
     return TrainEmbeddings(images, embeddings.float())
 

@@ -14,12 +14,12 @@ import numpy as np
 from utils.data.image_io import ImageError, upright_rgb
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
-from utils.inference.classifier import BATCH, Picture
+from utils.inference.classifier import BATCH, ImageInput
 from utils.inference.exported_metadata import INPUT, OUTPUT, ExportFacts
 from utils.inference.onnx_file import read_onnx
-from utils.inference.prediction import Failure, Prediction, answer_with
+from utils.inference.prediction import Failure, Prediction, make_prediction
 from utils.inference.rejection import Rejection
-from utils.system.thread_map import MOST_AHEAD, map_ahead
+from utils.system.thread_map import MAX_AHEAD, map_ahead
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -33,7 +33,7 @@ class OnnxClassifier:
 
     Attributes:
         path: the file.
-        session: uint8 pictures (B, height, width, 3) to probabilities (B, classes).
+        session: uint8 images (B, height, width, 3) to probabilities (B, classes).
         facts: what the file says of itself.
         calibration, raw, can_reject: as `Classifier` has them, the same for all files.
     """
@@ -52,11 +52,11 @@ class OnnxClassifier:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How it reads its pictures; the rest is inside."""
+        """How it reads its images; the rest is inside."""
         return self.facts.preprocessing
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        """Probabilities (B, classes), fp32, of pictures (B, height, width, 3), uint8 RGB of any size.
+        """Probabilities (B, classes), fp32, of images (B, height, width, 3), uint8 RGB of any size.
 
         Raises:
             ValueError: what comes out can't be probabilities of these classes.
@@ -70,14 +70,14 @@ class OnnxClassifier:
 
     def stream(
         self,
-        images: Iterable[Picture],
+        images: Iterable[ImageInput],
         top_k: int = 5,
         batch_size: int = BATCH,
         tta: bool = False,
         rejection: Rejection | None = None,
     ) -> Iterator[Prediction | Failure]:
-        """As `Classifier.stream`, but one picture goes through at a time, since they are of different sizes, and at
-        most `MOST_AHEAD` are read ahead.
+        """As `Classifier.stream`, but one image goes through at a time, since they are of different sizes, and at
+        most `MAX_AHEAD` are read ahead.
 
         Raises:
             ValueError: a number below 1, or `tta`.
@@ -85,11 +85,11 @@ class OnnxClassifier:
         if top_k < 1 or batch_size < 1:
             raise ValueError(f"top_k={top_k}, batch_size={batch_size}: give whole numbers from 1 up")
         if tta:
-            raise ValueError(f"tta: {self.path} sees a picture one way only; take the checkpoint for several views")
-        return self._stream(images, min(top_k, len(self.class_names)), min(batch_size, MOST_AHEAD), rejection)
+            raise ValueError(f"tta: {self.path} sees an image one way only; take the checkpoint for several views")
+        return self._stream(images, min(top_k, len(self.class_names)), min(batch_size, MAX_AHEAD), rejection)
 
     def _stream(
-        self, images: Iterable[Picture], top_k: int, ahead: int, rejection: Rejection | None
+        self, images: Iterable[ImageInput], top_k: int, ahead: int, rejection: Rejection | None
     ) -> Iterator[Prediction | Failure]:
         load = partial(self._load, EvalTransform(self.preprocessing))
         for path, pixels in map_ahead(load, images, ahead):
@@ -99,10 +99,10 @@ class OnnxClassifier:
             (found,) = self.probabilities(pixels[None])
             ranked = np.argsort(-found, kind="stable")[:top_k]
             classes = tuple((self.class_names[i], float(found[i])) for i in ranked)
-            yield answer_with(path, classes, rejection)
+            yield make_prediction(path, classes, rejection)
 
-    def _load(self, transform: EvalTransform, image: Picture) -> tuple[str, np.ndarray | str]:
-        """The path, and a picture (height, width, 3) as `Classifier` reads it, or what is wrong with the file."""
+    def _load(self, transform: EvalTransform, image: ImageInput) -> tuple[str, np.ndarray | str]:
+        """The path, and an image (height, width, 3) as `Classifier` reads it, or what is wrong with the file."""
         path = os.fspath(image) if isinstance(image, str | os.PathLike) else ""
         try:
             if isinstance(image, str | os.PathLike):
@@ -132,7 +132,7 @@ def open_onnx(path: str | Path) -> OnnxClassifier:
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, and no format of its own
     options.log_severity_level = 3  # what is wrong is raised
-    # Threads that wait for work would keep cores busy that read pictures.
+    # Threads that wait for work would keep cores busy that read images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -142,6 +142,6 @@ def open_onnx(path: str | Path) -> OnnxClassifier:
     outputs = [(node.name, node.type, node.shape[1:]) for node in session.get_outputs()]
     if inputs != [(INPUT, "tensor(uint8)", 4, [3])] or outputs != [(OUTPUT, "tensor(float)", [len(facts.class_names)])]:
         raise ValueError(
-            f"{path} can't be used: its graph isn't one from pictures to its {len(facts.class_names)} classes"
+            f"{path} can't be used: its graph isn't one from images to its {len(facts.class_names)} classes"
         )
     return OnnxClassifier(path, session, facts)

@@ -13,7 +13,7 @@ from utils.inference.exported_metadata import ExportFacts
 if TYPE_CHECKING:
     import onnx
 
-MOST_BYTES = (1 << 31) - (1 << 24)
+MAX_BYTES = (1 << 31) - (1 << 24)
 """What one file of ONNX can hold, by protobuf's limit, with some room for the graph itself."""
 DIGEST = "content_sha256"
 """The key of the checksum in a file's metadata."""
@@ -39,7 +39,7 @@ def read_onnx(path: Path) -> tuple[bytes, ExportFacts]:
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    if path.stat().st_size > MOST_BYTES:
+    if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} is larger than a file of ONNX can be")
     content = path.read_bytes()
     try:

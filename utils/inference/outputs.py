@@ -1,4 +1,4 @@
-"""What a classifier makes of all pictures of a list."""
+"""What a classifier makes of all images of a list."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from utils.inference.classifier import BATCH, Classifier
 
 
 class Outputs(NamedTuple):
-    """Of pictures of a list, in its order, on the CPU.
+    """Of images of a list, in its order, on the CPU.
 
     Attributes:
         logits: (N, classes), fp32.
         embeddings: (N, C), fp32, what the head takes.
         class_ids: (N,), the truth.
         brightness: (N,), the mean level of what the network was shown, 0 to 1.
-        indices: (N,), which pictures of the list they are: all, unless unreadable ones were left out.
+        indices: (N,), which images of the list they are: all, unless unreadable ones were left out.
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
 
 
 class LenientDataset(ImageDataset):
-    """Pictures of which any may be unreadable: it is marked in `unreadable`, and a black one comes in its place."""
+    """Images of which any may be unreadable: it is marked in `unreadable`, and a black one comes in its place."""
 
     def _read_another(self, key: Key, error: ImageError) -> Tensor:
         return torch.zeros(3, *self.transform.size, dtype=torch.uint8)
@@ -49,10 +49,10 @@ def compute_outputs(
     skip_unreadable: bool = False,
     title: str = "evaluating",
 ) -> Outputs:
-    """What `classifier` makes of the pictures of a list.
+    """What `classifier` makes of the images of a list.
 
     Raises:
-        ImageError: a picture can't be read, and `skip_unreadable` doesn't leave such out.
+        ImageError: an image can't be read, and `skip_unreadable` doesn't leave such out.
     """
     source = FileSource(images, classifier.preprocessing)
     kind, allowed = (LenientDataset, 1.0) if skip_unreadable else (ImageDataset, None)

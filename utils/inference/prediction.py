@@ -1,4 +1,4 @@
-"""What a classifier says of one picture, and how that is told: to people, and to programs."""
+"""What a classifier says of one image, and how that is told: to people, and to programs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from utils.system.text import printable
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a classifier says of one picture.
+    """What a classifier says of one image.
 
     Attributes:
-        path: the file; empty for a picture that was in memory.
+        path: the file; empty for an image that was in memory.
         label: the likeliest class, or "unknown" if the answer is rejected.
         probability: of the likeliest class, 0 to 1.
         classes: the likeliest classes with their probabilities, best first, as many as were asked for.
@@ -40,7 +40,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture without an answer: it can't be read, or the network's output isn't finite.
+    """An image without an answer: it can't be read, or the network's output isn't finite.
 
     Attributes:
         path: the file.
@@ -54,7 +54,7 @@ class Failure:
 Answer = Prediction | Failure
 
 
-def answer_with(
+def make_prediction(
     path: str, classes: tuple[tuple[str, float], ...], rejection: Rejection | None, distance: float = 0.0
 ) -> Prediction:
     """The answer whose likeliest classes are these, best first, rejected where `rejection` says so; `distance`, in
@@ -84,7 +84,7 @@ def csv_header(top_k: int) -> str:
 
 
 def to_csv(answer: Answer, top_k: int) -> str:
-    """A line for each picture; `note` says why it was rejected, or why it can't be read."""
+    """A line for each image; `note` says why it was rejected, or why it can't be read."""
     cells: list[str] = [""] * (2 * top_k)
     if isinstance(answer, Failure):
         return _csv_line([answer.path, "", *cells, answer.error])
@@ -109,7 +109,7 @@ def to_line(answer: Answer) -> str:
 
 
 def to_bars(answer: Answer, width: int) -> str:
-    """A picture's likeliest classes as bars, no wider than a terminal of `width`."""
+    """An image's likeliest classes as bars, no wider than a terminal of `width`."""
     if isinstance(answer, Failure):
         return to_line(answer)
     title = answer.path if not answer.rejected else f"{answer.path}: {UNKNOWN}, {answer.reason}"
@@ -124,7 +124,7 @@ def to_bars(answer: Answer, width: int) -> str:
 
 
 def to_row(answer: Answer, width: int, label_width: int) -> str:
-    """A picture as a row of a table, no wider than a terminal of `width`, of 40 and more: class, probability with its
+    """An image as a row of a table, no wider than a terminal of `width`, of 40 and more: class, probability with its
     bar, or "unknown?" if the answer is rejected, path."""
     if isinstance(answer, Failure):
         return shorten(f"{pad('-', label_width)}  no answer    {printable(answer.error)}", width)

@@ -1,6 +1,6 @@
-"""Whether an answer can be believed: probabilities that mean what they say, and pictures that are of no class.
+"""Whether an answer can be believed: probabilities that mean what they say, and images that are of no class.
 
-All of it is fitted after training, on the validation pictures and on the embeddings of training pictures, and stored in
+All of it is fitted after training, on the validation images and on the embeddings of training images, and stored in
 the checkpoint. An embedding is what the network's head takes.
 """
 
@@ -17,23 +17,23 @@ from torch import Tensor
 from utils.metrics.temperature import fit_temperature
 
 UNKNOWN = "unknown"
-"""The label of a picture whose answer is rejected."""
+"""The label of an image whose answer is rejected."""
 
 FAR = 0.95
-"""The part of the validation pictures that is near enough to a class. The rest is the price of rejecting others."""
+"""The part of the validation images that is near enough to a class. The rest is the price of rejecting others."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the validation pictures told of a network.
+    """What the validation images told of a network.
 
     Attributes:
         temperature: what its logits are divided by.
         centre: (C,), the mean of the classes' mean embeddings.
         whitening: (C, C), makes the deviations of embeddings from their class's mean uncorrelated and of variance 1.
-        directions: (classes with training pictures, C), from the centre to the mean of each class, whitened, of length
+        directions: (classes with training images, C), from the centre to the mean of each class, whitened, of length
             1.
-        probability: (n,) of each validation picture's likeliest class.
+        probability: (n,) of each validation image's likeliest class.
         correct: (n,) bool, whether that was its class.
         distance: (n,) to the nearest class, in degrees, see `distances`.
     """
@@ -88,11 +88,11 @@ class Calibration:
 
     @property
     def farthest(self) -> float:
-        """The distance beyond which a picture is unlike all classes."""
+        """The distance beyond which an image is unlike all classes."""
         return self.distance.quantile(FAR).item() if len(self.distance) else math.inf
 
     def choose_rejection(self, max_error: float) -> Rejection:
-        """The lowest probability to accept so that, of the accepted validation pictures, at most the part `max_error`
+        """The lowest probability to accept so that, of the accepted validation images, at most the part `max_error`
         is wrong. Those too far from all classes are not accepted in any case."""
         near = self.distance <= self.farthest
         order = self.probability[near].argsort(descending=True)
@@ -125,7 +125,7 @@ class Rejection:
         """Why an answer is rejected; empty if it isn't."""
         if distance > self.farthest:
             return (
-                f"unlike all classes: {distance:.0f}° from the nearest, where {FAR:.0%} of the validation pictures are "
+                f"unlike all classes: {distance:.0f}° from the nearest, where {FAR:.0%} of the validation images are "
                 f"within {self.farthest:.0f}°"
             )
         if probability < self.least_probability:
@@ -134,15 +134,15 @@ class Rejection:
         return ""
 
     def format_cost(self, calibration: Calibration) -> str:
-        """What it did to the validation pictures, in words."""
+        """What it did to the validation images, in words."""
         n = len(calibration.correct)
         accepted = self.accepts(calibration.probability, calibration.distance)
         count, wrong = int(accepted.sum()), int((accepted & ~calibration.correct).sum())
         if not count:
-            return f"none of the {n} validation pictures is accepted: no threshold gives so few errors"
+            return f"none of the {n} validation images is accepted: no threshold gives so few errors"
         return (
-            f"of {n} validation pictures {count / n:.1%} are accepted, {wrong / count:.1%} of them wrong; since these "
-            f"pictures chose the threshold, of new ones a little more: eval.py shows it on test pictures"
+            f"of {n} validation images {count / n:.1%} are accepted, {wrong / count:.1%} of them wrong; since these "
+            f"images chose the threshold, of new ones a little more: eval.py shows it on test images"
         )
 
 
@@ -152,10 +152,10 @@ def fit_calibration(
     """Fit all of it.
 
     Args:
-        logits: (n, classes) of the validation pictures.
+        logits: (n, classes) of the validation images.
         embeddings: (n, C) of them.
         class_ids: (n,) of them.
-        train_embeddings: (m, C) of training pictures, seen as in evaluation.
+        train_embeddings: (m, C) of training images, seen as in evaluation.
         train_class_ids: (m,) of them.
     """
     temperature = fit_temperature(logits, class_ids)
@@ -168,7 +168,7 @@ def fit_calibration(
 def _fit_distance(embeddings: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Centre, whitening and directions, see `Calibration`, of embeddings (m, C).
 
-    There may be fewer pictures than dimensions, so the covariance is Ledoit and Wolf's shrunk one.
+    There may be fewer images than dimensions, so the covariance is Ledoit and Wolf's shrunk one.
     """
     from sklearn.covariance import ledoit_wolf  # predicting goes without
 

@@ -1,4 +1,4 @@
-"""What `predict.py` leaves in folders: pictures with their label below, and copies sorted by class."""
+"""What `predict.py` leaves in folders: images with their label below, and copies sorted by class."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw
 from utils.inference.prediction import Prediction
 from utils.system.text import printable
 
-LEAST_SIDE = 224
-"""Tiny pictures are enlarged to this many pixels, so that a label can be read;"""
+MIN_SIDE = 224
+"""Tiny images are enlarged to this many pixels, so that a label can be read;"""
 MOST_SIDE = 2048
 """large ones are shrunk to this many."""
 
-MOST_BYTES = 240
+MAX_BYTES = 240
 """Of a file's name, so that a number still fits."""
 RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
 """What no file can be called on Windows."""
@@ -53,23 +53,23 @@ def save_labelled(
 
 
 def _readable(image: Image.Image) -> Image.Image:
-    """A picture at a size at which a label can be read."""
+    """An image at a size at which a label can be read."""
     if max(image.size) > MOST_SIDE:
         image = image.copy()
         image.thumbnail((MOST_SIDE, MOST_SIDE))
-    scale = max(1, min(-(-LEAST_SIDE // min(image.size)), MOST_SIDE // max(image.size)))
+    scale = max(1, min(-(-MIN_SIDE // min(image.size)), MOST_SIDE // max(image.size)))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
-def _side_by_side(pictures: Mapping[str, Image.Image]) -> Image.Image:
-    """Pictures, as high as the first, each with its title in a bar below."""
+def _side_by_side(images: Mapping[str, Image.Image]) -> Image.Image:
+    """Images, as high as the first, each with its title in a bar below."""
     from utils.system.fonts import label_font  # brings matplotlib, which nothing else here needs
 
-    (first, *_) = pictures.values()
+    (first, *_) = images.values()
     size = max(14, first.width // 24)
     parts = {
         title: part.resize((max(1, round(part.width * first.height / part.height)), first.height))
-        for title, part in pictures.items()
+        for title, part in images.items()
     }
     sheet = Image.new("RGB", (sum(part.width for part in parts.values()), first.height + 2 * size))
     left = 0
@@ -126,8 +126,8 @@ def folder_names(labels: Sequence[str]) -> dict[str, str]:
         plain = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ") or "_"
         if plain.partition(".")[0].upper() in RESERVED:
             plain = f"_{plain}"
-        plain = plain[:MOST_BYTES]
-        while len(os.fsencode(plain)) > MOST_BYTES:
+        plain = plain[:MAX_BYTES]
+        while len(os.fsencode(plain)) > MAX_BYTES:
             plain = plain[:-1]
         names[label] = next(name for name in _numbered(plain) if name.casefold() not in taken)
         taken.add(names[label].casefold())

@@ -1,4 +1,4 @@
-"""Several views of a picture, whose answers are averaged: test-time augmentation."""
+"""Several views of an image, whose answers are averaged: test-time augmentation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PART = 0.875
 """The part of each side of what evaluation shows that the views at its corners show, where it shows all there is."""
 
 
-class Views(Transform):
-    """A picture to uint8 (views, 3, height, width): the part that evaluation shows, then parts of its size at the
-    corners of the picture, after Krizhevsky et al., 2012; each also mirrored if training mirrored.
+class TTAViews(Transform):
+    """An image to uint8 (views, 3, height, width): the part that evaluation shows, then parts of its size at the
+    corners of the image, after Krizhevsky et al., 2012; each also mirrored if training mirrored.
 
     With `letterbox_image` there is one part, all of it.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from utils.metrics.intervals import bootstrap_intervals, wilson_interval
 from utils.metrics.scores import Scores, expected_calibration_error
 
-OF_A_CLASS = ("precision", "recall", "f1", "roc_auc", "average_precision")
+CLASS_METRICS = ("precision", "recall", "f1", "roc_auc", "average_precision")
 
 
 def cross_entropy(logits: Tensor, class_ids: Tensor) -> float:
@@ -33,29 +33,29 @@ def true_ranks(values: Tensor, class_ids: Tensor) -> Tensor:
 
 
 def top_k_accuracy(logits: Tensor, class_ids: Tensor, k: int) -> float:
-    """The part of the pictures, 0 to 1, whose class is among the `k` of highest logit."""
+    """The part of the images, 0 to 1, whose class is among the `k` of highest logit."""
     return (true_ranks(logits, class_ids) < k).double().mean().item()
 
 
 def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
-    """What `metrics.json` holds of the pictures; its keys are described in the README.
+    """What `metrics.json` holds of the images; its keys are described in the README.
 
     Precision of a class that was never predicted counts as 0. Means over classes are taken over those that have
-    pictures; a class without any has no figures of its own (None) and is named under `absent_classes`.
+    images; a class without any has no figures of its own (None) and is named under `absent_classes`.
 
     Args:
-        scores: of the pictures.
+        scores: of the images.
         class_names: name of each class id.
     """
     n, support = len(scores), scores.support
     ranks = true_ranks(torch.from_numpy(scores.probabilities), torch.from_numpy(scores.class_ids))
     top = {f"top{k}": int((ranks < k).sum()) for k in (1, 5) if k == 1 or len(class_names) > k}
     by_class = class_figures(scores)
-    precision, recall, f1, roc_auc, average_precision = (by_class[name] for name in OF_A_CLASS)
+    precision, recall, f1, roc_auc, average_precision = (by_class[name] for name in CLASS_METRICS)
     present = support > 0
     spread, f1_intervals = bootstrap_intervals(scores)
     return {
-        "pictures": n,
+        "images": n,
         **{name: hits / n for name, hits in top.items()},
         "balanced_accuracy": float(recall[present].mean()),
         "macro_precision": float(precision[present].mean()),
@@ -76,8 +76,8 @@ def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, 
 
 
 def class_figures(scores: Scores) -> dict[str, np.ndarray]:
-    """Each of `OF_A_CLASS`, (classes,); the areas are those of a class against the rest, NaN where there are no
-    pictures of it or of no other."""
+    """Each of `CLASS_METRICS`, (classes,); the areas are those of a class against the rest, NaN where there are no
+    images of it or of no other."""
     from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -88,13 +88,13 @@ def class_figures(scores: Scores) -> dict[str, np.ndarray]:
         positive, score = scores.class_ids == k, scores.probabilities[:, k]
         roc_auc[k] = roc_auc_score(positive, score)
         average_precision[k] = average_precision_score(positive, score)
-    return dict(zip(OF_A_CLASS, (precision, recall, f1, roc_auc, average_precision), strict=True))
+    return dict(zip(CLASS_METRICS, (precision, recall, f1, roc_auc, average_precision), strict=True))
 
 
 def _class_row(
     scores: Scores, by_class: dict[str, np.ndarray], f1_intervals: list[list[float] | None], k: int
 ) -> dict[str, float | list[float] | None]:
-    """The figures of class `k`; all None if it has no pictures."""
+    """The figures of class `k`; all None if it has no images."""
     confusion = scores.confusion
     hits, support, predicted = (int(count) for count in (confusion[k, k], confusion[k].sum(), confusion[:, k].sum()))
     row: dict[str, Any] = {"predicted": predicted}

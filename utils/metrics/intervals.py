@@ -16,7 +16,7 @@ NORMAL_QUANTILE = 1.959963984540054
 ENDS = (2.5, 97.5)
 RESAMPLES, RANK_RESAMPLES = 1000, 200
 MOST_RANKED = 300_000
-"""Pictures times classes up to which resamples are ranked: it takes a second or two."""
+"""Images times classes up to which resamples are ranked: it takes a second or two."""
 
 
 def wilson_interval(hits: int, n: int) -> Interval:
@@ -36,10 +36,10 @@ def wilson_interval(hits: int, n: int) -> Interval:
 
 
 def bootstrap_intervals(scores: Scores) -> tuple[dict[str, list[float] | None], list[list[float] | None]]:
-    """Percentile intervals of 95 % from resamples of the pictures, and those of each class's F1.
+    """Percentile intervals of 95 % from resamples of the images, and those of each class's F1.
 
-    A mean over classes is, in each resample, over those that have pictures in it. The two that go by rank take
-    `RANK_RESAMPLES` resamples, and none (None) where pictures times classes are more than `MOST_RANKED`.
+    A mean over classes is, in each resample, over those that have images in it. The two that go by rank take
+    `RANK_RESAMPLES` resamples, and none (None) where images times classes are more than `MOST_RANKED`.
     Efron, 1979, https://doi.org/10.1214/aos/1176344552.
     """
     generator = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def bootstrap_intervals(scores: Scores) -> tuple[dict[str, list[float] | None], 
 
 
 def _ends(values: np.ndarray | None) -> list[float] | None:
-    """None too where all resamples are alike: that all are right in a few pictures is no proof that all ever are."""
+    """None too where all resamples are alike: that all are right in a few images is no proof that all ever are."""
     if values is None or np.isnan(values).all() or np.nanmin(values) == np.nanmax(values):
         return None
     return np.nanpercentile(values, ENDS).tolist()
@@ -72,14 +72,14 @@ def _block_sizes(resamples: int, n: int) -> list[int]:
 
 
 def _draw(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """How often each of n pictures comes in each resample, float32 (resamples, n)."""
+    """How often each of n images comes in each resample, float32 (resamples, n)."""
     drawn = generator.integers(n, size=(resamples, n)) + n * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n).astype(np.float32)
 
 
 def _resampled_figures(scores: Scores, weights: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The figures (resamples,) of pictures with these weights (resamples, n), and the F1 of each class (resamples,
-    classes), NaN where it has no pictures."""
+    """The figures (resamples,) of images with these weights (resamples, n), and the F1 of each class (resamples,
+    classes), NaN where it has no images."""
     n = len(scores)
     support = _sum_by(scores.class_ids, weights, scores.num_classes)
     predicted = _sum_by(scores.predicted, weights, scores.num_classes)
@@ -104,7 +104,7 @@ def _resampled_figures(scores: Scores, weights: np.ndarray) -> tuple[dict[str, n
 
 
 def _sum_by(groups: np.ndarray, weights: np.ndarray, num_groups: int) -> np.ndarray:
-    """Sums (resamples, groups) of weights (resamples, n) over the pictures of each group (n,)."""
+    """Sums (resamples, groups) of weights (resamples, n) over the images of each group (n,)."""
     from scipy.sparse import csr_array  # slow to import
 
     n = len(groups)
@@ -113,13 +113,13 @@ def _sum_by(groups: np.ndarray, weights: np.ndarray, num_groups: int) -> np.ndar
 
 
 def resampled_rank_figures(scores: Scores, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over the classes of ROC-AUC and average precision, each (resamples,), for pictures with these weights
-    (resamples, n); NaN where no class has both pictures and others."""
+    """Means over the classes of ROC-AUC and average precision, each (resamples,), for images with these weights
+    (resamples, n); NaN where no class has both images and others."""
     areas = []
     for k in range(scores.num_classes):
         order = np.argsort(-scores.probabilities[:, k], kind="stable")
         score = scores.probabilities[order, k]
-        # Pictures of equal score count at once.
+        # Images of equal score count at once.
         firsts = np.flatnonzero(np.r_[True, score[1:] < score[:-1]])
         positive = (scores.class_ids[order] == k).astype(np.float32)
         in_order = weights[:, order]
@@ -127,7 +127,7 @@ def resampled_rank_figures(scores: Scores, weights: np.ndarray) -> tuple[np.ndar
         falls = np.add.reduceat(in_order * (1 - positive), firsts, axis=1)
         all_hits, all_falls = hits.cumsum(axis=1), falls.cumsum(axis=1)
         p, q = all_hits[:, -1], all_falls[:, -1]
-        # For each wrong picture the right ones of higher score, and half of those of the same.
+        # For each wrong image the right ones of higher score, and half of those of the same.
         pairs = (falls * (all_hits - hits / 2)).sum(axis=1)
         precision = all_hits / np.maximum(all_hits + all_falls, 1)
         both = (p > 0) & (q > 0)

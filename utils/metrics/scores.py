@@ -1,4 +1,4 @@
-"""What the probabilities say of each picture, and so what all metrics are made of."""
+"""What the probabilities say of each image, and so what all metrics are made of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ECE_BINS = 15
 
 @dataclass(frozen=True)
 class Scores:
-    """N pictures and what was said of them.
+    """N images and what was said of them.
 
     Attributes:
         class_ids: (N,), the truth.
@@ -34,13 +34,13 @@ class Scores:
         """From logits (N, classes), class ids (N,), and what the logits are divided by.
 
         Raises:
-            ValueError: there are no pictures, or a logit isn't finite.
+            ValueError: there are no images, or a logit isn't finite.
         """
         if not len(class_ids):
-            raise ValueError("there are no pictures to evaluate")
+            raise ValueError("there are no images to evaluate")
         bad = int((~logits.isfinite().all(dim=1)).sum())
         if bad:
-            raise ValueError(f"the network's outputs for {bad} of {len(logits)} pictures aren't finite; train it anew")
+            raise ValueError(f"the network's outputs for {bad} of {len(logits)} images aren't finite; train it anew")
         scaled = logits.double() / temperature
         probabilities = scaled.softmax(dim=1).numpy()
         return Scores(
@@ -55,7 +55,7 @@ class Scores:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the classifier, with pictures or without."""
+        """Classes of the classifier, with images or without."""
         return self.probabilities.shape[1]
 
     @cached_property
@@ -70,7 +70,7 @@ class Scores:
 
     @cached_property
     def support(self) -> np.ndarray:
-        """(classes,), the pictures of each."""
+        """(classes,), the images of each."""
         return np.bincount(self.class_ids, minlength=self.num_classes)
 
     @cached_property
@@ -92,7 +92,7 @@ class Scores:
 
 
 def reliability(scores: Scores) -> list[dict[str, float]]:
-    """For each bin of confidence that has pictures: `count`, mean `confidence`, and `accuracy`."""
+    """For each bin of confidence that has images: `count`, mean `confidence`, and `accuracy`."""
     bins = scores.bins()
     counts = np.bincount(bins, minlength=ECE_BINS)
     confidence, hits = (np.bincount(bins, values, ECE_BINS) for values in (scores.confidence, scores.correct))
@@ -103,5 +103,5 @@ def reliability(scores: Scores) -> list[dict[str, float]]:
 
 
 def expected_calibration_error(scores: Scores) -> float:
-    """The mean gap, over the pictures, between the accuracy and the mean confidence of their bin (ECE)."""
+    """The mean gap, over the images, between the accuracy and the mean confidence of their bin (ECE)."""
     return sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in reliability(scores)) / len(scores)

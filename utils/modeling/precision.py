@@ -85,7 +85,7 @@ def _bf16_gain() -> float:
 def tune_kernels(device: torch.device, convolutional: bool) -> None:
     """Let CUDA's fp32 products run on tensor cores, in TF32, and cuDNN try its convolutions out.
 
-    Trying them out takes pictures of one size, which a run has, and costs seconds; of a transformer's one convolution
+    Trying them out takes images of one size, which a run has, and costs seconds; of a transformer's one convolution
     nothing is gained by it.
     """
     if device.type == "cuda":

@@ -43,12 +43,12 @@ class RunFolder:
         """Let others write to the folder. One of a run that came to nothing is removed; one that goes on, or has been
         saved, stays as it is."""
         self.lock.release()
-        if self.checkpoint is None and has_only_a_beginning(self.path):
+        if self.checkpoint is None and has_no_checkpoint(self.path):
             shutil.rmtree(self.path)
             print(f"{self.path} is removed: the run came to nothing that could be saved")
 
 
-def begin_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
+def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
     """A new run, whose settings and lists are on the disk before anything else."""
     path = new_run_folder(config.save_dir)
     print(f"a new run, in {path}")
@@ -87,11 +87,13 @@ def new_run_folder(save_dir: str | Path) -> Path:
     raise FileExistsError(f"{save_dir} has a thousand runs of {stamp}")
 
 
-def remove_strays(save_dir: Path) -> None:
+def remove_leftovers(save_dir: Path) -> None:
     """Delete what killed runs left half-written: files, and folders that a run hadn't yet begun in."""
     half_written = {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}") if (stray.parent / LOCK_FILE).exists()}
-    not_begun = {file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()}
-    for folder in half_written | not_begun:
+    never_started = {
+        file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()
+    }
+    for folder in half_written | never_started:
         try:
             lock = FolderLock(folder)
         except (InUse, OSError):  # it is written to, or belongs to somebody else
@@ -99,7 +101,7 @@ def remove_strays(save_dir: Path) -> None:
         for stray in folder.glob(f"*{PARTIAL}"):
             print(f"{stray}, left half-written by a run that was cut off, is deleted")
             stray.unlink(missing_ok=True)
-        stray = folder in not_begun and has_only_a_beginning(folder)
+        stray = folder in never_started and has_no_checkpoint(folder)
         if stray and os.name == "posix":
             shutil.rmtree(folder)
         lock.release()
@@ -107,7 +109,7 @@ def remove_strays(save_dir: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def has_only_a_beginning(folder: Path) -> bool:
+def has_no_checkpoint(folder: Path) -> bool:
     """Whether there is nothing in a run's folder but what a run makes before its first checkpoint."""
     made = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, *LIST_FILES.values()}
     return all(

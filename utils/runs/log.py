@@ -31,7 +31,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, history: Sequence[Row]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # not for the workers that load pictures
+        from torch.utils.tensorboard import SummaryWriter  # not for the workers that load images
 
         self.folder = folder
         older = list(folder.glob(f"{EVENTS}*"))
@@ -49,8 +49,8 @@ class RunLog:
             if name not in ("step", "time"):
                 self.writer.add_scalar(name, value, row["step"], walltime=row["time"])
 
-    def log_pictures(self, network: nn.Module, pixels: Tensor) -> None:
-        """Show TensorBoard some training pictures (B, 3, height, width) uint8, and the graph of `network`."""
+    def log_images(self, network: nn.Module, pixels: Tensor) -> None:
+        """Show TensorBoard some training images (B, 3, height, width) uint8, and the graph of `network`."""
         self.writer.add_images("train/augmented", pixels[:16], 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns of every shape that Python looks at

@@ -15,9 +15,9 @@ from utils.runs.folder import (
     CONFIG_FILE,
     LIST_FILES,
     RunFolder,
-    begin_folder,
-    has_only_a_beginning,
-    remove_strays,
+    create_run_folder,
+    has_no_checkpoint,
+    remove_leftovers,
     write_lists,
 )
 from utils.system.files import read_json, write_whole
@@ -53,21 +53,21 @@ def open_run(
 
 
 def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList], asked: TrainConfig) -> RunFolder:
-    remove_strays(Path(config.save_dir))
+    remove_leftovers(Path(config.save_dir))
     if config.resume == "auto":
         for path in find_runs(config, finished=False):
             run, newest = _open_folder(path)
             if run and _has_classes(run, class_names):
-                _go_on(run, newest, config, lists)
+                _prepare_resume(run, newest, config, lists)
                 return run
             print(f"warning: {path} isn't finished, but {'has other classes' if run else 'has no whole checkpoint'}")
-        _say_what_differs(config)
+        _report_differences(config)
     elif config.resume != "no":
         return _open_given(config, class_names, lists)
-    return begin_folder(config, asked, lists)
+    return create_run_folder(config, asked, lists)
 
 
-def _say_what_differs(config: TrainConfig) -> None:
+def _report_differences(config: TrainConfig) -> None:
     """Name the newest run if it isn't finished and other settings keep it from going on: a flag may be forgotten."""
     newest = next(iter(_newest_first(config.save_dir)), None)
     if newest is None or _is_finished(newest) or not (then := read_json(newest / CONFIG_FILE)):
@@ -96,7 +96,7 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
             f"resume={config.resume!r}: that run has the classes {', '.join(run.checkpoint['class_names'])}, and "
             f"{config.classes_path} names {', '.join(class_names)}"
         )
-    _go_on(run, newest, config, lists)
+    _prepare_resume(run, newest, config, lists)
     return run
 
 
@@ -107,7 +107,7 @@ def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
             yield folder
 
 
-def chosen_before(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
+def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
     """What a recipe chose for the run that `asked` goes on with, by field; None: for no run yet."""
     if asked.resume == "no":
         return None
@@ -117,7 +117,7 @@ def chosen_before(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] 
         if not then or not now or changed_fields(then, asked) or (asked.resume == "auto" and _is_finished(folder)):
             continue
         found = load_newest(folder)
-        if found is None and not has_only_a_beginning(folder):
+        if found is None and not has_no_checkpoint(folder):
             continue
         if found is None or found[1]["class_names"] == class_names:
             return {name: value for name, value in now.items() if name not in FREE_FIELDS and value != then.get(name)}
@@ -165,7 +165,7 @@ def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageLi
     """Whether the lists have changed since a run began.
 
     Raises:
-        ValueError: they have, and `accept_changed_lists` isn't set; names the pictures.
+        ValueError: they have, and `accept_changed_lists` isn't set; names the images.
     """
     if run.checkpoint is None:
         return False
@@ -205,13 +205,13 @@ def _open_folder(path: Path) -> tuple[RunFolder | None, Path | None]:
     found = load_newest(path)
     if found:
         return RunFolder(path, lock, found[1]), found[0]
-    if has_only_a_beginning(path):
+    if has_no_checkpoint(path):
         return RunFolder(path, lock, None), None
     lock.release()
     return None, None
 
 
-def _go_on(run: RunFolder, newest: Path | None, config: TrainConfig, lists: Mapping[str, ImageList]) -> None:
+def _prepare_resume(run: RunFolder, newest: Path | None, config: TrainConfig, lists: Mapping[str, ImageList]) -> None:
     """Make the run's folder what it goes on from: its farthest checkpoint, `newest`, the last one, with these lists.
 
     Raises:

@@ -31,7 +31,7 @@ from utils.runs.folder import RunFolder
 from utils.runs.log import RunLog
 from utils.system.digests import TRAINING_CODE, code_digest
 from utils.system.files import format_bytes, free_bytes
-from utils.system.signals import Stopped, WorkerDied, held, received
+from utils.system.signals import Stopped, WorkerDied, clear_pending, defer_signals
 from utils.training.stages import Stage
 from utils.training.trainer import REMEDY, NonFiniteLoss, Trainer
 
@@ -52,7 +52,7 @@ class Run:
         model: the network.
         trainer: what trains it.
         class_names: name of each class id.
-        lists: the pictures, by the keys of `utils.runs.folder.LIST_FILES`.
+        lists: the images, by the keys of `utils.runs.folder.LIST_FILES`.
         folder: the run's, from `utils.runs.resume.open_run`.
         origin: where the weights that it began with were from.
     """
@@ -93,13 +93,13 @@ class Run:
             self.trainer.load_state_dict(self._resumed)
             self.history = self._resumed["history"]
             self.finished = self._resumed["finished"]
-            self._say_how_it_goes_on(self._resumed)
+            self._report_resume(self._resumed)
         self._check_room()
         self._saved_step = trainer.step if self._resumed else -1
         self._saved_at = time.monotonic()
         self.log = RunLog(self.folder, self.history)
 
-    def _say_how_it_goes_on(self, checkpoint: Mapping[str, Any]) -> None:
+    def _report_resume(self, checkpoint: Mapping[str, Any]) -> None:
         within = f" and {self.trainer.done} steps" if self.trainer.done else ""
         print(f"going on with {self.folder} after epoch {self.epoch}{within}; resume=no would begin a new run")
         now = self.identity
@@ -179,7 +179,7 @@ class Run:
             SaveError: it can't be written.
         """
         if self.trainer.step > self._saved_step:
-            with held():
+            with defer_signals():
                 self._save(self._content(), LAST)
 
     def _save(self, content: dict[str, Any], *names: str) -> None:
@@ -221,13 +221,13 @@ class Run:
 
     def finish_epoch(self, numbers: dict[str, float]) -> None:
         """Print, log and save an epoch: as the last, as the best if it is, and by itself every `save_period` epochs."""
-        with held():
+        with defer_signals():
             now = time.monotonic()
             row = {"epoch": self.epoch + 1, "step": self.trainer.step} | numbers
             row |= {"seconds": now - self._epoch_started, "time": time.time()}
             self._epoch_started = now
             self.history.append(row)
-            self.trainer.begin_epoch()
+            self.trainer.start_epoch()
             content = self._content()
             is_best = self.config.best_epoch(self.history) == self.epoch - 1
             print(format_row(row, self.config.epochs, is_best))
@@ -244,7 +244,7 @@ class Run:
         if that is the same state. The best one, which is handed on, loses what only training needs, two thirds of it.
         """
         best, last = self.folder / BEST, self.folder / LAST
-        with held():
+        with defer_signals():
             same_state = read_progress(best).step == read_progress(last).step
             found = {"calibration": calibration}
             of_best = found | {"finished": True, "optimizer": {}, "weights_in_training": {}}
@@ -260,7 +260,7 @@ class Run:
         try:
             yield
         except (Stopped, WorkerDied, SaveError) as reason:
-            received()
+            clear_pending()
             if self.finished:
                 print(f"\n{type(reason).__name__}: {self.folder} is finished")
             elif not self.new:
@@ -273,12 +273,12 @@ class Run:
                     print(f"\n{type(reason).__name__}: {saved}; {how} goes on from there")
             raise
 
-    def log_pictures(self, network: nn.Module, pixels: Tensor) -> None:
-        """Log some training pictures (B, 3, height, width) uint8, and the graph of `network`."""
+    def log_images(self, network: nn.Module, pixels: Tensor) -> None:
+        """Log some training images (B, 3, height, width) uint8, and the graph of `network`."""
         try:
-            self.log.log_pictures(network, pixels)
+            self.log.log_images(network, pixels)
         except OSError as error:
-            self._say_unlogged(error)
+            self._warn_unlogged(error)
         except RuntimeError as error:
             print(f"warning: TensorBoard gets no graph of the network, which torch can't trace ({error!s:.80})")
 
@@ -286,19 +286,19 @@ class Run:
         try:
             self.log.log_epoch(self.history)
         except OSError as error:
-            self._say_unlogged(error)
+            self._warn_unlogged(error)
 
     def close(self) -> None:
         """Finish the log, and let others write to the folder; one without a checkpoint is of no use and removed."""
-        with held():
+        with defer_signals():
             try:
                 self.log.close()
             except OSError as error:
-                self._say_unlogged(error)
+                self._warn_unlogged(error)
             finally:
                 self._opened.discard_if_new()
 
-    def _say_unlogged(self, error: OSError) -> None:
+    def _warn_unlogged(self, error: OSError) -> None:
         """A run is worth more than its curve."""
         print(f"warning: the log in {self.folder} can't be written ({error.strerror})")
 

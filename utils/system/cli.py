@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from utils.system.errors import InputError
-from utils.system.signals import Stopped, leave, stop_signals
+from utils.system.signals import Stopped, exit_now, handle_stop_signals
 from utils.system.text import printable
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -36,14 +36,14 @@ def run(main: Callable[..., Any]) -> Any:
         stream.reconfigure(encoding="utf-8" if in_file else None, errors="backslashreplace")
         if stream.isatty():
             stream.write = partial(_write_printable, stream.write)
-    with stop_signals():
+    with handle_stop_signals():
         try:
             return _call(main)
         except Stopped as stopped:
             # Not through the interpreter's shutdown, where a second signal would meet nobody.
             sys.stdout.flush()
             sys.stderr.flush()
-            leave(stopped.status)
+            exit_now(stopped.status)
 
 
 def _write_printable(write: Callable[[str], int], text: str) -> int:

@@ -1,4 +1,4 @@
-"""Class names in any script: fonts for plots and for labels on pictures."""
+"""Class names in any script: fonts for plots and for labels on images."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Stopped(BaseException):
 
 
 class WorkerDied(ChildProcessError):
-    """A process that loads pictures is gone; the message names it and the cause."""
+    """A process that loads images is gone; the message names it and the cause."""
 
     def __init__(self, error: RuntimeError) -> None:
         super().__init__(
@@ -51,7 +51,7 @@ _state = _State()
 
 
 @contextmanager
-def stop_signals() -> Iterator[None]:
+def handle_stop_signals() -> Iterator[None]:
     """Within it, `SIGNALS` raise `Stopped`, deferred by `held`; a second one ends the process at once, its children
     first. In a thread other than the main one, where Python handles no signals, nothing changes; nor does it for a
     closed terminal under nohup."""
@@ -69,7 +69,7 @@ def stop_signals() -> Iterator[None]:
         _state.active, _state.depth, _state.pending, _state.stopping = False, 0, None, False
 
 
-class held:
+class defer_signals:
     """A context that nothing stops: a step, or a save. What arrived meanwhile is raised at its end."""
 
     def __enter__(self) -> None:
@@ -107,7 +107,7 @@ def ignore_interrupt(_: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def leave(status: int) -> NoReturn:
+def exit_now(status: int) -> NoReturn:
     """End the process now, its children first."""
     for child in multiprocessing.active_children():
         child.kill()
@@ -117,12 +117,12 @@ def leave(status: int) -> NoReturn:
 
 def _stop(signum: int, _: FrameType | None) -> None:
     if _state.stopping:
-        leave(128 + signum)
+        exit_now(128 + signum)
     _state.stopping = True
     _raise(Stopped(signum), "\nstopping after this step; once more to leave at once\n")
 
 
-def received() -> None:
+def clear_pending() -> None:
     """What was raised has been dealt with: `held` need not raise it again."""
     _state.pending = None
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-MOST_AHEAD = 4
-"""Results that may be under way where each is a picture as large as it was taken."""
+MAX_AHEAD = 4
+"""Results that may be under way where each is an image as large as it was taken."""
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -27,7 +27,7 @@ def map_parallel(
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
     """`function` of each item, in order, in a thread for each core that this process may use.
 
-    Threads, since decoding pictures leaves Python's lock alone; only `ahead` items are under way, so that millions of
+    Threads, since decoding images leaves Python's lock alone; only `ahead` items are under way, so that millions of
     them take no memory. With 1, an item is asked for when the result of the one before was taken.
     """
     under_way: deque[Future[Result]] = deque()

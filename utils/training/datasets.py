@@ -1,4 +1,4 @@
-"""The pictures that a run learns from and is validated on."""
+"""The images that a run learns from and is validated on."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def load_data(config: TrainConfig) -> Data:
     class_names = read_classes(config.classes_path)
     train_images = read_list(config.train_annotation_path, len(class_names))
     val_images = read_list(config.val_annotation_path, len(class_names))
-    print(f"{len(train_images)} training and {len(val_images)} validation pictures, {len(class_names)} classes")
+    print(f"{len(train_images)} training and {len(val_images)} validation images, {len(class_names)} classes")
     warn_of_input_shape(train_images, config.input_shape, config.max_pixels)
     return Data(class_names, train_images, val_images)
 
 
 def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
-    """The pictures to train on, augmented, and those to validate on."""
+    """The images to train on, augmented, and those to validate on."""
     preprocessing = Preprocessing.of(config)
     files, val_files = FileSource(data.train_images, preprocessing), FileSource(data.val_images, preprocessing)
     source = open_cache(data.train_images, config) if config.cache_images else files
@@ -44,7 +44,7 @@ def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageD
 
 
 def report_unreadable(*datasets: ImageDataset) -> None:
-    """Name the pictures that couldn't be read and weren't named after an earlier epoch."""
+    """Name the images that couldn't be read and weren't named after an earlier epoch."""
     for dataset in datasets:
         if new := dataset.newly_unreadable():
             shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")

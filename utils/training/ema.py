@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nets.network import FreezableNetwork
-from utils.system.signals import held
+from utils.system.signals import defer_signals
 
 
-class WeightAverage:
+class WeightEMA:
     """An exponential moving average of a network's parameters (Polyak and Juditsky, 1992), and of its batch norms'
     statistics, which go with them; one update a step.
 
@@ -41,7 +41,7 @@ class WeightAverage:
         get_ema_multi_avg_fn(decay)(averages, weights, None)
 
     @torch.no_grad()
-    def settle_frozen(self, frozen: Container[str]) -> None:
+    def set_frozen(self, frozen: Container[str]) -> None:
         """From now on the weights of these names don't change: they are set to their averages, so that the others learn
         beside what they are evaluated with."""
         for name in self.averages:
@@ -59,7 +59,7 @@ class WeightAverage:
             self._swap(False)
 
     def _swap(self, wanted: bool) -> None:
-        with held():  # a signal would leave half of them
+        with defer_signals():  # a signal would leave half of them
             if self.swapped != wanted:
                 for name, tensor in self.weights.items():
                     tensor.data, self.averages[name] = self.averages[name], tensor.data

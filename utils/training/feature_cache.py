@@ -1,4 +1,4 @@
-"""What the frozen part of a network makes of the pictures, computed once and kept in a file."""
+"""What the frozen part of a network makes of the images, computed once and kept in a file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ThawedPart(nn.Module):
         return self.model.forward_thawed(features.float())
 
 
-# What features depend on, besides the pictures and the frozen weights.
+# What features depend on, besides the images and the frozen weights.
 SHAPING_FIELDS = (
     *PREPROCESSING_FIELDS,
     *("train_crop", "horizontal_flip", "color_jitter", "augmentation", "random_erasing"),
@@ -58,14 +58,14 @@ SHAPING_FIELDS = (
 )
 
 
-LARGEST_BATCH = 64
-"""Pictures that go through the frozen part at a time, at most."""
+MAX_BATCH = 64
+"""Images that go through the frozen part at a time, at most."""
 
 
 class FeatureCache:
-    """What the frozen part of a network makes of pictures, computed once and kept in files in `cache_dir`.
+    """What the frozen part of a network makes of images, computed once and kept in files in `cache_dir`.
 
-    A file has one view of each picture, and is named after all that its features depend on: the list and its files,
+    A file has one view of each image, and is named after all that its features depend on: the list and its files,
     the frozen weights, the transforms, the arithmetic, the view. If one of them changes, another takes its place. A run
     that is cut off before the first step finds the views that were done.
 
@@ -83,14 +83,14 @@ class FeatureCache:
         self.precision = precision
         self.dtype = DTYPES[precision]
         # That of training as far as it can be, so that the same kernels give the same bits; heads take far larger ones.
-        self._batch_size = min(config.all_stages[0].batch_size, LARGEST_BATCH)
+        self._batch_size = min(config.all_stages[0].batch_size, MAX_BATCH)
 
     def open(self, dataset: ImageDataset, list_path: str, num_views: int) -> FeatureDataset:
-        """The features of `num_views` views of each picture: the first as in evaluation, the others as the dataset
+        """The features of `num_views` views of each image: the first as in evaluation, the others as the dataset
         transforms them. Up to `feature_cache_gb` they are held in memory, beyond they are read when they are needed.
 
         Args:
-            dataset: the pictures. Those that couldn't be read when the features were computed are marked in it.
+            dataset: the images. Those that couldn't be read when the features were computed are marked in it.
             list_path: the list that they are from; features of an earlier state of it are removed.
             num_views: 1 or more.
 
@@ -105,7 +105,7 @@ class FeatureCache:
         missing = [view for view, (path, _) in enumerate(places) if not _has_size(path, size + len(dataset))]
         in_memory = num_views * size <= self.config.feature_cache_gb * 1e9
         print(
-            f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} pictures: "
+            f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} images: "
             f"{format_bytes(num_views * size)}, {len(missing)} to be computed, in {self.config.cache_dir}/, "
             f"{'' if in_memory else 'not '}held in memory"
         )
@@ -126,7 +126,7 @@ class FeatureCache:
         return FeatureDataset(views, dataset.images, dataset.seed)
 
     def _write(self, dataset: ImageDataset, view: int, num_views: int, file: BinaryIO) -> None:
-        """Write the features of one view, then a byte a picture: 1 if it couldn't be read."""
+        """Write the features of one view, then a byte an image: 1 if it couldn't be read."""
         plain = dataset.with_transform(EvalTransform(Preprocessing.of(self.config)))
         loader = eval_loader(dataset if view else plain, self._batch_size, self.config.num_workers)
         loader.sampler.epoch = view

@@ -43,11 +43,11 @@ def init_head(
     model: nn.Module, cache: FeatureCache, train_set: ImageDataset, val_set: ImageDataset, config: TrainConfig
 ) -> None:
     """Give the head of `model` the weights of the logistic regression on its backbone's features, out of `cache`: of
-    the pictures as in evaluation."""
+    the images as in evaluation."""
     known = np.unique(train_set.class_ids)
     if len(known) < 2 or not np.isin(val_set.class_ids, known).any():
         raise ValueError(
-            "head_init='probe': the training list must have pictures of two classes, and the validation list some of "
+            "head_init='probe': the training list must have images of two classes, and the validation list some of "
             'them too; set it to random, with a recipe by keep=("head_init",)'
         )
     model.freeze_backbone("all")
@@ -69,13 +69,13 @@ def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classe
     """The logistic regression on `features`, each (C,), whose penalty gives the lowest loss on `val_features`.
 
     It is fitted to features of mean 0 and deviation 1, which the penalty is meant for, and taken back to features as
-    they are. A class without pictures gets the lowest logit that any other has for the pictures of `features`.
+    they are. A class without images gets the lowest logit that any other has for the images of `features`.
 
     Args:
         features: to fit to, in any number of views.
         val_features: to choose by; classes that aren't in `features` don't count there.
         num_classes: outputs of the head.
-        balanced: every class counts alike, however many pictures it has.
+        balanced: every class counts alike, however many images it has.
     """
     x, y = _arrays(features)
     val_x, val_y = _arrays(val_features)

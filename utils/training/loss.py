@@ -1,4 +1,4 @@
-"""What a training step descends: cross-entropy, if asked for with smoothed labels and mixed pictures."""
+"""What a training step descends: cross-entropy, if asked for with smoothed labels and mixed images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What the network takes, and what it shall say: of each picture the class in the part `share`, and where pictures
+    """What the network takes, and what it shall say: of each image the class in the part `share`, and where images
     are mixed the class of the other in the rest.
 
     Attributes:
@@ -31,7 +31,7 @@ class Batch:
 
     @property
     def largest(self) -> Tensor:
-        """(B,), the class with the larger share of each picture."""
+        """(B,), the class with the larger share of each image."""
         return self.class_ids if self.share >= 0.5 else self.others
 
     def split(self, parts: int) -> Iterator[Batch]:
@@ -43,14 +43,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """Cross-entropy of a batch, and how its pictures are mixed before: by hand, since torchvision's MixUp takes
-    pictures as floats only, in four times the memory.
+    """Cross-entropy of a batch, and how its images are mixed before: by hand, since torchvision's MixUp takes
+    images as floats only, in four times the memory.
 
     Attributes:
-        class_weights: weight of the pictures of each class, (classes,); None: all alike.
+        class_weights: weight of the images of each class, (classes,); None: all alike.
         label_smoothing: the part of each label that is spread over all classes, 0 to below 1 (Szegedy et al.,
             "Rethinking the Inception Architecture", 2016, section 7).
-        mixup: both parameters of the Beta distribution that the share of the one picture is drawn from; 0: no MixUp
+        mixup: both parameters of the Beta distribution that the share of the one image is drawn from; 0: no MixUp
             (Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018).
         cutmix: likewise of the part of the area that stays; 0: no CutMix (Yun et al., "CutMix", 2019). With both, each
             step draws which.
@@ -67,7 +67,7 @@ class TrainingLoss:
         return self if weights is None else replace(self, class_weights=weights.to(device))
 
     def mix(self, inputs: Tensor, class_ids: Tensor, seed: int) -> Batch:
-        """Pictures (B, 3, height, width) uint8 mixed, each with the next of the batch; features stay as they are.
+        """Images (B, 3, height, width) uint8 mixed, each with the next of the batch; features stay as they are.
 
         One share, and one part that is cut, is drawn for all of the batch, by `seed`; nothing waits for the device.
         """
@@ -92,7 +92,7 @@ class TrainingLoss:
         if self.class_weights is None:
             return loss
         # Not torch's `weight`: that weighs the smoothed part of a label by the class it goes to, so that a rare class
-        # outweighs what the picture shows. The mean over the list is 1, so that the batch's mean is a plain one.
+        # outweighs what the image shows. The mean over the list is 1, so that the batch's mean is a plain one.
         return self.class_weights[class_ids] * loss
 
 
@@ -100,15 +100,15 @@ PLAIN = TrainingLoss()
 
 
 def _blend(pixels: Tensor, others: Tensor, share: float, _: random.Random) -> tuple[Tensor, float]:
-    """`share` of each picture and the rest of the other, rounded to levels again."""
+    """`share` of each image and the rest of the other, rounded to levels again."""
     return torch.lerp(others.float(), pixels.float(), share).round_().to(torch.uint8), share
 
 
 def _cut(pixels: Tensor, others: Tensor, share: float, draw: random.Random) -> tuple[Tensor, float]:
-    """A box of the other picture in each, at the same place and of about `1 - share` of the area; and what stays,
+    """A box of the other image in each, at the same place and of about `1 - share` of the area; and what stays,
     which is more where the box goes over the edge."""
     height, width = pixels.shape[-2:]
-    side = (1 - share) ** 0.5 / 2  # half a side, in parts of the picture
+    side = (1 - share) ** 0.5 / 2  # half a side, in parts of the image
     middle_y, middle_x = draw.random(), draw.random()
     top, bottom = (round(height * min(max(middle_y + to * side, 0), 1)) for to in (-1, 1))
     left, right = (round(width * min(max(middle_x + to * side, 0), 1)) for to in (-1, 1))
@@ -118,9 +118,9 @@ def _cut(pixels: Tensor, others: Tensor, share: float, draw: random.Random) -> t
 
 
 def balanced_class_weights(class_ids: np.ndarray, num_classes: int) -> Tensor:
-    """Weights (num_classes,) for the loss that make every class count alike: n / (classes x pictures of the class).
+    """Weights (num_classes,) for the loss that make every class count alike: n / (classes x images of the class).
 
-    The mean over the pictures is 1; a class without pictures has weight 0. The same as scikit-learn's "balanced".
+    The mean over the images is 1; a class without images has weight 0. The same as scikit-learn's "balanced".
     """
     counts = np.bincount(class_ids, minlength=num_classes)
     weights = len(class_ids) / (np.count_nonzero(counts) * np.maximum(counts, 1)) * (counts > 0)

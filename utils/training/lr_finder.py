@@ -19,7 +19,7 @@ from tqdm import tqdm
 from utils.config.train_config import TrainConfig
 from utils.data.loader import fetch, train_loader
 from utils.data.preprocessing import Preprocessing
-from utils.modeling.build import make_model, of_size
+from utils.modeling.build import build_network, of_size
 from utils.modeling.pixel_network import pixel_network
 from utils.training.datasets import Data, make_datasets
 from utils.training.feature_cache import FeatureCache
@@ -62,7 +62,7 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     Raises:
         ValueError: it didn't fall at any.
     """
-    config, model, _ = make_model(config, data.class_names)
+    config, model, _ = build_network(config, data.class_names)
     network = pixel_network(model, Preprocessing.of(config), device)
     if config.head_init == "probe":
         small = of_size(config, model)
@@ -78,7 +78,7 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     if found.suggestion is None:
         plot_range_test(found.rates, found.losses).savefig(path)
         raise ValueError(
-            f"the loss fell at no learning rate, see {path}: look at the pictures' labels, or start from other "
+            f"the loss fell at no learning rate, see {path}: look at the images' labels, or start from other "
             f"weights. If it is small from the beginning there is little left to learn: leave init_lr as it is"
         )
     lowest, highest = rate_limits(config.optimizer_type, model.transformer)
@@ -88,7 +88,7 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     within = f" ({config.optimizer_type} is limited to {lowest:.0e} to {highest:.0e})"
     limited = within if suggestion != found.suggestion else ""
     print(
-        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} pictures"
+        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} images"
         f"{limited}: init_lr={init_lr:.1e}; see {path}"
     )
 

@@ -121,7 +121,7 @@ def rate_limits(optimizer_type: str, transformer: bool) -> tuple[float, float]:
 def scale_learning_rate(config: TrainConfig, field: str, batch_size: int, transformer: bool) -> float:
     """`init_lr` or `min_lr` for this batch size: in proportion to it, then kept within limits, which is printed.
 
-    `init_lr` is meant for 64 pictures a step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
+    `init_lr` is meant for 64 images a step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
     for transformers), 5e-4 to 1e-1 for SGD, and 1e-5 to 1e-2 for Muon, AdamW's part in it included; those of `min_lr`
     are a hundredth of them.
     """
@@ -131,7 +131,7 @@ def scale_learning_rate(config: TrainConfig, field: str, batch_size: int, transf
     rate = min(max(asked, low), high)
     if not math.isclose(rate, asked):
         print(
-            f"{field}: {getattr(config, field):g} is {asked:.2g} a step of {batch_size} pictures -> {rate:.2g}, the "
+            f"{field}: {getattr(config, field):g} is {asked:.2g} a step of {batch_size} images -> {rate:.2g}, the "
             f"limit for {config.optimizer_type}"
         )
     return rate

@@ -17,8 +17,8 @@ class Stage:
         start: first epoch, counted from 0.
         end: the epoch after the last.
         frozen: how many blocks are frozen besides the embeddings, "all" (everything but the head), or "nothing".
-        batch_size: pictures a step, no more than the training list has.
-        input_shape: height and width of the pictures, in pixels.
+        batch_size: images a step, no more than the training list has.
+        input_shape: height and width of the images, in pixels.
         init_lr: highest learning rate, scaled by the batch size.
         min_lr: lowest learning rate, scaled likewise.
         run_epochs: epochs of the whole run, over which the learning rate falls.
@@ -51,19 +51,19 @@ class Stage:
         return rate * (0.1 + 0.9 * done / self.warmup) if done < self.warmup else rate
 
 
-def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> list[Stage]:
+def plan_stages(config: TrainConfig, num_images: int, transformer: bool) -> list[Stage]:
     """The stages that `config` asks for. What had to be changed to fit is printed.
 
     Args:
         config: the settings.
-        num_pictures: length of the training list.
+        num_images: length of the training list.
         transformer: whether the backbone is one, whose learning rate is scaled otherwise.
     """
     stages: list[Stage] = []
     for wanted in config.all_stages:
-        batch_size = min(wanted.batch_size, num_pictures)
+        batch_size = min(wanted.batch_size, num_images)
         if batch_size < wanted.batch_size:
-            print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has only so many pictures")
+            print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has only so many images")
         start = stages[-1].end if stages else 0
         stages.append(
             Stage(
@@ -83,7 +83,7 @@ def plan_stages(config: TrainConfig, num_pictures: int, transformer: bool) -> li
 
 
 def num_cached_views(stage: Stage, config: TrainConfig) -> int:
-    """How many views of each picture `stage` has the features of computed beforehand; 0: it trains on the pictures.
+    """How many views of each image `stage` has the features of computed beforehand; 0: it trains on the images.
 
     A stage with no more epochs than views does, for it computes no more without.
     """

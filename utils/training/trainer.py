@@ -25,8 +25,8 @@ from utils.metrics.classification import cross_entropy, top_k_accuracy
 from utils.metrics.temperature import calibrated_loss
 from utils.modeling.precision import autocast
 from utils.system.seeds import derive_seed
-from utils.system.signals import held
-from utils.training.ema import WeightAverage
+from utils.system.signals import defer_signals
+from utils.training.ema import WeightEMA
 from utils.training.loss import PLAIN, Batch, TrainingLoss, balanced_class_weights
 from utils.training.optimizer import set_learning_rate
 
@@ -36,18 +36,18 @@ PRINT_EVERY = 10
 
 REMEDY = (
     "the run stops, and what was saved before is finite. Lower init_lr, set precision to bf16 or fp32, mend the "
-    "pictures if they are to blame, or leave such steps out, on_nan=skip"
+    "images if they are to blame, or leave such steps out, on_nan=skip"
 )
-MOST_SKIPPED = 20
-"""Steps in a row that `on_nan="skip"` leaves out before it gives up: then it isn't the pictures."""
+MAX_SKIPPED = 20
+"""Steps in a row that `on_nan="skip"` leaves out before it gives up: then it isn't the images."""
 
 
 class OutOfMemory(MemoryError):
-    """The device can't work through a single picture."""
+    """The device can't work through a single image."""
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss became infinite or not a number; the message names the step, its learning rate and its pictures."""
+    """The loss became infinite or not a number; the message names the step, its learning rate and its images."""
 
 
 class Trainer:
@@ -58,7 +58,7 @@ class Trainer:
         device: where it is and where batches go.
         precision: arithmetic of the matrix products: "fp32", "fp16" or "bf16".
         seed: of what is drawn in a step; a step draws the same wherever a run was cut off.
-        loss: what a step descends, and how pictures are mixed before.
+        loss: what a step descends, and how images are mixed before.
         average: of the weights, which then is what is evaluated; None: none.
         on_nan: "stop" or "skip", see `TrainConfig`.
         clip_grad: largest norm of the gradient of all weights together; 0: as large as it is.
@@ -78,7 +78,7 @@ class Trainer:
         precision: str,
         seed: int,
         loss: TrainingLoss = PLAIN,
-        average: WeightAverage | None = None,
+        average: WeightEMA | None = None,
         on_nan: str = "stop",
         clip_grad: float = 0.0,
     ) -> None:
@@ -93,9 +93,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.step = 0
         self.micro_batches = 1
-        self.begin_epoch()
+        self.start_epoch()
 
-    def begin_epoch(self) -> None:
+    def start_epoch(self) -> None:
         """Forget the steps of the epoch before."""
         self.done = self.loaded = 0
         self.losses = self.hits = torch.zeros(0, device=self.device)
@@ -158,12 +158,12 @@ class Trainer:
                 raise
             if self.micro_batches >= size:
                 raise OutOfMemory(
-                    f"{self.device.type} has too little memory for a single picture ({error}): choose a smaller "
+                    f"{self.device.type} has too little memory for a single image ({error}): choose a smaller "
                     f"backbone or input_shape, or freeze more blocks"
                 ) from error
             self.micro_batches = min(2 * self.micro_batches, size)
             print(
-                f"warning: out of memory at step {self.step + 1}: batches of {size} pictures are now worked "
+                f"warning: out of memory at step {self.step + 1}: batches of {size} images are now worked "
                 f"through in {self.micro_batches} parts, whose gradients are added up: they still learn together"
             )
             return None
@@ -197,18 +197,18 @@ class Trainer:
         Args:
             loader: from `utils.data.loader.train_loader`.
             optimizer: over the trainable parameters.
-            epoch: how many came before, which decides the order of the pictures and their augmentation.
+            epoch: how many came before, which decides the order of the images and their augmentation.
             learning_rate: from the epochs done so far, fractions included, to the rate of the next step.
             after_step: called after each step.
 
         Returns:
-            `loss` and `top1`, means over the steps of the epoch that weren't left out (of mixed pictures the class with
+            `loss` and `top1`, means over the steps of the epoch that weren't left out (of mixed images the class with
             the larger share counts), `learning_rate`, the last one, and `skipped`, steps left out.
 
         Raises:
             NonFiniteLoss: the loss of a step isn't finite, or those of many in a row.
-            WorkerDied: a process that loads pictures did.
-            OutOfMemory: one picture is too many.
+            WorkerDied: a process that loads images did.
+            OutOfMemory: one image is too many.
         """
         self.network.train()
         steps = len(loader)
@@ -220,7 +220,7 @@ class Trainer:
             desc=f"epoch {epoch + 1}", total=steps, initial=self.done, unit="step", leave=False, disable=None
         ) as bar:
             for inputs, targets in fetch(loader):
-                with held():
+                with defer_signals():
                     rate = learning_rate(epoch + self.done / steps)
                     set_learning_rate(optimizer, rate)
                     self.losses[self.done], self.hits[self.done] = self.train_step(inputs, targets, optimizer)
@@ -254,13 +254,13 @@ class Trainer:
         paths = batch_paths(loader, number)
         told = (
             f"the loss or its gradient isn't finite at step {self.step - self.done + number + 1} (learning rate about "
-            f"{learning_rate:.1e}; its pictures: {', '.join(paths)})"
+            f"{learning_rate:.1e}; its images: {', '.join(paths)})"
         )
         if not skip:
             raise NonFiniteLoss(f"{told}; {REMEDY}")
         print(f"warning: {told}: left out")
-        last = self.losses[max(0, self.done - MOST_SKIPPED) : self.done]
-        if not last.isfinite().any() and (len(last) == MOST_SKIPPED or self.done == len(self.losses)):
+        last = self.losses[max(0, self.done - MAX_SKIPPED) : self.done]
+        if not last.isfinite().any() and (len(last) == MAX_SKIPPED or self.done == len(self.losses)):
             raise NonFiniteLoss(f"{told}, as were the {len(last)} steps up to it; {REMEDY}")
 
     def evaluated_weights(self) -> AbstractContextManager:
@@ -268,7 +268,7 @@ class Trainer:
         return self.average.in_place() if self.average else nullcontext()
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
-        """`val_loss` and `val_top1` over every picture of `loader`, and the loss that calibrated answers would have,
+        """`val_loss` and `val_top1` over every image of `loader`, and the loss that calibrated answers would have,
         with its standard error.
 
         Raises:
@@ -323,13 +323,13 @@ def make_trainer(
         config: the settings.
         network: where it shall be trained.
         precision: "fp32", "fp16" or "bf16".
-        class_ids: (n,), of the training pictures, for a loss that is balanced by them.
+        class_ids: (n,), of the training images, for a loss that is balanced by them.
         resumed: the checkpoint that the run goes on from.
     """
     _, model = network
     weights = balanced_class_weights(class_ids, model.head.out_features) if config.class_weights == "balanced" else None
     loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix)
-    average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+    average = WeightEMA(model, config.ema_decay) if config.ema_decay else None
     if average and resumed:
         average.load(resumed["weights"])
     device = next(model.parameters()).device
@@ -357,7 +357,7 @@ def compute_logits(
     title: str = "evaluating",
     micro_batches: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) in fp32 and class ids (N,) of every picture of `loader`, in its order, on the CPU. Batches go
+    """Logits (N, classes) in fp32 and class ids (N,) of every image of `loader`, in its order, on the CPU. Batches go
     through the network in so many parts."""
     network.eval()
     logits, targets = [], []

@@ -7,25 +7,25 @@ import dataclasses
 import numpy as np
 import torch
 
-from nets.factory import draw_model
+from nets.factory import build_meta_model
 from nets.network import FreezableNetwork
 from utils.annotation.annotate import ensure_lists
 from utils.config.recipe import Known, apply_recipe
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import read_classes, read_list
-from utils.runs.resume import chosen_before
+from utils.runs.resume import earlier_choices
 
 
-def settle_recipe(config: TrainConfig, device: torch.device) -> TrainConfig:
+def resolve_recipe(config: TrainConfig, device: torch.device) -> TrainConfig:
     """`config` with what its recipe chooses: for a run that goes on what it chose then, whatever is known now."""
     ensure_lists(config)
     class_names = read_classes(config.classes_path)
-    chosen = chosen_before(config, class_names)
+    chosen = earlier_choices(config, class_names)
     if chosen is not None:
         print(f"recipe: as it was chosen when the run began: {', '.join(f'{k}={v}' for k, v in chosen.items())}")
         return dataclasses.replace(config, **chosen)
     images = read_list(config.train_annotation_path, len(class_names))
-    network = draw_model(config.backbone, 2, config.input_shape)
+    network = build_meta_model(config.backbone, 2, config.input_shape)
     known = Known(
         class_counts=np.bincount(images.class_ids),
         pretrained=bool(config.pretrained or config.model_path),
