@@ -24,7 +24,7 @@ from utils.data.loader import eval_loader, train_loader
 from utils.data.preprocessing import Preprocessing
 from utils.inference.fit_calibration import calibrate_checkpoint
 from utils.modeling.build import build_meta_network, build_network, of_size
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork, ThawedPart
 from utils.modeling.precision import choose_precision, pick_device
 from utils.runs.checkpoint import BEST
 from utils.runs.resolve_recipe import resolve_recipe
@@ -33,7 +33,7 @@ from utils.runs.run import Run
 from utils.system import cli
 from utils.system.signals import handle_stop_signals
 from utils.training.datasets import Data, load_data, make_datasets, report_unreadable
-from utils.training.feature_cache import FeatureCache, ThawedPart
+from utils.training.feature_cache import FeatureCache
 from utils.training.optimizer import build_optimizer
 from utils.training.stages import Stage, num_cached_views, plan_stages
 from utils.training.summary import format_config, format_model, format_stages
@@ -136,7 +136,7 @@ def open_or_begin(config: TrainConfig, asked: TrainConfig, data: Data, device: t
     folder = open_run(config, data.class_names, lists, asked)
     try:
         config, model, origin = build_network(config, data.class_names, folder.checkpoint)
-        network = pixel_network(model, Preprocessing.of(config), device)
+        network = PixelNetwork(model, Preprocessing.of(config), device)
         trainer = make_trainer(config, network, precision, data.train_images.class_ids, folder.checkpoint)
         return Run(config, model, trainer, data.class_names, lists, folder, origin)
     except BaseException:

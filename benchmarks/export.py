@@ -30,7 +30,7 @@ from utils.export.formats import write_onnx
 from utils.inference.classifier import Classifier
 from utils.inference.exported_metadata import ExportFacts
 from utils.inference.onnx_classifier import open_onnx
-from utils.modeling.pixel_network import cast_products, pixel_network
+from utils.modeling.pixel_network import PixelNetwork, cast_for_inference
 from utils.modeling.precision import choose_precision
 
 NETWORKS = ("vit_s_16", "resnet18")
@@ -46,7 +46,7 @@ def make_classifier(name: str, precision: str) -> Classifier:
     torch.manual_seed(0)
     preprocessing = Preprocessing.of(CONFIG)
     model = build_model(name, CLASSES, CONFIG.input_shape)
-    network = cast_products(pixel_network(model, preprocessing, CPU), precision).eval()
+    network = cast_for_inference(PixelNetwork(model, preprocessing, CPU), precision).eval()
     names = [str(i) for i in range(CLASSES)]
     return Classifier(network, preprocessing, EvalTransform(preprocessing), names, CPU, precision)
 

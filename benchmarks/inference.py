@@ -25,7 +25,7 @@ from utils.config.train_config import TrainConfig
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.inference.classifier import Classifier
-from utils.modeling.pixel_network import cast_products, pixel_network
+from utils.modeling.pixel_network import PixelNetwork, cast_for_inference
 from utils.modeling.precision import autocast
 
 CLASSES = 10
@@ -36,7 +36,7 @@ def thaw(batch_size: int) -> Callable[[], int]:
     """A batch through Thaw's classifier, as `load_classifier` puts it together."""
     preprocessing = Preprocessing.of(CONFIG)
     model = build_model("vit_b_16", CLASSES, CONFIG.input_shape, activation=CONFIG.activation)
-    network = cast_products(pixel_network(model, preprocessing, DEVICE), PRECISION).eval()
+    network = cast_for_inference(PixelNetwork(model, preprocessing, DEVICE), PRECISION).eval()
     names = [str(i) for i in range(CLASSES)]
     classifier = Classifier(network, preprocessing, EvalTransform(preprocessing), names, DEVICE, PRECISION)
     pixels = torch.randint(0, 256, (batch_size, *CONFIG.input_shape, 3), dtype=torch.uint8).permute(0, 3, 1, 2)

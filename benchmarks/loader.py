@@ -38,7 +38,7 @@ from utils.data.image_list import list_in_memory
 from utils.data.loader import train_loader
 from utils.data.preprocessing import Preprocessing, resolve_preprocessing
 from utils.data.transforms import TrainTransform
-from utils.modeling.pixel_network import Normalise
+from utils.modeling.pixel_network import Normalize
 
 CONFIG = resolve_preprocessing(TrainConfig(), {})
 BATCH = 20
@@ -112,7 +112,7 @@ def milliseconds(loader: DataLoader) -> float:
 
 def milliseconds_to_normalise() -> float:
     """What Thaw does inside the training step, where the peers do it while loading, an image on this core."""
-    normalise = Normalise(CONFIG.image_mean, CONFIG.image_std)
+    normalise = Normalize(CONFIG.image_mean, CONFIG.image_std)
     pixels = torch.zeros(BATCH, *CONFIG.input_shape, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     times = []
     for _ in range(20):

@@ -37,9 +37,8 @@ from utils.data.feature_dataset import FeatureDataset
 from utils.data.image_list import list_in_memory
 from utils.data.loader import train_loader
 from utils.data.preprocessing import Preprocessing
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork, ThawedPart
 from utils.modeling.precision import DTYPES, autocast
-from utils.training.feature_cache import ThawedPart
 from utils.training.optimizer import build_optimizer
 from utils.training.trainer import Trainer
 
@@ -54,7 +53,7 @@ def thaw(frozen: int | str | None) -> tuple[nn.Module, Trainer, torch.optim.Opti
     model = build_model("vit_b_16", CLASSES, CONFIG.input_shape, activation=CONFIG.activation, **rates)
     if frozen is not None:
         model.freeze_backbone(frozen)
-    network = pixel_network(model, Preprocessing.of(CONFIG), DEVICE)
+    network = PixelNetwork(model, Preprocessing.of(CONFIG), DEVICE)
     return network, Trainer(network, DEVICE, PRECISION, seed=0), build_optimizer(model, CONFIG, 1e-4)
 
 
@@ -76,7 +75,7 @@ def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
     """An epoch of Thaw's over features, loader and all."""
     network, trainer, optimizer = thaw(frozen)
     trainer.network = ThawedPart(network)
-    shape = (768,) if frozen == "all" else (network[1].pos_embed.shape[1], 768)
+    shape = (768,) if frozen == "all" else (network.model.pos_embed.shape[1], 768)
     features = torch.randn(1, steps * batch_size, *shape).to(DTYPES[PRECISION])
     dataset = FeatureDataset(features, list_in_memory((i % CLASSES, "image") for i in range(steps * batch_size)), 0)
     loader = train_loader(dataset, batch_size, num_workers=0)

@@ -40,7 +40,7 @@ def test_a_run_starts_from_it(here, capsys):
     resolved, model, origin = build_network(config, [str(i) for i in range(10)])
     assert "its head of 10 other classes is left out" in capsys.readouterr().out
     assert (resolved.eval_crop, Path(origin["file"])) == (1.0, BUNDLED_WEIGHTS)
-    weights = load_classifier(BUNDLED_WEIGHTS, "cpu", precision="fp32").network[1].state_dict()
+    weights = load_classifier(BUNDLED_WEIGHTS, "cpu", precision="fp32").network.model.state_dict()
     assert torch.equal(model.state_dict()["blocks.5.mlp.fc1.weight"], weights["blocks.5.mlp.fc1.weight"])
 
 

@@ -31,7 +31,7 @@ from utils.inference.classifier import load_classifier
 from utils.inference.outputs import compute_outputs
 from utils.inference.prediction import Prediction
 from utils.inference.save_predictions import save_labelled
-from utils.modeling.pixel_network import cast_products
+from utils.modeling.pixel_network import cast_for_inference
 from utils.runs.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.system import cli
 from utils.training.trainer import compute_logits
@@ -105,7 +105,7 @@ def test_eval_command(trained, tmp_path):
 
 def test_a_weight_that_is_standardised_first_is_not_cast():
     network = nn.Sequential(timm.layers.StdConv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    assert [layer.weight.dtype for layer in cast_products(network, "bf16")] == [torch.float32, torch.bfloat16]
+    assert [layer.weight.dtype for layer in cast_for_inference(network, "bf16")] == [torch.float32, torch.bfloat16]
 
 
 def test_figures_are_of_the_file_that_was_opened(trained, tmp_path, monkeypatch):
@@ -421,7 +421,7 @@ def test_weights_cast_beforehand_give_what_autocast_gives(trained):
     assert plain.precision == "fp32"
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         expected = plain.network(pixels)
-        cast = cast_products(copy.deepcopy(plain.network), "bf16")
+        cast = cast_for_inference(copy.deepcopy(plain.network), "bf16")
         assert torch.equal(cast(pixels), expected)
     assert {p.dtype for p in cast.parameters()} == {torch.float32, torch.bfloat16}
 

@@ -35,7 +35,7 @@ from utils.inference.exported_metadata import ExportFacts
 from utils.inference.onnx_classifier import OnnxClassifier, open_onnx
 from utils.inference.onnx_file import DIGEST, digest
 from utils.modeling.build import build_network
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork
 from utils.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 
@@ -110,14 +110,14 @@ def test_weights_and_their_card(exported, classifier, monkeypatch, tmp_path):
 
     path = exported("safetensors")
     card = json.loads(path.with_suffix(".json").read_text())
-    assert card["model"] == classifier.network[1].arguments
+    assert card["model"] == classifier.network.model.arguments
     weights = read_weights(path)
     model = build_model(**card["model"]).eval()
     load_weights(model, weights)
     assert weights.source == "Thaw's"
     assert weights.variant == {name: card["model"][name] for name in ("activation", "norm_eps", "num_registers")}
     assert weights.preprocessing["eval_crop"] == card["preprocessing"]["eval_crop"]
-    expected = classifier.network[1].state_dict()
+    expected = classifier.network.model.state_dict()
     assert model.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
@@ -129,7 +129,7 @@ def test_exported_weights_with_tensors_of_whole_numbers(tmp_path):
     preprocessing = Preprocessing.of(TrainConfig(input_shape=(32, 32)))
     facts = ExportFacts(NAMES, preprocessing, 1.5, {"precision": "fp16"}, model.arguments)
     of_model = Classifier(
-        pixel_network(model, preprocessing, torch.device("cpu")).eval(),
+        PixelNetwork(model, preprocessing, torch.device("cpu")).eval(),
         *(preprocessing, EvalTransform(preprocessing), NAMES, torch.device("cpu"), "fp32"),
     )
     with (tmp_path / "swin.safetensors").open("wb") as file:
@@ -504,7 +504,7 @@ def test_names_of_another_checkpoint(trained, tmp_path):
 def test_precision_of_a_classifier(trained):
     assert load_classifier(find_checkpoint(""), "cpu", precision="fp32").precision == "fp32"
     bf16 = load_classifier(find_checkpoint(""), "cpu", precision="bf16")
-    assert bf16.network[1].head.weight.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[bf16.precision]
+    assert bf16.network.model.head.weight.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[bf16.precision]
 
 
 def test_starting_imports_nothing_that_it_does_not_need():

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from utils.config.train_config import TrainConfig
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, TrainTransform
-from utils.modeling.pixel_network import Normalise
+from utils.modeling.pixel_network import Normalize
 
 
 def preprocessing(**changes) -> Preprocessing:
@@ -88,7 +88,7 @@ def test_normalisation_equals_torchvisions():
     pixels = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     config = preprocessing()
     peer = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.image_mean, config.image_std)])
-    own = Normalise(config.image_mean, config.image_std)
+    own = Normalize(config.image_mean, config.image_std)
     torch.testing.assert_close(own(pixels), peer(pixels), atol=1e-5, rtol=0)
     assert not own.state_dict()
 

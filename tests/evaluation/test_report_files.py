@@ -30,7 +30,7 @@ from utils.inference.explain import explain_one
 from utils.inference.fit_calibration import TrainEmbeddings
 from utils.inference.outputs import Outputs
 from utils.inference.rejection import fit_calibration
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork
 from utils.runs.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.log import EPOCHS
 
@@ -61,7 +61,7 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
     logits = torch.randn(n, len(names), generator=generator) + accuracy * torch.eye(len(names))[class_ids]
     embeddings = torch.randn(n, 192, generator=generator) + 3 * torch.eye(192)[class_ids % 192]
     calibration = fit_calibration(logits, embeddings, class_ids, embeddings, class_ids)
-    network = pixel_network(model, preprocessing, torch.device("cpu")).eval()
+    network = PixelNetwork(model, preprocessing, torch.device("cpu")).eval()
     transform = EvalTransform(preprocessing)
     classifier = Classifier(
         *(network, preprocessing, transform, names, torch.device("cpu"), "fp32", calibration.temperature, calibration),

@@ -27,6 +27,7 @@ from tests.faults.harness import (
     start,
 )
 from utils.config.train_config import TrainConfig
+from utils.modeling.pixel_network import PixelNetwork
 from utils.runs.checkpoint import load_checkpoint, load_newest
 from utils.system.signals import Stopped
 from utils.training import trainer
@@ -207,12 +208,11 @@ def nan_at_step(monkeypatch):
 
 
 @pytest.fixture
-def nan_in_a_image(monkeypatch):
+def nan_in_an_image(monkeypatch):
     """Make what the network says of a batch with a very light image a NaN."""
-    pixel_network = train.pixel_network
 
     def poisoned(*args):
-        network = pixel_network(*args)
+        network = PixelNetwork(*args)
 
         def forward(module, inputs, logits):
             light = inputs[0].float().mean((1, 2, 3)).max() > 203 if inputs[0].dtype == torch.uint8 else False
@@ -221,7 +221,7 @@ def nan_in_a_image(monkeypatch):
         network.register_forward_hook(forward)
         return network
 
-    monkeypatch.setattr(train, "pixel_network", poisoned)
+    monkeypatch.setattr(train, "PixelNetwork", poisoned)
 
 
 NAN = TINY | {"ema_decay": 0.9, "cache_features": False}
@@ -246,7 +246,7 @@ def test_steps_with_a_nan_are_left_out_and_counted(two_classes, nan_at_step, cap
     assert all_finite(only_run())
 
 
-def test_a_image_that_gives_a_nan_is_named(two_classes, nan_in_a_image, capsys):
+def test_a_image_that_gives_a_nan_is_named(two_classes, nan_in_an_image, capsys):
     light = Path(two_classes / "train" / "light" / "03.png")
     from PIL import Image
 

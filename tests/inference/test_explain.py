@@ -15,7 +15,7 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.inference.classifier import Classifier
 from utils.inference.explain import attention_rollout, explain, overlay, shown
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork
 
 CPU = torch.device("cpu")
 SHAPE = (32, 48)
@@ -23,7 +23,7 @@ SHAPE = (32, 48)
 
 def make_classifier(model: nn.Module, shape: tuple[int, int] = SHAPE) -> Classifier:
     preprocessing = Preprocessing.of(TrainConfig(input_shape=shape))
-    network = pixel_network(model, preprocessing, CPU).eval()
+    network = PixelNetwork(model, preprocessing, CPU).eval()
     return Classifier(network, preprocessing, EvalTransform(preprocessing), ["a", "b", "c"], CPU, "fp32")
 
 
@@ -64,7 +64,7 @@ def test_the_map_of_a_class_is_that_of_grad_cam(make, shape, expected_grid):
         return x if x.ndim == 4 else x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
 
     with GradCAM(model, [model.map_layer], reshape_transform=to_map) as peer:
-        normalised = classifier.network[0](batch)
+        normalised = classifier.network.normalize(batch)
         expected = peer(normalised, [ClassifierOutputTarget(int(k)) for k in class_ids])  # (B, height, width)
     ours = np.stack(
         [np.asarray(torch.nn.functional.interpolate(m[None, None], shape, mode="bilinear")[0, 0]) for m in maps.cam]
@@ -99,7 +99,7 @@ def test_rollout_is_that_of_timms_attention():
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_hook(lambda _, __, output: weights.append(output.detach().numpy()))
     batch = pixels()
-    peer(classifier.network[0](batch))
+    peer(classifier.network.normalize(batch))
     rolled = np.eye(97)
     for w in weights:
         mixed = 0.5 * w.mean(axis=1) + 0.5 * np.eye(97)

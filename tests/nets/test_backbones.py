@@ -26,9 +26,8 @@ from utils.data.preprocessing import Preprocessing
 from utils.inference.classifier import load_classifier
 from utils.inference.explain import explain
 from utils.modeling.build import build_meta_network, build_network
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork, ThawedPart
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
-from utils.training.feature_cache import FrozenPart, ThawedPart
 from utils.training.optimizer import build_optimizer
 from utils.training.stages import Stage
 from utils.training.trainer import Trainer
@@ -208,14 +207,14 @@ def test_one_step_frozen_and_one_thawed(name):
     cpu = torch.device("cpu")
     config = TrainConfig(**SMALL | {"backbone": name, "input_shape": (SIDE, SIDE), "layer_decay": 0.8})
     model = build(name, drop_rate=0.1, drop_path_rate=0.1)
-    network = pixel_network(model, Preprocessing.of(config), cpu)
+    network = PixelNetwork(model, Preprocessing.of(config), cpu)
     pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
     for part in ("all" if name == "timm/test_vit" else 1, "nothing"):
         Stage(0, 1, part, 4, (64, 64), 1e-3, 1e-5, 1, "cos").freeze(model)
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         inputs, trained = pixels, network
         if part != "nothing":
-            inputs, trained = FrozenPart(network)(pixels).detach(), ThawedPart(network)
+            inputs, trained = network.forward_frozen(pixels).detach(), ThawedPart(network)
         trainer = Trainer(trained.train(), cpu, "fp32", seed=0)
         loss, _ = trainer.train_step(inputs, torch.tensor([0, 1, 2, 3]), build_optimizer(model, config, 1e-3))
         assert loss.isfinite()

@@ -19,8 +19,8 @@ from utils.data.image_list import list_in_memory
 from utils.data.loader import train_loader
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, TrainTransform
-from utils.modeling.pixel_network import pixel_network
-from utils.training.feature_cache import SHAPING_FIELDS, FeatureCache, ThawedPart
+from utils.modeling.pixel_network import PixelNetwork, ThawedPart
+from utils.training.feature_cache import SHAPING_FIELDS, FeatureCache
 from utils.training.optimizer import build_optimizer
 from utils.training.stages import num_cached_views, plan_stages
 from utils.training.trainer import Trainer
@@ -34,7 +34,7 @@ def make_network(blocks=4, seed=0):
     torch.manual_seed(seed)
     model = build_model("vit_xs_4", 3, (8, 8))
     model.freeze_backbone(blocks)
-    return pixel_network(model, PREPROCESSING, CPU)
+    return PixelNetwork(model, PREPROCESSING, CPU)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_the_views_are_the_plain_image_and_augmented_ones(images):
     plain = dataset_of(images, EvalTransform(PREPROCESSING))
     for view, source in ((0, plain), (1, dataset), (2, dataset)):
         pixels = torch.stack([source[(view, i, 0)][0] for i in range(18)])
-        expected = network[1].eval().forward_frozen(network[0](pixels))
+        expected = network.model.eval().forward_frozen(network.normalize(pixels))
         torch.testing.assert_close(features[view], expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(features[1], features[2], atol=1e-2)
 
@@ -142,7 +142,7 @@ def test_it_is_computed_anew_when_something_changed(images, computed, change):
     before = open_features(images)
     config, network, options = CONFIG, make_network(), {}
     if change == "weights":
-        network[1].blocks[3].mlp.fc2.bias.data[0] += 1
+        network.model.blocks[3].mlp.fc2.bias.data[0] += 1
     elif change == "freezing point":
         network = make_network(blocks=5)
     elif change == "list":
@@ -187,8 +187,8 @@ def test_what_is_thawed_does_not_count(images, computed):
     """The head, the other blocks, the learning rate: a second run with another of these computes nothing."""
     open_features(images)
     network = make_network()
-    network[1].head.weight.data.zero_()
-    network[1].blocks[4].mlp.fc2.bias.data[0] += 1
+    network.model.head.weight.data.zero_()
+    network.model.blocks[4].mlp.fc2.bias.data[0] += 1
     open_features(images, dataclasses.replace(CONFIG, init_lr=0.1, num_workers=2), network)
     assert len(computed) == 3
 

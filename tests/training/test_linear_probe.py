@@ -18,7 +18,7 @@ from utils.data.feature_dataset import FeatureDataset
 from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
 from utils.modeling.build import build_network
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork
 from utils.runs.checkpoint import LAST, load_checkpoint
 from utils.training.datasets import load_data, make_datasets
 from utils.training.feature_cache import FeatureCache
@@ -118,7 +118,7 @@ def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
     )
     data = load_data(config)
     config, model, _ = build_network(config, names)
-    network = pixel_network(model, Preprocessing.of(config), torch.device("cpu"))
+    network = PixelNetwork(model, Preprocessing.of(config), torch.device("cpu"))
     init_head(model, FeatureCache(network, config, torch.device("cpu"), "fp32"), *make_datasets(data, config), config)
     top1 = float(capsys.readouterr().out.rsplit("top-1 ")[-1].rstrip("%\n"))
     assert top1 == pytest.approx(68.9, abs=4)

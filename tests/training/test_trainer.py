@@ -17,7 +17,7 @@ from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.inference.classifier import Classifier
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork
 from utils.training.loss import TrainingLoss
 from utils.training.optimizer import build_optimizer
 from utils.training.trainer import NonFiniteLoss, OutOfMemory, Trainer, compute_logits
@@ -26,13 +26,13 @@ CPU = torch.device("cpu")
 CONFIG = TrainConfig(input_shape=(8, 8), image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.1))
 
 
-def network(device=CPU, drop_rate=0.0, **freeze) -> nn.Sequential:
+def network(device=CPU, drop_rate=0.0, **freeze) -> PixelNetwork:
     torch.manual_seed(0)
     rates = {"drop_rate": drop_rate, "attn_drop_rate": drop_rate, "drop_path_rate": drop_rate}
     model = build_model("vit_xs_4", 3, (8, 8), **rates)
     if freeze:
         model.freeze_backbone(**freeze)
-    return pixel_network(model, Preprocessing.of(CONFIG), device)
+    return PixelNetwork(model, Preprocessing.of(CONFIG), device)
 
 
 def batch(size=6, seed=1):
@@ -69,14 +69,14 @@ def test_a_step_is_the_one_written_by_hand(weights):
     sgd = TrainConfig(
         optimizer_type="sgd"
     )  # its step is linear in the gradient; Adam's first is its sign, noise and all
-    loss, correct = trainer.train_step(pixels, targets, build_optimizer(own[1], sgd, 0.1))
+    loss, correct = trainer.train_step(pixels, targets, build_optimizer(own.model, sgd, 0.1))
 
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.image_mean, CONFIG.image_std))
-    logits = other[1]((pixels / 255 - mean) / std)
+    logits = other.model((pixels / 255 - mean) / std)
     each = torch.ones(6) if weights is None else weights[targets]
     by_hand = -(each * logits.log_softmax(1)[range(6), targets]).sum() / 6
     by_hand.backward()
-    build_optimizer(other[1], sgd, 0.1).step()
+    build_optimizer(other.model, sgd, 0.1).step()
     torch.testing.assert_close(loss, by_hand.detach())
     assert correct == (logits.argmax(1) == targets).sum()
     for (name, a), b in zip(own.named_parameters(), other.parameters(), strict=True):
@@ -89,7 +89,7 @@ def test_a_step_is_the_one_written_by_hand(weights):
 def test_the_gradient_is_shortened_to_the_norm_that_is_allowed(precision):
     for clip_grad in (1e-3, 1e3):
         own = network()
-        sgd = build_optimizer(own[1], TrainConfig(optimizer_type="sgd", momentum=0, weight_decay=0), 1.0)
+        sgd = build_optimizer(own.model, TrainConfig(optimizer_type="sgd", momentum=0, weight_decay=0), 1.0)
         before = torch.cat([p.detach().flatten().clone() for p in own.parameters()])
         Trainer(own, CPU, precision, 1, clip_grad=clip_grad).train_step(*batch(), sgd)
         moved = torch.linalg.vector_norm(torch.cat([p.detach().flatten() for p in own.parameters()]) - before).item()
@@ -105,7 +105,7 @@ def test_a_step_on_the_meta_device(optimizer_type):
     meta = torch.device("meta")
     own = network(meta, drop_rate=0.1, blocks=2).train()
     config = TrainConfig(optimizer_type=optimizer_type)
-    optimizer = build_optimizer(own[1], config, 1e-3)
+    optimizer = build_optimizer(own.model, config, 1e-3)
     pixels, targets = (tensor.to(meta) for tensor in batch())
     mixing = TrainingLoss(label_smoothing=0.1, mixup=0.2, cutmix=1.0)
     loss, correct = Trainer(own, meta, "fp32", 1, mixing, clip_grad=1.0).train_step(pixels, targets, optimizer)
@@ -118,7 +118,7 @@ def test_a_step_on_cuda_never_waits(precision):
     device = torch.device("cuda")
     own = network(device, drop_rate=0.1).train()
     trainer = Trainer(own, device, precision, seed=1)
-    optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+    optimizer = build_optimizer(own.model, CONFIG, 1e-3)
     pixels, targets = (tensor.pin_memory() for tensor in batch())
     trainer.train_step(pixels, targets, optimizer)
     torch.cuda.set_sync_debug_mode("error")
@@ -143,7 +143,7 @@ def test_half_precision_begins_like_full_and_learns(precision):
     for name in ("fp32", precision):
         own = network().train()
         trainer = Trainer(own, CPU, name, seed=1)
-        optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+        optimizer = build_optimizer(own.model, CONFIG, 1e-3)
         losses[name] = torch.stack([trainer.train_step(pixels, targets, optimizer)[0] for _ in range(30)])
     assert losses[precision][0] != losses["fp32"][0]
     assert losses[precision][0].item() == pytest.approx(losses["fp32"][0].item(), abs=0.03)
@@ -154,7 +154,7 @@ def test_half_precision_begins_like_full_and_learns(precision):
 def test_frozen_weights_do_not_move_and_have_no_state():
     own = network(drop_rate=0.3, blocks=4)
     before = {name: p.detach().clone() for name, p in own.named_parameters()}
-    optimizer = build_optimizer(own[1], CONFIG, 1e-2)
+    optimizer = build_optimizer(own.model, CONFIG, 1e-2)
     trainer = Trainer(own.train(), CPU, "fp32", seed=1)
     for _ in range(3):
         trainer.train_step(*batch(), optimizer)
@@ -169,7 +169,7 @@ def test_what_a_step_draws_depends_on_seed_and_step_alone():
         trainer = Trainer(own, CPU, "fp32", seed)
         trainer.step = step
         torch.manual_seed(noise)
-        return trainer.train_step(*batch(), build_optimizer(own[1], CONFIG, 1e-3))[0].item()
+        return trainer.train_step(*batch(), build_optimizer(own.model, CONFIG, 1e-3))[0].item()
 
     assert loss(1, 5, noise=0) == loss(1, 5, noise=9)
     assert len({loss(1, 5, 0), loss(1, 6, 0), loss(2, 5, 0)}) == 3
@@ -177,7 +177,7 @@ def test_what_a_step_draws_depends_on_seed_and_step_alone():
 
 def test_an_epoch_returns_means_and_sets_the_rate_at_every_step():
     own = network()
-    optimizer = build_optimizer(own[1], CONFIG, 1.0)
+    optimizer = build_optimizer(own.model, CONFIG, 1.0)
     asked = []
 
     def rate(epoch):
@@ -202,16 +202,16 @@ def test_an_epoch_is_in_training_mode_whatever_came_before():
     own = network(drop_rate=0.5)
     trainer = Trainer(own, CPU, "fp32", 1)
     seen = []
-    own[1].register_forward_hook(lambda module, *_: seen.append(module.training))
+    own.model.register_forward_hook(lambda module, *_: seen.append(module.training))
     trainer.validate(Batches([batch(6)]))
-    trainer.train_epoch(Batches([batch(6)]), build_optimizer(own[1], CONFIG, 1e-3), 0, lambda epoch: 1e-3)
+    trainer.train_epoch(Batches([batch(6)]), build_optimizer(own.model, CONFIG, 1e-3), 0, lambda epoch: 1e-3)
     assert seen == [False, True]
 
 
 def test_training_learns():
     own = network()
     trainer = Trainer(own, CPU, "fp32", 1)
-    optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+    optimizer = build_optimizer(own.model, CONFIG, 1e-3)
     epochs = []
     for epoch in range(8):
         trainer.start_epoch()
@@ -229,21 +229,21 @@ def test_a_loss_that_is_not_finite_names_its_step():
     def rate(epoch):
         poisoned.append(epoch)
         if len(poisoned) == 13:
-            nn.init.constant_(own[1].head.bias, float("nan"))
+            nn.init.constant_(own.model.head.bias, float("nan"))
         return 1e-3
 
     with pytest.raises(NonFiniteLoss, match=r"finite at step 113 .*images: 072\.png.*Lower init_lr"):
-        trainer.train_epoch(Batches([batch()] * 30), build_optimizer(own[1], CONFIG, 1e-3), 0, rate)
+        trainer.train_epoch(Batches([batch()] * 30), build_optimizer(own.model, CONFIG, 1e-3), 0, rate)
     assert len(poisoned) == 20  # seen at the next look
 
 
 def test_a_validation_loss_that_is_not_finite():
     own = network()
-    nn.init.constant_(own[1].head.bias, float("nan"))
+    nn.init.constant_(own.model.head.bias, float("nan"))
     with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
         Trainer(own, CPU, "fp32", 1).validate(Batches([batch()]))
     with torch.no_grad():
-        own[1].head.bias.zero_()[-1] = -math.inf  # as if overflowed, for a class that has no image here
+        own.model.head.bias.zero_()[-1] = -math.inf  # as if overflowed, for a class that has no image here
     pixels, targets = batch()
     with pytest.raises(NonFiniteLoss, match="validation loss is nan"):
         Trainer(own, CPU, "fp32", 1).validate(Batches([(pixels, torch.zeros_like(targets))]))
@@ -292,7 +292,7 @@ def test_evaluation_is_in_the_precision_asked_for(way):
 
 def test_the_loss_scaler_is_restored():
     trainer = Trainer(network(), CPU, "fp16", 1)
-    optimizer = build_optimizer(trainer.network[1], CONFIG, 1e-3)
+    optimizer = build_optimizer(trainer.network.model, CONFIG, 1e-3)
     trainer.train_step(*batch(), optimizer)
     trainer.scaler.update(new_scale=1234.0)
     state = trainer.state_dict()
@@ -306,7 +306,7 @@ def test_the_loss_scaler_is_restored():
 def test_only_convolutional_networks_have_their_channels_last():
     preprocessing = Preprocessing.of(CONFIG)
     for name, channels_last in (("vit_xs_4", False), ("resnet18", True), ("timm/convnext_atto", True)):
-        model = pixel_network(build_model(name, 2, (64, 64)), preprocessing, CPU)[1]
+        model = PixelNetwork(build_model(name, 2, (64, 64)), preprocessing, CPU).model
         weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))
         assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
@@ -331,7 +331,7 @@ def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_n
         own = network()
         loss = TrainingLoss(torch.tensor([0.5, 1.0, 4.0]), mixup=0.5)
         trainer = Trainer(Narrow(own) if narrow else own, CPU, "fp32", 1, loss)
-        optimizer = build_optimizer(own[1], sgd, 0.1)
+        optimizer = build_optimizer(own.model, sgd, 0.1)
         found = [trainer.train_step(pixels, targets, optimizer) for _ in range(3)]
         losses.append(torch.tensor(found))
         weights.append(torch.cat([p.flatten() for p in own.parameters()]))
@@ -372,14 +372,14 @@ def test_no_memory_for_a_single_image():
 
     own = network()
     with pytest.raises(OutOfMemory, match="cpu has too little memory for a single image"):
-        Trainer(None_(), CPU, "fp32", 1).train_step(*batch(), build_optimizer(own[1], CONFIG, 1e-3))
+        Trainer(None_(), CPU, "fp32", 1).train_step(*batch(), build_optimizer(own.model, CONFIG, 1e-3))
 
 
 def test_other_errors_are_no_lack_of_memory():
     own = network()
     pixels, targets = batch()
     with pytest.raises(RuntimeError, match="size"):
-        Trainer(own, CPU, "fp32", 1).train_step(pixels[:, :, :5], targets, build_optimizer(own[1], CONFIG, 1e-3))
+        Trainer(own, CPU, "fp32", 1).train_step(pixels[:, :, :5], targets, build_optimizer(own.model, CONFIG, 1e-3))
 
 
 def test_an_epoch_goes_on_where_it_was_cut_off():
@@ -388,7 +388,7 @@ def test_an_epoch_goes_on_where_it_was_cut_off():
     means = []
     for cut in (False, True):
         own = network()
-        optimizer = build_optimizer(own[1], CONFIG, 1e-3)
+        optimizer = build_optimizer(own.model, CONFIG, 1e-3)
         trainer = Trainer(own, CPU, "fp32", 1)
         if cut:
 
@@ -412,6 +412,8 @@ def test_an_epoch_of_a_list_that_became_shorter_ends():
     own = network()
     trainer = Trainer(own, CPU, "fp32", 1)
     trainer.done, trainer.losses, trainer.hits = 4, torch.ones(4), torch.ones(4)
-    numbers = trainer.train_epoch(Batches([batch()] * 3), build_optimizer(own[1], CONFIG, 1e-3), 0, lambda epoch: 1e-3)
+    numbers = trainer.train_epoch(
+        Batches([batch()] * 3), build_optimizer(own.model, CONFIG, 1e-3), 0, lambda epoch: 1e-3
+    )
     assert numbers["loss"] == 1
     assert trainer.step == 0

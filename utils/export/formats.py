@@ -22,7 +22,7 @@ from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, read_exported
 from utils.inference.exported_metadata import ExportFacts
 from utils.inference.onnx_classifier import open_onnx
 from utils.inference.onnx_file import MAX_BYTES
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork
 from utils.system.files import format_bytes, write_json
 
 STEMS = {"fp32": "model", "fp16": "model_fp16", "int8": "model_int8"}
@@ -52,7 +52,7 @@ def describe_export(classifier: Classifier, checkpoint: Path, precision: str) ->
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "precision": precision,
     }
-    model = classifier.network[1].arguments
+    model = classifier.network.model.arguments
     return ExportFacts(classifier.class_names, classifier.preprocessing, classifier.temperature, provenance, model)
 
 
@@ -105,7 +105,7 @@ def write_safetensors(classifier: Classifier, facts: ExportFacts, file: BinaryIO
     dtype = torch.float16 if facts.provenance["precision"] == "fp16" else torch.float32
     weights = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in classifier.network[1].state_dict().items()
+        for name, tensor in classifier.network.model.state_dict().items()
     }
     file.write(safetensors.torch.save(weights, facts.as_strings()))
 
@@ -114,7 +114,7 @@ def run_safetensors(path: Path, classifier: Classifier) -> Exported:
     """The weights as train.py and predict.py read them, in a new network."""
     content = read_exported(path)
     model = restore_model(content["model"], content["weights"])
-    network = pixel_network(model, classifier.preprocessing, classifier.device).eval().requires_grad_(False)
+    network = PixelNetwork(model, classifier.preprocessing, classifier.device).eval().requires_grad_(False)
     reloaded = replace(classifier, network=network, temperature=content["temperature"])
     return lambda pixels: by_checkpoint(reloaded, pixels)
 

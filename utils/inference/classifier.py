@@ -26,7 +26,7 @@ from utils.inference.exported_metadata import ExportFacts, are_names, is_preproc
 from utils.inference.prediction import Failure, Prediction, make_prediction
 from utils.inference.rejection import Calibration, Rejection
 from utils.inference.tta_views import TTAViews
-from utils.modeling.pixel_network import cast_products, pixel_network
+from utils.modeling.pixel_network import PixelNetwork, cast_for_inference
 from utils.modeling.precision import autocast, choose_precision, pick_device
 from utils.runs.checkpoint import find_checkpoint, load_checkpoint
 from utils.system.thread_map import map_ahead
@@ -107,9 +107,9 @@ class Classifier:
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, C), what the head takes, and logits (B, classes) of images (B, 3, height, width) uint8; both
         fp32 on the CPU."""
-        normalise, model = self.network
+        model = self.network.model
         with autocast(self.device, self.precision):
-            embeddings = model.forward_embedding(normalise(pixels.to(self.device, non_blocking=True)))
+            embeddings = model.forward_embedding(self.network.normalize(pixels.to(self.device, non_blocking=True)))
             logits = model.head(embeddings)
         return embeddings.float().cpu(), logits.float().cpu()
 
@@ -274,7 +274,7 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         raise ValueError(f"{path} can't be used: its parts don't fit together ({error})") from error
     origin = checkpoint["origin"]
     return Classifier(
-        network=cast_products(pixel_network(model, preprocessing, place), arithmetic).eval(),
+        network=cast_for_inference(PixelNetwork(model, preprocessing, place), arithmetic).eval(),
         preprocessing=preprocessing,
         transform=transform,
         class_names=checkpoint["class_names"],

@@ -40,7 +40,7 @@ def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
         pixels: as its transform gives them.
         class_ids: (B,), which class each map of Grad-CAM is for.
     """
-    normalise, model = classifier.network
+    model = classifier.network.model
     blocks = getattr(model, "blocks", [])
     features: list[Tensor] = []
     qkvs: list[Tensor] = []
@@ -52,7 +52,7 @@ def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
     hooks = [(model.map_layer, begin_graph)]
     hooks += [(block.attn.qkv, lambda _, __, output: qkvs.append(output.detach().float())) for block in blocks]
     with torch.enable_grad(), hooked(hooks), autocast(classifier.device, classifier.precision):
-        logits = model(normalise(pixels.to(classifier.device)))
+        logits = classifier.network(pixels.to(classifier.device))
         of_class = logits.float().gather(1, class_ids.to(logits.device)[:, None]).sum()
         (gradient,) = torch.autograd.grad(of_class, features)
     cam = _grad_cam(features[0].detach().float(), gradient.float(), model)

@@ -1,4 +1,4 @@
-"""A network behind its normalisation: uint8 pixels in, logits out."""
+"""A network behind its normalization: uint8 pixels in, logits out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from utils.data.preprocessing import Preprocessing
 from utils.modeling.precision import DTYPES, tune_kernels
 
 
-class Normalise(nn.Module):
-    """Pixels (B, 3, height, width) uint8 to floats, with `mean` subtracted and divided by `std` (of values 0 to 1)."""
+class Normalize(nn.Module):
+    """uint8 pixels (B, 3, height, width) to floats: divided by 255, minus `mean`, divided by `std`."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -26,25 +26,51 @@ class Normalise(nn.Module):
         return torch.addcmul(self.shift, pixels.to(self.scale.dtype), self.scale)
 
 
-def pixel_network(model: FreezableNetwork, preprocessing: Preprocessing, device: torch.device) -> nn.Module:
-    """`model` behind the normalisation that it expects: uint8 pixels (B, 3, height, width) to logits. On `device`, in
-    the order of memory and with the kernels that suit it there."""
-    convolutional = model.convolutional
-    tune_kernels(device, convolutional)
-    normalise = Normalise(preprocessing.image_mean, preprocessing.image_std)
-    memory_format = torch.channels_last if convolutional else torch.preserve_format
-    return nn.Sequential(normalise, model).to(device, memory_format=memory_format)
+class PixelNetwork(nn.Module):
+    """A network behind the normalization that it expects: uint8 pixels (B, 3, height, width) to logits (B, classes).
+
+    Args:
+        model: the network; it is moved to `device`, in the memory format that suits it there.
+        preprocessing: its mean and standard deviation.
+        device: where it runs.
+    """
+
+    def __init__(self, model: FreezableNetwork, preprocessing: Preprocessing, device: torch.device) -> None:
+        super().__init__()
+        tune_kernels(device, model.convolutional)
+        self.normalize = Normalize(preprocessing.image_mean, preprocessing.image_std)
+        self.model = model
+        self.to(device, memory_format=torch.channels_last if model.convolutional else torch.preserve_format)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model(self.normalize(pixels))
+
+    def forward_frozen(self, pixels: Tensor) -> Tensor:
+        """The features that the frozen part computes: (B, N, C) in a transformer, (B, C, rows, columns) in a
+        convolutional network, (B, C) with all but the head frozen."""
+        return self.model.forward_frozen(self.normalize(pixels))
 
 
-def cast_products(network: nn.Module, precision: str) -> nn.Module:
-    """`network` with the weights of its matrix products in `precision`, for inference only.
+class ThawedPart(nn.Module):
+    """What follows the frozen part of a network: features, see `PixelNetwork.forward_frozen`, to logits (B,
+    classes)."""
 
-    Under autocast it gives what it gave before, without casting every weight at every batch. No weight has a gradient
-    any more.
+    def __init__(self, network: PixelNetwork) -> None:
+        super().__init__()
+        self.model = network.model
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.model.forward_thawed(features.float())
+
+
+def cast_for_inference(network: nn.Module, precision: str) -> nn.Module:
+    """`network` with the weights of its matrix products in `precision`, and without gradients.
+
+    Autocast gives the same outputs, but casts every weight at every batch.
     """
     network.requires_grad_(False)
     for module in network.modules():
-        # Not what is derived from these: timm's standardise their weight first, which validation does in fp32.
+        # Not subclasses: timm's standardize their weight first, which validation does in fp32.
         if type(module) in (nn.Linear, nn.Conv2d):
             module.to(DTYPES[precision])
     return network

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from utils.config.train_config import TrainConfig
@@ -18,37 +18,10 @@ from utils.data.feature_dataset import FeatureDataset
 from utils.data.loader import eval_loader, fetch
 from utils.data.preprocessing import PREPROCESSING_FIELDS, Preprocessing
 from utils.data.transforms import EvalTransform
+from utils.modeling.pixel_network import PixelNetwork
 from utils.modeling.precision import DTYPES, autocast
 from utils.system.digests import TRAINING_CODE, digest
 from utils.system.files import format_bytes
-
-
-class FrozenPart(nn.Module):
-    """What stands before the freezing point: pixels (B, 3, height, width) uint8 to features, which are (B, N, C) in a
-    transformer, (B, C, rows, columns) in a convolutional network, and (B, C) with all but the head frozen.
-
-    Args:
-        network: of `utils.modeling.pixel_network.pixel_network`.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.normalise, self.model = network
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.forward_frozen(self.normalise(pixels))
-
-
-class ThawedPart(nn.Module):
-    """What stands behind it: the features to logits (B, classes)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        _, self.model = network
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.model.forward_thawed(features.float())
-
 
 # What features depend on, besides the images and the frozen weights.
 SHAPING_FIELDS = (
@@ -70,14 +43,14 @@ class FeatureCache:
     that is cut off before the first step finds the views that were done.
 
     Args:
-        network: of `utils.modeling.pixel_network.pixel_network`, as far frozen as it shall be when `open` is called.
+        network: as far frozen as it shall be when `open` is called.
         config: the settings.
         device: where the network is.
         precision: of the computation and of the file: "fp32", "fp16" or "bf16".
     """
 
-    def __init__(self, network: nn.Module, config: TrainConfig, device: torch.device, precision: str) -> None:
-        self.frozen = FrozenPart(network)
+    def __init__(self, network: PixelNetwork, config: TrainConfig, device: torch.device, precision: str) -> None:
+        self.network = network
         self.config = config
         self.device = device
         self.precision = precision
@@ -140,11 +113,11 @@ class FeatureCache:
     @torch.inference_mode()
     def _compute(self, pixels: Tensor) -> Tensor:
         with autocast(self.device, self.precision):
-            return self.frozen(pixels.to(self.device, non_blocking=True)).to(self.dtype).cpu()
+            return self.network.forward_frozen(pixels.to(self.device, non_blocking=True)).to(self.dtype).cpu()
 
     def _places(self, dataset: ImageDataset, list_path: str, num_views: int) -> list[tuple[Path, str]]:
         """For each view the file, and a glob of those whose place it takes."""
-        model = self.frozen.model
+        model = self.network.model
         frozen = model.frozen_state()
         of_content = digest(
             [

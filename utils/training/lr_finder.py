@@ -20,7 +20,7 @@ from utils.config.train_config import TrainConfig
 from utils.data.loader import fetch, train_loader
 from utils.data.preprocessing import Preprocessing
 from utils.modeling.build import build_network, of_size
-from utils.modeling.pixel_network import pixel_network
+from utils.modeling.pixel_network import PixelNetwork
 from utils.training.datasets import Data, make_datasets
 from utils.training.feature_cache import FeatureCache
 from utils.training.linear_probe import init_head
@@ -63,7 +63,7 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
         ValueError: it didn't fall at any.
     """
     config, model, _ = build_network(config, data.class_names)
-    network = pixel_network(model, Preprocessing.of(config), device)
+    network = PixelNetwork(model, Preprocessing.of(config), device)
     if config.head_init == "probe":
         small = of_size(config, model)
         init_head(model, FeatureCache(network, small, device, precision), *make_datasets(data, small), small)

@@ -1,7 +1,7 @@
 """One training step, one epoch, one evaluation: the same code on every device.
 
 A `network` here takes what the loader gives, as it is, to logits (B, classes):
-`utils.modeling.pixel_network.pixel_network` takes uint8 pixels (B, 3, height, width),
+`utils.modeling.pixel_network.PixelNetwork` takes uint8 pixels (B, 3, height, width),
 `utils.training.feature_cache.ThawedPart` the features that a frozen part made of them.
 """
 
@@ -316,7 +316,7 @@ def make_trainer(
     class_ids: np.ndarray,
     resumed: Mapping[str, Any] | None = None,
 ) -> Trainer:
-    """What trains `network`, of `utils.modeling.pixel_network.pixel_network`, with the loss and the average of the
+    """What trains `network`, of `utils.modeling.pixel_network.PixelNetwork`, with the loss and the average of the
     weights that `config` asks for.
 
     Args:
@@ -326,7 +326,7 @@ def make_trainer(
         class_ids: (n,), of the training images, for a loss that is balanced by them.
         resumed: the checkpoint that the run goes on from.
     """
-    _, model = network
+    model = network.model
     weights = balanced_class_weights(class_ids, model.head.out_features) if config.class_weights == "balanced" else None
     loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix)
     average = WeightEMA(model, config.ema_decay) if config.ema_decay else None
