@@ -156,7 +156,7 @@ def features(model: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any) -> TrainConfig:
-    """The settings of a run of `recipe="auto"`, from which its epochs and `changes` are kept."""
+    """The settings of a run of `recipe="auto"`, except for its epochs and `changes`."""
     return TrainConfig(
         recipe="auto",
         backbone="vit_s_14",
@@ -166,7 +166,6 @@ def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any
         image_std=STD,
         input_shape=(side, side),
         unfreeze_epoch=epochs,
-        keep=("unfreeze_epoch", *changes),
         num_workers=1,
         seed=seed,
         **changes,

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def write_checkpoint(path: Path) -> None:
     """A checkpoint of ViT-B/16, as the best one of a finished run is."""
-    config = TrainConfig()
+    config = TrainConfig().with_defaults()
     model = build_model("vit_b_16", 10, config.input_shape)
     content = {
         "model": model.arguments,

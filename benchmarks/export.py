@@ -35,7 +35,7 @@ from utils.modeling.precision import choose_precision
 
 NETWORKS = ("vit_s_16", "resnet18")
 CLASSES = 10
-CONFIG = TrainConfig()
+CONFIG = TrainConfig().with_defaults()
 CPU = torch.device("cpu")
 PRECISIONS = ["fp32"] + (["bf16"] if choose_precision("bf16", CPU)[0] == "bf16" else [])
 EXPORTS = ("fp32", "fp16", "int8")

@@ -29,7 +29,7 @@ from utils.modeling.pixel_network import PixelNetwork, cast_for_inference
 from utils.modeling.precision import autocast
 
 CLASSES = 10
-CONFIG = TrainConfig(activation="gelu")
+CONFIG = TrainConfig(activation="gelu").with_defaults()
 
 
 def thaw(batch_size: int) -> Callable[[], int]:

@@ -40,7 +40,7 @@ from utils.data.preprocessing import Preprocessing, resolve_preprocessing
 from utils.data.transforms import TrainTransform
 from utils.modeling.pixel_network import Normalize
 
-CONFIG = resolve_preprocessing(TrainConfig(), {})
+CONFIG = resolve_preprocessing(TrainConfig().with_defaults(), {})
 BATCH = 20
 
 

@@ -44,7 +44,7 @@ from utils.inference.classifier import load_classifier
 from utils.metrics.classification import top_k_accuracy
 from utils.modeling.precision import autocast
 from utils.runs.checkpoint import BEST
-from utils.training.trainer import compute_logits
+from utils.training.predict_logits import predict_logits
 
 EPOCHS, BATCH = 12, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -155,7 +155,7 @@ def test_thaw(checkpoint: Path) -> float:
     images = read_list("cls_test.txt", len(classifier.class_names))
     dataset = ImageDataset(FileSource(images, classifier.preprocessing), classifier.transform, seed=0)
     loader = eval_loader(dataset, 32, num_workers=0)
-    return top_k_accuracy(*compute_logits(classifier.network, loader, classifier.device, classifier.precision), 1)
+    return top_k_accuracy(*predict_logits(classifier.network, loader, classifier.device, classifier.precision), 1)
 
 
 def in_folder_of_its_own(function: Callable[..., Result], *args: object) -> Result:

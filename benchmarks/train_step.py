@@ -43,7 +43,7 @@ from utils.training.optimizer import build_optimizer
 from utils.training.trainer import Trainer
 
 CLASSES = 10
-CONFIG = TrainConfig(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0, activation="gelu")
+CONFIG = TrainConfig(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0, activation="gelu").with_defaults()
 Work = Callable[[], int]
 
 
@@ -81,8 +81,11 @@ def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
     loader = train_loader(dataset, batch_size, num_workers=0)
 
     def work() -> int:
-        trainer.start_epoch()
-        trainer.train_epoch(loader, optimizer, epoch=1, learning_rate=lambda epoch: 1e-4)
+        epoch = trainer.start_epoch(loader, number=1)
+        for inputs, targets in epoch.batches():
+            epoch.record(*trainer.train_step(inputs, targets, optimizer))
+        epoch.summary()
+        trainer.finish_epoch()
         return steps * batch_size
 
     return work

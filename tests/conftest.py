@@ -23,6 +23,7 @@ from utils.config.train_config import TrainConfig
 from utils.export import formats, onnx_write
 from utils.inference.classifier import load_classifier
 from utils.runs.checkpoint import LAST, find_checkpoint
+from utils.training.optimizer import set_learning_rate
 
 # The networks here are so small that a second thread costs more than it does; and on one, sums have one order.
 torch.set_num_threads(1)
@@ -49,6 +50,23 @@ SMALL = {
 SIZES["vit_of_the_tests"] = Size(patch_size=4, num_features=48, depth=6, num_heads=3)
 TINY = SMALL | {"backbone": "vit_of_the_tests"}
 """The same with a sixteenth of the weights, where no other process has to know the network."""
+
+
+def settings(**changes) -> TrainConfig:
+    """A config with a value in every field, as a run has it."""
+    return TrainConfig(**changes).with_defaults()
+
+
+def train_epoch(trainer, loader, optimizer, number, learning_rate, after_step=lambda: None) -> dict[str, float]:
+    """The steps that are left of an epoch, as train.py takes them, and their summary."""
+    epoch = trainer.start_epoch(loader, number)
+    for inputs, targets in epoch.batches():
+        rate = learning_rate(epoch.position)
+        set_learning_rate(optimizer, rate)
+        epoch.record(*trainer.train_step(inputs, targets, optimizer))
+        trainer.non_finite.check(epoch, trainer.step, rate)
+        after_step()
+    return epoch.summary()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import torch
 
 import predict
 from nets.weights.pretrained import BUNDLED_FOLDER, BUNDLED_WEIGHTS, find_pretrained
-from utils.config.train_config import TrainConfig
+from tests.conftest import settings
 from utils.inference.classifier import load_classifier
 from utils.modeling.build import build_network
 
@@ -36,7 +36,7 @@ def test_it_names_images_before_any_training(here, capsys):
 
 def test_a_run_starts_from_it(here, capsys):
     assert find_pretrained("vit_xs_4").path == BUNDLED_WEIGHTS
-    config = TrainConfig(backbone="vit_xs_4", input_shape=(32, 32), pretrained=True)
+    config = settings(backbone="vit_xs_4", input_shape=(32, 32), pretrained=True)
     resolved, model, origin = build_network(config, [str(i) for i in range(10)])
     assert "its head of 10 other classes is left out" in capsys.readouterr().out
     assert (resolved.eval_crop, Path(origin["file"])) == (1.0, BUNDLED_WEIGHTS)

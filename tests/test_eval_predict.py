@@ -34,7 +34,7 @@ from utils.inference.save_predictions import save_labelled
 from utils.modeling.pixel_network import cast_for_inference
 from utils.runs.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.system import cli
-from utils.training.trainer import compute_logits
+from utils.training.predict_logits import predict_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,7 +61,7 @@ def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
     images = read_list("cls_val.txt", 2)
     dataset = ImageDataset(FileSource(images, classifier.preprocessing), classifier.transform, seed=0)
     loader = eval_loader(dataset, 3, num_workers=0)
-    logits, _ = compute_logits(classifier.network, loader, classifier.device, classifier.precision)
+    logits, _ = predict_logits(classifier.network, loader, classifier.device, classifier.precision)
     paths = [images.path(i) for i in range(len(images))]
     one_by_one = torch.cat([classifier.probabilities(classifier.load(path)[None]) for path in paths])
     in_memory = classifier.probabilities(classifier.transform(open_image(paths[0]))[None])

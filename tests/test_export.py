@@ -20,9 +20,8 @@ import predict
 import train
 from nets.factory import build_model
 from nets.weights.safe_load import read_header
-from tests.conftest import EXPORTS, NAMES, SMALL, write_image
+from tests.conftest import EXPORTS, NAMES, SMALL, settings, write_image
 from utils.annotation.annotate import annotate
-from utils.config.train_config import TrainConfig
 from utils.data.image_io import open_image
 from utils.data.image_list import read_list, write_list
 from utils.data.preprocessing import Preprocessing
@@ -126,7 +125,7 @@ def test_exported_weights_with_tensors_of_whole_numbers(tmp_path):
     """torchvision's Swin keeps the places of its relative positions among its weights."""
     torch.manual_seed(0)
     model = build_model("swin_transformer_tiny", 2, (32, 32))
-    preprocessing = Preprocessing.of(TrainConfig(input_shape=(32, 32)))
+    preprocessing = Preprocessing.of(settings(input_shape=(32, 32)))
     facts = ExportFacts(NAMES, preprocessing, 1.5, {"precision": "fp16"}, model.arguments)
     of_model = Classifier(
         PixelNetwork(model, preprocessing, torch.device("cpu")).eval(),
@@ -178,7 +177,7 @@ def test_exported_weights_predict_and_are_what_train_py_starts_from(trained, tmp
     for one, other in zip(*answers, strict=True):
         assert (one["path"], one["label"]) == (other["path"], other["label"])
         assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-2)
-    _, model, _ = build_network(TrainConfig(**SMALL, model_path=str(path)), NAMES)
+    _, model, _ = build_network(settings(**SMALL, model_path=str(path)), NAMES)
     own = load_checkpoint(find_checkpoint(""))["weights"]
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
@@ -529,7 +528,7 @@ def trashnet(shared, here) -> Path:
     annotate(shared / "data" / "trashnet", audit=False)
     weights = shared / "models" / "dinov2_vits14_saliency_fp16.safetensors"
     train.main(
-        TrainConfig(
+        settings(
             backbone="vit_s_14",
             model_path=str(weights),
             activation="gelu",

@@ -1,6 +1,7 @@
 """train.py from the images to the checkpoints."""
 
 import dataclasses
+import importlib
 import itertools
 import json
 import math
@@ -21,10 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 import eval as evaluation
 import train
 from nets.factory import build_model
-from tests.conftest import NAMES, SMALL, TINY, write_image, write_two_classes
+from tests.conftest import NAMES, SMALL, TINY, settings, write_image, write_two_classes
 from tests.faults.harness import digest
 from utils.annotation.annotate import annotate
-from utils.config.train_config import StageConfig, TrainConfig
+from utils.config.train_config import StageConfig
 from utils.data.image_list import read_list
 from utils.data.preprocessing import resolve_preprocessing
 from utils.modeling.build import build_network
@@ -32,7 +33,9 @@ from utils.runs.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
 from utils.runs.folder import new_run_folder
 from utils.runs.log import RunLog
 from utils.runs.resume import open_run
-from utils.training.trainer import NonFiniteLoss, Trainer
+from utils.training.datasets import StageInputs
+from utils.training.non_finite import NonFiniteLoss
+from utils.training.trainer import Trainer
 
 
 def only_run(folder: Path = Path()) -> Path:
@@ -53,7 +56,7 @@ def test_what_a_run_leaves(trained):
     names = {path.name for path in run.iterdir()}
     assert {BEST, LAST, "config.json", "epoch_loss.txt", "epoch_val_loss.txt", "epoch_loss.png"} <= names
     assert sorted(name[:5] for name in names if name.startswith("ep0")) == ["ep002", "ep004"]
-    assert json.loads((run / "config.json").read_text()) == TrainConfig(**SMALL).as_dict()
+    assert json.loads((run / "config.json").read_text()) == settings(**SMALL).as_dict()
     last = load_checkpoint(run / LAST)
     assert [float(line) for line in (run / "epoch_loss.txt").read_text().split()] == [
         r["loss"] for r in last["history"]
@@ -85,7 +88,7 @@ def test_what_a_checkpoint_holds(trained):
     last = load_checkpoint(only_run() / LAST)
     assert last["class_names"] == ["dark", "light"]
     assert (last["epoch"], last["step"]) == (4, 36 // 8 + 3 * (36 // 6))
-    assert last["config"] == resolve_preprocessing(TrainConfig(**SMALL), {}).as_dict()
+    assert last["config"] == resolve_preprocessing(settings(**SMALL), {}).as_dict()
     assert last["origin"] == {}
     assert last["preprocessing"]["input_shape"] == [8, 8]
     build_model(**last["model"]).load_state_dict(last["weights"], strict=True)
@@ -124,14 +127,14 @@ def test_a_network_that_torch_cannot_trace_is_trained_all_the_same(two_classes, 
         raise RuntimeError("Tracer cannot infer")
 
     monkeypatch.setattr(SummaryWriter, "add_graph", fail)
-    train.main(TrainConfig(**TINY | {"unfreeze_epoch": 2}))
-    assert "TensorBoard gets no graph of the network, which torch can't trace (Tracer" in capsys.readouterr().out
+    train.main(settings(**TINY | {"unfreeze_epoch": 2}))
+    assert "TensorBoard gets no graph of the network, torch can't trace it (Tracer" in capsys.readouterr().out
     assert len(load_checkpoint(only_run() / LAST)["history"]) == 2
 
 
 def test_frozen_then_thawed(two_classes):
     """In stage 1 the frozen part stays as it was built; in stage 2 it moves."""
-    config = TrainConfig(**TINY | {"save_period": 1})
+    config = settings(**TINY | {"save_period": 1})
     start = {name: value.clone() for name, value in build_network(config, NAMES).model.state_dict().items()}
     train.main(config)
     first, second = (load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2))
@@ -152,7 +155,7 @@ GRADUAL = {
 
 def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
     """Each part moves from its stage on and not before; a run cut off between any two stages ends like a whole one."""
-    config = TrainConfig(**TINY | GRADUAL)
+    config = settings(**TINY | GRADUAL)
     start = {name: value.clone() for name, value in build_network(config, NAMES).model.state_dict().items()}
     train.main(config)
     states = [start] + [load_checkpoint(next(only_run().glob(f"ep{n:03d}-*")))["weights"] for n in (1, 2, 3)]
@@ -176,7 +179,7 @@ def ends_the_same_when_cut_off(config, epochs, monkeypatch):
 
         again = dataclasses.replace(config, save_dir=f"logs{epoch}")
         with monkeypatch.context() as patch:
-            patch.setattr("utils.runs.run.save_checkpoint", cut_off)
+            patch.setattr("utils.runs.saving.save_checkpoint", cut_off)
             with pytest.raises(KeyboardInterrupt):
                 train.main(again)
         train.main(again)
@@ -195,7 +198,7 @@ GROWING = {
 def test_images_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone, optimizer):
     """Each checkpoint takes images of its stage's size; a run cut off between stages or inside ends like a whole."""
     variant = {"backbone": backbone, "optimizer_type": optimizer, "device": "cpu"}  # a GPU's sums vary
-    config = TrainConfig(**TINY | GROWING | variant)
+    config = settings(**TINY | GROWING | variant)
     train.main(config)
     for number, shape in enumerate(stage.input_shape for stage in config.all_stages for _ in range(stage.epochs)):
         checkpoint = load_checkpoint(next(only_run().glob(f"ep{number + 1:03d}-*")))
@@ -215,7 +218,7 @@ def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, mo
     """After the epochs it says, of the last stage alone; also if it was cut off right before its end."""
     losses = iter([0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43])  # three of the first stage
     monkeypatch.setattr("utils.training.trainer.calibrated_loss", lambda logits, targets: (next(losses), 0.0))
-    config = TrainConfig(**TINY | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
+    config = settings(**TINY | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
     with monkeypatch.context() as patch:
         patch.setattr("utils.runs.run.Run.finish", lambda run, calibrate: None)
         train.main(config)
@@ -231,7 +234,7 @@ def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, mo
 def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(two_classes):
     digests = []
     for i, changes in enumerate(({}, {}, {"num_workers": 2}, {"seed": 12})):
-        train.main(TrainConfig(**TINY | {"save_dir": f"logs{i}", "unfreeze_epoch": 2} | changes))
+        train.main(settings(**TINY | {"save_dir": f"logs{i}", "unfreeze_epoch": 2} | changes))
         digests.append(state_of(load_checkpoint(next(Path(f"logs{i}").glob(f"*/{LAST}")))))
     assert digests[0] == digests[1] == digests[2]
     assert digests[0] != digests[3]
@@ -243,7 +246,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
     whole = load_checkpoint(only_run() / LAST)
     shutil.copytree(trained / "datasets", tmp_path / "datasets")
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig(**SMALL)
+    config = settings(**SMALL)
 
     def cut_off(path, content):
         if content["epoch"] > stop_after:
@@ -251,14 +254,14 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
         save_checkpoint(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("utils.runs.run.save_checkpoint", cut_off)
+        patch.setattr("utils.runs.saving.save_checkpoint", cut_off)
         with pytest.raises(KeyboardInterrupt):
             train.main(config)
     run = only_run()
     assert load_checkpoint(run / LAST)["epoch"] == stop_after
     train.main(config)
     resumed = load_checkpoint(only_run() / LAST)
-    assert f"going on with {run} after epoch {stop_after}" in capsys.readouterr().out
+    assert f"resuming {run} after epoch {stop_after}" in capsys.readouterr().out
     assert state_of(resumed) == state_of(whole)
     assert numbers_of(resumed["history"]) == numbers_of(whole["history"])
     assert len((run / "epoch_loss.txt").read_text().split()) == 4
@@ -280,11 +283,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
 )
 def test_resuming_with_other_settings_is_refused(trained, changed, told):
     with pytest.raises(ValueError, match=rf"^resume=.*{told}"):
-        train.main(TrainConfig(**SMALL | changed, resume=str(only_run())))
+        train.main(settings(**SMALL | changed, resume=str(only_run())))
 
 
 def test_resuming_with_other_classes_is_refused(trained):
-    config = TrainConfig(**SMALL, resume=str(only_run()))
+    config = settings(**SMALL, resume=str(only_run()))
     with pytest.raises(ValueError, match=r"has the classes dark, light, and .* names light, dark"):
         open_run(config, ["light", "dark"], {})
 
@@ -292,15 +295,15 @@ def test_resuming_with_other_classes_is_refused(trained):
 def test_resuming_from_an_older_checkpoint_is_refused(trained):
     older = next(only_run().glob("ep002-*"))
     with pytest.raises(ValueError, match=r"from its last checkpoint.*set model_path"):
-        train.main(TrainConfig(**SMALL, resume=str(older)))
+        train.main(settings(**SMALL, resume=str(older)))
 
 
 def test_resuming_needs_no_pretrained_weights_and_keeps_their_gelu(trained):
     resumed = load_checkpoint(only_run() / LAST)
     resumed["model"]["activation"] = "gelu"
     resumed["preprocessing"]["interpolation"] = "bicubic"
-    config = TrainConfig(**SMALL, pretrained=True)
-    resolved, model, _ = build_network(config, NAMES, resumed)
+    config = settings(**SMALL, pretrained=True)
+    resolved, model, *_ = build_network(config, NAMES, resumed)
     assert model.blocks[0].mlp.act.approximate == "none"
     assert resolved.interpolation == "bicubic"
     assert all(torch.equal(value, resumed["weights"][name]) for name, value in model.state_dict().items())
@@ -308,53 +311,52 @@ def test_resuming_needs_no_pretrained_weights_and_keeps_their_gelu(trained):
 
 def test_resuming_a_finished_run_does_nothing(trained, capsys):
     before = (only_run() / LAST).read_bytes()
-    train.main(TrainConfig(**SMALL, resume=str(only_run())))
+    train.main(settings(**SMALL, resume=str(only_run())))
     assert (only_run() / LAST).read_bytes() == before
     assert "epoch 5" not in capsys.readouterr().out
 
 
 def test_starting_from_weights(trained, tmp_path, capsys):
     best = only_run() / BEST
-    _, model, _ = build_network(TrainConfig(**SMALL, model_path=str(best)), NAMES)
+    model = build_network(settings(**SMALL, model_path=str(best)), NAMES).model
     weights = load_checkpoint(best)["weights"]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    build_network(TrainConfig(**SMALL, model_path=str(best)), ["a", "b", "c"])
+    build_network(settings(**SMALL, model_path=str(best)), ["a", "b", "c"])
     assert "head of 2 other classes is left out, ours starts anew with 3" in capsys.readouterr().out
-    _, model, _ = build_network(TrainConfig(**SMALL, model_path=str(best)), ["cat", "dog"])
+    model = build_network(settings(**SMALL, model_path=str(best)), ["cat", "dog"]).model
     assert "head of 2 other classes is left out" in capsys.readouterr().out
     assert not torch.equal(model.head.weight, weights["head.weight"])
     assert torch.equal(model.norm.weight, weights["norm.weight"])
 
 
-def test_weights_of_ones_own_go_before_published_ones(trained, capsys):
+def test_weights_of_ones_own_go_before_published_ones(trained):
     """As CONFIG has `pretrained` set, and `--model-path` is how training is prolonged."""
     best = only_run() / BEST
-    _, model, _ = build_network(TrainConfig(**SMALL, pretrained=True, model_path=str(best)), NAMES)
+    model = build_network(settings(**SMALL, pretrained=True, model_path=str(best)), NAMES).model
     assert torch.equal(model.norm.weight, load_checkpoint(best)["weights"]["norm.weight"])
-    assert "pretrained: True -> False" in capsys.readouterr().out
 
 
 def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
     checkpoint = load_checkpoint(only_run() / BEST)
     checkpoint["model"]["activation"] = "gelu"
     torch.save(checkpoint, tmp_path / "w.pth")
-    _, model, _ = build_network(TrainConfig(**SMALL, model_path=str(tmp_path / "w.pth")), NAMES)
+    model = build_network(settings(**SMALL, model_path=str(tmp_path / "w.pth")), NAMES).model
     assert model.blocks[0].mlp.act.approximate == "none"
 
 
 def test_the_config_reaches_the_network():
-    config = TrainConfig(
+    config = settings(
         **TINY, drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4, activation="gelu", freeze_train=False
     )
     block = build_network(config, NAMES).model.blocks[-1]
     assert (block.mlp.drop1.p, block.attn.attn_drop_rate, block.drop_path.drop_rate) == pytest.approx((0.2, 0.3, 0.4))
     assert block.mlp.act.approximate == "none"
     with pytest.raises(ValueError, match="pretrained=True: no weights are published"):
-        build_network(TrainConfig(**TINY | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
+        build_network(settings(**TINY | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
 
 
 def test_another_seed_gives_other_weights():
-    one, same, other = (build_network(TrainConfig(**TINY, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2))
+    one, same, other = (build_network(settings(**TINY, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
@@ -369,13 +371,13 @@ def test_another_seed_gives_other_weights():
 )
 def test_what_cannot_be_built_fails_before_anything_is_written(here, changed, told):
     with pytest.raises(ValueError, match=told):
-        train.main(TrainConfig(**TINY | changed))
+        train.main(settings(**TINY | changed))
     assert list(here.iterdir()) == []
 
 
 def test_weights_that_cannot_be_had_leave_no_run_behind(two_classes):
     with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
-        train.main(TrainConfig(**TINY, model_path="nowhere.pth"))
+        train.main(settings(**TINY, model_path="nowhere.pth"))
     assert not list(Path("logs").iterdir())
 
 
@@ -386,13 +388,13 @@ def test_two_runs_in_one_second(here):
 
 
 def test_summary_prints_and_leaves(two_classes, capsys):
-    train.main(TrainConfig(**TINY), summary=True)
+    train.main(settings(**TINY), summary=True)
     told = capsys.readouterr().out
     assert not Path("logs").exists()
     model = build_model("vit_of_the_tests", 2, (8, 8))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in told
-    assert "stage 1: epochs 1 to 1, 8 x 8 pixels, frozen: embeddings or stem, and 4 blocks; 4 steps of 8" in told
-    assert "stage 2: epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 images an epoch; learning" in told
+    assert "stage 1   epochs 1 to 1, 8 x 8 pixels, frozen: stem or embeddings and 4 blocks; 4 steps of 8" in told
+    assert "stage 2   epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 images per epoch; learning" in told
     # The second stage begins where the cosine of the whole run has fallen to: the rates that are really had.
     highest = [float(rate) for rate in re.findall(r"learning rate up to ([\d.e-]+), down to", told)]
     assert highest == pytest.approx([1.25e-4, 8.4e-5], rel=0.05)
@@ -400,17 +402,17 @@ def test_summary_prints_and_leaves(two_classes, capsys):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, monkeypatch):
-    train_epoch = Trainer.train_epoch
+    start_epoch = Trainer.start_epoch
 
-    def poison_third(trainer, loader, optimizer, epoch, learning_rate, after_step):
-        if epoch == 2:
+    def poison_third(trainer, loader, number):
+        if number == 2:
             with torch.no_grad():
                 trainer.network.model.head.weight.mul_(math.nan)
-        return train_epoch(trainer, loader, optimizer, epoch, learning_rate, after_step)
+        return start_epoch(trainer, loader, number)
 
-    monkeypatch.setattr(Trainer, "train_epoch", poison_third)
+    monkeypatch.setattr(Trainer, "start_epoch", poison_third)
     with pytest.raises(NonFiniteLoss, match=r"finite at step 11 .*images: datasets.train"):
-        train.main(TrainConfig(**TINY))
+        train.main(settings(**TINY))
     for name in (BEST, LAST):
         checkpoint = load_checkpoint(only_run() / name)
         assert checkpoint["epoch"] <= 2
@@ -418,31 +420,31 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, 
 
 
 def test_freezing_what_has_learned_nothing_is_warned_about(capsys):
-    build_network(TrainConfig(**TINY), NAMES)
-    assert "freezes a backbone that has learned nothing" in capsys.readouterr().out
-    build_network(TrainConfig(**TINY | {"freeze_train": False}), NAMES)
-    assert "learned nothing" not in capsys.readouterr().out
+    build_network(settings(**TINY), NAMES)
+    assert "freezes an untrained backbone" in capsys.readouterr().out
+    build_network(settings(**TINY | {"freeze_train": False}), NAMES)
+    assert "untrained" not in capsys.readouterr().out
 
 
 def test_tiny_images_through_a_large_input_are_warned_about(two_classes, capsys):
     for side, warned in ((64, False), (72, True)):
-        train.main(TrainConfig(**TINY | {"input_shape": (side, side)}), summary=True)
-        assert ("pixels, and input_shape (72, 72) enlarges them to 5184" in capsys.readouterr().out) == warned
+        train.main(settings(**TINY | {"input_shape": (side, side)}), summary=True)
+        assert ("pixels, input_shape (72, 72) enlarges them to 5184" in capsys.readouterr().out) == warned
 
 
 def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
     for name in "ab":
         for i in range(3):
             write_image(here / "datasets" / name / f"{i}.png", size=(400, 300), seed=ord(name) + i)
-    train.main(TrainConfig(**TINY), summary=True)
-    assert "warning: the images have some 120 thousand pixels" in capsys.readouterr().out
+    train.main(settings(**TINY), summary=True)
+    assert "warning: the images have about 120 thousand pixels" in capsys.readouterr().out
 
 
 def test_a_missing_list_of_the_users_own(here):
     write_two_classes(here / "datasets")
     annotate()
     with pytest.raises(FileNotFoundError, match=r"mine\.txt"):
-        train.main(TrainConfig(**TINY, train_annotation_path="mine.txt"))
+        train.main(settings(**TINY, train_annotation_path="mine.txt"))
 
 
 def test_classes_can_be_balanced_in_either_way(two_classes, monkeypatch):
@@ -456,14 +458,15 @@ def test_classes_can_be_balanced_in_either_way(two_classes, monkeypatch):
 
         return made_last
 
-    for name in ("train_loader", "make_trainer"):
-        monkeypatch.setattr(train, name, noting(name, getattr(train, name)))
-    monkeypatch.setattr(Trainer, "train_epoch", lambda *args: 1 / 0)
+    for module, name in (("datasets", "train_loader"), ("trainer", "Trainer")):
+        module = importlib.import_module(f"utils.training.{module}")
+        monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
+    monkeypatch.setattr(Trainer, "start_epoch", lambda *args: 1 / 0)
     for balance in ({}, {"sampler": "balanced"}, {"class_weights": "balanced"}):
         made.clear()
         with pytest.raises(ZeroDivisionError):
-            train.main(TrainConfig(**TINY, **balance, resume="no"))
-        loader, loss = made["train_loader"], made["make_trainer"].loss
+            train.main(settings(**TINY, **balance, resume="no"))
+        loader, loss = made["train_loader"], made["Trainer"].loss
         assert loader.sampler.sampling == balance.get("sampler", "shuffle")
         expected = pytest.approx([36 / 2 / 22, 36 / 2 / 14]) if "class_weights" in balance else None
         assert (None if loss.class_weights is None else loss.class_weights.tolist()) == expected
@@ -472,14 +475,14 @@ def test_classes_can_be_balanced_in_either_way(two_classes, monkeypatch):
 def test_an_epochs_seconds_are_its_own(two_classes, monkeypatch):
     clock = itertools.count()
 
-    def feed(*args, feed=train.feed):
+    def open_late(*args, open=StageInputs.open):
         nonlocal clock
         clock = itertools.count(next(clock) + 1000)
-        return feed(*args)
+        return open(*args)
 
-    monkeypatch.setattr(train, "feed", feed)
+    monkeypatch.setattr(StageInputs, "open", open_late)
     monkeypatch.setattr("utils.runs.run.time", SimpleNamespace(monotonic=lambda: next(clock), time=time.time))
-    train.main(TrainConfig(**TINY | {"unfreeze_epoch": 2}))
+    train.main(settings(**TINY | {"unfreeze_epoch": 2}))
     assert all(0 < row["seconds"] < 1000 for row in load_checkpoint(only_run() / LAST)["history"])
 
 
@@ -487,7 +490,7 @@ def test_an_unreadable_image_is_named_at_the_end_of_its_epoch(two_classes, capsy
     annotate()
     images = read_list("cls_train.txt", 2)
     Path(images.path(5)).write_text("no image")
-    train.main(TrainConfig(**TINY, max_bad_fraction=0.05))
+    train.main(settings(**TINY, max_bad_fraction=0.05))
     lines = capsys.readouterr().out.splitlines()
     told = [i for i, line in enumerate(lines) if "1 unreadable" in line]
     assert len(told) == 1
@@ -508,7 +511,7 @@ def test_a_compiled_network_trains_the_same(two_classes, monkeypatch):
     weights = []
     for torch_compile in (False, True):
         changes = {"freeze_epoch": 2, "unfreeze_epoch": 3, "feature_views": 1, "save_dir": f"logs{torch_compile}"}
-        train.main(TrainConfig(**TINY | changes, torch_compile=torch_compile))
+        train.main(settings(**TINY | changes, torch_compile=torch_compile))
         weights.append(load_checkpoint(next(Path(f"logs{torch_compile}").glob(f"*/{LAST}")))["weights"])
     assert compiled == ["ThawedPart", "PixelNetwork"]
     assert weights[0].keys() == weights[1].keys()

@@ -11,7 +11,8 @@ import tyro
 
 import train
 from utils.config import train_config as config_module
-from utils.config.train_config import StageConfig, TrainConfig
+from utils.config.train_config import PLAIN_DEFAULTS, StageConfig, TrainConfig
+from utils.system.cli import expand_switches
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,8 @@ def test_every_field_has_a_docstring():
 
 
 def test_every_field_is_a_flag():
-    changed = tyro.cli(TrainConfig, args=["--unfreeze-epoch", "130", "--input-shape", "32", "64", "--no-freeze-train"])
+    args = ["--unfreeze-epoch", "130", "--input-shape", "32", "64", "--no-freeze-train"]
+    changed = tyro.cli(TrainConfig, args=expand_switches(args, ["freeze_train"]))
     assert changed == TrainConfig(unfreeze_epoch=130, input_shape=(32, 64), freeze_train=False)
     assert tyro.cli(TrainConfig, args=["--freeze-blocks", "all"]).freeze_blocks == "all"
     assert tyro.cli(TrainConfig, args=["--freeze-blocks", "3"]).freeze_blocks == 3
@@ -89,7 +91,7 @@ def test_every_field_is_a_flag():
 
 def test_the_dict_is_plain():
     values = TrainConfig().as_dict()
-    assert TrainConfig(**json.loads(json.dumps(values))).as_dict() == values
+    assert TrainConfig.from_dict(json.loads(json.dumps(values))).as_dict() == values
 
 
 STAGES = (StageConfig(3, "all", 64), StageConfig(2, 8), StageConfig(5, "nothing", 16))
@@ -108,8 +110,8 @@ def test_stages_of_ones_own():
 def test_stages_of_another_size():
     small = StageConfig(3, "all", 64, (96, 128))
     values = TrainConfig(stages=(small, *STAGES)).as_dict()
-    assert json.loads(json.dumps(values)) == values  # as a run that is gone on with compares them
-    with pytest.raises(ValueError, match=r"^stages=.*the last stage trains at input_shape"):
+    assert json.loads(json.dumps(values)) == values  # as a resumed run compares them
+    with pytest.raises(ValueError, match=r"^stages=.*the last stage trains at the run's input_shape"):
         TrainConfig(stages=(small,))
 
 
@@ -127,7 +129,7 @@ def test_the_best_epoch_is_one_of_the_last_ones_size():
 
 
 def test_the_best_epoch_is_the_latest_within_one_standard_error_of_the_lowest():
-    config = TrainConfig(freeze_train=False, unfreeze_epoch=6)
+    config = TrainConfig(freeze_train=False, unfreeze_epoch=6).with_defaults()
     losses = [0.9, 0.5, 0.62, 0.58, 0.7, 0.61]
     assert best_epochs(config, losses) == [0, 1, 1, 1, 1, 1]
     assert best_epochs(config, losses, error=0.1) == [0, 1, 1, 3, 3, 3]
@@ -135,7 +137,7 @@ def test_the_best_epoch_is_the_latest_within_one_standard_error_of_the_lowest():
 
 
 @pytest.mark.parametrize(
-    "config", [TrainConfig(), TrainConfig(stages=STAGES), TrainConfig(eval_crop=0.5, keep=("seed",))]
+    "config", [TrainConfig().with_defaults(), TrainConfig(stages=STAGES), TrainConfig(eval_crop=0.5, stages=STAGES)]
 )
 def test_the_dict_gives_the_config_again(config):
     again = TrainConfig.from_dict(json.loads(json.dumps(config.as_dict())))
@@ -160,6 +162,24 @@ def test_the_dict_gives_the_config_again(config):
 def test_a_stage_that_cannot_be(values):
     with pytest.raises(ValueError, match=r"^stages: (epochs|frozen|batch_size|input_shape)="):
         StageConfig(*values)
+
+
+def test_a_field_that_a_recipe_may_choose_is_none_until_set():
+    config = TrainConfig(layer_decay=1.0)
+    assert (config.layer_decay, config.init_lr, config.freeze_train) == (1.0, None, None)
+    given = config.with_defaults(init_lr=0.5)
+    assert (given.layer_decay, given.init_lr, given.freeze_train, given.recipe) == (1.0, 0.5, True, "none")
+    assert None not in [getattr(TrainConfig().with_defaults(), name) for name in PLAIN_DEFAULTS]
+
+
+@pytest.mark.parametrize("keep", [[], ["layer_decay", "freeze_train"]])
+def test_settings_of_an_earlier_version_are_read(keep):
+    """A field at its default counted as not set then, unless `keep` listed it."""
+    then = TrainConfig().with_defaults().as_dict() | {"recipe": "auto", "keep": keep, "init_lr": 0.5}
+    config = TrainConfig.from_dict(then)
+    assert (config.init_lr, config.momentum, config.recipe) == (0.5, None, "auto")
+    assert (config.layer_decay, config.freeze_train) == ((1.0, True) if keep else (None, None))
+    assert TrainConfig.from_dict(then | {"recipe": "none"}).momentum == 0.9
 
 
 def test_the_config_on_top_of_train_py_trains_digits_unmirrored():

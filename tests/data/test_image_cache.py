@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 import train
-from tests.conftest import SMALL, write_image
-from utils.config.train_config import TrainConfig
+from tests.conftest import SMALL, settings, write_image
 from utils.data import image_cache
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_cache import cached_size, open_cache
@@ -25,7 +24,7 @@ from utils.data.loader import train_loader
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import TrainTransform
 
-CONFIG = TrainConfig(input_shape=(32, 32), cache_images=True, augmentation="none")
+CONFIG = settings(input_shape=(32, 32), cache_images=True, augmentation="none")
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_a_small_image_is_kept_as_it_is(here):
 
 
 def test_crops_of_middling_area_are_not_enlarged():
-    height, width = cached_size(3000, 4000, TrainConfig())
+    height, width = cached_size(3000, 4000, settings())
     assert (height, width) == (305, 406)
     assert math.sqrt((1 + 0.08) / 2) * height == pytest.approx(224, abs=1)
 
@@ -185,5 +184,5 @@ def test_a_worker_maps_the_file_instead_of_being_sent_it(images):
 
 
 def test_training_with_the_cache(two_classes, capsys):
-    train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 1}, cache_images=True))
+    train.main(settings(**SMALL | {"unfreeze_epoch": 1}, cache_images=True))
     assert "images from cache" in capsys.readouterr().out

@@ -7,8 +7,7 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 
-from tests.conftest import write_image
-from utils.config.train_config import TrainConfig
+from tests.conftest import settings, write_image
 from utils.data.dataset import FileSource, ImageDataset, TooManyUnreadable
 from utils.data.image_io import ImageError
 from utils.data.image_list import ImageList, list_in_memory
@@ -19,7 +18,7 @@ from utils.data.transforms import EvalTransform, TrainTransform
 from utils.system.seeds import derive_seed
 from utils.training.loss import balanced_class_weights
 
-CONFIG = TrainConfig(input_shape=(16, 16))
+CONFIG = settings(input_shape=(16, 16))
 PREPROCESSING = Preprocessing.of(CONFIG)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
+from tests.conftest import settings
 from utils.config.train_config import TrainConfig
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, TrainTransform
@@ -17,7 +18,7 @@ from utils.modeling.pixel_network import Normalize
 
 
 def preprocessing(**changes) -> Preprocessing:
-    return Preprocessing.from_dict(TrainConfig().as_dict() | changes)
+    return Preprocessing.from_dict(settings().as_dict() | changes)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -94,14 +95,14 @@ def test_normalisation_equals_torchvisions():
 
 
 def test_training_makes_uint8_of_the_input_shape():
-    pixels = TrainTransform(TrainConfig(input_shape=(32, 48)))(noise(100, 80))
+    pixels = TrainTransform(settings(input_shape=(32, 48)))(noise(100, 80))
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 32, 48))
 
 
 @pytest.mark.parametrize("side", [300, 660, 672, 1000, 1344, 2688])  # of the crop: decoded at 1, 1, 1/2, 1/2, 1/4, 1/8
 def test_the_fast_path_shows_what_the_plain_path_shows(shared, here, side):
     """Decoded at scale and resized by torch, against decoded whole and resized by Pillow: the same for the eye."""
-    config = TrainConfig(horizontal_flip=0.0, augmentation="none")
+    config = settings(horizontal_flip=0.0, augmentation="none")
     for path in sorted((shared / "data" / "trashnet" / "test").rglob("*.jpg"))[::60]:
         width = side * 5 // 4
         Image.open(path).resize((width, width), Image.Resampling.BICUBIC).save("a.jpg", quality=90)
@@ -123,7 +124,7 @@ def drawn(config: TrainConfig, image: Image.Image, count: int = 200) -> torch.Te
     return torch.stack([transform(image) for _ in range(count)]).float()
 
 
-PLAIN = TrainConfig(input_shape=(16, 16), augmentation="none", horizontal_flip=0.0)
+PLAIN = settings(input_shape=(16, 16), augmentation="none", horizontal_flip=0.0)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
@@ -176,15 +177,15 @@ def test_preprocessing_round_trip():
 
 def test_the_centre_of_a_shape_that_is_no_square():
     """By hand: a flat strip of a tall image, as wide as it is, and a part of it with a crop."""
-    preprocessing = Preprocessing.of(TrainConfig(input_shape=(8, 16), eval_crop=1.0))
+    preprocessing = Preprocessing.of(settings(input_shape=(8, 16), eval_crop=1.0))
     assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((0, 7.5, 10, 12.5))
-    preprocessing = Preprocessing.of(TrainConfig(input_shape=(8, 16), eval_crop=0.5))
+    preprocessing = Preprocessing.of(settings(input_shape=(8, 16), eval_crop=0.5))
     assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((2.5, 8.75, 7.5, 11.25))
 
 
 @pytest.mark.parametrize("size", [(900, 2), (2, 900)])
 def test_of_a_strip_a_line_is_left_between_the_bars(size):
-    transform = EvalTransform(Preprocessing.of(TrainConfig(input_shape=(32, 32), letterbox_image=True)))
+    transform = EvalTransform(Preprocessing.of(settings(input_shape=(32, 32), letterbox_image=True)))
     pixels = transform(Image.new("RGB", size, "white"))
     assert (pixels == 255).sum().item() == 3 * 32
     assert (pixels == 128).sum().item() == 3 * 32 * 31

@@ -5,12 +5,11 @@ import pytest
 import torch
 
 from nets.factory import build_model
-from tests.conftest import SMALL
-from utils.config.train_config import TrainConfig
+from tests.conftest import SMALL, settings
 from utils.evaluation.plots import MAX_CLASSES, arrange_classes, plot_confusion
 from utils.runs.curves import plot_losses
 from utils.training.stages import plan_stages
-from utils.training.summary import count_flops, format_config, format_model
+from utils.training.summary import count_flops, format_model
 
 
 def test_confusion_plot_shows_counts_with_the_truth_down():
@@ -64,14 +63,9 @@ def test_flops_of_the_base_network():
 def test_the_model_table_counts_what_each_stage_trains():
     with torch.device("meta"):
         model = build_model("vit_xs_4", 2, (8, 8))
-    table = format_model(model, plan_stages(TrainConfig(**SMALL | {"freeze_blocks": "all"}), 100, transformer=True))
+    table = format_model(model, plan_stages(settings(**SMALL | {"freeze_blocks": "all"}), 100, transformer=True))
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[1:-1]}
     assert rows["head"] == ["386", "386", "386"]
     assert rows["pos_embed"] == ["960", "0", "960"]
     total = f"{sum(p.numel() for p in model.parameters()):,}"
     assert rows["all"] == [total, "386", total]
-
-
-def test_the_config_table_has_every_field():
-    table = format_config(TrainConfig())
-    assert [line.split()[0] for line in table.splitlines()] == list(TrainConfig().as_dict())

@@ -14,8 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval as evaluation_script
 from nets.factory import build_model
-from tests.conftest import SMALL, write_image
-from utils.config.train_config import TrainConfig
+from tests.conftest import SMALL, settings, write_image
 from utils.data.image_list import list_in_memory, take
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
@@ -52,7 +51,7 @@ CHROMIUM = next(
 def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12, accuracy: float = 2.0) -> Evaluation:
     """An evaluation of `n` images, of `files` files, by a network that never saw them: logits are made up."""
     generator = torch.Generator().manual_seed(0)
-    config = TrainConfig(input_shape=(16, 16), eval_crop=1.0, freeze_epoch=3, unfreeze_epoch=8)
+    config = settings(input_shape=(16, 16), eval_crop=1.0, freeze_epoch=3, unfreeze_epoch=8)
     preprocessing = Preprocessing.of(config)
     model = build_model("vit_xs_4", len(names), (16, 16))
     class_ids = torch.arange(n) % len(names)
@@ -424,7 +423,7 @@ def test_curves_are_of_whole_runs():
     """An export in a run's folder has other settings, and a file of epochs may be anybody's."""
     numbers = ("loss", "val_loss", "top1", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error")
     epochs = [dict.fromkeys(numbers, 0.5) | {"epoch": i} for i in (1, 2, 3)]
-    config = TrainConfig(**SMALL).as_dict()
+    config = settings(**SMALL).as_dict()
     assert (curves(epochs, config)["epochs"], curves(epochs, config)["best"]) == (3, 3)
     crossing = [(0.9, 0.9), (0.8, 0.3), (0.2, 0.9)]  # the plain loss and the calibrated, of which the second counts
     keys = ("val_loss", "val_calibrated_loss", "val_calibrated_loss_error")

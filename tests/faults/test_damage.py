@@ -26,8 +26,7 @@ import train
 from nets.weights import seal
 from nets.weights.load import read_weights
 from nets.weights.pretrained import find_pretrained
-from tests.conftest import NAMES, SMALL
-from utils.config.train_config import TrainConfig
+from tests.conftest import NAMES, SMALL, settings
 from utils.modeling.build import build_network
 from utils.runs import run
 from utils.runs.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, read_progress, save_checkpoint
@@ -75,7 +74,7 @@ def test_no_whole_checkpoint_is_an_error(run_copy):
         path.write_bytes(path.read_bytes()[:-1])
     assert load_newest(run_copy) is None
     with pytest.raises(ValueError, match="it has no whole checkpoint"):
-        open_run(TrainConfig(**SMALL, resume=str(run_copy)), ["dark", "light"], {})
+        open_run(settings(**SMALL, resume=str(run_copy)), ["dark", "light"], {})
 
 
 def test_a_damaged_best_is_an_error_for_evaluation(run_copy):
@@ -111,7 +110,7 @@ def test_a_full_disk_leaves_what_was_saved(two_classes, small_disk, monkeypatch,
     monkeypatch.setattr(run, "free_bytes", lambda folder: 1 << 60)
     os.chdir(two_classes.parent)
     with pytest.raises(SaveError, match=r"\.pth can't be written \(No space left on device\)\. It takes .* are free"):
-        train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+        train.main(settings(**CONFIG, save_dir=str(disk)))
     kept = list(disk.rglob("*.pth"))
     assert (len(kept) > 0) == (checkpoints > 1) and len(kept) >= int(checkpoints)
     for path in kept:
@@ -125,7 +124,7 @@ def test_a_full_disk_is_seen_before_the_first_epoch(two_classes, small_disk, run
     disk = small_disk(2 * (run_copy / LAST).stat().st_size)
     os.chdir(two_classes.parent)
     with pytest.raises(ValueError, match=r"save_dir=.*5 checkpoints of up to .* take .* more, and .* are free"):
-        train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+        train.main(settings(**CONFIG, save_dir=str(disk)))
 
 
 def test_a_run_goes_on_once_there_is_room(two_classes, small_disk, monkeypatch, run_copy):
@@ -133,9 +132,9 @@ def test_a_run_goes_on_once_there_is_room(two_classes, small_disk, monkeypatch, 
     monkeypatch.setattr(run, "free_bytes", lambda folder: 1 << 60)
     os.chdir(two_classes.parent)
     with pytest.raises(SaveError):
-        train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+        train.main(settings(**CONFIG, save_dir=str(disk)))
     subprocess.run(["mount", "-o", "remount,size=1g", str(disk)], check=True)
-    train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+    train.main(settings(**CONFIG, save_dir=str(disk)))
     (folder,) = disk.iterdir()
     assert load_checkpoint(folder / LAST)["finished"]
 
@@ -144,7 +143,7 @@ def test_a_folder_that_cannot_be_written(two_classes, small_disk):
     disk = small_disk(1 << 20)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(SaveError, match=r"save_dir=.*can't be written \(Read-only file system"):
-        train.main(TrainConfig(**CONFIG, save_dir=str(disk)))
+        train.main(settings(**CONFIG, save_dir=str(disk)))
 
 
 def test_a_limit_on_file_sizes(run_copy):
@@ -273,13 +272,13 @@ DOORS = ("model_path", "pretrained", "resume", "eval", "predict")
 def go_through(door: str, file: Path) -> None:
     """Open a file as a user would; that of a run's folder is its only checkpoint."""
     if door == "model_path":
-        build_network(TrainConfig(**SMALL, model_path=str(file)), NAMES)
+        build_network(settings(**SMALL, model_path=str(file)), NAMES)
     elif door == "pretrained":
         Path("model_data").mkdir(exist_ok=True)
         shutil.copy(file, "model_data/vit-patch_16.pth")
         read_weights(find_pretrained("vit_b_16").path)
     elif door == "resume":
-        open_run(TrainConfig(**SMALL, resume=str(file.parent)), ["dark", "light"], {})
+        open_run(settings(**SMALL, resume=str(file.parent)), ["dark", "light"], {})
     elif door == "eval":
         evaluation.main(model_path=str(file))
     else:

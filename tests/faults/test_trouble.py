@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from tests.conftest import TINY
+from tests.conftest import TINY, settings
 from tests.faults.harness import (
     BEST,
     LAST,
@@ -26,13 +26,13 @@ from tests.faults.harness import (
     run_folder,
     start,
 )
-from utils.config.train_config import TrainConfig
 from utils.modeling.pixel_network import PixelNetwork
 from utils.runs.checkpoint import load_checkpoint, load_newest
 from utils.system.signals import Stopped
-from utils.training import trainer
+from utils.training import non_finite
+from utils.training.non_finite import NonFiniteLoss
 from utils.training.stages import Stage
-from utils.training.trainer import NonFiniteLoss, Trainer
+from utils.training.trainer import Trainer
 
 ROOT = Path(train.__file__).parent
 LONG = {"freeze_train": False, "unfreeze_epoch": 20, "num_workers": 2, "save_every_steps": 0, "ema_decay": 0.0}
@@ -221,7 +221,7 @@ def nan_in_an_image(monkeypatch):
         network.register_forward_hook(forward)
         return network
 
-    monkeypatch.setattr(train, "PixelNetwork", poisoned)
+    monkeypatch.setattr("utils.training.trainer.PixelNetwork", poisoned)
 
 
 NAN = TINY | {"ema_decay": 0.9, "cache_features": False}
@@ -230,13 +230,13 @@ NAN = TINY | {"ema_decay": 0.9, "cache_features": False}
 def test_a_nan_at_a_step_stops_the_run(two_classes, nan_at_step):
     nan_at_step(12)
     with pytest.raises(NonFiniteLoss, match=r"at step 13 \(learning rate about .*; its images: .*\.png.*on_nan=skip"):
-        train.main(TrainConfig(**NAN))
+        train.main(settings(**NAN))
     assert all_finite(only_run())
 
 
 def test_steps_with_a_nan_are_left_out_and_counted(two_classes, nan_at_step, capsys):
     nan_at_step(12, 14)
-    train.main(TrainConfig(**NAN, on_nan="skip"))
+    train.main(settings(**NAN, on_nan="skip"))
     told = capsys.readouterr().out
     assert "isn't finite at step 13 " in told and "isn't finite at step 15 " in told
     assert "; 2 steps left out" in told
@@ -251,7 +251,7 @@ def test_a_image_that_gives_a_nan_is_named(two_classes, nan_in_an_image, capsys)
     from PIL import Image
 
     Image.new("RGB", (20, 16), (255, 255, 255)).save(light)
-    train.main(TrainConfig(**NAN | {"augmentation": "none"}, on_nan="skip"))
+    train.main(settings(**NAN | {"augmentation": "none"}, on_nan="skip"))
     told = [line for line in capsys.readouterr().out.splitlines() if "isn't finite at step" in line]
     assert told and all("03.png" in line for line in told)
     assert all_finite(only_run())
@@ -261,9 +261,9 @@ def test_a_image_that_gives_a_nan_is_named(two_classes, nan_in_an_image, capsys)
 def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
     """Which the limits on init_lr don't let pass, so it is planted behind them."""
     monkeypatch.setattr(Stage, "learning_rate", lambda self, epoch: 1e6 if epoch > 2.5 else 1e-4)
-    monkeypatch.setattr(trainer, "MAX_SKIPPED", 3)
+    monkeypatch.setattr(non_finite, "MAX_SKIPPED", 3)
     with pytest.raises(NonFiniteLoss, match=r"n't finite|the validation loss is"):
-        train.main(TrainConfig(**NAN | {"optimizer_type": "sgd"}, on_nan=on_nan))
+        train.main(settings(**NAN | {"optimizer_type": "sgd"}, on_nan=on_nan))
     assert all_finite(only_run())
     assert load_checkpoint(only_run() / BEST)["epoch"] <= 3
 
@@ -278,10 +278,10 @@ def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
 def test_a_step_is_left_out_in_an_epoch_that_was_cut_off(two_classes, nan_at_step, monkeypatch, bad_step, stop, then):
     nan_at_step(bad_step)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "after_step", lambda run: stop_at(run, stop))
+        patch.setattr(train.Run, "save_if_due", lambda run: stop_at(run, stop))
         with pytest.raises(Stopped):
-            train.main(TrainConfig(**NAN, on_nan="skip"))
-    train.main(TrainConfig(**NAN, **then))
+            train.main(settings(**NAN, on_nan="skip"))
+    train.main(settings(**NAN, **then))
     last = load_checkpoint(only_run() / LAST)
     assert last["finished"]
     assert [row["skipped"] for row in last["history"]] == [0, 1, 0, 0]
@@ -296,8 +296,8 @@ def stop_at(run, step: int) -> None:
 def test_a_run_that_stopped_at_a_nan_goes_on_without_it(two_classes, nan_at_step):
     nan_at_step(12)
     with pytest.raises(NonFiniteLoss):
-        train.main(TrainConfig(**NAN))
-    train.main(TrainConfig(**NAN, on_nan="skip"))
+        train.main(settings(**NAN))
+    train.main(settings(**NAN, on_nan="skip"))
     last = load_checkpoint(only_run() / LAST)
     assert last["finished"]
     assert sum(row["skipped"] for row in last["history"]) == 1
@@ -306,13 +306,13 @@ def test_a_run_that_stopped_at_a_nan_goes_on_without_it(two_classes, nan_at_step
 def test_a_clock_that_was_set_back_overwrites_nothing(two_classes):
     """What is there comes from the future."""
     settings = TINY | {"unfreeze_epoch": 1}
-    train.main(TrainConfig(**settings))
+    train.main(settings(**settings))
     first = only_run()
     ahead = first.rename(first.with_name("2099-01-01_00-00-00"))
     for path in ahead.iterdir():
         os.utime(path, (4e9, 4e9))
     before = {path: path.read_bytes() for path in ahead.iterdir()}
-    train.main(TrainConfig(**settings))
-    train.main(TrainConfig(**settings, seed=12))
+    train.main(settings(**settings))
+    train.main(settings(**settings, seed=12))
     assert len(list(Path("logs").iterdir())) == 3
     assert {path: path.read_bytes() for path in ahead.iterdir()} == before

@@ -14,9 +14,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import train
-from utils.config.train_config import TrainConfig
 from utils.data.loader import batch_paths
-from utils.runs import checkpoint, run
+from utils.runs import checkpoint, saving
 from utils.system import files
 from utils.system.signals import Stopped
 from utils.training.trainer import Trainer
@@ -41,29 +40,25 @@ def train_in(folder: Path, settings: dict[str, Any], fault: str = "", number: in
     if fault:
         plant(fault, number)
     try:
-        train.main(TrainConfig(**settings))
+        train.main(settings(**settings))
     except Stopped as stopped:
         sys.exit(stopped.status)
 
 
 def note_steps() -> None:
     """After each step, write a line with its number, the images, and a digest of what the network was given."""
-    train_epoch, train_step = Trainer.train_epoch, Trainer.train_step
+    train_step = Trainer.train_step
     log = os.open(STEPS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def noting_epoch(self, loader, *args, **kwargs):
-        self.loader = loader
-        return train_epoch(self, loader, *args, **kwargs)
-
     def noting_step(self, inputs, targets, optimizer):
-        images = ",".join(Path(path).name for path in batch_paths(self.loader, self.done))
+        images = ",".join(Path(path).name for path in batch_paths(self.epoch.loader, self.epoch.done))
         fed = hashlib.sha256(inputs.contiguous().view(torch.uint8).numpy().tobytes() + targets.numpy().tobytes())
         step = self.step
         result = train_step(self, inputs, targets, optimizer)
         os.write(log, f"{step} {images} {fed.hexdigest()}\n".encode())
         return result
 
-    Trainer.train_epoch, Trainer.train_step = noting_epoch, noting_step
+    Trainer.train_step = noting_step
 
 
 def plant(fault: str, number: int) -> None:
@@ -128,7 +123,7 @@ def plant(fault: str, number: int) -> None:
     elif fault == "in retention":
         Path.unlink = dying_unlink
     if fault.startswith("plain"):
-        run.save_checkpoint = plain_save
+        saving.save_checkpoint = plain_save
 
 
 def plain_save(path: Path, content: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from nets.factory import build_model
-from utils.config.train_config import TrainConfig
+from tests.conftest import settings
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.inference.classifier import Classifier
@@ -22,7 +22,7 @@ SHAPE = (32, 48)
 
 
 def make_classifier(model: nn.Module, shape: tuple[int, int] = SHAPE) -> Classifier:
-    preprocessing = Preprocessing.of(TrainConfig(input_shape=shape))
+    preprocessing = Preprocessing.of(settings(input_shape=shape))
     network = PixelNetwork(model, preprocessing, CPU).eval()
     return Classifier(network, preprocessing, EvalTransform(preprocessing), ["a", "b", "c"], CPU, "fp32")
 

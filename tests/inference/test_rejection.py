@@ -15,10 +15,9 @@ from scipy.stats import sem
 from sklearn.covariance import LedoitWolf
 
 import train
-from tests.conftest import TINY, write_image, write_two_classes
+from tests.conftest import TINY, settings, write_image, write_two_classes
 from utils.annotation.annotate import annotate
 from utils.annotation.demo_digits import write_demo
-from utils.config.train_config import TrainConfig
 from utils.data.image_list import draw, list_in_memory, read_list, take
 from utils.inference.classifier import load_classifier
 from utils.inference.fit_calibration import EMBEDDINGS, calibrate_checkpoint, read_embeddings
@@ -187,7 +186,7 @@ def test_a_state_of_its_own_gets_no_other_ones_calibration(here, monkeypatch):
     annotate("datasets")
     losses = count(0.5, 0.1)
     monkeypatch.setattr("utils.training.trainer.calibrated_loss", lambda logits, targets: (next(losses), 0.0))
-    train.main(TrainConfig(**TINY))
+    train.main(settings(**TINY))
     (run,) = here.glob("logs/*")
     best, last = (load_checkpoint(run / name) for name in (BEST, LAST))
     assert best["step"] < last["step"]
@@ -198,21 +197,21 @@ def test_a_state_of_its_own_gets_no_other_ones_calibration(here, monkeypatch):
 
 def test_unreadable_images_are_left_out_of_calibration(two_classes, capsys):
     """All validation images of a class and some training images break after training."""
-    train.main(TrainConfig(**TINY | {"unfreeze_epoch": 1}))
+    train.main(settings(**TINY | {"unfreeze_epoch": 1}))
     (run,) = Path("logs").iterdir()
     train_images, val_images = read_list("cls_train.txt", 2), read_list("cls_val.txt", 2)
     before = load_checkpoint(run / BEST)["calibration"]
     broken = [val_images.path(i) for i in np.flatnonzero(val_images.class_ids == 0)] + [train_images.path(3)]
     for path in broken:
         Path(path).write_text("no image")
-    after = calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**TINY))
+    after = calibrate_checkpoint(run / BEST, train_images, val_images, settings(**TINY))
     assert len(after["correct"]) == len(before["correct"]) - len(broken) + 1
     kept = read_embeddings(run / BEST, Calibration.from_dict(after), 2)
     assert len(kept.images) == len(train_images) - 1
     assert train_images.path(3) not in [kept.images.path(i) for i in range(len(kept.images))]
     for path in (*broken, *(val_images.path(i) for i in range(len(val_images)))):
         Path(path).write_text("no image")
-    assert calibrate_checkpoint(run / BEST, train_images, val_images, TrainConfig(**TINY)) == {}
+    assert calibrate_checkpoint(run / BEST, train_images, val_images, settings(**TINY)) == {}
 
 
 def test_rare_classes_are_drawn_too():
@@ -254,7 +253,7 @@ def test_a_class_left_out_of_training_is_rejected_far_more_often(here):
     for name, level in (("dark", 60), ("light", 190)):
         for i in range(120):
             write_image(here / "datasets" / "train" / name / f"{i:02d}.png", level, seed=i)
-    train.main(TrainConfig(**TINY | {"unfreeze_epoch": 6}))
+    train.main(settings(**TINY | {"unfreeze_epoch": 6}))
     classifier = load_classifier(next(here.glob("logs/*")), "cpu")
     rejection = classifier.calibration.choose_rejection(0.05)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.config.train_config import TrainConfig
+from tests.conftest import settings
 from utils.data.image_io import Region
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
@@ -13,7 +13,7 @@ from utils.inference.tta_views import TTAViews
 
 
 def preprocessing(**fields) -> Preprocessing:
-    return Preprocessing.of(TrainConfig(**{"input_shape": (8, 8), "eval_crop": 0.5} | fields))
+    return Preprocessing.of(settings(**{"input_shape": (8, 8), "eval_crop": 0.5} | fields))
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 32, 3)).astype(np.uint8)

@@ -19,8 +19,8 @@ from nets.factory import build_meta_model, build_model, expected_preprocessing, 
 from nets.timm_networks import published_by_timm
 from nets.torchvision_networks import TORCHVISION
 from nets.weights.load import load_weights, read_weights
-from tests.conftest import NAMES, SMALL, write_back
-from utils.config.train_config import StageConfig, TrainConfig
+from tests.conftest import NAMES, SMALL, settings, write_back
+from utils.config.train_config import StageConfig
 from utils.data.image_list import read_list
 from utils.data.preprocessing import Preprocessing
 from utils.inference.classifier import load_classifier
@@ -205,7 +205,7 @@ def test_one_step_frozen_and_one_thawed(name):
     """Frozen: over features. What is frozen stays, all else learns, in the order of memory and with the rates that a
     run has."""
     cpu = torch.device("cpu")
-    config = TrainConfig(**SMALL | {"backbone": name, "input_shape": (SIDE, SIDE), "layer_decay": 0.8})
+    config = settings(**SMALL | {"backbone": name, "input_shape": (SIDE, SIDE), "layer_decay": 0.8})
     model = build(name, drop_rate=0.1, drop_path_rate=0.1)
     network = PixelNetwork(model, Preprocessing.of(config), cpu)
     pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -229,7 +229,7 @@ def test_one_step_frozen_and_one_thawed(name):
 def test_a_run_frozen_then_thawed(two_classes, capsys, name):
     """Over cached features, to a checkpoint that the way of eval.py and predict.py opens, with maps."""
     blocks = "all" if name == "timm/test_vit" else 1
-    train.main(TrainConfig(**RUN | {"backbone": name, "freeze_blocks": blocks}))
+    train.main(settings(**RUN | {"backbone": name, "freeze_blocks": blocks}))
     told = capsys.readouterr().out
     assert "features of 1 view of 36 images" in told
     assert "attn_drop_rate: 0.1 -> 0" in told
@@ -251,7 +251,7 @@ def test_a_run_frozen_then_thawed(two_classes, capsys, name):
 @pytest.mark.parametrize(("changes", "epoch"), [({}, 1), ({"ema_decay": 0.9, "cache_features": False}, 3)])
 def test_a_convolutional_run_goes_on_bit_for_bit(two_classes, changes, epoch):
     """With its batch norms' statistics, and those of the average's."""
-    config = TrainConfig(**RUN | {"backbone": "timm/test_resnet", "unfreeze_epoch": 4, "device": "cpu"} | changes)
+    config = settings(**RUN | {"backbone": "timm/test_resnet", "unfreeze_epoch": 4, "device": "cpu"} | changes)
     train.main(config)
     run = next(Path("logs").iterdir())
     before = load_checkpoint(run / LAST)
@@ -275,14 +275,14 @@ GROWING = [
 @pytest.mark.parametrize(("name", "fits"), GROWING)
 def test_images_that_grow_are_for_timms_networks_of_any_size(name, fits):
     stages = (StageConfig(1, "nothing", 8, (160, 160)), StageConfig(1, "nothing"))
-    config = TrainConfig(backbone=name, input_shape=(224, 224), stages=stages)
+    config = settings(backbone=name, input_shape=(224, 224), stages=stages)
     with pytest.raises(ValueError, match="one input_shape for the whole run") if not fits else nullcontext():
         build_meta_network(config, 5)
 
 
 def test_muon_is_for_transformers():
     with pytest.raises(ValueError, match="that is for transformers"):
-        build_meta_network(TrainConfig(backbone="resnet18", optimizer_type="muon"), 5)
+        build_meta_network(settings(backbone="resnet18", optimizer_type="muon"), 5)
 
 
 def test_a_timm_network_is_restored_with_what_is_not_saved():
@@ -384,18 +384,18 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     timms = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     torch.save(timms.state_dict(), "vit.pth")
     changes = {"input_shape": (32, 32), "model_path": "resnet18.pth", "backbone": "resnet18"}
-    resolved, _, origin = build_network(TrainConfig(**SMALL | changes), NAMES)
+    resolved, _, origin = build_network(settings(**SMALL | changes), NAMES)
     assert (resolved.image_mean[0], resolved.interpolation, resolved.eval_crop) == (0.485, "bilinear", 0.875)
     assert origin["file"] == "resnet18.pth" and len(origin["sha256"]) == 64
     changes |= {"model_path": "vit.pth", "backbone": "vit_t_16", "eval_crop": 1.0}
-    resolved, model, _ = build_network(TrainConfig(**SMALL | changes), NAMES)
+    resolved, model, _ = build_network(settings(**SMALL | changes), NAMES)
     assert (resolved.image_mean[0], resolved.interpolation, resolved.eval_crop) == (0.5, "bicubic", 1.0)
     assert model.arguments["activation"] == "gelu"
     assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
-    _, model, _ = build_network(TrainConfig(**SMALL | changes, activation="gelu_tanh"), NAMES)
+    _, model, _ = build_network(settings(**SMALL | changes, activation="gelu_tanh"), NAMES)
     assert model.arguments["activation"] == "gelu_tanh"
     with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
-        build_network(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
+        build_network(settings(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
 
 
 def test_timms_weights_go_to_another_size_as_timm_takes_them_there(here):
@@ -422,13 +422,13 @@ def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
     peer = timm.create_model("test_vit", num_classes=2, img_size=32)
     torch.save(peer.state_dict(), "w.pth")
     config = {"input_shape": (32, 32), "model_path": "w.pth", "backbone": "timm/test_vit"}
-    _, model, _ = build_network(TrainConfig(**SMALL | config), NAMES)
+    _, model, _ = build_network(settings(**SMALL | config), NAMES)
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model.eval()(pixels), peer.eval()(pixels), atol=1e-5, rtol=0)
     ours = build_model("vit_xs_4", 2, (32, 32))
     torch.save({"weights": ours.state_dict(), "model": ours.arguments}, "ours.pth")
     with pytest.raises(ValueError, match="doesn't fit this network"):
-        build_network(TrainConfig(**SMALL | config | {"model_path": "ours.pth"}), NAMES)
+        build_network(settings(**SMALL | config | {"model_path": "ours.pth"}), NAMES)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 import train
-from tests.conftest import TINY, write_image, write_scene
+from tests.conftest import TINY, settings, write_image, write_scene
 from utils.annotation.annotate import annotate
-from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, list_in_memory
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
-from utils.runs.cross_validation import assign_folds, cross_validate, read_all
+from utils.runs.cross_validation import assign_folds, join_lists
+from utils.training.datasets import load_data
 
 
 def test_it_is_no_summary():
     for other in ("summary", "find_lr"):
-        with pytest.raises(ValueError, match="cross_validate: that trains"):
-            train.main(TrainConfig(**TINY), cross_validate=3, **{other: True})
+        with pytest.raises(ValueError, match="cross_validate: it trains"):
+            train.main(settings(**TINY), cross_validate=3, **{other: True})
 
 
 @pytest.fixture
@@ -35,16 +35,16 @@ def noise(tmp_path, monkeypatch) -> ImageList:
 
 
 def test_every_class_is_divided_evenly_and_each_image_is_in_one_fold(noise):
-    fold_of = assign_folds(noise, 5, TrainConfig(), "")
+    fold_of = assign_folds(noise, 5, settings(), "")
     for class_id, each in ((0, 8), (1, 4)):
         assert np.bincount(fold_of[noise.class_ids == class_id], minlength=5).tolist() == [each] * 5
-    assert np.array_equal(fold_of, assign_folds(noise, 5, TrainConfig(), ""))
-    assert not np.array_equal(fold_of, assign_folds(noise, 5, TrainConfig(seed=12), ""))
+    assert np.array_equal(fold_of, assign_folds(noise, 5, settings(), ""))
+    assert not np.array_equal(fold_of, assign_folds(noise, 5, settings(seed=12), ""))
 
 
 def test_what_belongs_together_or_looks_alike_stays_together(noise, tmp_path):
     shutil.copy(noise.path(0), noise.path(30))  # of another patient
-    fold_of = assign_folds(noise, 4, TrainConfig(), r"^(p\d+)_")
+    fold_of = assign_folds(noise, 4, settings(), r"^(p\d+)_")
     for patient in range(20):
         assert len(set(fold_of[3 * patient : 3 * patient + 3])) == 1
     assert fold_of[0] == fold_of[30]
@@ -60,8 +60,8 @@ def test_links_are_grouped_by_their_own_names(two_classes, capsys):
         path.unlink()
         path.with_name(f"p{number // 4:02d}_{number}.png").symlink_to(store / f"{number:x}.png")
     annotate(two_classes)
-    images = read_all(TrainConfig(), 2)
-    fold_of = assign_folds(images, 3, TrainConfig(), r"^(p\d+)_")
+    images = join_lists(load_data(settings()))
+    fold_of = assign_folds(images, 3, settings(), r"^(p\d+)_")
     patients = np.array([Path(images.path(i)).name[:3] for i in range(len(images))])
     assert all(len(set(fold_of[patients == patient])) == 1 for patient in patients)
     assert "group_regex: 10 groups; 0 images" in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_images_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys
     write_scene(here / "datasets")
     paths = sorted(map(str, Path("datasets").rglob("*.png")))
     images = list_in_memory((int("scratched" in path), path) for path in paths)
-    fold_of = assign_folds(images, 5, TrainConfig(), "")
+    fold_of = assign_folds(images, 5, settings(), "")
     for class_id in (0, 1):
         assert np.bincount(fold_of[images.class_ids == class_id]).tolist() == [4] * 5
     assert "warning: 40 images look alike, a large part of a class" in capsys.readouterr().out
@@ -80,31 +80,34 @@ def test_images_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys
 @pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])
 def test_more_folds_than_there_are_images_or_groups(noise, folds, regex):
     with pytest.raises(ValueError, match=f"cross_validate={folds}: give 2 to (20|7)"):
-        assign_folds(noise, folds, TrainConfig(), regex)
+        assign_folds(noise, folds, settings(), regex)
 
 
 def test_groups_are_for_cross_validation():
-    with pytest.raises(ValueError, match="group_regex: that is for cross_validate"):
-        train.main(TrainConfig(**TINY), group_regex="x")
+    with pytest.raises(ValueError, match="group_regex: it is for cross_validate"):
+        train.main(settings(**TINY), group_regex="x")
 
 
-def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
+def test_a_run_for_each_fold_and_the_same_command_resumes(two_classes, capsys, monkeypatch):
     for number, path in enumerate(sorted(Path("datasets/train").rglob("*.png"))):
         write_image(path, size=(70, 70), seed=number)  # none alike
-    config = TrainConfig(**TINY)
+    config = settings(**TINY)
     trained = []
+
+    main = train.main
 
     def fail_at_the_third(of_fold):
         trained.append(of_fold)
         if len(trained) == 3:
             raise KeyboardInterrupt
-        train.main(of_fold)
+        main(of_fold)
         Path(of_fold.cache_dir).mkdir(parents=True)
         Path(of_fold.cache_dir, "features").touch()
 
-    with pytest.raises(KeyboardInterrupt):
-        cross_validate(config, 3, "", fail_at_the_third)
-    train.main(config, cross_validate=3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "main", fail_at_the_third)
+        main(config, cross_validate=3)
+    main(config, cross_validate=3)
     told = capsys.readouterr().out
     (results,) = Path("logs/cross_validation").glob("3_folds_*/cross_validation.json")
     rows = json.loads(results.read_text())["folds"]
@@ -125,10 +128,11 @@ def test_a_run_for_each_fold_and_the_same_command_goes_on(two_classes, capsys):
     def stop(of_fold):
         raise KeyboardInterrupt
 
-    cross_validate(config, 3, "", stop)  # all is there
+    monkeypatch.setattr(train, "main", stop)
+    main(config, cross_validate=3)  # all is there
     for folds, regex in ((2, ""), (3, r"(\d)\.png$")):  # but of no other division, nor is one gone on with
         with pytest.raises(KeyboardInterrupt):
-            cross_validate(config, folds, regex, stop)
+            main(config, cross_validate=folds, group_regex=regex)
     assert len(list(Path("logs/cross_validation").iterdir())) == 3
-    with pytest.raises(ValueError, match=r"resume='logs/.*': that is one run"):
-        cross_validate(TrainConfig(**TINY, resume=rows[0]["run"]), 3, "", train.main)
+    with pytest.raises(ValueError, match=r"resume='logs/.*': it is one run"):
+        main(settings(**TINY, resume=rows[0]["run"]), cross_validate=3)

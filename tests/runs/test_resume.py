@@ -11,13 +11,12 @@ import pytest
 import torch
 
 import train
-from tests.conftest import SMALL, write_back, write_image
+from tests.conftest import SMALL, settings, write_back, write_image
 from utils.annotation.annotate import annotate
-from utils.config.train_config import TrainConfig
 from utils.data.image_list import compare_lists, list_in_memory, read_list, write_list
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint, load_newest
 from utils.runs.folder import remove_leftovers
-from utils.runs.resume import changed_fields
+from utils.runs.resume import changed_fields, open_run
 from utils.system import folder_lock
 from utils.system.folder_lock import FolderLock, InUse
 
@@ -47,30 +46,31 @@ def untrained(monkeypatch) -> None:
         run.log.close()
         run._opened.lock.release()
 
-    monkeypatch.setattr(train, "train_stages", let_go)
+    monkeypatch.setattr(train, "train", let_go)
+    monkeypatch.setattr(train, "print_next_commands", lambda *_: None)
 
 
 def test_the_same_command_goes_on_with_an_unfinished_run(cut_off, capsys):
-    train.main(TrainConfig(**SMALL))
-    assert f"going on with {cut_off} after epoch 2" in capsys.readouterr().out
+    train.main(settings(**SMALL))
+    assert f"resuming {cut_off} after epoch 2" in capsys.readouterr().out
     assert runs() == [cut_off]
     assert load_checkpoint(cut_off / LAST)["finished"]
 
 
 def test_a_field_that_is_new_since_had_its_default(cut_off, untrained):
-    settings = json.loads((cut_off / "config.json").read_text())
-    del settings["patience"]
-    (cut_off / "config.json").write_text(json.dumps(settings))
-    assert changed_fields(settings, TrainConfig(**SMALL)) == {}
-    assert changed_fields(settings, TrainConfig(**SMALL, patience=3)) == {"patience": (0, 3)}
-    assert "patience" in changed_fields({}, TrainConfig(patience=3))
-    train.main(TrainConfig(**SMALL))
+    stored = json.loads((cut_off / "config.json").read_text())
+    del stored["patience"]
+    (cut_off / "config.json").write_text(json.dumps(stored))
+    assert changed_fields(stored, settings(**SMALL)) == {}
+    assert changed_fields(stored, settings(**SMALL, patience=3)) == {"patience": (0, 3)}
+    assert "patience" in changed_fields({}, settings(patience=3))
+    train.main(settings(**SMALL))
     assert runs() == [cut_off]
 
 
 def test_a_finished_run_is_not_gone_on_with(cut_off):
     for _ in range(2):
-        train.main(TrainConfig(**SMALL | {"unfreeze_epoch": 1}))
+        train.main(settings(**SMALL | {"unfreeze_epoch": 1}))
     assert len(runs()) == 3
 
 
@@ -78,7 +78,7 @@ def test_a_finished_run_is_not_gone_on_with(cut_off):
 def test_other_settings_are_another_run(cut_off, untrained, changed, capsys):
     shutil.copy(cut_off / LAST, "w.pth")
     before = (cut_off / LAST).read_bytes()
-    train.main(TrainConfig(**SMALL | changed))
+    train.main(settings(**SMALL | changed))
     told = capsys.readouterr().out
     new = (set(runs()) - {cut_off}).pop()
     assert f"a new run, in {new}" in told
@@ -88,7 +88,7 @@ def test_other_settings_are_another_run(cut_off, untrained, changed, capsys):
 
 
 def test_what_may_change_is_said(cut_off, untrained, capsys):
-    train.main(TrainConfig(**SMALL | {"save_every_steps": 3, "keep_periodic": 2}))
+    train.main(settings(**SMALL | {"save_every_steps": 3, "keep_periodic": 2}))
     told = capsys.readouterr().out
     assert "keep_periodic: 5 -> 2\nsave_every_steps: 0 -> 3\n" in told
     assert runs() == [cut_off]
@@ -97,16 +97,16 @@ def test_what_may_change_is_said(cut_off, untrained, capsys):
 def test_other_arithmetic_is_said(cut_off, untrained, capsys):
     torch.set_num_threads(2)
     try:
-        train.main(TrainConfig(**SMALL))
+        train.main(settings(**SMALL))
     finally:
         torch.set_num_threads(1)
-    assert "warning: threads was 1 and is 2; the run goes on, but not bit for bit" in capsys.readouterr().out
+    assert "warning: threads was 1 and is 2; the result won't be bit for bit" in capsys.readouterr().out
 
 
 def test_other_code_is_said(cut_off, untrained, monkeypatch, capsys):
-    monkeypatch.setattr("utils.runs.run.code_digest", lambda modules: "edited")
-    train.main(TrainConfig(**SMALL))
-    assert " and is edited; the run goes on, but not bit for bit" in capsys.readouterr().out
+    monkeypatch.setattr("utils.runs.start.code_digest", lambda modules: "edited")
+    train.main(settings(**SMALL))
+    assert " and is edited; the result won't be bit for bit" in capsys.readouterr().out
 
 
 def lists_here() -> dict:
@@ -130,17 +130,17 @@ def test_accepted_lists_are_known_from_then_on(cut_off, monkeypatch):
     """Though the run is cut off again before its next step."""
     change_images()
     with monkeypatch.context() as patched:
-        patched.setattr(train, "train_stages", lambda run, *_: run.close())
-        train.main(TrainConfig(**SMALL, accept_changed_lists=True))
+        patched.setattr(train, "train", lambda run, *_: run.close())
+        train.main(settings(**SMALL, accept_changed_lists=True))
     assert (cut_off / "train_list.txt").read_bytes() == Path("cls_train.txt").read_bytes()
-    train.main(TrainConfig(**SMALL))
+    train.main(settings(**SMALL))
     assert load_checkpoint(cut_off / LAST)["finished"]
 
 
 def test_a_new_run_that_comes_to_nothing_leaves_nothing(two_classes, monkeypatch, capsys):
     monkeypatch.setattr(train, "start", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train.main(TrainConfig(**SMALL))
+        train.main(settings(**SMALL))
     assert runs() == []
     assert "is removed: the run came to nothing" in capsys.readouterr().out
 
@@ -160,10 +160,10 @@ def test_checkpoints_of_single_epochs_that_are_too_many_make_way_before_it_goes_
     assert load_newest(cut_off)[1]["epoch"] == 4
     change_images()
     with pytest.raises(ValueError, match="was begun with other lists"):
-        train.open_run(TrainConfig(**SMALL, keep_periodic=2), ["dark", "light"], lists_here())
+        open_run(settings(**SMALL, keep_periodic=2), ["dark", "light"], lists_here())
     assert len(list(cut_off.glob("ep*.pth"))) == 4
     annotate()
-    run = train.open_run(TrainConfig(**SMALL, keep_periodic=2), ["dark", "light"], {})
+    run = open_run(settings(**SMALL, keep_periodic=2), ["dark", "light"], {})
     run.lock.release()
     assert sorted(path.name[:5] for path in cut_off.glob("ep*.pth")) == ["ep003", "ep004"]
     assert run.checkpoint["epoch"] == load_checkpoint(cut_off / LAST)["epoch"] == 4
@@ -178,9 +178,9 @@ def test_changed_lists_are_named_and_refused_unless_accepted(cut_off, capsys, re
         r"1 relabelled \(.*\.png, light -> dark\)"
     )
     with pytest.raises(ValueError, match=rf"was begun with other lists than there are now\. {told}.*resume=no"):
-        train.main(TrainConfig(**config))
+        train.main(settings(**config))
     assert load_checkpoint(cut_off / LAST)["epoch"] == 2
-    train.main(TrainConfig(**config, accept_changed_lists=True))
+    train.main(settings(**config, accept_changed_lists=True))
     assert "warning: the lists have changed since the run began" in capsys.readouterr().out
     assert load_checkpoint(cut_off / LAST)["finished"]
 
@@ -191,7 +191,7 @@ def test_other_classes_are_another_run(cut_off, untrained):
             Path("datasets", split, name).rename(Path("datasets", split, f"{name} ones"))
     os.remove("model_data/cls_classes.txt")
     annotate()
-    train.main(TrainConfig(**SMALL))
+    train.main(settings(**SMALL))
     assert len(runs()) == 2
 
 
@@ -205,7 +205,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_in_its_folder(cut_off):
     for path in cut_off.iterdir():
         if path.name not in made_at_once and not path.name.startswith("events."):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    train.main(TrainConfig(**SMALL))
+    train.main(settings(**SMALL))
     assert runs() == [cut_off]
     assert load_checkpoint(cut_off / LAST)["finished"]
 
@@ -224,10 +224,10 @@ def test_a_run_whose_checkpoints_were_put_away_is_left_alone(cut_off, untrained,
     if fails:
         monkeypatch.setattr("utils.modeling.build.build_model", lambda **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train.main(TrainConfig(**SMALL))
+            train.main(settings(**SMALL))
         assert runs() == [cut_off]
     else:
-        train.main(TrainConfig(**SMALL))
+        train.main(settings(**SMALL))
         assert len(runs()) == 2
     assert "has no whole checkpoint" in capsys.readouterr().out
     assert kept() == before
@@ -257,7 +257,7 @@ def test_a_start_that_fails_gives_the_folder_back(cut_off, monkeypatch):
     """To another process: within one, such locks don't keep each other out."""
     monkeypatch.setattr("utils.modeling.build.build_model", lambda **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train.main(TrainConfig(**SMALL))
+        train.main(settings(**SMALL))
     program = (
         f"from pathlib import Path; from utils.system.folder_lock import FolderLock; FolderLock(Path({str(cut_off)!r}))"
     )
@@ -270,7 +270,7 @@ def test_what_killed_runs_left_is_removed(cut_off, untrained, capsys):
     (cut_off / f"{LAST}.0badcafe.partial").write_text("half")
     Path("logs/not begun").mkdir()
     Path("logs/not begun/in_use_by.txt").touch()
-    train.main(TrainConfig(**SMALL))
+    train.main(settings(**SMALL))
     assert f"{LAST}.0badcafe.partial, left half-written" in capsys.readouterr().out
     assert runs() == [cut_off]
     assert not list(cut_off.glob("*.partial"))
@@ -278,7 +278,7 @@ def test_what_killed_runs_left_is_removed(cut_off, untrained, capsys):
 
 def test_the_damage_of_all_checkpoints_begins_a_new_run(cut_off, untrained, capsys):
     (cut_off / LAST).write_bytes(b"")
-    train.main(TrainConfig(**SMALL))
+    train.main(settings(**SMALL))
     assert f"{cut_off / LAST} can't be opened" in capsys.readouterr().out
     assert len(runs()) == 2
 
@@ -287,11 +287,11 @@ def test_resuming_what_is_no_run(here):
     Path("logs/run").mkdir(parents=True)
     for resume in ("logs/run", "logs/none"):
         with pytest.raises(FileNotFoundError, match="there is no run; give its folder, auto or no"):
-            train.open_run(TrainConfig(resume=resume), ["a", "b"], {})
+            open_run(settings(resume=resume), ["a", "b"], {})
 
 
 def test_only_the_newest_periodic_checkpoints_are_kept(two_classes):
-    train.main(TrainConfig(**SMALL | {"save_period": 1, "keep_periodic": 2}))
+    train.main(settings(**SMALL | {"save_period": 1, "keep_periodic": 2}))
     (run,) = runs()
     assert sorted(path.name[:5] for path in run.glob("ep*.pth")) == ["ep003", "ep004"]
 
@@ -321,7 +321,7 @@ def test_killed_before_the_last_of_all_saves(trained, cut_off, rounds):
     for farther in (*source.glob("ep004-*"), source / BEST):
         shutil.copy(farther, cut_off)
     for _ in range(rounds):
-        train.main(TrainConfig(**SMALL))
+        train.main(settings(**SMALL))
     last = load_checkpoint(cut_off / LAST)
     assert last["finished"] and last["step"] == 22
     assert len(runs()) == rounds

@@ -34,7 +34,7 @@ def test_the_average_is_that_of_torch():
         peer.update_parameters(model)
         step += 1
     live = {name: value.clone() for name, value in model.state_dict().items()}
-    with average.in_place():
+    with average.swapped_in():
         averaged = {name: value.clone() for name, value in model.state_dict().items()}
     for name, value in peer.module.state_dict().items():
         torch.testing.assert_close(averaged[name], value)
@@ -50,7 +50,7 @@ def test_what_is_shared_is_averaged_once():
     average = WeightEMA(model, 0.9)
     nn.init.ones_(shared.weight)
     average.update(0)
-    with average.in_place():
+    with average.swapped_in():
         assert not torch.equal(shared.weight, torch.ones(2, 2))
     assert torch.equal(shared.weight, torch.ones(2, 2))
 
@@ -68,9 +68,9 @@ def test_what_is_frozen_again_is_what_was_evaluated():
     averages = {name: tensor.clone() for name, tensor in average.averages.items()}
     model.freeze_backbone("all")
     average.set_frozen(model.frozen_state())
-    assert average.moving == ["head.weight", "head.bias"]
+    assert average.thawed == ["head.weight", "head.bias"]
     average.update(3)
-    with average.in_place():
+    with average.swapped_in():
         evaluated = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for name, tensor in model.state_dict().items():
         if name in averages and not name.startswith("head"):
@@ -83,7 +83,7 @@ def test_the_average_gives_way_even_when_evaluation_fails():
     model = nn.Linear(2, 2)
     average = WeightEMA(model, 0.9)
     nn.init.ones_(model.weight)
-    with pytest.raises(KeyboardInterrupt), average.in_place():
+    with pytest.raises(KeyboardInterrupt), average.swapped_in():
         assert not torch.equal(model.weight, torch.ones(2, 2))
         raise KeyboardInterrupt
     assert torch.equal(model.weight, torch.ones(2, 2))

@@ -11,8 +11,7 @@ import torch
 
 import train
 from nets.factory import build_model
-from tests.conftest import SMALL, TINY, write_back, write_image
-from utils.config.train_config import TrainConfig
+from tests.conftest import SMALL, TINY, settings, write_back, write_image
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.image_list import list_in_memory
@@ -20,13 +19,13 @@ from utils.data.loader import train_loader
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, TrainTransform
 from utils.modeling.pixel_network import PixelNetwork, ThawedPart
-from utils.training.feature_cache import SHAPING_FIELDS, FeatureCache
+from utils.training.feature_cache import IMAGE_FIELDS, FeatureCache
 from utils.training.optimizer import build_optimizer
 from utils.training.stages import num_cached_views, plan_stages
 from utils.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(**SMALL | {"freeze_batch_size": 5, "init_lr": 0.05})
+CONFIG = settings(**SMALL | {"freeze_batch_size": 5, "init_lr": 0.05})
 PREPROCESSING = Preprocessing.of(CONFIG)
 
 
@@ -180,7 +179,7 @@ def test_every_setting_that_shapes_a_training_image_is_in_the_key():
             return getattr(CONFIG, name)
 
     TrainTransform(Spy())
-    assert {"train_crop", "augmentation", "input_shape"} <= read <= set(SHAPING_FIELDS)
+    assert {"train_crop", "augmentation", "input_shape"} <= read <= set(IMAGE_FIELDS)
 
 
 def test_what_is_thawed_does_not_count(images, computed):
@@ -263,14 +262,12 @@ def test_no_room_is_an_error_beforehand(images, monkeypatch):
     ],
 )
 def test_a_stage_is_cached_when_it_computes_less_so(changes, views):
-    config = TrainConfig(**SMALL | {"unfreeze_epoch": 8} | changes)
+    config = settings(**SMALL | {"unfreeze_epoch": 8} | changes)
     assert [num_cached_views(stage, config) for stage in plan_stages(config, 100, transformer=True)] == views
 
 
 def cached_run(**changes):
-    config = TrainConfig(
-        **TINY | {"freeze_epoch": 3, "unfreeze_epoch": 4, "feature_views": 2, "save_period": 1} | changes
-    )
+    config = settings(**TINY | {"freeze_epoch": 3, "unfreeze_epoch": 4, "feature_views": 2, "save_period": 1} | changes)
     train.main(config)
     return config
 

@@ -12,8 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import train
-from tests.conftest import TINY, write_back
-from utils.config.train_config import TrainConfig
+from tests.conftest import TINY, settings, write_back
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
@@ -76,13 +75,13 @@ def test_lists_that_do_not_do_are_an_error_before_anything_is_computed(class_ids
     """One class to train on; none of the training classes to validate on."""
     train_set, val_set = (SimpleNamespace(class_ids=np.array(ids)) for ids in (class_ids, val_class_ids))
     with pytest.raises(ValueError, match=r"^head_init='probe'.*set it to random"):
-        init_head(None, None, train_set, val_set, TrainConfig())
+        init_head(None, None, train_set, val_set, settings())
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_train": False}, {"freeze_blocks": "all", "precision": "bf16"}])
 def test_a_run_begins_with_the_probe(two_classes, capsys, changes):
     """It goes on from there, keeps the backbone as it was, and a resumed run doesn't fit it again."""
-    config = TrainConfig(
+    config = settings(
         **TINY | {"head_init": "probe", "unfreeze_epoch": 2, "save_period": 1, "init_lr": 1e-6, "min_lr": 0.0} | changes
     )
     train.main(config)
@@ -94,7 +93,7 @@ def test_a_run_begins_with_the_probe(two_classes, capsys, changes):
     assert history[0]["val_loss"] == pytest.approx(val_loss, abs=0.05)  # the learning rate is next to nothing
     assert history[0]["val_top1"] == 1.0
     write_back(run, epoch=1)
-    train.main(TrainConfig(**config.as_dict() | {"resume": str(run), "input_shape": (8, 8)}))
+    train.main(settings(**config.as_dict() | {"resume": str(run), "input_shape": (8, 8)}))
     assert "logistic regression" not in capsys.readouterr().out
 
 
@@ -108,7 +107,7 @@ def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
         images = ((i, path) for i, name in enumerate(names) for path in sorted((data / split / name).iterdir()))
         Path(f"{split}.txt").write_text("\n".join(f"{i};{path}" for i, path in images))
     lists = {"train_annotation_path": "train.txt", "val_annotation_path": "test.txt", "classes_path": "classes.txt"}
-    config = TrainConfig(
+    config = settings(
         backbone="vit_s_14",
         model_path=str(next((shared / "models").glob("*.safetensors"))),
         activation="gelu",

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import train
-from tests.conftest import TINY
-from utils.config.train_config import TrainConfig
+from tests.conftest import TINY, settings
 from utils.training import lr_finder
 from utils.training.lr_finder import plot_range_test, smooth, suggest
 
@@ -42,13 +41,13 @@ def suggest_at_once(monkeypatch, suggestion: float | None) -> None:
 
 def test_a_loss_that_does_not_fall_is_drawn(two_classes, monkeypatch):
     suggest_at_once(monkeypatch, None)
-    with pytest.raises(ValueError, match=r"fell at no learning rate, see logs/learning_rates\.png: look at the images"):
-        train.main(TrainConfig(**TINY), find_lr=True)
+    with pytest.raises(ValueError, match=r"fell at no learning rate, see logs/learning_rates\.png: check the labels"):
+        train.main(settings(**TINY), find_lr=True)
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
 
 
 def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
-    train.main(TrainConfig(**TINY), find_lr=True)
+    train.main(settings(**TINY), find_lr=True)
     (init_lr,) = re.findall(r"init_lr=([\d.e-]+); see logs/learning_rates\.png", capsys.readouterr().out)
     assert 1e-5 < float(init_lr) < 1
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
@@ -56,17 +55,17 @@ def test_the_command_plots_suggests_and_leaves_no_run(two_classes, capsys):
 
 def test_a_suggestion_is_one_that_would_be_trained_with(two_classes, monkeypatch, capsys):
     suggest_at_once(monkeypatch, 0.5)
-    train.main(TrainConfig(**TINY), find_lr=True)
+    train.main(settings(**TINY), find_lr=True)
     assert "(adamw is limited to 1e-05 to 1e-03): init_lr=4.3e-02" in capsys.readouterr().out
     suggest_at_once(monkeypatch, 1e-6)
-    train.main(TrainConfig(**TINY), find_lr=True)
+    train.main(settings(**TINY), find_lr=True)
     assert "(adamw is limited to 1e-05 to 1e-03): init_lr=4.3e-04" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to set identical")  # in three steps the loss needn't fall
 def test_the_head_begins_as_in_training(two_classes, monkeypatch, capsys):
     suggest_at_once(monkeypatch, 1e-4)
-    train.main(TrainConfig(**TINY, head_init="probe"), find_lr=True)
+    train.main(settings(**TINY, head_init="probe"), find_lr=True)
     told = capsys.readouterr().out
     assert told.index("head_init: logistic regression") < told.index("the loss falls fastest")
 
@@ -77,7 +76,7 @@ def test_it_ends_where_the_loss_grows(two_classes, monkeypatch):
     run = lr_finder.run_range_test
     monkeypatch.setattr(lr_finder, "HIGHEST", 1e9)
     monkeypatch.setattr(lr_finder, "run_range_test", lambda *parts: found.append(run(*parts)) or found[0])
-    train.main(TrainConfig(**TINY | {"optimizer_type": "sgd"}), find_lr=True)
+    train.main(settings(**TINY | {"optimizer_type": "sgd"}), find_lr=True)
     assert len(found[0].rates) < lr_finder.STEPS
     assert torch.tensor(found[0].losses).isfinite().all()
     losses = found[0].losses

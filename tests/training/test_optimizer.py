@@ -10,7 +10,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from nets.factory import build_model
-from utils.config.train_config import TrainConfig
+from tests.conftest import settings
 from utils.training.optimizer import (
     UNDECAYED,
     build_optimizer,
@@ -69,7 +69,7 @@ def test_learned_tokens_and_positions_of_others_do_not_decay():
 def test_weight_decay_really_applies(kind):
     def after_a_step(weight_decay):
         model = tiny_vit()
-        config = TrainConfig(optimizer_type=kind, weight_decay=weight_decay, momentum=0.9)
+        config = settings(optimizer_type=kind, weight_decay=weight_decay, momentum=0.9)
         optimizer = build_optimizer(model, config, 0.1)
         torch.manual_seed(1)
         model.eval()(torch.randn(2, 3, 8, 8)).square().sum().backward()
@@ -86,7 +86,7 @@ def test_adamw_decay_is_the_papers():
     """Decoupled decay: w <- w - lr * wd * w, besides Adam's step, which is none without a gradient."""
     model = nn.Linear(2, 2)
     before = model.weight.detach().clone()
-    optimizer = build_optimizer(model, TrainConfig(optimizer_type="adamw", weight_decay=0.5), 0.1)
+    optimizer = build_optimizer(model, settings(optimizer_type="adamw", weight_decay=0.5), 0.1)
     model(torch.zeros(1, 2)).sum().mul(0).backward()
     optimizer.step()
     torch.testing.assert_close(model.weight, before * (1 - 0.1 * 0.5))
@@ -103,7 +103,7 @@ def take_steps(model: nn.Module, optimizers: list[torch.optim.Optimizer], first:
 
 
 def muon(model: nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer(model, TrainConfig(optimizer_type="muon", momentum=0.95, weight_decay=0.1), 1e-2)
+    return build_optimizer(model, settings(optimizer_type="muon", momentum=0.95, weight_decay=0.1), 1e-2)
 
 
 def test_muon_is_torchs_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
@@ -149,13 +149,11 @@ def test_muon_follows_the_learning_rate_of_the_schedule():
 
 
 def test_momentum_and_nesterov_reach_the_optimizer():
-    sgd = build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer_type="sgd", momentum=0.7), 0.1)
+    sgd = build_optimizer(nn.Linear(2, 2), settings(optimizer_type="sgd", momentum=0.7), 0.1)
     assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.7, True)
-    adam = build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer_type="adam", momentum=0.7), 0.1)
+    adam = build_optimizer(nn.Linear(2, 2), settings(optimizer_type="adam", momentum=0.7), 0.1)
     assert adam.defaults["betas"] == (0.7, 0.999)
-    assert (
-        build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer_type="sgd", momentum=0), 0.1).defaults["momentum"] == 0
-    )
+    assert build_optimizer(nn.Linear(2, 2), settings(optimizer_type="sgd", momentum=0), 0.1).defaults["momentum"] == 0
 
 
 @pytest.mark.parametrize(
@@ -173,14 +171,13 @@ def test_momentum_and_nesterov_reach_the_optimizer():
         ("adamw", 1e-3, 1e-3, 256, True, (1e-3, 1e-5)),  # no constant rate
     ],
 )
-def test_scaling_and_limits(kind, init_lr, min_lr, batch, transformer, expected, capsys):
-    config = TrainConfig(optimizer_type=kind, init_lr=init_lr, min_lr=min_lr)
-    rates = [scale_learning_rate(config, field, batch, transformer) for field in ("init_lr", "min_lr")]
-    assert rates == pytest.approx(expected)
+def test_scaling_and_limits(kind, init_lr, min_lr, batch, transformer, expected):
+    config = settings(optimizer_type=kind, init_lr=init_lr, min_lr=min_lr)
+    scaled = [scale_learning_rate(config, field, batch, transformer) for field in ("init_lr", "min_lr")]
+    assert [rate for rate, _ in scaled] == pytest.approx(expected)
     scale = batch / (256 if transformer else 64)
     within = [math.isclose(asked * scale, rate) for asked, rate in zip((init_lr, min_lr), expected, strict=True)]
-    told = capsys.readouterr().out
-    assert [f"{field}: " not in told for field in ("init_lr", "min_lr")] == within
+    assert [note == "" for _, note in scaled] == within
 
 
 def test_cosine_at_chosen_epochs():
@@ -223,7 +220,7 @@ def test_step_has_ten_levels_by_one_factor():
 
 
 def test_the_rate_reaches_every_group():
-    optimizer = build_optimizer(tiny_vit(), TrainConfig(), 0.1)
+    optimizer = build_optimizer(tiny_vit(), settings(), 0.1)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
@@ -236,7 +233,7 @@ def test_layer_decay_is_that_of_timm():
         for group in param_groups_layer_decay(peer, 0.05, no_weight_decay_list=UNDECAYED, layer_decay=0.7)
         for parameter in group["params"]
     }
-    optimizer = build_optimizer(own, TrainConfig(weight_decay=0.05, layer_decay=0.7), 0.1)
+    optimizer = build_optimizer(own, settings(weight_decay=0.05, layer_decay=0.7), 0.1)
     set_learning_rate(optimizer, 0.01)
     found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     others = dict(peer.named_parameters())

@@ -12,18 +12,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from nets.factory import build_model
-from utils.config.train_config import TrainConfig
+from tests.conftest import settings, train_epoch
 from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.inference.classifier import Classifier
 from utils.modeling.pixel_network import PixelNetwork
 from utils.training.loss import TrainingLoss
+from utils.training.non_finite import NonFiniteLoss
 from utils.training.optimizer import build_optimizer
-from utils.training.trainer import NonFiniteLoss, OutOfMemory, Trainer, compute_logits
+from utils.training.out_of_memory import OutOfMemory
+from utils.training.predict_logits import predict_logits
+from utils.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(input_shape=(8, 8), image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.1))
+CONFIG = settings(input_shape=(8, 8), image_mean=(0.4, 0.5, 0.6), image_std=(0.2, 0.3, 0.1))
 
 
 def network(device=CPU, drop_rate=0.0, **freeze) -> PixelNetwork:
@@ -66,9 +69,7 @@ def test_a_step_is_the_one_written_by_hand(weights):
     own = network()
     other = copy.deepcopy(own)
     trainer = Trainer(own, CPU, "fp32", 1, TrainingLoss(weights))
-    sgd = TrainConfig(
-        optimizer_type="sgd"
-    )  # its step is linear in the gradient; Adam's first is its sign, noise and all
+    sgd = settings(optimizer_type="sgd")  # its step is linear in the gradient; Adam's first is its sign, noise and all
     loss, correct = trainer.train_step(pixels, targets, build_optimizer(own.model, sgd, 0.1))
 
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CONFIG.image_mean, CONFIG.image_std))
@@ -89,7 +90,7 @@ def test_a_step_is_the_one_written_by_hand(weights):
 def test_the_gradient_is_shortened_to_the_norm_that_is_allowed(precision):
     for clip_grad in (1e-3, 1e3):
         own = network()
-        sgd = build_optimizer(own.model, TrainConfig(optimizer_type="sgd", momentum=0, weight_decay=0), 1.0)
+        sgd = build_optimizer(own.model, settings(optimizer_type="sgd", momentum=0, weight_decay=0), 1.0)
         before = torch.cat([p.detach().flatten().clone() for p in own.parameters()])
         Trainer(own, CPU, precision, 1, clip_grad=clip_grad).train_step(*batch(), sgd)
         moved = torch.linalg.vector_norm(torch.cat([p.detach().flatten() for p in own.parameters()]) - before).item()
@@ -104,7 +105,7 @@ def test_a_step_on_the_meta_device(optimizer_type):
     """A tensor made on another device, or a look at a value (which would make the host wait), raises there."""
     meta = torch.device("meta")
     own = network(meta, drop_rate=0.1, blocks=2).train()
-    config = TrainConfig(optimizer_type=optimizer_type)
+    config = settings(optimizer_type=optimizer_type)
     optimizer = build_optimizer(own.model, config, 1e-3)
     pixels, targets = (tensor.to(meta) for tensor in batch())
     mixing = TrainingLoss(label_smoothing=0.1, mixup=0.2, cutmix=1.0)
@@ -185,7 +186,7 @@ def test_an_epoch_returns_means_and_sets_the_rate_at_every_step():
         return 0.0  # so that the weights stay, and losses can be told in advance
 
     batches = Batches([batch(6), batch(6), batch(6), batch(6)])
-    numbers = Trainer(own, CPU, "fp32", 1).train_epoch(batches, optimizer, epoch=3, learning_rate=rate)
+    numbers = train_epoch(Trainer(own, CPU, "fp32", 1), batches, optimizer, number=3, learning_rate=rate)
     assert asked[:4] == [3, 3.25, 3.5, 3.75]
     assert batches.sampler.epoch == 3
     own.eval()
@@ -204,7 +205,7 @@ def test_an_epoch_is_in_training_mode_whatever_came_before():
     seen = []
     own.model.register_forward_hook(lambda module, *_: seen.append(module.training))
     trainer.validate(Batches([batch(6)]))
-    trainer.train_epoch(Batches([batch(6)]), build_optimizer(own.model, CONFIG, 1e-3), 0, lambda epoch: 1e-3)
+    train_epoch(trainer, Batches([batch(6)]), build_optimizer(own.model, CONFIG, 1e-3), 0, lambda epoch: 1e-3)
     assert seen == [False, True]
 
 
@@ -214,8 +215,8 @@ def test_training_learns():
     optimizer = build_optimizer(own.model, CONFIG, 1e-3)
     epochs = []
     for epoch in range(8):
-        trainer.start_epoch()
-        epochs.append(trainer.train_epoch(Batches([batch()] * 5), optimizer, epoch, lambda epoch: 1e-3))
+        trainer.finish_epoch()
+        epochs.append(train_epoch(trainer, Batches([batch()] * 5), optimizer, epoch, lambda epoch: 1e-3))
     assert epochs[-1]["loss"] < 0.5 * epochs[0]["loss"]
     assert epochs[-1]["top1"] == 1
 
@@ -233,7 +234,7 @@ def test_a_loss_that_is_not_finite_names_its_step():
         return 1e-3
 
     with pytest.raises(NonFiniteLoss, match=r"finite at step 113 .*images: 072\.png.*Lower init_lr"):
-        trainer.train_epoch(Batches([batch()] * 30), build_optimizer(own.model, CONFIG, 1e-3), 0, rate)
+        train_epoch(trainer, Batches([batch()] * 30), build_optimizer(own.model, CONFIG, 1e-3), 0, rate)
     assert len(poisoned) == 20  # seen at the next look
 
 
@@ -252,8 +253,8 @@ def test_a_validation_loss_that_is_not_finite():
 def test_evaluation_keeps_order_and_every_image_and_no_dropout():
     own = network(drop_rate=0.5).train()
     pixels, targets = batch(11)
-    whole = compute_logits(own, Batches([(pixels, targets)]), CPU, "fp32")
-    parts = compute_logits(
+    whole = predict_logits(own, Batches([(pixels, targets)]), CPU, "fp32")
+    parts = predict_logits(
         own,
         Batches([(pixels[:4], targets[:4]), (pixels[4:8], targets[4:8]), (pixels[8:], targets[8:])]),
         CPU,
@@ -262,7 +263,7 @@ def test_evaluation_keeps_order_and_every_image_and_no_dropout():
     sizes = []
     handle = own.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     trainer = Trainer(own, CPU, "fp32", 1)
-    trainer.micro_batches = 3  # as training had to
+    trainer.micro_batches.count = 3  # as training had to
     found = trainer.validate(Batches([(pixels, targets)]))
     assert sizes == [4, 4, 3]
     assert found["val_loss"] == pytest.approx(nn.functional.cross_entropy(*whole).item(), abs=1e-5)
@@ -279,8 +280,8 @@ def test_evaluation_is_in_the_precision_asked_for(way):
 
     def logits(precision):
         if way == "loader":
-            return compute_logits(own, Batches([(pixels, targets)]), CPU, precision)[0].log_softmax(1)
-        preprocessing = Preprocessing.of(TrainConfig())
+            return predict_logits(own, Batches([(pixels, targets)]), CPU, precision)[0].log_softmax(1)
+        preprocessing = Preprocessing.of(settings())
         transform = EvalTransform(preprocessing)
         return Classifier(own, preprocessing, transform, ["a", "b", "c"], CPU, precision).probabilities(pixels).log()
 
@@ -325,7 +326,7 @@ def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_n
             return self.network(inputs)
 
     pixels, targets = batch(7)
-    sgd = TrainConfig(optimizer_type="sgd")
+    sgd = settings(optimizer_type="sgd")
     weights, losses = [], []
     for narrow in (False, True):
         own = network()
@@ -337,11 +338,11 @@ def test_too_little_memory_halves_what_is_worked_through_at_a_time_and_changes_n
         weights.append(torch.cat([p.flatten() for p in own.parameters()]))
     torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(weights[1], weights[0], atol=1e-5, rtol=1e-5)
-    assert trainer.micro_batches == 4
+    assert trainer.micro_batches.count == 4
     assert trainer.state_dict()["micro_batches"] == 4
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 2
-    wanted = "warning: out of memory at step 1: batches of 7 images are now worked through in 4 parts"
+    wanted = "warning: out of memory at step 1: batches of 7 images are now split into 4 micro-batches"
     assert told[1].startswith(wanted)
 
 
@@ -353,7 +354,7 @@ def test_what_is_left_out_leaves_no_trace_in_batch_norms_and_figures():
     good = [(torch.rand(6, 3, 2, 2), torch.arange(6) % 3) for _ in range(3)]
     bad = (torch.full((6, 3, 2, 2), math.nan), torch.arange(6) % 3)
     optimizer = torch.optim.SGD([{"params": own.parameters(), "lr_scale": 1.0}], 0.0)
-    numbers = trainer.train_epoch(Batches([good[0], bad, *good[1:]]), optimizer, 0, lambda epoch: 0.0)
+    numbers = train_epoch(trainer, Batches([good[0], bad, *good[1:]]), optimizer, 0, lambda epoch: 0.0)
     other = nn.BatchNorm1d(12)
     for pixels, _ in good:
         other(pixels.flatten(1))
@@ -371,7 +372,7 @@ def test_no_memory_for_a_single_image():
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
     own = network()
-    with pytest.raises(OutOfMemory, match="cpu has too little memory for a single image"):
+    with pytest.raises(OutOfMemory, match="cpu is out of memory with a single image"):
         Trainer(None_(), CPU, "fp32", 1).train_step(*batch(), build_optimizer(own.model, CONFIG, 1e-3))
 
 
@@ -393,17 +394,17 @@ def test_an_epoch_goes_on_where_it_was_cut_off():
         if cut:
 
             def stop(trainer=trainer):
-                if trainer.done == 2:
+                if trainer.epoch.done == 2:
                     raise InterruptedError
 
             with pytest.raises(InterruptedError):
-                trainer.train_epoch(Batches(batches), optimizer, 0, lambda epoch: 1e-3 * (1 + epoch), stop)
+                train_epoch(trainer, Batches(batches), optimizer, 0, lambda epoch: 1e-3 * (1 + epoch), stop)
             state = trainer.state_dict()
             assert state["epoch_losses"].shape == (2,)
             trainer = Trainer(own, CPU, "fp32", 1)
             trainer.load_state_dict(state)
         loader = Batches(batches)
-        means.append(trainer.train_epoch(loader, optimizer, 0, lambda epoch: 1e-3 * (1 + epoch)))
+        means.append(train_epoch(trainer, loader, optimizer, 0, lambda epoch: 1e-3 * (1 + epoch)))
         assert loader.sampler.start == (12 if cut else 0)
     assert means[0] == means[1]
 
@@ -411,9 +412,9 @@ def test_an_epoch_goes_on_where_it_was_cut_off():
 def test_an_epoch_of_a_list_that_became_shorter_ends():
     own = network()
     trainer = Trainer(own, CPU, "fp32", 1)
-    trainer.done, trainer.losses, trainer.hits = 4, torch.ones(4), torch.ones(4)
-    numbers = trainer.train_epoch(
-        Batches([batch()] * 3), build_optimizer(own.model, CONFIG, 1e-3), 0, lambda epoch: 1e-3
+    trainer.load_state_dict(trainer.state_dict() | {"epoch_losses": torch.ones(4), "epoch_hits": torch.ones(4)})
+    numbers = train_epoch(
+        trainer, Batches([batch()] * 3), build_optimizer(own.model, CONFIG, 1e-3), 0, lambda epoch: 1e-3
     )
     assert numbers["loss"] == 1
     assert trainer.step == 0

@@ -1,31 +1,47 @@
-"""Every setting of a training run, with its meaning, range and check."""
+"""The settings of a training run, each with its meaning, its range, and what depends on it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from utils.config.field_types import fits, make_tuples, plain
+from utils.config.frozen import Frozen
+from utils.config.setting import (
+    ABOVE_0,
+    ABOVE_0_TO_1,
+    BELOW_1,
+    FROM_0,
+    FROM_1,
+    SHARE,
+    SIZE,
+    Setting,
+    Valid,
+    has_type,
+    lists_to_tuples,
+    setting,
+    to_plain,
+)
 
 Device = Literal["auto", "cuda", "cpu", "mps"]
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One of the stages of a run, see `TrainConfig.stages`.
+    """One stage of a run, see `TrainConfig.stages`.
 
     Attributes:
-        epochs: how many it takes, 1 or more.
-        frozen: blocks that are frozen, from the first, besides embeddings or stem; "all": everything but the head;
-            "nothing".
-        batch_size: images a step.
-        input_shape: height and width in pixels, to begin with smaller images, which take less time; the positions of
-            a ViT are resampled from stage to stage, so that pretrained ones lose in detail, and the best epoch is one
-            of the last size. None: the run's, as the last stage's must be.
+        epochs: number of epochs, 1 or more.
+        frozen: number of blocks that are frozen, counted from the first, besides the stem or embeddings; "all":
+            everything but the head; "nothing".
+        batch_size: images per step.
+        input_shape: height and width in pixels; None: the run's. Smaller images take less time. The position embedding
+            of a ViT is resampled from stage to stage. The last stage must have the run's shape, and only its epochs can
+            be the best one.
 
-    Each stage begins with a new state of the optimizer, see `TrainConfig.thaw_warmup`.
+    Each stage starts with a new optimizer state, see `TrainConfig.thaw_warmup`.
 
     Raises:
         ValueError: a value can't work.
@@ -37,376 +53,362 @@ class StageConfig:
     input_shape: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        make_tuples(self)
+        lists_to_tuples(self)
         for field in ("epochs", "batch_size"):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise ValueError(f"stages: {field}={value!r}: give a whole number from 1 up")
-        if self.frozen not in ("all", "nothing") and not (type(self.frozen) is int and self.frozen >= 0):
+        if not Frozen.is_valid(self.frozen):
             raise ValueError(f'stages: frozen={self.frozen!r}: give 0 or more, "all" or "nothing"')
-        if self.input_shape is not None and not (fits(self.input_shape, tuple[int, int]) and min(self.input_shape) > 0):
-            raise ValueError(f"stages: input_shape={self.input_shape!r}: give height and width in pixels, or None")
-
-
-RANGES: dict[str, tuple[Callable[[Any], bool], tuple[str, ...]]] = {
-    "give a number from 0 to below 1": (
-        lambda value: 0 <= value < 1,
-        ("drop_rate", "attn_drop_rate", "drop_path_rate", "momentum", "ema_decay", "label_smoothing"),
-    ),
-    "give a number above 0, at most 1": (
-        lambda value: value is None or 0 < value <= 1,
-        ("eval_crop", "train_crop", "layer_decay"),
-    ),
-    "give a number from 0 to 1": (
-        lambda value: 0 <= value <= 1,
-        ("horizontal_flip", "max_bad_fraction", "color_jitter", "random_erasing"),
-    ),
-    "give a whole number from 1 up": (
-        lambda value: value >= 1,
-        (
-            *("freeze_batch_size", "unfreeze_batch_size", "unfreeze_epoch"),
-            *("save_period", "max_pixels", "feature_views"),
-        ),
-    ),
-    "give 0 or more": (
-        lambda value: value >= 0,
-        (
-            *("freeze_epoch", "num_workers", "seed", "weight_decay", "feature_cache_gb", "patience", "thaw_warmup"),
-            *("keep_periodic", "save_every_steps", "save_every_minutes", "clip_grad", "mixup", "cutmix"),
-        ),
-    ),
-    'give 0 or more, or "all"': (lambda value: value == "all" or value >= 0, ("freeze_blocks",)),
-    "give a number above 0": (lambda value: value > 0, ("init_lr",)),
-    "give height and width in pixels": (lambda value: min(value) > 0, ("input_shape",)),
-    "give three numbers above 0": (lambda value: value is None or min(value) > 0, ("image_std",)),
-    "give auto, no, or a run's folder": (lambda value: value != "", ("resume",)),
-    "give True, False, a file, or a name on the Hugging Face hub": (lambda value: value != "", ("pretrained",)),
-}
-"""For what holds of single fields: the remedy where it doesn't, the test, and the fields."""
+        shape = self.input_shape
+        if shape is not None and not (has_type(shape, tuple[int, int]) and min(shape) > 0):
+            raise ValueError(f"stages: input_shape={shape!r}: give height and width in pixels, or None")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run. `CONFIG` at the top of `train.py` sets those often edited; all but `stages` are flags too.
+    """The settings of a run. `CONFIG` at the top of `train.py` sets the ones that people edit; every field but `stages`
+    is also a flag.
+
+    A field that a recipe may choose is None until somebody sets it. `with_defaults` or the recipe gives it a value.
 
     Raises:
-        ValueError: a value can't work; the message names field, value and remedy.
+        ValueError: a value can't work; the message has the field, the value and the remedy.
     """
 
+    # Data
+
     classes_path: str = "model_data/cls_classes.txt"
-    """Class names, one a line; the line number is the class id. `txt_annotation.py` writes it."""
+    """File of class names, one per line; the line number is the class id. `txt_annotation.py` writes it."""
 
     train_annotation_path: str = "cls_train.txt"
-    """List of the training images, one `class_id;path` a line. `txt_annotation.py` writes it."""
+    """List of the training images, one `class_id;path` per line. `txt_annotation.py` writes it."""
 
     val_annotation_path: str = "cls_val.txt"
-    """List of the validation images, which choose the best epoch; never the test images."""
+    """List of the validation images, which select the best epoch. Never the test images."""
+
+    # Recipe
 
     recipe: Literal["none", "auto"] = "none"
-    """`auto`: epochs, batch size, optimizer, learning rate, crops and the like are chosen by the number of images per
-    class, by whether the network is a transformer and pretrained, and by the device; see `utils/config/recipe.py`. Each
-    choice is printed with its reason. A field that you set to other than its default stays as it is. `none`: all is as
-    it stands here."""
+    """`auto`: epochs, batch size, optimizer, learning rate, crops and others are chosen by the number of images per
+    class, the network, its weights and the device; see `utils/config/recipe.py`. What you set is never changed.
+    `none`: fields that you don't set have their plain default."""
 
-    keep: tuple[str, ...] = ()
-    """Names of fields that `recipe` leaves alone though they are at their default, such as `freeze_train`."""
+    # Network
 
     backbone: str = "vit_b_16"
-    """Network. For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32 or vit_h_14; with DINOv2's
-    weights vit_s_14, vit_b_14 or vit_l_14; for fine detail, and slow, vit_s_8 or vit_b_8. Or another: resnet18, 34, 50,
-    101 or 152; mobilenetv2; vgg11, 13 or 16, also with _bn; swin_transformer_tiny, _small or _base; or timm/<name>, any
-    of timm's, if that is installed, whose head is a linear layer. For images of about 16 to 64 pixels: vit_xs_4,
-    vit_t_4 or vit_s_4. Larger is slower and more accurate if there are images enough."""
+    """For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32, vit_h_14; with DINOv2 weights
+    vit_s_14, vit_b_14, vit_l_14; for fine detail, and slow, vit_s_8, vit_b_8. Others: resnet18, 34, 50, 101, 152;
+    mobilenetv2; vgg11, 13, 16, also with _bn; swin_transformer_tiny, _small, _base; timm/<name>: any timm network with
+    a linear head. For images of 16 to 64 pixels: vit_xs_4, vit_t_4, vit_s_4. Larger networks are slower, and more
+    accurate if there are enough images."""
 
-    input_shape: tuple[int, int] = (224, 224)
-    """Height and width in pixels that images are brought to, multiples of the network's patch. Larger shows finer
-    detail; the time grows faster than the area."""
+    input_shape: tuple[int, int] = setting((224, 224), SIZE, shapes_images=True)
+    """Height and width in pixels that images are resized to, multiples of the patch size. Larger shows finer detail;
+    the time grows faster than the area."""
 
-    pretrained: bool | str = False
-    """Start from published weights. True: those of the backbone, from `model_data/`, else downloaded. Or others for the
-    same network: a file, or a repository on the Hugging Face hub, such as "facebook/dinov2-small", with "@" and a
-    revision to have the same again later. With fewer than some ten thousand images this decides how good the result
-    is."""
+    pretrained: bool | str = setting(
+        False, Valid(lambda value: value != "", "give True, False, a file, or a repository on the Hugging Face hub")
+    )
+    """Start from published weights. True: those of the backbone, from `model_data/` or downloaded. Or a file, or a
+    repository on the Hugging Face hub, such as "facebook/dinov2-small", with "@" and a revision to pin it. With fewer
+    than ten thousand images this decides how good the result is."""
 
     model_path: str = ""
-    """Start from the weights in this file, whatever `pretrained` says: a checkpoint of Thaw, or a file of timm,
-    torchvision, Hugging Face, Google or Meta, recognised by its tensors' names. Empty: don't."""
-
-    resume: str = "auto"
-    """What to go on with. `auto`: the newest run in `save_dir` with these settings that isn't finished, else a new one;
-    so the same command started again goes on where it was cut off. `no`: a new run. A run's folder: that run."""
-
-    accept_changed_lists: bool = False
-    """Go on with a run though images were added, removed, renamed or relabelled in its lists since. It is then not
-    what a run without interruption would have become."""
+    """Start from the weights in this file, whatever `pretrained` says: a Thaw checkpoint, or a file of timm,
+    torchvision, Hugging Face, Google or Meta, recognized by its tensor names. Empty: don't."""
 
     activation: Literal["auto", "gelu_tanh", "gelu"] = "auto"
-    """A ViT's GELU: by its tanh approximation, or exact. `auto`: as in the weights that training starts from;
-    without any the approximation, bubbliiiing's. Touch it for weights that don't tell, such as bubbliiiing's under
-    another file name than `vit-patch_16.pth`."""
+    """GELU of a ViT: tanh approximation or exact. `auto`: as the weights need it; without weights the approximation, as
+    in classification-pytorch. Set it for weights that don't tell."""
 
-    drop_rate: float = 0.1
-    """Dropout in the network, 0 to below 1. Towards 0 for small networks, short runs and pretrained weights."""
+    drop_rate: float | None = setting(0.1, BELOW_1, by_recipe=True)
+    """Dropout in the network. Towards 0 for small networks, short runs and pretrained weights."""
 
-    attn_drop_rate: float = 0.1
-    """Dropout on the attention weights, 0 to below 1."""
+    attn_drop_rate: float | None = setting(0.1, BELOW_1, by_recipe=True)
+    """Dropout on the attention weights."""
 
-    drop_path_rate: float = 0.1
-    """Stochastic depth of the last block, rising from 0 at the first; 0 to below 1. Up to 0.4 for large networks."""
+    drop_path_rate: float | None = setting(0.1, BELOW_1, by_recipe=True)
+    """Stochastic depth of the last block, rising from 0 at the first. Up to 0.4 for large networks."""
 
-    freeze_train: bool = True
-    """Train in two stages: with a frozen backbone up to `freeze_epoch`, then all of it. False: all of it from the
-    start, without pretrained weights or with `head_init="probe"`."""
+    head_init: Literal["random", "probe"] | None = setting("random", by_recipe=True)
+    """Initial head. `probe`: logistic regression on the features of the pretrained backbone, its penalty chosen on the
+    validation list. It saves epochs and protects the thawed backbone from the gradients of an untrained head (Kumar et
+    al., 2022)."""
 
-    freeze_epoch: int = 50
+    # Stages
+
+    freeze_train: bool | None = setting(True, by_recipe=True)
+    """Train in two stages: backbone frozen up to `freeze_epoch`, then thawed. False: everything from the start, for
+    runs without pretrained weights or with `head_init="probe"`."""
+
+    freeze_epoch: int | None = setting(50, FROM_0, by_recipe=True)
     """Epoch at which the backbone is thawed, at most `unfreeze_epoch`."""
 
-    freeze_blocks: int | Literal["all"] = 8
-    """How many blocks, from the first, are frozen in the first stage, besides embeddings or stem; "all": everything but
-    the head. More is faster and safer with few images, fewer adapts better."""
+    freeze_blocks: int | Literal["all"] = setting(
+        8, Valid(lambda value: value == "all" or value >= 0, 'give 0 or more, or "all"')
+    )
+    """Number of blocks, from the first, that are frozen in the first stage, besides the stem or embeddings; "all":
+    everything but the head. More is faster and safer with few images, fewer adapts better."""
 
-    cache_features: bool = True
-    """Compute what the frozen part makes of the images once, before the first stage, which then trains on that. With
-    8 of 12 blocks frozen an epoch takes half the time, with "all" next to none. A stage with no more epochs than
-    `feature_views` goes without."""
+    freeze_batch_size: int = setting(32, FROM_1)
+    """Images per step while frozen. It can be larger than thawed, with "all" by far."""
 
-    feature_views: int = 4
-    """How many views of each image that is: one as in evaluation, the others augmented; they take turns from epoch to
-    epoch. 1 to about 10: more vary more, and each costs a pass over the images and its part of the file."""
+    unfreeze_epoch: int | None = setting(100, FROM_1, by_recipe=True)
+    """Number of epochs of the whole run. With pretrained weights 5 to 100, few with `head_init="probe"`; from scratch
+    300 and more."""
 
-    feature_cache_gb: float = 4.0
-    """Features are held in memory up to this size, in GB; larger ones are read from their file in `cache_dir` when they
-    are needed. About half of the memory that is free."""
-
-    head_init: Literal["random", "probe"] = "random"
-    """How the head begins. `probe`: as the logistic regression on the features of the backbone as it starts, its
-    penalty chosen on the validation list; for pretrained weights, where it saves epochs and keeps the thawed backbone
-    from being pulled about by a head that knows nothing (Kumar et al., 2022)."""
-
-    freeze_batch_size: int = 32
-    """Images a step while frozen. It takes less memory than thawed, so it can be larger; with "all" by far."""
-
-    unfreeze_epoch: int = 100
-    """Epochs in all. From pretrained weights 5 to 100, few with `head_init="probe"`; from scratch 300 and more."""
-
-    unfreeze_batch_size: int = 32
-    """Images a step once thawed. As large as memory takes; the learning rate follows it."""
+    unfreeze_batch_size: int | None = setting(32, FROM_1, by_recipe=True)
+    """Images per step once thawed. As large as memory allows; the learning rate is scaled with it."""
 
     stages: tuple[StageConfig, ...] = ()
-    """Stages of your own in the place of the two, to thaw bit by bit: `(StageConfig(5, "all"), StageConfig(5, 8),
-    StageConfig(20, "nothing"))` trains 5 epochs of the head, 5 of four blocks of twelve, 20 of everything. The fields
-    from `freeze_train` to `freeze_blocks`, the batch sizes and `unfreeze_epoch` then don't count. For pretrained
-    weights that two stages spoil (Howard and Ruder, 2018); or to begin with smaller images, which take less time:
-    `StageConfig(10, "nothing", 32, (160, 160))`. No flag: import `StageConfig` from here into train.py and set it in
-    `CONFIG`."""
+    """Stages of your own in place of the two: `(StageConfig(5, "all"), StageConfig(5, 8), StageConfig(20, "nothing"))`
+    trains the head for 5 epochs, the head and all blocks after the eighth for 5, everything for 20. `freeze_train`,
+    `freeze_epoch`, `freeze_blocks`, `unfreeze_epoch` and the batch sizes are then ignored. For pretrained weights that
+    two stages damage (Howard and Ruder, 2018), or to start with smaller images: `StageConfig(10, "nothing", 32, (160,
+    160))`. Not a flag: import `StageConfig` into train.py and set it in `CONFIG`."""
 
-    patience: int = 0
-    """End the run when the calibrated validation loss hasn't fallen for so many epochs of its last stage; 0: never.
-    5 to 10. A run that ends early never reaches the low learning rates at the cosine's end, so where you know how many
-    epochs it takes, give that many instead."""
+    cache_features: bool = True
+    """Compute the features of the frozen part once and train on them. With 8 of 12 blocks frozen an epoch takes half
+    the time, with "all" hardly any. A stage with no more epochs than `feature_views` is trained on images."""
 
-    thaw_warmup: float = 0.0
-    """Epochs over which the learning rate rises again, from a tenth, after each thaw; 0 or more. 0.5 to 2 where the
-    loss jumps there: the optimizer knows nothing yet of what was just thawed."""
+    feature_views: int = setting(4, FROM_1)
+    """Number of views of each image that are cached: one as in evaluation, the others augmented; epochs take them in
+    turn. Each costs a pass over the images and its share of the file."""
 
-    optimizer_type: Literal["sgd", "adam", "adamw", "muon"] = "adamw"
-    """`adamw` suits transformers, pretrained ones above all. `muon`, with `momentum` 0.95, for transformers from
-    scratch: it learns more from each image, at a fifth more time a step (vit_xs_4 on 24 x 24 pixels of CIFAR-10: 71 %
-    of the validation images after 4 epochs, adamw 57 % after 14). `sgd` (Nesterov) wants a learning rate ten to a
+    feature_cache_gb: float = setting(4.0, FROM_0, resumable=True)
+    """Features up to this size, in GB, are held in memory; larger ones are read from their file in `cache_dir`. About
+    half of the free memory."""
+
+    patience: int = setting(0, FROM_0)
+    """Stop when the calibrated validation loss hasn't fallen for this many epochs of the last stage; 0: never. 5 to 10.
+    A run that stops early doesn't reach the low learning rates at the end of the cosine."""
+
+    thaw_warmup: float = setting(0.0, FROM_0)
+    """Epochs over which the learning rate rises again, from a tenth, after each thaw. 0.5 to 2 where the loss jumps
+    there: the optimizer state of thawed weights is empty."""
+
+    # Optimizer
+
+    optimizer_type: Literal["sgd", "adam", "adamw", "muon"] | None = setting("adamw", by_recipe=True)
+    """`adamw` suits transformers, above all pretrained ones. `muon` (with `momentum` 0.95) is for transformers from
+    scratch: it learns more from each image, at a fifth more time per step (vit_xs_4 on 24 x 24 pixels of CIFAR-10: 71 %
+    of the validation images after 4 epochs; adamw 57 % after 14). `sgd` (Nesterov) needs a learning rate ten to a
     hundred times as high."""
 
-    init_lr: float = 1e-3
-    """Highest learning rate, for 256 images a step (64 for networks that are not transformers): it is scaled by the
-    batch size, kept within limits, and printed. Halve it if the loss jumps."""
+    init_lr: float | None = setting(1e-3, ABOVE_0, by_recipe=True)
+    """Highest learning rate, for 256 images per step (64 for networks that aren't transformers). It is scaled by the
+    batch size and limited to a range. Halve it if the loss jumps."""
 
-    min_lr: float = 1e-5
-    """Learning rate at the end, scaled likewise; usually `init_lr` / 100."""
+    min_lr: float | None = setting(1e-5, FROM_0, by_recipe=True)
+    """Learning rate at the end, scaled the same way; usually `init_lr` / 100."""
 
-    momentum: float = 0.9
-    """SGD's and Muon's momentum, and beta1 of Adam and AdamW; 0 to below 1."""
+    momentum: float | None = setting(0.9, BELOW_1, by_recipe=True)
+    """Momentum of SGD and Muon, beta1 of Adam and AdamW."""
 
-    weight_decay: float = 0.05
-    """Decay of the weights (not of biases, norms, learned tokens and positions). 0.05 with adamw, 5e-4 with sgd,
-    0 with adam."""
+    weight_decay: float = setting(0.05, FROM_0)
+    """Weight decay (not of biases, norms, learned tokens and position embeddings). 0.05 with adamw, 5e-4 with sgd, 0
+    with adam."""
 
-    layer_decay: float = 1.0
-    """Each layer's learning rate is that of the one above it times this, from the head down to the embeddings; above 0
-    to 1. 0.65 to 0.85 for pretrained transformers: the early layers, which hardly need to change, then keep what they
-    know. 1: all alike, for networks from scratch."""
+    layer_decay: float | None = setting(1.0, ABOVE_0_TO_1, by_recipe=True)
+    """Each layer's learning rate is that of the layer above times this. 0.65 to 0.85 for pretrained transformers, whose
+    early layers need little change. 1: the same rate for all layers."""
 
-    ema_decay: float = 0.0
-    """Evaluate and save an exponential moving average of the weights, which keeps this part of itself at every step; 0
-    to below 1. 0.99 to 0.9999, the more the more steps the run has; smooths the end of noisy runs. 0: none."""
+    ema_decay: float | None = setting(0.0, BELOW_1, by_recipe=True)
+    """Decay of the exponential moving average (EMA) of the weights, which is evaluated and saved. 0.99 to 0.9999,
+    higher for runs with more steps. 0: no EMA."""
 
-    clip_grad: float = 0.0
-    """Largest norm of the gradient, of all weights together; a longer one is shortened to it. 1 keeps runs that jump
-    early on from losing what they know (Dosovitskiy et al., 2021, train so). 0: as long as it is."""
+    clip_grad: float | None = setting(0.0, FROM_0, by_recipe=True)
+    """Largest norm of the gradient of all weights; larger ones are scaled down. 1 helps runs whose first steps jump
+    (Dosovitskiy et al., 2021). 0: no limit."""
 
     lr_decay_type: Literal["cos", "step"] = "cos"
-    """`cos`: warm-up, half a cosine, flat end. `step`: ten equal steps down."""
+    """`cos`: warm-up, half a cosine, constant end. `step`: ten equal steps down."""
 
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Arithmetic of the matrix products. `auto`: bf16 where the device has it in hardware (GPUs since Ampere) and, of
-    processors with AVX512-BF16 or AMX, which are timed for a moment, where it is faster than fp32; it learns as well.
-    Else fp16 with a loss scaler on GPUs since Volta; else fp32, whose products on GPUs since Ampere are TF32's. Touch
-    it to compare, or if the loss isn't finite."""
-
-    on_nan: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient isn't finite. `stop`: the run stops and names its images. `skip`:
-    it is left out, named and counted; each step then waits for the device, which costs a GPU some speed."""
-
-    torch_compile: bool = False
-    """Let torch compile the network first, which takes a minute or more a stage, and a C++ compiler. To be tried on
-    long runs on a GPU, where it isn't measured yet; on a processor in fp32 it gained nothing (ViT-S/16, batch 16: 3.55
-    s a step against 3.54, after 45 s)."""
-
-    device: Device = "auto"
-    """Where to train. `auto`: CUDA if there is one, else Apple's GPU (mps), else the processor."""
-
-    letterbox_image: bool = False
-    """How evaluation brings an image to `input_shape`. False: resize the short side and cut out the centre. True:
-    show all of it, with grey (128) bars; for when what matters may lie at the border."""
-
-    eval_crop: float | None = None
-    """The part of each side that the centre crop keeps, above 0 to 1. None: as the weights that training starts from
-    expect, else 0.875. 1 for images that fill their frame."""
-
-    train_crop: float = 0.08
-    """The least area that a random training crop keeps, above 0 to 1. Towards 1 if a crop can cut off what matters."""
-
-    horizontal_flip: float = 0.5
-    """Probability of mirroring a training image, 0 to 1. 0 where left and right matter: digits, letters, signs."""
-
-    color_jitter: float = 0.0
-    """Change brightness, contrast and saturation of training images at random, each by up to this part, 0 to 1. 0.2
-    to 0.4 where light differs from image to image and `augmentation` is none."""
-
-    augmentation: Literal["none", "autoaugment", "randaugment", "trivialaugment", "augmix"] = "autoaugment"
-    """Random changes of training images, each a mix of colours, contrast, shear, rotation and the like.
-    `autoaugment`: the policy found on ImageNet (Cubuk et al., 2019), and the fastest here. `randaugment`: two at a set
-    strength (Cubuk et al., 2020). `trivialaugment`: one of any strength (Müller and Hutter, 2021). `augmix`: chains of
-    them blended, for images that get worse in use (Hendrycks et al., 2020). `none` where colour or orientation tells
-    the class."""
-
-    random_erasing: float = 0.0
-    """Probability that a box of a training image, of 2 to 33 % of its area, is made grey, 0 to 1. 0.25 where what
-    matters is partly hidden at times (Zhong et al., 2020)."""
-
-    label_smoothing: float = 0.0
-    """The part of each label that is spread over all classes, 0 to below 1. 0.1 for long runs and where some labels are
-    wrong: the network is then less sure of itself (Szegedy et al., 2016)."""
-
-    mixup: float = 0.0
-    """MixUp: training images are blended in pairs, in parts from a Beta distribution with this parameter, and so are
-    their labels. 0.1 to 0.8, the more the longer the run (Zhang et al., 2018). A stage on cached features goes without.
-    0: none."""
-
-    cutmix: float = 0.0
-    """CutMix: a box of each training image comes from another, and its part of the label. 1 for hundreds of epochs
-    (Yun et al., 2019); with `mixup` besides, each step draws one of the two. A stage on cached features goes
-    without. 0: none."""
-
-    sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """`shuffle`: every training image once an epoch. `balanced`: every class equally often, the images of small
-    classes several times. For when classes differ tenfold or more in size and each counts alike."""
+    label_smoothing: float | None = setting(0.0, BELOW_1, by_recipe=True)
+    """Share of each label that is spread over all classes. 0.1 for long runs and where some labels are wrong (Szegedy
+    et al., 2016)."""
 
     class_weights: Literal["none", "balanced"] = "none"
-    """`balanced`: every class counts alike in the training loss, its images weighted by one over their number. The
-    gentler of the two; use one of them. The validation loss, by which the best epoch is chosen, stays unweighted."""
+    """`balanced`: the training loss of an image is weighted by one over the size of its class. Gentler than
+    `sampler="balanced"`; use one of them. The validation loss, which selects the best epoch, stays unweighted."""
 
-    max_bad_fraction: float = 0.01
-    """An image that can't be read while training is replaced by another of its class, and named at the epoch's end.
-    Above this part of the list, 0 to 1, the run stops."""
+    on_nan: Literal["stop", "skip"] = setting("stop", resumable=True)
+    """What happens when the loss or gradient of a step isn't finite. `stop`: the run stops and lists the images.
+    `skip`: the step is skipped, reported and counted; every step then waits for the device, which costs speed on a
+        GPU."""
 
-    max_pixels: int = 100_000_000
-    """Images that say they have more pixels are refused unread; raise it for larger ones, at four bytes a pixel."""
+    # Images
 
-    allow_truncated: bool = False
-    """Take what there is of files that end too early, the rest grey, instead of refusing them."""
+    train_crop: float | None = setting(0.08, ABOVE_0_TO_1, by_recipe=True, shapes_images=True)
+    """Smallest area of a random training crop, as a share of the image. Towards 1 if a crop can cut off what
+    matters."""
 
-    cache_images: bool = False
-    """Shrink the training images once to what `input_shape` needs and keep them decoded in a file, which is made anew
-    when images change. Loading is then three times as fast, and takes 0.4 MB of disk an image at 224 pixels.
-    Small crops are a little softer: photos differ by two levels of 255 in the mean. For when the loader, not the
-    network, is what the training waits for."""
+    eval_crop: float | None = setting(None, ABOVE_0_TO_1, shapes_images=True)
+    """Share of each side that the center crop of evaluation keeps. None: as the weights expect, else 0.875. 1 for
+    images that fill their frame."""
 
-    cache_dir: str = "cache"
-    """Folder for what can be made again, such as that file. On a fast disk."""
+    letterbox_image: bool = setting(False, shapes_images=True)
+    """How evaluation fits an image into `input_shape`. False: resize the short side and crop the center. True: show all
+    of it, with gray (128) bars, if what matters may be at the border."""
 
-    interpolation: Literal["auto", "bilinear", "bicubic"] = "auto"
+    horizontal_flip: float = setting(0.5, SHARE, shapes_images=True)
+    """Probability of mirroring a training image. 0 where left and right matter: digits, letters, signs."""
+
+    color_jitter: float = setting(0.0, SHARE, shapes_images=True)
+    """Strength of random changes of brightness, contrast and saturation. 0.2 to 0.4 where light varies and
+    `augmentation` is none."""
+
+    augmentation: Literal["none", "autoaugment", "randaugment", "trivialaugment", "augmix"] | None = setting(
+        "autoaugment", by_recipe=True, shapes_images=True
+    )
+    """Random changes of training images: colors, contrast, shear, rotation and others. `autoaugment`: the ImageNet
+    policy (Cubuk et al., 2019), the fastest here. `randaugment`: two operations of fixed strength (Cubuk et al., 2020).
+    `trivialaugment`: one of any strength (Müller and Hutter, 2021). `augmix`: mixed chains, for images that are worse
+    in use than in training (Hendrycks et al., 2020). `none` where color or orientation decides the class."""
+
+    random_erasing: float = setting(0.0, SHARE, shapes_images=True)
+    """Probability that a box of 2 to 33 % of a training image is made gray. 0.25 where objects are partly hidden at
+    times (Zhong et al., 2020)."""
+
+    mixup: float = setting(0.0, FROM_0)
+    """MixUp (Zhang et al., 2018): parameter of the Beta distribution that pairs of images and labels are blended by.
+    0.1 to 0.8, higher for longer runs. Not applied to cached features. 0: off."""
+
+    cutmix: float = setting(0.0, FROM_0)
+    """CutMix (Yun et al., 2019): a box of each image and a share of its label come from another. 1 for hundreds of
+    epochs. With `mixup` too, each step draws one of the two. Not applied to cached features. 0: off."""
+
+    sampler: Literal["shuffle", "balanced"] | None = setting("shuffle", by_recipe=True)
+    """`shuffle`: every training image once per epoch. `balanced`: every class equally often, images of small classes
+    several times; for class sizes that differ tenfold or more."""
+
+    interpolation: Literal["auto", "bilinear", "bicubic"] = setting("auto", shapes_images=True)
     """How images are resized. `auto`: as the weights expect, else bilinear."""
 
-    image_mean: tuple[float, float, float] | None = None
+    image_mean: tuple[float, float, float] | None = setting(None, shapes_images=True)
     """Mean of red, green and blue (0 to 1) that is subtracted. None: as the weights expect, else ImageNet's, 0.485
-    0.456 0.406. Touch it for weights that don't tell (DeiT's have AugReg's names and ImageNet's mean)."""
+    0.456 0.406."""
 
-    image_std: tuple[float, float, float] | None = None
-    """Deviation of red, green and blue that is divided by. None: as the weights expect, else ImageNet's,
-    0.229 0.224 0.225."""
+    image_std: tuple[float, float, float] | None = setting(
+        None, Valid(lambda value: min(value) > 0, "give three numbers above 0"), shapes_images=True
+    )
+    """Standard deviation of red, green and blue that is divided by. None: as the weights expect, else ImageNet's, 0.229
+    0.224 0.225."""
 
-    save_period: int = 10
-    """Keep the checkpoint of every so many epochs by itself, besides the best and the last."""
+    # Reading images
 
-    keep_periodic: int = 5
-    """How many of those are kept, the newest; older ones are deleted. 0: none. Each has about 12 bytes a parameter."""
+    max_bad_fraction: float = setting(0.01, SHARE, resumable=True, shapes_images=True)
+    """Training images that can't be read are replaced by others of their class and listed after the epoch. Above this
+    share of the list the run stops."""
 
-    save_every_steps: int = 0
-    """Save the last checkpoint every so many steps too, not only after each epoch; 0: don't."""
+    max_pixels: int = setting(100_000_000, FROM_1, shapes_images=True)
+    """Images with more pixels are refused before they are decoded. Decoding takes four bytes per pixel or more."""
 
-    save_every_minutes: float = 10.0
-    """Save it too when so many minutes have gone by, so that a power cut costs no more than these. 0:
-    only after each epoch."""
+    allow_truncated: bool = setting(False, shapes_images=True)
+    """Read files that end too early, their missing part gray, instead of refusing them."""
 
-    save_dir: str = "logs"
+    cache_images: bool = setting(False, shapes_images=True)
+    """Keep the training images decoded, and shrunk to what `input_shape` needs, in a file that is made again when
+    images change. Loading is three times as fast and takes 0.4 MB of disk per image at 224 pixels; small crops are a
+    little softer. For runs that wait for the loader."""
+
+    cache_dir: str = setting("cache", resumable=True)
+    """Folder for files that can be made again. On a fast disk."""
+
+    num_workers: int = setting(4, FROM_0, resumable=True)
+    """Processes that load images; 0: only the main one. About the number of cores with a GPU (on Windows at most 4),
+    half of them without."""
+
+    # Device
+
+    device: Device = setting("auto", resumable=True)
+    """Where to train. `auto`: CUDA if there is a GPU, else Apple's GPU (mps), else the CPU."""
+
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Precision of matrix products. `auto`: bf16 on GPUs that have it in hardware (since Ampere) and on CPUs where a
+    short test finds it faster than fp32; else fp16 with a loss scaler on GPUs since Volta; else fp32 (TF32 on GPUs
+    since Ampere). Set it to compare, or if the loss isn't finite."""
+
+    torch_compile: bool = False
+    """Compile the network with torch.compile, which takes a minute or more per stage and a C++ compiler. For long runs
+    on a GPU, where it isn't measured yet; on a CPU in fp32 it gained nothing (ViT-S/16, batch 16: 3.55 s per step
+    against 3.54)."""
+
+    # The run
+
+    save_dir: str = setting("logs", resumable=True)
     """Folder that gets a folder for every run."""
 
-    num_workers: int = 4
-    """Processes that load images; 0: none besides the main one. About the number of cores beside a GPU (on Windows no
-    more than 4, which are slow to start), half of them without one."""
+    resume: str = setting("auto", Valid(lambda value: value != "", "give auto, no, or a run's folder"), resumable=True)
+    """`auto`: resume the newest unfinished run in `save_dir` with these settings, else start a new one; the same
+    command started again resumes. `no`: a new run. A run's folder: that run."""
 
-    seed: int = 11
+    accept_changed_lists: bool = setting(False, resumable=True)
+    """Resume a run though its lists have changed since. The result isn't that of an uninterrupted run."""
+
+    save_period: int = setting(10, FROM_1, resumable=True)
+    """Keep the checkpoint of every so many epochs, besides the best and the last one."""
+
+    keep_periodic: int = setting(5, FROM_0, resumable=True)
+    """How many of those are kept, the newest; older ones are deleted. Each takes about 12 bytes per parameter."""
+
+    save_every_steps: int = setting(0, FROM_0, resumable=True)
+    """Save the last checkpoint every so many steps too, not only after each epoch; 0: don't."""
+
+    save_every_minutes: float = setting(10.0, FROM_0, resumable=True)
+    """Save it every so many minutes too; 0: only after each epoch."""
+
+    seed: int = setting(11, FROM_0, shapes_images=True)
     """The same seed, config and lists give the same run."""
 
     def __post_init__(self) -> None:
-        make_tuples(self)
+        lists_to_tuples(self)
+        for field, hint in field_types().items():
+            literals = [value for value in _options(hint) if value is not None]
+            remedy = f"choose one of {', '.join(literals)}" if literals else f"give a value of the type {hint}"
+            self._check(field, has_type(getattr(self, field), hint), remedy)
+            valid = SETTINGS[field].valid
+            if valid and getattr(self, field) is not None:
+                self._check(field, valid.test(getattr(self, field)), valid.remedy)
+        self._check_pairs()
 
-        def check(field: str, holds: bool, remedy: str) -> None:
-            if not holds:
-                raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
+    def _check(self, field: str, holds: bool, remedy: str) -> None:
+        if not holds:
+            raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
 
-        for field, hint in get_type_hints(TrainConfig).items():
-            literal = get_origin(hint) is Literal
-            remedy = f"choose one of {', '.join(get_args(hint))}" if literal else f"give a value of the type {hint}"
-            check(field, fits(getattr(self, field), hint), remedy)
-        for remedy, (holds, fields) in RANGES.items():
-            for field in fields:
-                check(field, holds(getattr(self, field)), remedy)
-        check(
+    def _check_pairs(self) -> None:
+        """Check the values that can't work together; what nobody has set yet is checked once it has a value."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if self.recipe == "none":
+            given = PLAIN_DEFAULTS | given
+        self._check(
             "class_weights",
-            self.class_weights == "none" or self.sampler == "shuffle",
-            "sampler is balanced already; set one of the two",
+            self.class_weights == "none" or given.get("sampler") != "balanced",
+            'sampler is "balanced" already; set one of the two',
         )
-        check(
-            "min_lr",
-            self.min_lr >= 0 and (self.recipe == "auto" or self.min_lr <= self.init_lr),
-            f"give a number from 0 to init_lr ({self.init_lr})",
-        )
-        check(
+        init_lr = given.get("init_lr", float("inf"))
+        self._check("min_lr", given.get("min_lr", 0) <= init_lr, f"give a number from 0 to init_lr ({init_lr})")
+        epochs = given.get("unfreeze_epoch", float("inf"))
+        self._check(
             "freeze_epoch",
-            not self.freeze_train or self.recipe == "auto" or self.freeze_epoch <= self.unfreeze_epoch,
-            f"the backbone is thawed by unfreeze_epoch ({self.unfreeze_epoch}) at the latest; lower it or raise that",
+            not given.get("freeze_train", True) or given.get("freeze_epoch", 0) <= epochs,
+            f"the backbone is thawed by unfreeze_epoch ({epochs}) at the latest; lower it, or raise unfreeze_epoch",
         )
-        unknown = set(self.keep) - {field.name for field in dataclasses.fields(self)}
-        check("keep", not unknown, f"there is no field {', '.join(sorted(unknown))}")
-        check(
+        self._check(
             "stages",
             not self.stages or self.stages[-1].input_shape is None,
-            "the last stage trains at input_shape; leave its own out",
+            "the last stage trains at the run's input_shape; remove its own",
         )
+
+    def with_defaults(self, **chosen: Any) -> TrainConfig:
+        """This config with `chosen`, and the plain default in every field that nobody has set."""
+        unset = {name: value for name, value in PLAIN_DEFAULTS.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **unset | {"recipe": "none"} | chosen)
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:
-        """The stages in their order, those of `stages` or the two; none is without epochs, or without input shape."""
+        """The stages in order, those of `stages` or the two; each has an input shape and one epoch or more."""
         if self.stages:
             return tuple(
                 dataclasses.replace(stage, input_shape=stage.input_shape or self.input_shape) for stage in self.stages
@@ -424,47 +426,73 @@ class TrainConfig:
         return [stage.input_shape for stage in self.all_stages for _ in range(stage.epochs)]
 
     def best_epoch(self, history: Sequence[Mapping[str, float]]) -> int:
-        """The epoch, counted from 0, that is the best of these so far: the latest whose calibrated validation loss is
-        within one standard error of the lowest, among the last ones with images of one size, as losses at other sizes
-        don't compare.
+        """The best epoch so far, counted from 0: the latest whose calibrated validation loss is within one standard
+        error of the lowest, among the last epochs with one image size (losses at other sizes don't compare).
 
-        Learning rates fall, so later epochs are mostly better; one standard error of a loss is a convention, from
-        Breiman et al., Classification and Regression Trees, 1984, section 3.4.3, for what the validation images,
-        which may be few, must say to the contrary. Their rule takes the simplest tree within it, this one the longest
-        trained network, mostly the last. The loss is that of calibrated answers, since a network goes on learning to
-        tell classes apart when it has long grown too sure of itself, and that costs only the plain loss.
+        Learning rates fall, so later epochs are mostly better. The rule of one standard error is from Breiman et al.,
+        Classification and Regression Trees, 1984, section 3.4.3; they take the simplest tree within it, this takes the
+        latest epoch. The loss is that of calibrated probabilities: a network goes on learning to separate classes when
+        it is already overconfident, and overconfidence raises only the plain loss.
         """
         shapes = self.epoch_shapes[: len(history)]
         first = max((i + 1 for i, shape in enumerate(shapes) if shape != shapes[-1]), default=0)
         lowest = min(history[first:], key=lambda row: row["val_calibrated_loss"])
-        most = lowest["val_calibrated_loss"] + lowest["val_calibrated_loss_error"]
-        return max(i for i in range(first, len(history)) if history[i]["val_calibrated_loss"] <= most)
+        limit = lowest["val_calibrated_loss"] + lowest["val_calibrated_loss_error"]
+        return max(i for i in range(first, len(history)) if history[i]["val_calibrated_loss"] <= limit)
 
     @property
     def epochs(self) -> int:
-        """Of the whole run."""
+        """Number of epochs of the whole run."""
         return sum(stage.epochs for stage in self.all_stages)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-        """What `as_dict` gave.
+        """The config that `as_dict` was called on.
 
         Raises:
-            ValueError, TypeError, KeyError: it isn't that.
+            ValueError, TypeError, KeyError: `values` are something else.
         """
         stages = tuple(StageConfig(**stage) for stage in values["stages"])
-        return TrainConfig(**values | {"stages": stages})
+        return TrainConfig(**upgrade(values) | {"stages": stages})
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain types, for JSON and checkpoints."""
-        return plain(dataclasses.asdict(self))
+        return to_plain(dataclasses.asdict(self))
 
 
-# A run that goes on may have other values of these; all others decide what comes out of it.
-FREE_FIELDS = frozenset(
-    [
-        *("resume", "accept_changed_lists", "on_nan", "max_bad_fraction", "num_workers", "device"),
-        *("save_dir", "save_period", "save_every_steps", "save_every_minutes", "keep_periodic"),
-        *("cache_dir", "feature_cache_gb"),
-    ]
-)
+SETTINGS: dict[str, Setting] = {
+    field.name: field.metadata.get("setting", Setting(None, field.default, False, False, False))
+    for field in dataclasses.fields(TrainConfig)
+}
+"""What is known of each field, by name."""
+PLAIN_DEFAULTS = {name: known.plain for name, known in SETTINGS.items() if known.by_recipe}
+"""The values of the fields that a recipe may choose if there is no recipe."""
+RESUMABLE_FIELDS = frozenset(name for name, known in SETTINGS.items() if known.resumable)
+IMAGE_FIELDS = tuple(name for name, known in SETTINGS.items() if known.shapes_images)
+
+
+@functools.cache
+def field_types() -> dict[str, Any]:
+    """The type of each field."""
+    return get_type_hints(TrainConfig)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The values of a `Literal`, or of one that may also be None; () for other types."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return _options(kinds[0]) if len(kinds) == 1 else ()
+
+
+def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as an earlier version stored them, in today's fields.
+
+    Fields at their default once counted as not set, except those listed in `keep`.
+    """
+    values = dict(values)
+    kept = values.pop("keep", None)
+    if kept is not None and values.get("recipe") == "auto":
+        unset = [name for name, plain in PLAIN_DEFAULTS.items() if values.get(name) == plain and name not in kept]
+        values |= dict.fromkeys(unset)
+    return values

@@ -54,7 +54,7 @@ def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[st
     print(f"a new run, in {path}")
     lock = FolderLock(path)
     write_lists(path, lists)
-    if asked != config:
+    if asked.recipe == "auto":
         write_json(path / ASKED_FILE, asked.as_dict())
     write_json(path / CONFIG_FILE, config.as_dict())
     return RunFolder(path, lock, None)

@@ -1,8 +1,21 @@
-"""What is known of each finished epoch."""
+"""The numbers of each finished epoch."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 Row = dict[str, float]
-"""One epoch: epoch (from 1), step (updates so far), loss, top1, val_loss, val_top1, val_calibrated_loss (of calibrated
-answers), val_calibrated_loss_error (its standard error), learning_rate, skipped (steps left out), seconds, and time (at
-its end, in seconds since 1970)."""
+"""One epoch: epoch (from 1), step (optimizer steps so far), loss, top1, val_loss, val_top1, val_calibrated_loss (after
+temperature scaling), val_calibrated_loss_error (its standard error), learning_rate, skipped (steps), seconds, and time
+(at its end, in seconds since 1970)."""
+
+
+def format_row(row: Mapping[str, float], epochs: int, is_best: bool) -> str:
+    """An epoch's numbers as a line."""
+    skipped = f"; {row['skipped']} steps skipped" if row["skipped"] else ""
+    return (
+        f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.3f}, top-1 {row['top1']:.1%}; validation loss "
+        f"{row['val_loss']:.3f}, calibrated {row['val_calibrated_loss']:.3f}, top-1 {row['val_top1']:.1%}; "
+        f"{row['seconds']:.1f} s{skipped}"
+        f"{' (best so far)' if is_best else ''}"
+    )

@@ -1,11 +1,11 @@
-"""The log of a run: TensorBoard events, the losses as text, and their curve."""
+"""The log of a run: TensorBoard events, tables and curves."""
 
 from __future__ import annotations
 
 import csv
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,14 +16,15 @@ from utils.system.files import try_unlink
 
 EPOCHS = "epochs.csv"
 DRAW_EVERY = 10.0
-"""Seconds between two drawings of the curve, at least: each takes a part of a second, as long as an epoch on a GPU."""
+"""Seconds between two drawings of the curve, at least: one takes a fraction of a second, as long as an epoch on a
+GPU."""
 
 
 class RunLog:
-    """The log of a run in its folder: TensorBoard events, the losses as text, and their curve.
+    """The log of a run in its folder: TensorBoard events, the losses as tables, and their curve.
 
-    All of it is made from the history, at each epoch (the curve not as often, if they are short) and anew when a run
-    goes on, so that there is no gap and no doubled point, wherever it was cut off.
+    Everything is made from the history, after each epoch (the curve less often, if epochs are short) and again when the
+    run is resumed: there are no gaps and no duplicate points. A log that can't be written is reported; the run goes on.
 
     Args:
         folder: the run's folder.
@@ -31,7 +32,7 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, history: Sequence[Row]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # not for the workers that load images
+        from torch.utils.tensorboard import SummaryWriter  # not needed by the processes that load images
 
         self.folder = folder
         older = list(folder.glob(f"{EVENTS}*"))
@@ -49,15 +50,30 @@ class RunLog:
             if name not in ("step", "time"):
                 self.writer.add_scalar(name, value, row["step"], walltime=row["time"])
 
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            print(f"warning: the log in {self.folder} can't be written ({error.strerror})")
+
     def log_images(self, network: nn.Module, pixels: Tensor) -> None:
-        """Show TensorBoard some training images (B, 3, height, width) uint8, and the graph of `network`."""
+        """Log some training images (B, 3, height, width) uint8, and the graph of `network`."""
+        try:
+            self._try(lambda: self._add_images(network, pixels))
+        except RuntimeError as error:
+            print(f"warning: TensorBoard gets no graph of the network, torch can't trace it ({error!s:.80})")
+
+    def _add_images(self, network: nn.Module, pixels: Tensor) -> None:
         self.writer.add_images("train/augmented", pixels[:16], 0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing warns of every shape that Python looks at
             self.writer.add_graph(network.eval(), pixels[:1].to(next(network.parameters()).device))
 
     def log_epoch(self, history: Sequence[Row]) -> None:
-        """Write what is known after an epoch, the last row of `history`."""
+        """Log the last row of `history`."""
+        self._try(lambda: self._write_epoch(history))
+
+    def _write_epoch(self, history: Sequence[Row]) -> None:
         self._add_scalars(history[-1])
         self.writer.flush()
         for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
@@ -71,13 +87,16 @@ class RunLog:
             self._draw()
 
     def _draw(self) -> None:
-        from utils.runs.curves import plot_losses  # not for the workers either
+        from utils.runs.curves import plot_losses  # needs matplotlib
 
         plot_losses(self._undrawn).savefig(self.folder / "epoch_loss.png")
         self._undrawn, self._drawn_at = (), time.monotonic()
 
     def close(self) -> None:
         """Finish the event file and the curve."""
+        self._try(self._close)
+
+    def _close(self) -> None:
         self.writer.close()
         if self._undrawn:
             self._draw()

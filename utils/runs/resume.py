@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config.train_config import FREE_FIELDS, TrainConfig
+from utils.config.train_config import PLAIN_DEFAULTS, RESUMABLE_FIELDS, TrainConfig, upgrade
 from utils.data.image_list import ImageList, compare_lists, read_list
 from utils.runs.checkpoint import LAST, SaveError, load_newest, prune_periodic, read_progress, save_checkpoint
 from utils.runs.folder import (
@@ -108,7 +108,7 @@ def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
 
 
 def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
-    """What a recipe chose for the run that `asked` goes on with, by field; None: for no run yet."""
+    """The values that a recipe chose for the run that `asked` resumes, by field; None: there is no such run."""
     if asked.resume == "no":
         return None
     folders = _newest_first(asked.save_dir) if asked.resume == "auto" else [_folder_of(asked.resume)]
@@ -120,7 +120,8 @@ def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any
         if found is None and not has_no_checkpoint(folder):
             continue
         if found is None or found[1]["class_names"] == class_names:
-            return {name: value for name, value in now.items() if name not in FREE_FIELDS and value != then.get(name)}
+            unset = [name for name, value in upgrade(then).items() if value is None and name in PLAIN_DEFAULTS]
+            return {name: now[name] for name in unset}
     return None
 
 
@@ -142,12 +143,17 @@ def _folder_of(resume: str) -> Path:
 
 
 def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields that decide what comes out of a run and aren't what they were, with what they were and are. One that
-    there wasn't then had its default; of settings that couldn't be read (none) all have changed."""
+    """The fields that decide what a run becomes and differ from the settings `then` of an earlier one, with both
+    values.
+
+    Fields that didn't exist then had their default. If `then` is empty, since the file couldn't be read, all fields
+    differ.
+    """
     now = config.as_dict()
-    before = TrainConfig().as_dict() | then if then else dict.fromkeys(now)
-    names = sorted(before.keys() | now.keys())
-    pairs = {name: (before.get(name), now.get(name)) for name in names if name not in FREE_FIELDS}
+    default = TrainConfig() if config.recipe == "auto" else TrainConfig().with_defaults()
+    before = default.as_dict() | upgrade(then) if then else dict.fromkeys(now)
+    names = sorted((before.keys() | now.keys()) - RESUMABLE_FIELDS)
+    pairs = {name: (before.get(name), now.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

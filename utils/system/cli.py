@@ -8,8 +8,9 @@ import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ NEW_LINE = "\n"
 HARMLESS = re.compile(r"(\x1b\[[\d;]*[mA])")
 
 
-def run(main: Callable[..., Any]) -> Any:
-    """Call `main` with its arguments from the command line, and return what it returns.
+def run(main: Callable[..., Any], optional_switches: Collection[str] = ()) -> Any:
+    """Call `main` with its arguments from the command line, and return what it returns. For `optional_switches` see
+    `expand_switches`.
 
     An error that Thaw itself raised about the user's input is printed without a traceback, and the exit status is 1. An
     error from inside a library keeps its traceback: it may be a fault of ours. What the terminal's encoding can't show,
@@ -38,7 +40,7 @@ def run(main: Callable[..., Any]) -> Any:
             stream.write = partial(_write_printable, stream.write)
     with handle_stop_signals():
         try:
-            return _call(main)
+            return _call(main, expand_switches(sys.argv[1:], optional_switches))
         except Stopped as stopped:
             # Not through the interpreter's shutdown, where a second signal would meet nobody.
             sys.stdout.flush()
@@ -53,9 +55,9 @@ def _write_printable(write: Callable[[str], int], text: str) -> int:
     return write("".join(part if i % 2 else printable(part, keep="\n\r\t") for i, part in enumerate(parts)))
 
 
-def _call(main: Callable[..., Any]) -> Any:
+def _call(main: Callable[..., Any], args: Sequence[str]) -> Any:
     try:
-        return tyro.cli(main)
+        return tyro.cli(main, args=args)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -76,10 +78,17 @@ def is_own(file: Path) -> bool:
     return bool(inside) and (len(inside) == 1 or inside[0] in ("nets", "utils"))
 
 
-def given_flags() -> set[str]:
-    """The names of the parameters and fields that flags on the command line set, with underscores."""
-    flags = (word.removeprefix("--").partition("=")[0] for word in sys.argv[1:] if word.startswith("--"))
-    return {flag.removeprefix("no-").replace("-", "_") for flag in flags}
+def expand_switches(args: Sequence[str], names: Collection[str]) -> list[str]:
+    """Command-line arguments in which `--name` and `--no-name` are replaced by `--name True` and `--name False`, for
+    fields of the type `bool | None`, of which tyro wants a value."""
+    expanded: list[str] = []
+    for word, after in zip_longest(args, args[1:]):
+        flag = word.removeprefix("--no-").removeprefix("--")
+        if word.startswith("--") and flag.replace("-", "_") in names and after not in ("True", "False", "None"):
+            expanded += [f"--{flag}", str(not word.startswith("--no-"))]
+        else:
+            expanded.append(word)
+    return expanded
 
 
 def check_folder(field: str, folder: str) -> None:

@@ -1,21 +1,29 @@
-"""The images that a run learns from and is validated on."""
+"""The images that a run trains and validates on, and the batches of each of its stages."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
 
 from utils.annotation.annotate import ensure_lists
 from utils.config.train_config import TrainConfig
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_cache import open_cache
 from utils.data.image_list import ImageList, read_classes, read_list
+from utils.data.loader import eval_loader, train_loader
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, TrainTransform
-from utils.training.summary import warn_of_input_shape
+from utils.modeling.build import at_current_size
+from utils.modeling.pixel_network import PixelNetwork, ThawedPart
+from utils.training.feature_cache import FeatureCache
+from utils.training.stages import Stage, num_cached_views
 
 
 class Data(NamedTuple):
-    """What the lists say."""
+    """The lists of a run."""
 
     class_names: list[str]
     train_images: ImageList
@@ -23,18 +31,15 @@ class Data(NamedTuple):
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Read the lists; make them first where that is clearly wanted."""
+    """Read the lists; write those of the demo data or of the user's folders first where there are none."""
     ensure_lists(config)
     class_names = read_classes(config.classes_path)
-    train_images = read_list(config.train_annotation_path, len(class_names))
-    val_images = read_list(config.val_annotation_path, len(class_names))
-    print(f"{len(train_images)} training and {len(val_images)} validation images, {len(class_names)} classes")
-    warn_of_input_shape(train_images, config.input_shape, config.max_pixels)
-    return Data(class_names, train_images, val_images)
+    lists = (config.train_annotation_path, config.val_annotation_path)
+    return Data(class_names, *(read_list(path, len(class_names)) for path in lists))
 
 
 def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
-    """The images to train on, augmented, and those to validate on."""
+    """The training images, augmented, and the validation images."""
     preprocessing = Preprocessing.of(config)
     files, val_files = FileSource(data.train_images, preprocessing), FileSource(data.val_images, preprocessing)
     source = open_cache(data.train_images, config) if config.cache_images else files
@@ -43,9 +48,54 @@ def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageD
     return train_set, val_set
 
 
-def report_unreadable(*datasets: ImageDataset) -> None:
-    """Name the images that couldn't be read and weren't named after an earlier epoch."""
-    for dataset in datasets:
-        if new := dataset.newly_unreadable():
-            shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")
-            print(f"warning: {len(new)} unreadable, others of their class stood in: {shown}")
+class StageInputs:
+    """The images of a run at the size that its network takes now, and the batches of its stages.
+
+    Args:
+        config: the settings.
+        data: the lists.
+        network: the network that is trained.
+        device: where it is.
+        precision: of cached features.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: Data, network: PixelNetwork, device: torch.device, precision: str
+    ) -> None:
+        self.config = at_current_size(config, network.model)
+        self.data = data
+        self.network = network
+        self.train_set, self.val_set = make_datasets(data, self.config)
+        self.cache = FeatureCache(network, self.config, device, precision)
+
+    def resized(self) -> StageInputs:
+        """The same images at the size that the network takes now."""
+        new = StageInputs(self.config, self.data, self.network, self.cache.device, self.cache.precision)
+        new.train_set.share_unreadable(self.train_set)
+        new.val_set.share_unreadable(self.val_set)
+        return new
+
+    def open(self, stage: Stage) -> tuple[nn.Module, DataLoader, DataLoader]:
+        """What `stage` trains, and its training and validation batches: the whole network on images, or its thawed part
+        on cached features."""
+        config = self.config
+        network, train_set, val_set = self.network, self.train_set, self.val_set
+        num_workers = config.num_workers
+        num_views = num_cached_views(stage, config)
+        if num_views:
+            if config.mixup or config.cutmix:
+                print("mixup and cutmix: not in this stage, which trains on cached features")
+            train_set = self.cache.open(train_set, config.train_annotation_path, num_views)
+            val_set = self.cache.open(val_set, config.val_annotation_path, num_views=1)
+            network, num_workers = ThawedPart(network), 0
+        if config.torch_compile:
+            network = torch.compile(network)
+        loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler)
+        return network, loader, eval_loader(val_set, stage.batch_size, num_workers)
+
+    def report_unreadable(self) -> None:
+        """List the images that couldn't be read and haven't been listed before."""
+        for dataset in (self.train_set, self.val_set):
+            if new := dataset.newly_unreadable():
+                shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")
+                print(f"warning: {len(new)} unreadable images, replaced by others of their class: {shown}")

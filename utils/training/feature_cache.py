@@ -11,25 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.config.train_config import TrainConfig
+from utils.config.train_config import IMAGE_FIELDS, TrainConfig
 from utils.data.cache_file import check_room, describe_files, replace_cache
 from utils.data.dataset import ImageDataset
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.loader import eval_loader, fetch
-from utils.data.preprocessing import PREPROCESSING_FIELDS, Preprocessing
+from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.modeling.pixel_network import PixelNetwork
 from utils.modeling.precision import DTYPES, autocast
 from utils.system.digests import TRAINING_CODE, digest
 from utils.system.files import format_bytes
-
-# What features depend on, besides the images and the frozen weights.
-SHAPING_FIELDS = (
-    *PREPROCESSING_FIELDS,
-    *("train_crop", "horizontal_flip", "color_jitter", "augmentation", "random_erasing"),
-    *("cache_images", "max_bad_fraction", "seed"),
-)
-
 
 MAX_BATCH = 64
 """Images that go through the frozen part at a time, at most."""
@@ -123,7 +115,7 @@ class FeatureCache:
             [
                 f"{self.precision} {self.device.type} {torch.__version__} {self._batch_size}",
                 f"{model.arguments | {'num_classes': None}}",
-                *(f"{field}={getattr(self.config, field)}" for field in SHAPING_FIELDS),
+                *(f"{field}={getattr(self.config, field)}" for field in IMAGE_FIELDS),
                 dataset.class_ids.tobytes(),
                 *describe_files(dataset.source.images, TRAINING_CODE),
                 *(part for name, value in frozen.items() for part in (name, _bytes(value))),

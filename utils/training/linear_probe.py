@@ -48,7 +48,7 @@ def init_head(
     if len(known) < 2 or not np.isin(val_set.class_ids, known).any():
         raise ValueError(
             "head_init='probe': the training list must have images of two classes, and the validation list some of "
-            'them too; set it to random, with a recipe by keep=("head_init",)'
+            "them too; set it to random"
         )
     model.freeze_backbone("all")
     features = cache.open(train_set, config.train_annotation_path, 1)

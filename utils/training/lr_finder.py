@@ -18,15 +18,11 @@ from tqdm import tqdm
 
 from utils.config.train_config import TrainConfig
 from utils.data.loader import fetch, train_loader
-from utils.data.preprocessing import Preprocessing
-from utils.modeling.build import build_network, of_size
-from utils.modeling.pixel_network import PixelNetwork
-from utils.training.datasets import Data, make_datasets
-from utils.training.feature_cache import FeatureCache
+from utils.training.datasets import Data, StageInputs, make_datasets
 from utils.training.linear_probe import init_head
 from utils.training.optimizer import batch_scale, build_optimizer, rate_limits, set_learning_rate
 from utils.training.stages import Stage
-from utils.training.trainer import Trainer, make_trainer
+from utils.training.trainer import Trainer, build_trainer
 
 LOWEST, HIGHEST = 1e-7, 1.0
 DECADE = 20
@@ -57,19 +53,18 @@ class RangeTest:
 
 
 def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device: torch.device, precision: str) -> None:
-    """Print the `init_lr` at which the loss falls fastest in `stage`, and plot how it falls at others.
+    """Print the `init_lr` at which the loss falls fastest in `stage`, and plot the loss over the learning rate.
 
     Raises:
-        ValueError: it didn't fall at any.
+        ValueError: the loss fell at no learning rate.
     """
-    config, model, _ = build_network(config, data.class_names)
-    network = PixelNetwork(model, Preprocessing.of(config), device)
+    trainer, built = build_trainer(config, data, device, precision)
+    config, model, trainer.ema = built.config, built.model, None
+    inputs = StageInputs(config, data, trainer.network, device, precision)
     if config.head_init == "probe":
-        small = of_size(config, model)
-        init_head(model, FeatureCache(network, small, device, precision), *make_datasets(data, small), small)
+        init_head(model, inputs.cache, inputs.train_set, inputs.val_set, inputs.config)
     model.resize(stage.input_shape)
-    trainer = make_trainer(config, network, precision, data.train_images.class_ids)
-    stage.freeze(model)
+    stage.frozen.apply(model)
     train_set, _ = make_datasets(data, config)
     loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
     found = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
@@ -78,25 +73,24 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     if found.suggestion is None:
         plot_range_test(found.rates, found.losses).savefig(path)
         raise ValueError(
-            f"the loss fell at no learning rate, see {path}: look at the images' labels, or start from other "
-            f"weights. If it is small from the beginning there is little left to learn: leave init_lr as it is"
+            f"the loss fell at no learning rate, see {path}: check the labels, or start from other weights. If the "
+            f"loss is small from the start there is little left to learn: keep init_lr as it is"
         )
     lowest, highest = rate_limits(config.optimizer_type, model.transformer)
     suggestion = min(max(found.suggestion, lowest), highest)
     plot_range_test(found.rates, found.losses, suggestion).savefig(path)
     init_lr = suggestion / batch_scale(stage.batch_size, model.transformer)
-    within = f" ({config.optimizer_type} is limited to {lowest:.0e} to {highest:.0e})"
-    limited = within if suggestion != found.suggestion else ""
+    limits = f" ({config.optimizer_type} is limited to {lowest:.0e} to {highest:.0e})"
     print(
-        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} a step of {stage.batch_size} images"
-        f"{limited}: init_lr={init_lr:.1e}; see {path}"
+        f"the loss falls fastest at a learning rate of {found.suggestion:.1e} with {stage.batch_size} images per step"
+        f"{limits if suggestion != found.suggestion else ''}: init_lr={init_lr:.1e}; see {path}"
     )
 
 
 def run_range_test(trainer: Trainer, loader: DataLoader, optimizer: Optimizer) -> RangeTest:
-    """Train for up to `STEPS` steps, each at a rate higher than the one before, by the same factor.
+    """Take up to `STEPS` steps at learning rates that rise by a constant factor.
 
-    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3. The network is worth nothing
+    Smith, "Cyclical Learning Rates for Training Neural Networks", 2017, section 3.3. The network can't be used
     afterwards.
     """
     trainer.network.train()

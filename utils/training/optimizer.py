@@ -118,23 +118,24 @@ def rate_limits(optimizer_type: str, transformer: bool) -> tuple[float, float]:
     return limits["adam" if optimizer_type == "adamw" else optimizer_type]
 
 
-def scale_learning_rate(config: TrainConfig, field: str, batch_size: int, transformer: bool) -> float:
-    """`init_lr` or `min_lr` for this batch size: in proportion to it, then kept within limits, which is printed.
+def scale_learning_rate(config: TrainConfig, field: str, batch_size: int, transformer: bool) -> tuple[float, str]:
+    """`init_lr` or `min_lr` for this batch size, and a note if it was limited: in proportion to the batch size, then
+    kept within limits.
 
-    `init_lr` is meant for 64 images a step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
-    for transformers), 5e-4 to 1e-1 for SGD, and 1e-5 to 1e-2 for Muon, AdamW's part in it included; those of `min_lr`
-    are a hundredth of them.
+    `init_lr` is meant for 64 images per step, for transformers 256. Its limits are 1e-4 to 1e-3 for Adam (1e-5 to 1e-3
+    for transformers), 5e-4 to 1e-1 for SGD, and 1e-5 to 1e-2 for Muon and its AdamW part; those of `min_lr` are a
+    hundredth of them.
     """
     part = {"init_lr": 1, "min_lr": 100}[field]
     low, high = (limit / part for limit in rate_limits(config.optimizer_type, transformer))
-    asked = getattr(config, field) * batch_scale(batch_size, transformer)
-    rate = min(max(asked, low), high)
-    if not math.isclose(rate, asked):
-        print(
-            f"{field}: {getattr(config, field):g} is {asked:.2g} a step of {batch_size} images -> {rate:.2g}, the "
-            f"limit for {config.optimizer_type}"
-        )
-    return rate
+    scaled = getattr(config, field) * batch_scale(batch_size, transformer)
+    rate = min(max(scaled, low), high)
+    if math.isclose(rate, scaled):
+        return rate, ""
+    return rate, (
+        f"{field} {getattr(config, field):g} is {scaled:.2g} for {batch_size} images per step -> {rate:.2g}, the limit "
+        f"for {config.optimizer_type}"
+    )
 
 
 def learning_rate_at(epoch: float, epochs: int, init_lr: float, min_lr: float, decay: str) -> float:

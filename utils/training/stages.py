@@ -1,10 +1,10 @@
-"""The stages of a run: which part of the network is frozen, for how long, in which batches, at which rate."""
+"""The stages of a run: what is frozen, for how long, in which batches, at which learning rate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nets.network import FreezableNetwork
+from utils.config.frozen import Frozen
 from utils.config.train_config import TrainConfig
 from utils.training.optimizer import learning_rate_at, scale_learning_rate
 
@@ -16,19 +16,20 @@ class Stage:
     Attributes:
         start: first epoch, counted from 0.
         end: the epoch after the last.
-        frozen: how many blocks are frozen besides the embeddings, "all" (everything but the head), or "nothing".
-        batch_size: images a step, no more than the training list has.
+        frozen: how much of the backbone is frozen.
+        batch_size: images per step, at most the length of the training list.
         input_shape: height and width of the images, in pixels.
         init_lr: highest learning rate, scaled by the batch size.
-        min_lr: lowest learning rate, scaled likewise.
+        min_lr: lowest learning rate, scaled the same way.
         run_epochs: epochs of the whole run, over which the learning rate falls.
         decay: how it falls, see `utils.training.optimizer.learning_rate_at`.
-        warmup: epochs over which it rises first, from a tenth of what it would be.
+        warmup: epochs over which it rises first, from a tenth.
+        notes: what had to be changed of the settings, and why.
     """
 
     start: int
     end: int
-    frozen: int | str
+    frozen: Frozen
     batch_size: int
     input_shape: tuple[int, int]
     init_lr: float
@@ -36,13 +37,7 @@ class Stage:
     run_epochs: int
     decay: str
     warmup: float = 0.0
-
-    def freeze(self, model: FreezableNetwork) -> None:
-        """Freeze this stage's part of `model` and thaw the rest."""
-        if self.frozen == "nothing":
-            model.unfreeze_backbone()
-        else:
-            model.freeze_backbone(self.frozen)
+    notes: tuple[str, ...] = ()
 
     def learning_rate(self, epoch: float) -> float:
         """The learning rate after `epoch` epochs of the run, fractions included."""
@@ -52,41 +47,46 @@ class Stage:
 
 
 def plan_stages(config: TrainConfig, num_images: int, transformer: bool) -> list[Stage]:
-    """The stages that `config` asks for. What had to be changed to fit is printed.
+    """The stages of a run.
 
     Args:
         config: the settings.
         num_images: length of the training list.
-        transformer: whether the backbone is one, whose learning rate is scaled otherwise.
+        transformer: whether the backbone is one, whose learning rate is scaled differently.
     """
     stages: list[Stage] = []
-    for wanted in config.all_stages:
-        batch_size = min(wanted.batch_size, num_images)
-        if batch_size < wanted.batch_size:
-            print(f"batch size: {wanted.batch_size} -> {batch_size}, the training list has only so many images")
+    for planned in config.all_stages:
+        batch_size = min(planned.batch_size, num_images)
+        notes = []
+        if batch_size < planned.batch_size:
+            notes.append(f"batch size {planned.batch_size} -> {batch_size}: the training list has no more images")
+        rates = {}
+        for field in ("init_lr", "min_lr"):
+            rates[field], note = scale_learning_rate(config, field, batch_size, transformer)
+            notes += [note] if note else []
         start = stages[-1].end if stages else 0
         stages.append(
             Stage(
                 start=start,
-                end=start + wanted.epochs,
-                frozen=wanted.frozen,
+                end=start + planned.epochs,
+                frozen=Frozen(planned.frozen),
                 batch_size=batch_size,
-                input_shape=wanted.input_shape,
-                init_lr=scale_learning_rate(config, "init_lr", batch_size, transformer),
-                min_lr=scale_learning_rate(config, "min_lr", batch_size, transformer),
+                input_shape=planned.input_shape,
+                **rates,
                 run_epochs=config.epochs,
                 decay=config.lr_decay_type,
                 warmup=config.thaw_warmup if stages else 0.0,
+                notes=tuple(notes),
             )
         )
     return stages
 
 
 def num_cached_views(stage: Stage, config: TrainConfig) -> int:
-    """How many views of each image `stage` has the features of computed beforehand; 0: it trains on the images.
+    """How many views of each image `stage` trains on cached features of; 0: it trains on images.
 
-    A stage with no more epochs than views does, for it computes no more without.
+    A stage with no more epochs than views is trained on images, since caching would save no computation.
     """
-    if stage.frozen == "nothing" or not config.cache_features or stage.end - stage.start <= config.feature_views:
+    if not stage.frozen or not config.cache_features or stage.end - stage.start <= config.feature_views:
         return 0
     return config.feature_views

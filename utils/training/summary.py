@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,23 +12,47 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nets.wrapped import OWN
-from utils.config.train_config import TrainConfig
+from utils.config.recipe import Choice
+from utils.config.train_config import SETTINGS, TrainConfig
 from utils.data.image_io import ImageError, read_size
 from utils.data.image_list import ImageList
 from utils.training.stages import Stage
 
 
-def format_config(config: TrainConfig) -> str:
-    """All fields and their values as a table."""
-    fields = config.as_dict()
-    width = max(map(len, fields))
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in fields.items())
+def format_settings(config: TrainConfig, asked: TrainConfig, choices: Sequence[Choice], all_fields: bool) -> str:
+    """The settings that are not default, or all, with who set them: a line each.
+
+    Args:
+        config: what the run uses.
+        asked: what a person wrote.
+        choices: what the recipe, the weights or the network chose, also where the person's own value is obeyed.
+        all_fields: print those at their default too.
+    """
+    chosen = {choice.field: choice for choice in choices}
+    rows = []
+    for name, known in SETTINGS.items():
+        value, own = getattr(config, name), getattr(asked, name)
+        choice = chosen.get(name)
+        by_person = own is not None and own == value and (own != known.plain or (choice and choice.value != own))
+        reason = ""
+        if by_person:
+            reason = "you" if not choice or choice.value == own else f"you (recipe: {choice.value}, {choice.reason})"
+        elif choice and choice.value == value:
+            reason = choice.reason
+        if all_fields or reason or value != known.plain:
+            rows.append((name, _format_value(value), reason))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else []
+    return "\n".join(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {reason}".rstrip() for name, value, reason in rows)
+
+
+def _format_value(value: object) -> str:
+    return " x ".join(map(str, value)) if isinstance(value, tuple) and value else f"{value!s}" or '""'
 
 
 def count_flops(model: nn.Module) -> int:
-    """Floating-point operations of a forward of one image; a multiplication and an addition count as two.
+    """Floating-point operations of a forward pass of one image; a multiplication and an addition count as two.
 
-    `model` is on the meta device, so that nothing is computed.
+    `model` is on the meta device, where nothing is computed.
     """
     image = torch.empty(1, 3, *model.arguments["input_shape"], device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -35,17 +60,22 @@ def count_flops(model: nn.Module) -> int:
     return counter.get_total_flops()
 
 
-def format_model(model: nn.Module, stages: list[Stage]) -> str:
-    """Parameters of each part, how many of them each stage trains, and the FLOPs of a forward.
+def count_parameters(model: nn.Module) -> int:
+    """The number of weights of a network."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
-    `model` is a network of its own on the meta device, for it goes through the stages here.
+
+def format_model(model: nn.Module, stages: Sequence[Stage]) -> str:
+    """Parameters of each part, how many of them each stage trains, and the FLOPs of a forward pass.
+
+    `model` is on the meta device; it is frozen as in each stage here.
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parts.setdefault(name.removeprefix(OWN).split(".")[0], []).append(parameter)
     table = {"parameters": [sum(p.numel() for p in part) for part in parts.values()]}
     for number, stage in enumerate(stages, start=1):
-        stage.freeze(model)
+        stage.frozen.apply(model)
         table[f"trained in stage {number}"] = [
             sum(p.numel() for p in part if p.requires_grad) for part in parts.values()
         ]
@@ -53,30 +83,26 @@ def format_model(model: nn.Module, stages: list[Stage]) -> str:
     lines = ["  " + " " * 12 + "".join(f"{title:>20}" for title in table)]
     for row, name in enumerate([*parts, "all"]):
         lines.append(f"  {name:<12}" + "".join(f"{column[row]:>20,}" for column in columns))
-    return "\n".join([*lines, f"  forward of an image: {count_flops(model) / 1e9:.3g} GFLOPs"])
+    return "\n".join([*lines, f"  forward pass of one image: {count_flops(model) / 1e9:.3g} GFLOPs"])
 
 
-def format_stages(stages: list[Stage], num_images: int) -> str:
-    """A line a stage: its epochs, steps, frozen part and learning rates."""
+def format_stages(stages: Sequence[Stage], num_images: int) -> str:
+    """Lines for each stage: its epochs, steps, frozen part and learning rates, and what had to be changed."""
     lines = []
     for number, stage in enumerate(stages, start=1):
-        part = {"all": "all but the head", "nothing": "nothing"}.get(
-            stage.frozen, f"embeddings or stem, and {stage.frozen} blocks"
-        )
-        steps, left = divmod(num_images, stage.batch_size)
         highest = max(map(stage.learning_rate, np.linspace(stage.start, stage.end, 1000, endpoint=False)))
-        sitting_out = f" ({left} sit out, others each time)" if left else ""
         lines.append(
-            f"  stage {number}: epochs {stage.start + 1} to {stage.end}, {stage.input_shape[0]} x "
-            f"{stage.input_shape[1]} pixels, frozen: {part}; {steps} steps of "
-            f"{stage.batch_size} images an epoch{sitting_out}; learning rate "
-            f"up to {highest:.2g}, down to {stage.learning_rate(stage.end):.2g}"
+            f"stage {number}   epochs {stage.start + 1} to {stage.end}, {stage.input_shape[0]} x "
+            f"{stage.input_shape[1]} pixels, frozen: {stage.frozen}; {num_images // stage.batch_size} steps of "
+            f"{stage.batch_size} images per epoch; learning rate up to {highest:.2g}, down to "
+            f"{stage.learning_rate(stage.end):.2g}"
         )
+        lines += [f"          {note}" for note in stage.notes]
     return "\n".join(lines)
 
 
-def warn_of_input_shape(images: ImageList, input_shape: tuple[int, int], max_pixels: int) -> None:
-    """Say so when `input_shape` is meant for tiny images and those of `images` are photos, or the other way round."""
+def warn_about_input_shape(images: ImageList, input_shape: tuple[int, int], max_pixels: int) -> None:
+    """Print a warning if the images are much larger than a small `input_shape`, or much smaller than it."""
     areas = []
     for index in range(0, len(images), max(1, len(images) // 20)):
         try:
@@ -85,14 +111,14 @@ def warn_of_input_shape(images: ImageList, input_shape: tuple[int, int], max_pix
             print(f"warning: {error}")
     if not areas:
         return
-    theirs, shown = statistics.median(areas), math.prod(input_shape)
-    if max(input_shape) < 100 and theirs > 16 * shown:
+    area, shown = statistics.median(areas), math.prod(input_shape)
+    if max(input_shape) < 100 and area > 16 * shown:
         print(
-            f"warning: the images have some {theirs / 1e3:.0f} thousand pixels, and input_shape {input_shape} shows "
-            f'the network {shown} of them; README.md, "Your own images", has the settings for photos'
+            f"warning: the images have about {area / 1e3:.0f} thousand pixels, input_shape {input_shape} shows the "
+            f"network {shown} of them; docs/data.md has settings for photos"
         )
-    if shown > 16 * theirs:
+    if shown > 16 * area:
         print(
-            f"warning: the images have some {theirs:.0f} pixels, and input_shape {input_shape} enlarges them to "
-            f"{shown}; half of it takes a quarter of the time, in which more epochs may do better"
+            f"warning: the images have about {area:.0f} pixels, input_shape {input_shape} enlarges them to {shown}; "
+            f"half of it takes a quarter of the time, in which more epochs may do better"
         )

@@ -1,0 +1,90 @@
+"""What is known of one field of the config, declared where the field is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+@dataclass(frozen=True)
+class Valid:
+    """A test of a value, and what to do if it fails."""
+
+    test: Callable[[Any], bool]
+    remedy: str
+
+
+BELOW_1 = Valid(lambda value: 0 <= value < 1, "give a number from 0 to below 1")
+SHARE = Valid(lambda value: 0 <= value <= 1, "give a number from 0 to 1")
+ABOVE_0_TO_1 = Valid(lambda value: 0 < value <= 1, "give a number above 0, at most 1")
+ABOVE_0 = Valid(lambda value: value > 0, "give a number above 0")
+FROM_0 = Valid(lambda value: value >= 0, "give 0 or more")
+FROM_1 = Valid(lambda value: value >= 1, "give a whole number from 1 up")
+SIZE = Valid(lambda value: min(value) > 0, "give height and width in pixels")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a field besides its type, default and docstring.
+
+    Attributes:
+        valid: which of the values of its type can work; None: all of them.
+        plain: its value if nobody sets it and there is no recipe.
+        by_recipe: whether a recipe may choose it; it is None until somebody sets it.
+        resumable: whether a resumed run may have another value than before; all others decide what the run becomes.
+        shapes_images: whether the pixels that the network sees depend on it, and so cached features do.
+    """
+
+    valid: Valid | None
+    plain: Any
+    by_recipe: bool
+    resumable: bool
+    shapes_images: bool
+
+
+def setting(
+    default: Any,
+    valid: Valid | None = None,
+    *,
+    by_recipe: bool = False,
+    resumable: bool = False,
+    shapes_images: bool = False,
+) -> Any:
+    """A field of the config with this default; see `Setting`."""
+    known = Setting(valid, default, by_recipe, resumable, shapes_images)
+    return dataclasses.field(default=None if by_recipe else default, metadata={"setting": known})
+
+
+def lists_to_tuples(config: Any) -> None:
+    """Turn the fields of a frozen dataclass that are lists, as JSON has them, into tuples."""
+    for field in dataclasses.fields(config):
+        if isinstance(value := getattr(config, field.name), list):
+            object.__setattr__(config, field.name, tuple(value))
+
+
+def to_plain(value: Any) -> Any:
+    """Nested dicts and tuples as JSON has them: tuples become lists."""
+    if isinstance(value, dict):
+        return {name: to_plain(item) for name, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def has_type(value: object, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`. Whole numbers pass for floats and lists for tuples; NaN and infinity do
+    not pass for floats."""
+    args = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in args
+    if get_origin(hint) in (Union, UnionType):
+        return any(has_type(value, arg) for arg in args)
+    if get_origin(hint) is tuple and args[-1] is Ellipsis:
+        return isinstance(value, tuple | list) and all(has_type(item, args[0]) for item in value)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple | list) and len(value) == len(args) and all(map(has_type, value, args))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value is None if hint is type(None) else type(value) is hint

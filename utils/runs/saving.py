@@ -1,0 +1,65 @@
+"""When and where the checkpoints of a run are written."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from utils.config.train_config import TrainConfig
+from utils.runs.checkpoint import count_bytes, save_checkpoint
+from utils.system.files import format_bytes, free_bytes
+
+MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 2}
+"""Tensors per parameter, at most, that an optimizer stores."""
+
+
+class Saver:
+    """Writes the checkpoints of a run.
+
+    Args:
+        folder: the run's.
+        config: its settings.
+        step: of the checkpoint that it is resumed from; -1: it has none.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, step: int = -1) -> None:
+        self.folder = folder
+        self.config = config
+        self.saved_step = step
+        self.saved_at = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether `save_every_steps` or `save_every_minutes` asks for a checkpoint after this step."""
+        steps, minutes = self.config.save_every_steps, self.config.save_every_minutes
+        late = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
+        return late or (steps > 0 and step % steps == 0)
+
+    def write(self, content: dict[str, Any], *names: str) -> None:
+        """Write a checkpoint under each of these names.
+
+        Raises:
+            SaveError: the disk is full, or the folder can't be written to.
+        """
+        for name in names:
+            save_checkpoint(self.folder / name, content)
+        self.saved_step, self.saved_at = content["step"], time.monotonic()
+
+
+def check_free_space(folder: Path, config: TrainConfig, model: nn.Module) -> None:
+    """Raise a ValueError if the disk can't hold the checkpoints of a run: best, last, one that is being written, and
+    periodic ones."""
+    weights = count_bytes(model.state_dict())
+    size = weights * (1 + MOMENTS[config.optimizer_type] + (config.ema_decay > 0))
+    periodic = config.keep_periodic and config.keep_periodic + 1  # the oldest is deleted after the newest is written
+    number = 3 + min(periodic, config.epochs // config.save_period)
+    present = sum(path.stat().st_size for path in folder.glob("*.pth"))
+    needed, free = number * size - present, free_bytes(folder)
+    if needed > free:
+        raise ValueError(
+            f"save_dir={config.save_dir!r}: {number} checkpoints of up to {format_bytes(size)} need "
+            f"{format_bytes(needed)} more, {format_bytes(free)} are free; free some space, set save_dir to another "
+            f"disk, or lower keep_periodic ({config.keep_periodic})"
+        )

@@ -1,0 +1,80 @@
+"""A run, new or resumed, ready to train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from utils.config.recipe import Choice
+from utils.config.train_config import RESUMABLE_FIELDS, TrainConfig
+from utils.data.image_list import ImageList
+from utils.modeling.build import BuiltNetwork
+from utils.runs.resume import open_run
+from utils.runs.run import Run
+from utils.runs.saving import check_free_space
+from utils.runs.setup import Setup
+from utils.system.digests import TRAINING_CODE, code_digest
+from utils.training.trainer import Trainer, build_trainer
+
+
+def start_or_resume(setup: Setup) -> tuple[Run, list[Choice]]:
+    """The run that the settings mean, new or in the state where it was interrupted; and the settings that its weights
+    decided.
+
+    Raises:
+        FileNotFoundError, ValueError, InUse, SaveError: see `utils.runs.resume.open_run`; or the weights can't be used.
+    """
+    config, data = setup.config, setup.data
+    lists = {"train": data.train_images, "val": data.val_images}
+    folder = open_run(config, data.class_names, lists, setup.asked)
+    try:
+        trainer, built = build_trainer(config, data, setup.device, setup.precision, folder.checkpoint)
+        identity = describe(built, trainer, data.class_names, lists)
+        run = Run(built.config, built.model, trainer, folder, identity)
+        if folder.checkpoint:
+            _report_resume(run, folder.checkpoint)
+        if run.epoch < config.epochs and not run.finished:
+            check_free_space(run.folder, built.config, built.model)
+    except BaseException:
+        folder.discard_if_new()
+        raise
+    return run, built.choices
+
+
+def describe(
+    built: BuiltNetwork, trainer: Trainer, class_names: list[str], lists: dict[str, ImageList]
+) -> dict[str, Any]:
+    """What every checkpoint of a run says of it."""
+    return {
+        "class_names": class_names,
+        "config": built.config.as_dict(),
+        "origin": dict(built.origin),
+        "lists": {key: images.digest() for key, images in lists.items()},
+        "arithmetic": {
+            "torch": str(torch.__version__),
+            "device": trainer.device.type,
+            "precision": trainer.precision,
+            "threads": torch.get_num_threads(),
+            "code": code_digest(TRAINING_CODE),
+        },
+    }
+
+
+def _report_resume(run: Run, checkpoint: dict[str, Any]) -> None:
+    steps = run.trainer.epoch.done
+    print(
+        f"resuming {run.folder} after epoch {run.epoch}{f' and {steps} steps' if steps else ''}; resume=no would start "
+        f"a new run"
+    )
+    config: TrainConfig = run.config
+    for name in sorted(RESUMABLE_FIELDS - {"resume"}):
+        before, value = checkpoint["config"].get(name), getattr(config, name)
+        if before != value:
+            print(f"{name}: {before} -> {value}")
+    for name, value in run.identity["arithmetic"].items():
+        if checkpoint["arithmetic"].get(name) != value:
+            print(
+                f"warning: {name} was {checkpoint['arithmetic'].get(name)} and is {value}; the result won't be bit for "
+                f"bit that of an uninterrupted run"
+            )

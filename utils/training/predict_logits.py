@@ -1,0 +1,33 @@
+"""The outputs of a network for all images of a loader."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from utils.data.loader import fetch
+from utils.modeling.precision import autocast
+
+
+@torch.inference_mode()
+def predict_logits(
+    network: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    precision: str,
+    title: str = "evaluating",
+    micro_batches: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) in fp32 and class ids (N,) of all images of `loader`, in its order, on the CPU. Each batch is
+    split into `micro_batches`."""
+    network.eval()
+    logits, targets = [], []
+    bar = tqdm(fetch(loader), desc=title, total=len(loader), unit="batch", leave=False, disable=None)
+    for inputs, batch_targets in bar:
+        for part in inputs.to(device, non_blocking=True).tensor_split(min(micro_batches, len(inputs))):
+            with autocast(device, precision):
+                logits.append(network(part).float())
+        targets.append(batch_targets)
+    return torch.cat(logits).cpu(), torch.cat(targets)
