@@ -50,13 +50,9 @@ def test_every_mode_becomes_rgb(here, mode):
     ],
 )
 def test_deep_images_are_scaled(here, values, expected):
-    Image.fromarray(values).save("a.tif")
-    assert np.asarray(open_image("a.tif"))[0, :, 0].tolist() == expected
-
-
-def test_16_bit_png_is_scaled(here):
-    Image.fromarray(np.uint16([[0, 128 * 257, 65535]])).save("a.png")
-    assert np.asarray(open_image("a.png"))[0, :, 0].tolist() == [0, 128, 255]
+    for name in ("a.tif", "a.png") if values.dtype == np.uint16 else ("a.tif",):
+        Image.fromarray(values).save(name)
+        assert np.asarray(open_image(name))[0, :, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -76,7 +72,7 @@ def test_suffix_is_ignored(here):
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png", "tiff"])
 def test_first_frame_of_animations(here, kind):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     frames[0].save(f"a.{kind}", save_all=True, append_images=frames[1:])
     red, _, blue = open_image(f"a.{kind}").getpixel((0, 0))
     assert (red > 240, blue < 15) == (True, True)
@@ -163,18 +159,6 @@ def test_open_to_decode_agrees_with_open_image(shared):
     assert agreed > 400
 
 
-def test_exif_orientation_of_a_png(here):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees clockwise
-    sideways = np.zeros((10, 20, 3), np.uint8)
-    sideways[:, :10] = 255  # left half white: upright it is the top half
-    Image.fromarray(sideways).save("a.png", exif=exif)
-    upright = np.asarray(open_image("a.png"))
-    assert upright.shape == (20, 10, 3)
-    assert upright[:10].min() == 255
-    assert upright[10:].max() == 0
-
-
 @pytest.mark.parametrize("reader", [open_image, read_size])
 def test_unreadable_files_raise_an_error_with_their_path(here, reader):
     (here / "text.jpg").write_text("no image")
@@ -214,7 +198,7 @@ def test_exif_tag_of_an_unusual_type(here, suffix, mode):
     entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x0128, 2, 4, b"in.")
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
     sideways = np.zeros((10, 20), np.uint8)
-    sideways[:, :10] = 255
+    sideways[:, :10] = 255  # left half white: upright it is the top half
     Image.fromarray(sideways).convert(mode).save(f"a.{suffix}", exif=exif)
     image = open_image(f"a.{suffix}")
     for upright in (np.asarray(image), np.asarray(upright_rgb(image))):  # rotated once, not twice

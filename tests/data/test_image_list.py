@@ -10,17 +10,7 @@ from hypothesis import strategies as st
 
 from utils.data.image_list import list_in_memory, read_classes, read_first_path, read_list, write_classes, write_list
 
-AWKWARD = [
-    "a b.jpg",
-    "a;b;c.jpg",
-    "'q\".jpg",
-    "猫/图片 1.jpg",
-    "-dash.jpg",
-    "#%,.png",
-    "e\u0301.png",
-    "\udcff.png",
-    " ",
-]
+AWKWARD = ["a b.jpg", "a;b;c.jpg", "'q\".jpg", "猫/图片 1.jpg", "-.jpg", "#%,.png", "e\u0301.png", "\udcff.png", " "]
 # File names: any bytes except those filtered below; bytes that aren't UTF-8 become surrogates.
 names = st.binary(min_size=1, max_size=60).map(lambda b: b.decode("utf-8", "surrogateescape"))
 usable_names = names.filter(lambda name: not set(name) & {"\n", "\r", "\0"} and not name.startswith("/"))
@@ -75,22 +65,10 @@ def test_parsing_across_blocks(monkeypatch):
     assert images.class_ids.tolist() == list(range(50))
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "a.jpg",
-        "x;a.jpg",
-        "-1;a.jpg",
-        "1",
-        "1;",
-        "²;a.jpg",
-        " 1;a.jpg",
-        ";a.jpg",
-        "1234567890;a.jpg",
-        "/;a.jpg",
-        ":;a.jpg",
-    ],
-)
+BROKEN = ["a.jpg", "x;a.jpg", "-1;a.jpg", "1", "1;", "²;a.jpg", " 1;a.jpg", ";a.jpg", "1234567890;a", "/;a", ":;a"]
+
+
+@pytest.mark.parametrize("line", BROKEN)
 def test_invalid_line_is_reported_with_its_number(here, line):
     (here / "list.txt").write_text(f"0;a.jpg\n{line}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"list\.txt, line 2: expected class_id;path, found"):

@@ -168,7 +168,10 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
     Raises:
         ValueError: there are no training or no validation images; nothing is written.
     """
-    entries = {split: _entries(scan.images[split], names, target) for split, target in targets.items()}
+    entries: dict[str, list[tuple[int, str]]] = {}  # sorted by class id and path
+    for split, target in targets.items():
+        paths = [(k, path) for k, name in enumerate(names) for path in scan.images[split].get(name, ())]
+        entries[split] = [(class_id, _relative(path, target)) for class_id, path in paths]
     for split in ("train", "val"):
         if not entries[split]:
             raise ValueError(
@@ -288,13 +291,6 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
         max_pixels=config.max_pixels,
         allow_truncated=config.allow_truncated,
     )
-
-
-def _entries(images: dict[str, list[str]], names: list[str], list_path: str | Path) -> list[tuple[int, str]]:
-    """Return the lines of the list at `list_path`, sorted by class id and path."""
-    return [
-        (class_id, _relative(path, list_path)) for class_id, name in enumerate(names) for path in images.get(name, ())
-    ]
 
 
 def _relative(path: str, list_path: str | Path) -> str:

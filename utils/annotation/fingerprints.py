@@ -40,7 +40,7 @@ class Fingerprint:
 
     Attributes:
         error: why it can't be read; the other fields are empty then.
-        format: of the content, such as "JPEG", whatever the suffix.
+        format: of the content, such as "JPEG"; the suffix may differ.
         width: of the upright image.
         height: of the upright image.
         grey: whether all pixels are gray.

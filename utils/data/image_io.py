@@ -47,7 +47,7 @@ HEIF_SUFFIXES = frozenset(SUFFIXES["HEIF"])
 IMAGE_SUFFIXES = frozenset(chain(*SUFFIXES.values())) - (frozenset() if HAS_HEIF else HEIF_SUFFIXES)
 """Suffixes of image files when folders are scanned; case is ignored."""
 
-# Formats that are opened, whatever the suffix. Pillow's other decoders are not for photos; some start other programs
+# Formats that are opened; the suffix is ignored. Pillow's other decoders are not for photos; some start other programs
 # (EPS) or are rarely tested.
 Image.init()
 FORMATS = [
