@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from nets.weights.seal import digest_file
-from utils.data.image_list import ImageList, draw, take
+from utils.data.image_list import ImageList, sample_indices, select
 from utils.evaluation.eval_lists import read_images
 from utils.export.check import Comparison, ExportError, compare
 from utils.export.formats import FORMATS, STEMS, describe_export, write_card
@@ -50,7 +50,7 @@ def main(
     checkpoint = find_checkpoint(model_path)
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")
     images = images_to_check(checkpoint, classifier, data, classes_path)
-    drawn = take(images, draw(images, check_images, seed=0, by_class=True))
+    drawn = select(images, sample_indices(images, check_images, seed=0, by_class=True))
     facts = describe_export(classifier, checkpoint, precision)
     path = Path(out or checkpoint.parent / "export", STEMS[precision] + FORMATS[format].suffix)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
-"""Write the lists that training reads: `python txt_annotation.py`, see `--help`.
+"""Write the lists for training from folders of images: `python txt_annotation.py`, see `--help`.
 
-Images lie in `datasets/train/<class>/`, with optional `datasets/val/` and `datasets/test/`, or simply in
-`datasets/<class>/`.
+Images are in `datasets/train/<class>/`, with optional `datasets/val/` and `datasets/test/`, or in `datasets/<class>/`.
 """
 
 from utils.annotation.annotate import annotate

@@ -324,7 +324,7 @@ def test_an_unreadable_image_in_a_list_is_one_line(trained, tmp_path, workers, c
     assert "Traceback" not in result.stderr
     message = result.stderr.splitlines()[-1]
     assert message.startswith(f"error: {tmp_path}/broken.jpg can't be read as an image: it is of no known")
-    assert message.endswith("with its flags and --fix leaves such images out")
+    assert message.endswith("run python txt_annotation.py with the same flags and --fix")
 
 
 def test_no_such_data_and_a_file_to_save_in(trained, tmp_path):

@@ -1,4 +1,4 @@
-"""utils/annotation/annotate.py: folders to lists, on made folders."""
+"""Tests of utils/annotation/annotate.py and folder_scan.py."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def test_a_second_run_gives_the_same_bytes(two_classes):
     assert [Path(name).read_bytes() for name in LISTS] == first
 
 
-def test_the_simple_layout(here):
+def test_class_folders_without_splits(here):
     touch(*(f"datasets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(5)))
     annotate()
     assert len(entries("cls_train.txt")) == 8
@@ -59,13 +59,13 @@ def test_the_simple_layout(here):
     assert not Path("cls_test.txt").exists()
 
 
-def test_folders_whose_names_look_alike_are_one_class(here):
-    """As a Mac writes names, taken apart, and as others do."""
+def test_composed_and_decomposed_class_names_are_one_class(here):
+    """macOS decomposes names."""
     composed = ("Käse", "한글")
     for split, form in (("train", "NFD"), ("test", "NFC")):
         for name in composed:
             touch(*(f"datasets/{split}/{unicodedata.normalize(form, name)}/{i}.png" for i in range(3)))
-    touch("datasets/train/Käse/3.png")  # on a Mac it is the folder that is there
+    touch("datasets/train/Käse/3.png")
     annotate()
     assert read_classes("model_data/cls_classes.txt") == list(composed)
     assert len(read_list("cls_test.txt", 2)) == 6
@@ -74,7 +74,7 @@ def test_folders_whose_names_look_alike_are_one_class(here):
     assert read_classes("model_data/cls_classes.txt") == list(composed)
 
 
-def test_a_val_folder_is_used_as_it_is(here):
+def test_val_folder_is_used_unchanged(here):
     touch(*(f"datasets/{split}/{name}/{i}.jpg" for split in ("train", "val") for name in "ab" for i in range(3)))
     annotate()
     assert entries("cls_val.txt") == [
@@ -83,12 +83,12 @@ def test_a_val_folder_is_used_as_it_is(here):
     assert len(entries("cls_train.txt")) == 6
 
 
-def test_an_old_test_list_goes_with_its_folder(here, capsys):
+def test_list_of_a_missing_test_folder_is_renamed(here, capsys):
     touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)), "cls_test.txt")
     annotate()
     assert not Path("cls_test.txt").exists()
     assert Path("cls_test.txt.old").exists()
-    assert "there are no test images: cls_test.txt is called cls_test.txt.old from now on" in capsys.readouterr().out
+    assert "there are no test images: cls_test.txt was renamed to cls_test.txt.old" in capsys.readouterr().out
 
 
 def test_names_and_suffixes(here, capsys):
@@ -98,64 +98,64 @@ def test_names_and_suffixes(here, capsys):
     touch("datasets/loose.jpg", "datasets/README.md")
     os.mkdir("datasets/empty")
     annotate()
-    found = {line.partition(";")[2] for line in entries("cls_train.txt") + entries("cls_val.txt")}
-    assert found == {f"datasets/ä b/{name}" for name in kept} | {"datasets/z/1.jpg"}
-    told = capsys.readouterr().out
-    assert "2 hidden, 1 not an image (.txt), 1 not an image (no suffix)" in told
-    assert "1 no images in datasets" in told
-    assert "1 outside the class folders" in told
+    listed = {line.partition(";")[2] for line in entries("cls_train.txt") + entries("cls_val.txt")}
+    assert listed == {f"datasets/ä b/{name}" for name in kept} | {"datasets/z/1.jpg"}
+    output = capsys.readouterr().out
+    assert "2 hidden, 1 not an image (.txt), 1 not an image (no suffix)" in output
+    assert "1 no images in datasets" in output
+    assert "1 outside the class folders" in output
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1])
-def test_val_fraction_is_checked(two_classes, fraction):
+def test_invalid_val_fraction(two_classes, fraction):
     with pytest.raises(ValueError, match="val_fraction"):
         annotate(val_fraction=fraction)
 
 
-def test_a_class_file_is_obeyed(two_classes, capsys):
+def test_class_file_is_used(two_classes, capsys):
     write_image(two_classes / "train" / "other" / "1.png")
     Path("model_data").mkdir()
     Path("model_data/cls_classes.txt").write_text("light\ndark\nmissing\n")
     annotate()
     assert entries("cls_test.txt")[0].startswith("0;datasets/test/light")
     assert not any("other" in line for line in entries("cls_train.txt") + entries("cls_val.txt"))
-    told = capsys.readouterr().out
-    assert "other" in told
-    assert "1 images: not in the class file" in told
-    assert "no train images of missing" in told
+    output = capsys.readouterr().out
+    assert "other" in output
+    assert "1 images: not in the class file" in output
+    assert "no train images of missing" in output
 
 
-def test_a_class_file_of_other_classes(two_classes):
+def test_class_file_without_matching_folders(two_classes):
     Path("model_data").mkdir()
     Path("model_data/cls_classes.txt").write_text("cat\ndog\n")
     with pytest.raises(
-        ValueError, match=r"names cat, dog, and none of them is a folder.*found: dark, light.*delete it"
+        ValueError, match=r"none of its classes \(cat, dog\) is a folder.*there are: dark, light.*delete it"
     ):
         annotate()
 
 
-def test_classes_only_in_test_are_left_out_and_said(two_classes, capsys):
+def test_classes_only_in_test_are_skipped(two_classes, capsys):
     write_image(two_classes / "test" / "new" / "1.png")
     annotate()
     assert read_classes("model_data/cls_classes.txt") == ["dark", "light"]
     assert "1 images: no training images" in capsys.readouterr().out
 
 
-def test_folders_that_cannot_work(here):
+def test_invalid_folders(here):
     with pytest.raises(FileNotFoundError, match="no folder datasets"):
         annotate()
     touch("datasets/a/1.jpg")
     with pytest.raises(ValueError, match=r"folders with training images: a$"):
         annotate()
     touch("datasets/b/notes.doc")
-    with pytest.raises(ValueError, match=r"training images: a; passed over: 1 not an image \(\.doc\), 1 no images"):
+    with pytest.raises(ValueError, match=r"training images: a; skipped: 1 not an image \(\.doc\), 1 no images"):
         annotate()
     touch("datasets/test/a/1.jpg")
-    with pytest.raises(ValueError, match="none named train"):
+    with pytest.raises(ValueError, match="no train/"):
         annotate()
 
 
-def test_absolute_folders_and_lists_elsewhere(two_classes, tmp_path):
+def test_absolute_datasets_path_and_other_list_paths(two_classes, tmp_path):
     annotate(datasets_path=two_classes)
     assert entries("cls_test.txt")[0] == f"0;{two_classes.as_posix()}/test/dark/00.png"
     os.mkdir("lists")
@@ -164,14 +164,14 @@ def test_absolute_folders_and_lists_elsewhere(two_classes, tmp_path):
     assert os.path.isfile(read_list("lists/t.txt", 2).path(0))
 
 
-def test_the_demo_is_written_where_there_is_nothing(here, capsys):
+def test_digits_are_written_if_datasets_is_empty(here, capsys):
     ensure_lists(TrainConfig())
-    assert "writing the built-in set" in capsys.readouterr().out
+    assert "writing the built-in handwritten digits" in capsys.readouterr().out
     assert read_classes("model_data/cls_classes.txt") == list(demo_digits.CLASSES)
     assert [len(read_list(name, 10)) for name in LISTS[:3]] == [1294, 144, 359]
 
 
-def test_own_images_take_the_demos_place(here, capsys):
+def test_own_images_replace_the_digits(here, capsys):
     ensure_lists(TrainConfig())
     touch("datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/7/3.jpg", "datasets/train/7/4.jpg")
     ensure_lists(TrainConfig())
@@ -181,7 +181,7 @@ def test_own_images_take_the_demos_place(here, capsys):
     assert "built-in digits" in capsys.readouterr().out
 
 
-def test_own_classes_replace_the_demos_class_file(here):
+def test_own_classes_replace_the_class_file_of_the_digits(here):
     ensure_lists(TrainConfig())
     touch(
         "datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/dog/3.jpg", "datasets/train/dog/4.jpg"
@@ -191,7 +191,7 @@ def test_own_classes_replace_the_demos_class_file(here):
     assert len(entries("cls_train.txt")) == 2
 
 
-def test_the_users_lists_are_left_alone(two_classes):
+def test_existing_lists_are_not_overwritten(two_classes):
     annotate()
     before = Path("cls_train.txt").read_bytes()
     write_image(two_classes / "train" / "dark" / "new.png")
@@ -201,7 +201,7 @@ def test_the_users_lists_are_left_alone(two_classes):
     assert not Path("mine.txt").exists()
 
 
-def test_links_to_class_folders_are_followed_and_loops_end(two_classes):
+def test_links_to_class_folders_are_followed_and_loops_are_not(two_classes):
     os.symlink(two_classes / "train" / "dark", two_classes / "train" / "linked")
     os.symlink(two_classes, two_classes / "train" / "light" / "loop")
     scan = scan_datasets("datasets")
@@ -220,71 +220,70 @@ def test_classes_named_like_splits(here, capsys):
     touch(*(f"datasets/{name}/{i}.jpg" for name in ("bus", "car", "train") for i in range(3)))
     annotate()
     assert read_classes("model_data/cls_classes.txt") == ["bus", "car", "train"]
-    assert "warning: train is taken for a class" in capsys.readouterr().out
+    assert "warning: train is used as a class" in capsys.readouterr().out
 
 
 def test_splits_without_classes(here):
     touch("datasets/train/1.jpg", "datasets/train/2.jpg", "datasets/test/1.jpg", "datasets/test/2.jpg")
-    with pytest.raises(ValueError, match="put the images of each class into one there"):
+    with pytest.raises(ValueError, match="put the images of each class in one"):
         annotate()
 
 
-def test_a_test_set_is_taken_out_if_wanted(here, capsys):
+def test_test_fraction(here, capsys):
     touch(*(f"datasets/{name}/{i:02d}.jpg" for name in "ab" for i in range(50)))
     annotate(audit=False)
-    assert "txt_annotation.py --test-fraction 0.2 takes a fifth of train out" in capsys.readouterr().out
+    assert "txt_annotation.py --test-fraction 0.2 holds out 20% of train" in capsys.readouterr().out
     annotate(test_fraction=0.2, group_regex=r"^(\d)", audit=False)
-    found = [[line.rpartition("/")[2] for line in entries(name)] for name in LISTS[:3]]
-    assert sum(map(len, found)) == 100
-    assert len(found[2]) == 20
-    train, val, test = ({name[0] for name in names} for names in found)
+    lists = [[line.rpartition("/")[2] for line in entries(name)] for name in LISTS[:3]]
+    assert sum(map(len, lists)) == 100
+    assert len(lists[2]) == 20
+    train, val, test = ({name[0] for name in names} for names in lists)
     assert not (train & test or val & test or train & val)
-    annotate(test_fraction=0.5, val_fraction=0.4, audit=False)  # parts of the whole, both
+    annotate(test_fraction=0.5, val_fraction=0.4, audit=False)  # both are fractions of all images
     assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
-    with pytest.raises(ValueError, match=r"cls_test\.txt holds images that were taken out of train.*as before"):
+    with pytest.raises(ValueError, match=r"cls_test\.txt has images held out from train.*as before"):
         annotate(audit=False)
     assert [len(entries(name)) for name in LISTS[:3]] == [10, 40, 50]
     Path("cls_test.txt").unlink()
     annotate(audit=False)
     assert [len(entries(name)) for name in LISTS[:2]] == [90, 10]
     touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/test/a/1.jpg")
-    with pytest.raises(ValueError, match=r"test_fraction=0\.2: there are test images already"):
+    with pytest.raises(ValueError, match=r"test_fraction=0\.2: there is a test folder with images"):
         annotate(test_fraction=0.2, audit=False)
-    with pytest.raises(ValueError, match="leaves a part to train on"):
+    with pytest.raises(ValueError, match="leaves no training images"):
         annotate(test_fraction=0.95, audit=False)
 
 
-def test_test_images_stay_that_wherever_the_lists_are(here):
+def test_held_out_test_images_never_become_training_images(here):
     touch(*(f"pets/{name}/{i:02d}.jpg" for name in "ab" for i in range(20)))
     fields = ("train_annotation_path", "val_annotation_path", "test_annotation_path")
     places = {field: f"pets/{field}.txt" for field in fields}
     annotate("pets", **places, test_fraction=0.2, audit=False)
-    with pytest.raises(ValueError, match=r"test_annotation_path\.txt holds images that were taken out of train"):
+    with pytest.raises(ValueError, match=r"test_annotation_path\.txt has images held out from train"):
         annotate("pets", **places, audit=False)
 
 
-def test_what_lies_beside_the_splits_is_said(two_classes, capsys):
+def test_images_beside_the_splits_are_reported(two_classes, capsys):
     touch("datasets/more/1.jpg", "datasets/loose.jpg")
     annotate()
-    told = capsys.readouterr().out
-    assert "in a folder beside train, val and test: move it into one of them" in told
-    assert "1 outside the class folders" in told
+    output = capsys.readouterr().out
+    assert "in a folder beside train, val and test, move it into one of them" in output
+    assert "1 outside the class folders" in output
 
 
-def test_links_to_nowhere_and_a_disk_stations_own_folders_are_told(here, capsys):
-    touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)))
-    touch("datasets/.d/0.jpg", "datasets/@eaDir/a/0.jpg", "datasets/a/@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg")
+def test_broken_links_and_hidden_folders_are_skipped(here, capsys):
+    touch(*(f"datasets/{name}/{i}.jpg" for name in "ab" for i in range(2)), "datasets/.d/0.jpg", "datasets/a/.e/0.jpg")
     Path("datasets/c").symlink_to("gone")
     Path("datasets/.#c").symlink_to("gone")
     annotate(audit=False)
     assert len(entries("cls_train.txt")) + len(entries("cls_val.txt")) == 4
     table = capsys.readouterr().out
     assert ".#c" not in table
-    assert re.search(r"^c +- +- +- +1 a link to nowhere$", table, re.MULTILINE)
+    assert re.search(r"^c +- +- +- +1 a broken link$", table, re.MULTILINE)
     assert re.search(r"^a +1 +1 +0 +1 hidden$", table, re.MULTILINE)
 
 
-def test_own_folders_beside_the_demos_splits(here):
+def test_own_folders_beside_the_splits_of_the_digits(here):
     ensure_lists(TrainConfig())
     touch(*(f"datasets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(3)))
     ensure_lists(TrainConfig())
@@ -293,30 +292,30 @@ def test_own_folders_beside_the_demos_splits(here):
 
 
 @pytest.mark.parametrize("name", ["datasets/loose.jpg", "datasets/train/cat/1.raw", "datasets/train/cat/notes.txt"])
-def test_the_demo_is_not_written_among_other_files(here, name):
+def test_digits_are_not_written_among_other_files(here, name):
     touch(name)
-    with pytest.raises(ValueError, match="two classes at least"):
+    with pytest.raises(ValueError, match="at least two classes"):
         ensure_lists(TrainConfig())
     assert not list(here.rglob("builtin-digit-*"))
 
 
-def test_a_readme_and_hidden_files_do_not_stop_the_demo(here):
+def test_readme_and_hidden_files_count_as_empty(here):
     touch("datasets/README.md", "datasets/.DS_Store")
     ensure_lists(TrainConfig())
     assert len(list(here.rglob("builtin-digit-*"))) == 1797
 
 
-def test_no_empty_validation_list(here):
+def test_empty_validation_list_is_an_error(here):
     touch("datasets/a/1.jpg", "datasets/b/1.jpg")
-    with pytest.raises(ValueError, match="no images to validate on"):
+    with pytest.raises(ValueError, match="no val images"):
         annotate()
     touch("datasets/train/a/1.jpg", "datasets/train/b/1.jpg", "datasets/val/c/1.jpg")
-    with pytest.raises(ValueError, match="no images to validate on"):
+    with pytest.raises(ValueError, match="no val images"):
         annotate()
     assert not Path("cls_val.txt").exists()
 
 
-def test_a_line_break_in_a_class_name_is_refused(here):
+def test_line_break_in_a_class_name_is_an_error(here):
     touch("datasets/a\nb/1.jpg", "datasets/a\nb/2.jpg", "datasets/c/1.jpg", "datasets/c/2.jpg")
     with pytest.raises(ValueError, match="line break"):
         annotate()

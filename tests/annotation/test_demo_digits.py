@@ -1,4 +1,4 @@
-"""utils/annotation/demo_digits.py: the images are scikit-learn's digits."""
+"""Tests of utils/annotation/demo_digits.py against scikit-learn's digits."""
 
 import numpy as np
 from PIL import Image

@@ -1,4 +1,4 @@
-"""utils/data/augment.py against torchvision's crops and its operations on Pillow's images."""
+"""Tests of utils/data/augment.py against torchvision's crops and operations on Pillow images."""
 
 from collections import Counter
 
@@ -42,19 +42,19 @@ def flat() -> Image.Image:
 
 @pytest.mark.parametrize(("name", "size"), [(name, m) for name, all_m in MAGNITUDES.items() for m in all_m])
 @pytest.mark.parametrize("kind", ["photo", "noise", "flat"])
-def test_operations_are_torchvisions(kind, name, size, request):
+def test_operations_match_torchvision(kind, name, size, request):
     image = photo(request.getfixturevalue("shared")) if kind == "photo" else {"noise": noise, "flat": flat}[kind]()
     peer = v2.AutoAugment()._apply_image_or_video_transform(image, name, size, **GIVEN)
     own = OPERATIONS[name](np.array(image), size)
     difference = torch.from_numpy(np.abs(own.astype(int) - np.asarray(peer))).amax(2).float()
-    if name in ("ShearX", "Rotate"):  # of a pixel between two others either may be the nearest
+    if name in ("ShearX", "Rotate"):  # ties between nearest pixels may be resolved differently
         assert (difference > 1).float().mean() < 0.01
     else:
-        assert difference.max() <= 2  # two roundings, of the grey and of the blend
+        assert difference.max() <= 2  # rounding of the gray image and of the blend
         assert (difference > 1).float().mean() < 0.002
 
 
-def test_the_policy_is_torchvisions():
+def test_policy_matches_torchvision():
     peer = v2.AutoAugment()
     theirs = [[(name, p, level or 0) for name, p, level in row] for row in peer._policies]
     assert theirs == [list(row) for row in POLICY]
@@ -66,7 +66,7 @@ def test_the_policy_is_torchvisions():
         assert (magnitude(name, 5, negative=True) == -own[5]) == signed
 
 
-def test_operations_come_as_often_as_the_policy_says(monkeypatch):
+def test_operation_frequencies_follow_the_policy(monkeypatch):
     counts = Counter()
 
     def counter(name):
@@ -80,26 +80,26 @@ def test_operations_come_as_often_as_the_policy_says(monkeypatch):
         transform(pixels)
     for name in OPERATIONS:
         expected = 200 * sum(p for row in POLICY for n, p, _ in row if n == name)
-        drawn = counts[name, False] + counts[name, True]
-        assert drawn == pytest.approx(expected, abs=4 * expected**0.5)
+        count = counts[name, False] + counts[name, True]
+        assert count == pytest.approx(expected, abs=4 * expected**0.5)
         if name == "Rotate":
-            assert counts[name, True] / drawn == pytest.approx(0.5, abs=0.1)
+            assert counts[name, True] / count == pytest.approx(0.5, abs=0.1)
 
 
-def boxes(draw, count=4000) -> np.ndarray:
+def boxes(sample, count=4000) -> np.ndarray:
     torch.manual_seed(0)
-    return np.array([draw() for _ in range(count)], float)
+    return np.array([sample() for _ in range(count)], float)
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "least"), [(500, 375, 0.08), (64, 64, 0.5), (300, 40, 0.3), (40, 300, 0.9)]
+    ("width", "height", "min_area"), [(500, 375, 0.08), (64, 64, 0.5), (300, 40, 0.3), (40, 300, 0.9)]
 )
-def test_crops_are_spread_like_torchvisions(width, height, least):
+def test_crop_distribution_matches_torchvision(width, height, min_area):
     def peer():
-        top, left, h, w = RandomResizedCrop.get_params(torch.empty(1, height, width), [least, 1.0], [3 / 4, 4 / 3])
+        top, left, h, w = RandomResizedCrop.get_params(torch.empty(1, height, width), [min_area, 1.0], [3 / 4, 4 / 3])
         return left, top, left + w, top + h
 
-    own, theirs = boxes(lambda: random_box(width, height, least)), boxes(peer)
+    own, theirs = boxes(lambda: random_box(width, height, min_area)), boxes(peer)
     assert (own[:, :2] >= 0).all() and (own[:, 2] <= width).all() and (own[:, 3] <= height).all()
     for column in range(4):
         levels = np.quantile(theirs[:, column], (0.1, 0.25, 0.5, 0.75, 0.9))

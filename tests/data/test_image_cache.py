@@ -1,4 +1,4 @@
-"""utils/data/image_cache.py: the same images as from their files, made once, and made anew when anything changed."""
+"""Tests of utils/data/image_cache.py."""
 
 import dataclasses
 import math
@@ -35,11 +35,11 @@ def images(here) -> ImageList:
 
 
 @pytest.fixture
-def made(monkeypatch) -> list[str]:
-    """The images that are shrunk, as it happens."""
+def cached(monkeypatch) -> list[str]:
+    """The paths of images that are written to a cache."""
     paths = []
-    shrink = image_cache._shrink
-    monkeypatch.setattr(image_cache, "_shrink", lambda path, config: paths.append(path) or shrink(path, config))
+    downscale = image_cache._downscale
+    monkeypatch.setattr(image_cache, "_downscale", lambda path, config: paths.append(path) or downscale(path, config))
     return paths
 
 
@@ -49,21 +49,20 @@ def batch(source, config=CONFIG, epoch=0):
 
 
 @pytest.mark.parametrize("shape", [(224, 224), (96, 160)])
-def test_photos_look_as_they_do_from_their_files(shared, here, shape):
-    """The same crops of the same images, softer where a crop is small."""
+def test_cached_photos_are_close_to_their_files(shared, here, shape):
     paths = sorted(map(str, (shared / "data" / "trashnet" / "test").rglob("*.jpg")))[::20]
     photos = list_in_memory((0, path) for path in paths)
     config = dataclasses.replace(CONFIG, input_shape=shape)
     files, source = FileSource(photos, Preprocessing.of(config)), open_cache(photos, config)
     plain = torch.cat([batch(files, config, epoch)[0] for epoch in range(8)])
-    cached = torch.cat([batch(source, config, epoch)[0] for epoch in range(8)])
-    assert (cached - plain).abs().mean() < 3  # of 255 levels
-    decibels = 10 * torch.log10(255**2 / (cached - plain).square().mean((1, 2, 3)))
+    from_cache = torch.cat([batch(source, config, epoch)[0] for epoch in range(8)])
+    assert (from_cache - plain).abs().mean() < 3  # of 255 levels
+    decibels = 10 * torch.log10(255**2 / (from_cache - plain).square().mean((1, 2, 3)))
     assert decibels.mean() > 34
     assert decibels.quantile(0.05) > 25
 
 
-def test_a_small_image_is_kept_as_it_is(here):
+def test_small_images_are_cached_unchanged(here):
     write_image(here / "a.png", size=(30, 20))
     source = open_cache(list_in_memory([(0, "a.png")]), CONFIG)
     assert cached_size(20, 30, CONFIG) == (20, 30)
@@ -71,30 +70,30 @@ def test_a_small_image_is_kept_as_it_is(here):
     assert torch.equal(batch(source)[0], plain)
 
 
-def test_crops_of_middling_area_are_not_enlarged():
+def test_crops_of_mean_area_are_not_enlarged():
     height, width = cached_size(3000, 4000, settings())
     assert (height, width) == (305, 406)
     assert math.sqrt((1 + 0.08) / 2) * height == pytest.approx(224, abs=1)
 
 
-def test_it_is_made_once(images, made, capsys):
+def test_cache_is_written_once(images, cached, capsys):
     first = open_cache(images, CONFIG)
-    assert sorted(made) == sorted(f"{i}.png" for i in range(12))
+    assert sorted(cached) == sorted(f"{i}.png" for i in range(12))
     assert "12 images" in capsys.readouterr().out
     second = open_cache(images, CONFIG)
-    assert len(made) == 12
+    assert len(cached) == 12
     assert torch.equal(batch(second)[0], batch(first)[0])
     pixels = batch(first)[0].clone()
-    for kept in (0, 100, first.path.stat().st_size // 2):
+    for size in (0, 100, first.path.stat().st_size // 2):
         content = first.path.read_bytes()
-        first.path.unlink()  # which is still mapped
-        first.path.write_bytes(content[len(content) - kept :])
+        first.path.unlink()  # still mapped
+        first.path.write_bytes(content[len(content) - size :])
         assert torch.equal(batch(open_cache(images, CONFIG))[0], pixels)
-    assert len(made) == 4 * 12
+    assert len(cached) == 4 * 12
 
 
 @pytest.mark.parametrize("change", ["content", "time", "shape", "crop", "code"])
-def test_it_is_made_anew_when_something_changed(images, made, monkeypatch, change):
+def test_cache_is_written_again_after_a_change(images, cached, monkeypatch, change):
     first, config = open_cache(images, CONFIG), CONFIG
     before, _ = batch(first)
     if change == "content":
@@ -108,14 +107,14 @@ def test_it_is_made_anew_when_something_changed(images, made, monkeypatch, chang
     else:
         config = dataclasses.replace(CONFIG, train_crop=0.9)
     fresh, _ = batch(open_cache(images, config), config)
-    assert len(made) == 24
+    assert len(cached) == 24
     plain, _ = batch(FileSource(images, Preprocessing.of(config)), config)
     assert (fresh - plain).abs().mean() < 12
-    assert torch.equal(batch(first)[0], before)  # a run that goes on meanwhile sees what it saw
+    assert torch.equal(batch(first)[0], before)  # open caches are unaffected
     assert len(list(Path(CONFIG.cache_dir).glob("*.bin"))) == (2 if change == "shape" else 1)
 
 
-def test_two_processes_make_one_cache(here):
+def test_two_processes_write_one_cache(here):
     for i in range(40):
         write_image(here / f"{i}.png", 100, (200, 150), seed=i)
     script = (
@@ -131,53 +130,53 @@ def test_two_processes_make_one_cache(here):
     assert [path.suffix for path in Path(CONFIG.cache_dir).iterdir()] == [".bin"]
 
 
-def test_other_labels_leave_it_and_another_order_does_not(images, made):
-    for path in Path().glob("*.png"):  # of one size and age
+def test_cache_depends_on_the_order_but_not_on_labels(images, cached):
+    for path in Path().glob("*.png"):  # same size and time
         Image.new("RGB", (50, 50), (20 * int(path.stem), 0, 0)).save(path.with_suffix(".bmp"))
         os.utime(path.with_suffix(".bmp"), (1, 1))
     open_cache(list_in_memory((0, f"{i}.bmp") for i in range(12)), CONFIG)
     open_cache(list_in_memory((1, f"{i}.bmp") for i in range(12)), CONFIG)
-    assert len(made) == 12
+    assert len(cached) == 12
     pixels, _ = batch(open_cache(list_in_memory((0, f"{i}.bmp") for i in reversed(range(12))), CONFIG))
-    assert len(made) == 24
+    assert len(cached) == 24
     assert pixels[:, 0].mean((1, 2)).tolist() == [20 * i for i in reversed(range(12))]
 
 
-def test_what_was_cut_off_leaves_nothing_behind(images, monkeypatch):
+def test_interrupted_write_leaves_no_file(images, monkeypatch):
     def fail(path, config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_cache, "_shrink", fail)
+    monkeypatch.setattr(image_cache, "_downscale", fail)
     with pytest.raises(KeyboardInterrupt):
         open_cache(images, CONFIG)
     assert list(Path(CONFIG.cache_dir).iterdir()) == []
 
 
-def test_an_unreadable_image_is_stood_in_for(images, here, capsys):
+def test_unreadable_images_are_replaced(images, here, capsys):
     (here / "3.png").write_text("no image")
     images = list_in_memory((i // 6, f"{i}.png") for i in range(12))
     pixels, dataset = batch(open_cache(images, CONFIG))
-    assert "but for 1 unreadable" in capsys.readouterr().out
+    assert "1 unreadable" in capsys.readouterr().out
     with Image.open("0.png") as dark, Image.open("11.png") as light:
-        between = (np.asarray(dark).mean() + np.asarray(light).mean()) / 2
-    assert pixels[3].mean() < between  # another of its class, which is the darker
+        middle = (np.asarray(dark).mean() + np.asarray(light).mean()) / 2
+    assert pixels[3].mean() < middle  # replaced by an image of its class, the darker one
     assert dataset.newly_unreadable() == ["3.png"]
 
 
-def test_no_room_is_an_error_beforehand(images, made, monkeypatch):
+def test_missing_disk_space_is_an_error(images, cached, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"cache_dir='cache': the cache takes about .* are free; set cache_dir"):
         open_cache(images, CONFIG)
-    assert made == []
+    assert cached == []
 
 
-def test_a_worker_maps_the_file_instead_of_being_sent_it(images):
+def test_workers_map_the_file_instead_of_copying_it(images):
     source = open_cache(images, CONFIG)
     expected, _ = batch(source)
-    sent = pickle.dumps(source)
-    assert len(sent) < source.path.stat().st_size / 10
-    assert torch.equal(batch(pickle.loads(sent))[0], expected)
+    pickled = pickle.dumps(source)
+    assert len(pickled) < source.path.stat().st_size / 10
+    assert torch.equal(batch(pickle.loads(pickled))[0], expected)
     dataset = ImageDataset(source, TrainTransform(CONFIG), seed=1)
     ((pixels, class_ids),) = train_loader(dataset, 12, num_workers=2)
     assert torch.equal(pixels[np.argsort(class_ids)].float(), expected)

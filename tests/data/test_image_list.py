@@ -1,4 +1,4 @@
-"""utils/data/image_list.py: whatever is in a name comes back; what can't work is named by its line."""
+"""Tests of utils/data/image_list.py."""
 
 import os
 from pathlib import Path
@@ -10,23 +10,13 @@ from hypothesis import strategies as st
 
 from utils.data.image_list import list_in_memory, read_classes, read_first_path, read_list, write_classes, write_list
 
-AWKWARD = [
-    "a b.jpg",
-    "a;b;c.jpg",
-    "'q\".jpg",
-    "猫/图片 1.jpg",
-    "-dash.jpg",
-    "#%,.png",
-    "e\u0301.png",
-    "\udcff.png",
-    " ",
-]
-# As a file system gives names: any bytes but these, those that aren't UTF-8 as surrogates.
+AWKWARD = ["a b.jpg", "a;b;c.jpg", "'q\".jpg", "猫/图片 1.jpg", "-.jpg", "#%,.png", "e\u0301.png", "\udcff.png", " "]
+# File names: any bytes except those filtered below; bytes that aren't UTF-8 become surrogates.
 names = st.binary(min_size=1, max_size=60).map(lambda b: b.decode("utf-8", "surrogateescape"))
 usable_names = names.filter(lambda name: not set(name) & {"\n", "\r", "\0"} and not name.startswith("/"))
 
 
-def test_awkward_names_survive(here):
+def test_awkward_names_round_trip(here):
     entries = list(enumerate(AWKWARD))
     write_list("list.txt", entries)
     images = read_list("list.txt", num_classes=len(AWKWARD))
@@ -34,7 +24,7 @@ def test_awkward_names_survive(here):
 
 
 @given(st.lists(st.tuples(st.integers(0, 999), usable_names), min_size=1, max_size=20))
-def test_any_name_survives(tmp_path_factory, entries):
+def test_any_name_round_trips(tmp_path_factory, entries):
     path = tmp_path_factory.getbasetemp() / "property.txt"
     write_list(path, entries)
     images = read_list(path, num_classes=1000)
@@ -43,67 +33,55 @@ def test_any_name_survives(tmp_path_factory, entries):
 
 
 @pytest.mark.parametrize("name", ["a\nb.jpg", "a\rb.jpg"])
-def test_a_line_break_in_a_name_is_refused(here, name):
+def test_line_break_in_a_name_is_an_error(here, name):
     with pytest.raises(ValueError, match="line break"):
         write_list("list.txt", [(0, name)])
     assert not os.path.exists("list.txt")
 
 
-def test_relative_paths_start_at_the_lists_folder(here):
+def test_relative_paths_start_at_the_folder_of_the_list(here):
     os.mkdir("elsewhere")
     write_list("elsewhere/list.txt", [(0, "a.jpg"), (1, "/b.jpg")])
     images = read_list("elsewhere/list.txt", 2)
     assert [images.path(0), images.path(1)] == ["elsewhere/a.jpg", "/b.jpg"]
 
 
-def test_lists_from_windows(here):
+def test_windows_line_ends_and_byte_order_mark(here):
     (here / "list.txt").write_bytes(b"\xef\xbb\xbf0;a.jpg\r\n1;b.jpg\r\n\r\n")
     images = read_list("list.txt", 2)
     assert [images.path(0), images.path(1)] == ["a.jpg", "b.jpg"]
 
 
-def test_a_list_in_memory_holds_no_strings():
+def test_list_in_memory_is_three_arrays():
     images = list_in_memory((0, f"{i}.jpg") for i in range(1000))
     assert all(isinstance(getattr(images, name), np.ndarray) for name in ("buffer", "starts", "class_ids"))
     assert (images.path(0), images.path(1), images.path(999)) == ("0.jpg", "1.jpg", "999.jpg")
 
 
-def test_a_list_is_read_across_blocks(monkeypatch):
+def test_parsing_across_blocks(monkeypatch):
     monkeypatch.setattr("utils.data.image_list.BLOCK", 7)
     images = list_in_memory((i, "x" * (i % 5 + 1)) for i in range(50))
     assert [images.path(i) for i in range(50)] == ["x" * (i % 5 + 1) for i in range(50)]
     assert images.class_ids.tolist() == list(range(50))
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "a.jpg",
-        "x;a.jpg",
-        "-1;a.jpg",
-        "1",
-        "1;",
-        "²;a.jpg",
-        " 1;a.jpg",
-        ";a.jpg",
-        "1234567890;a.jpg",
-        "/;a.jpg",
-        ":;a.jpg",
-    ],
-)
-def test_a_broken_line_is_named(here, line):
+BROKEN = ["a.jpg", "x;a.jpg", "-1;a.jpg", "1", "1;", "²;a.jpg", " 1;a.jpg", ";a.jpg", "1234567890;a", "/;a", ":;a"]
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_invalid_line_is_reported_with_its_number(here, line):
     (here / "list.txt").write_text(f"0;a.jpg\n{line}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"list\.txt, line 2: expected class_id;path, found"):
         read_list("list.txt", 2)
 
 
-def test_a_class_id_beyond_the_classes(here):
+def test_class_id_out_of_range(here):
     (here / "list.txt").write_text("0;a.jpg\n2;b.jpg\n")
     with pytest.raises(ValueError, match=r"line 2: class id 2, but there are 2 classes"):
         read_list("list.txt", 2)
 
 
-def test_no_list_and_an_empty_one(here):
+def test_missing_and_empty_list(here):
     with pytest.raises(FileNotFoundError, match=r"no list none\.txt: run python txt_annotation\.py"):
         read_list("none.txt", 2)
     (here / "empty.txt").touch()
@@ -117,19 +95,21 @@ def test_classes_round_trip(here):
     assert read_classes("model_data/classes.txt") == names
 
 
-@pytest.mark.parametrize(("text", "told"), [("a\nb\na\n", "names a twice"), ("a\n", "1 classes"), ("", "0 classes")])
-def test_class_files_that_cannot_work(here, text, told):
+@pytest.mark.parametrize(
+    ("text", "message"), [("a\nb\na\n", "class a is repeated"), ("a\n", "1 classes"), ("", "0 classes")]
+)
+def test_invalid_class_files(here, text, message):
     (here / "c.txt").write_text(text)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         read_classes("c.txt")
 
 
-def test_no_class_file(here):
+def test_missing_class_file(here):
     with pytest.raises(FileNotFoundError, match=r"no class file c\.txt"):
         read_classes("c.txt")
 
 
-def test_the_first_path(here):
+def test_read_first_path(here):
     write_list("list.txt", [(0, "a;b.jpg"), (1, "c.jpg")])
     assert read_first_path("list.txt") == "a;b.jpg"
     (here / "sub").mkdir()
@@ -139,13 +119,13 @@ def test_the_first_path(here):
     assert read_first_path("empty.txt") is read_first_path("none.txt") is None
 
 
-def test_no_line_end_after_the_last_line(here):
+def test_last_line_without_line_end(here):
     (here / "list.txt").write_bytes(b"0;a.jpg\n\n1;b.jpg")
     images = read_list("list.txt", 2)
     assert [images.path(i) for i in range(len(images))] == ["a.jpg", "b.jpg"]
 
 
-def test_a_nul_is_named_by_its_line(here):
+def test_nul_byte_is_reported_with_its_line(here):
     Path("list.txt").write_bytes(b"0;a.jpg\n1;b\0c.jpg\n")
-    with pytest.raises(ValueError, match=r"list\.txt, line 2: it has a NUL"):
+    with pytest.raises(ValueError, match=r"list\.txt, line 2: NUL byte"):
         read_list("list.txt", num_classes=2)

@@ -1,4 +1,4 @@
-"""utils/data/loader.py: what is seen depends on the seed alone, and nothing is dropped in evaluation."""
+"""Tests of dataset, sampler and loader: samples depend on the seed only, and evaluation reads every image."""
 
 import dataclasses
 
@@ -29,8 +29,8 @@ def images(here) -> ImageList:
     return list_in_memory((i, f"{i}.png") for i in range(23))
 
 
-def test_a_run_on_the_processor_leaves_the_gpu_alone(images, monkeypatch):
-    """Pinning memory would begin to use it, and fail where another program has filled it."""
+def test_cpu_runs_do_not_initialize_cuda(images, monkeypatch):
+    """Pinning memory initializes CUDA, which fails if another process uses all GPU memory."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
@@ -62,20 +62,20 @@ def test_the_number_of_workers_changes_nothing(images, workers):
     assert equal(epoch_of(images, workers), alone)
 
 
-def test_seed_and_epoch_change_everything(images):
+def test_samples_depend_on_seed_and_epoch(images):
     first = epoch_of(images, 0)
     assert equal(epoch_of(images, 0), first)
     assert not equal(epoch_of(images, 0, epoch=1), first)
     assert not equal(epoch_of(images, 0, seed=2), first)
 
 
-def test_the_same_image_looks_otherwise_in_another_epoch(images):
+def test_images_are_augmented_differently_in_each_epoch(images):
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
     assert torch.equal(dataset[(0, 3, 0)][0], dataset[(0, 3, 0)][0])
     assert not torch.equal(dataset[(0, 3, 0)][0], dataset[(1, 3, 0)][0])
 
 
-def test_a_image_does_not_depend_on_the_others_of_its_batch(images):
+def test_images_do_not_depend_on_the_rest_of_the_batch(images):
     transform = TrainTransform(dataclasses.replace(CONFIG, augmentation="autoaugment"))
     dataset = ImageDataset(FileSource(images, PREPROCESSING), transform, seed=1)
     together = dataset.__getitems__([(0, i, 0) for i in range(23)])
@@ -83,7 +83,7 @@ def test_a_image_does_not_depend_on_the_others_of_its_batch(images):
     assert equal(together, [(pixels, class_id) for pixels, class_id in alone])
 
 
-def test_training_batches_are_whole_and_no_image_comes_twice(images):
+def test_last_incomplete_batch_is_dropped_and_no_image_repeated(images):
     batches = epoch_of(images, 0)
     assert [len(targets) for _, targets in batches] == [5] * 4
     seen = torch.cat([targets for _, targets in batches])
@@ -119,30 +119,16 @@ def test_order_is_a_permutation_that_depends_on_the_epoch():
     assert [i for _, i, _ in first] != [i for _, i, _ in second]
 
 
-def test_an_unreadable_image_is_named(images, here):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_raises(images, here, workers):
     (here / "3.png").write_text("no image")
     with pytest.raises(ImageError, match=r"3\.png can't be read as an image"):
-        epoch_of(images, 0, batch_size=23)
+        epoch_of(images, workers, batch_size=23)
 
 
-def test_an_unreadable_image_is_named_by_a_worker(images, here):
-    (here / "3.png").write_text("no image")
-    with pytest.raises(ImageError, match=r"3\.png can't be read as an image"):
-        epoch_of(images, 1, batch_size=23)
-
-
-def test_seeds_differ_by_purpose_and_position():
-    parts = [
-        (1, "a"),
-        (1, "b"),
-        (2, "a"),
-        (1, "a", 0),
-        (1, "a", 1),
-        (1, "a", 0, 1),
-        (1, "a", 1, 0),
-        (11, "a"),
-        (1, "a", 11),
-    ]
+def test_derived_seeds_differ_by_purpose_and_position():
+    parts = [(1, "a"), (1, "b"), (2, "a"), (1, "a", 0), (1, "a", 1), (1, "a", 0, 1), (1, "a", 1, 0), (11, "a")]
+    parts.append((1, "a", 11))
     seeds = [derive_seed(*part) for part in parts]
     assert len(set(seeds)) == len(parts)
     assert all(0 <= seed < 2**64 for seed in seeds)
@@ -165,60 +151,62 @@ def train_set(images, max_bad_fraction=0.1) -> ImageDataset:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_another_of_its_class_stands_in(two_of_three, workers):
+def test_unreadable_images_are_replaced_by_others_of_their_class(two_of_three, workers):
     dataset = train_set(two_of_three)
     (pixels, class_ids), *_ = list(train_loader(dataset, 32, workers))
     levels = pixels.float().mean((1, 2, 3))
-    for class_id, level in enumerate((40, 110, 180)):  # no label has moved
+    for class_id, level in enumerate((40, 110, 180)):  # labels match
         assert (levels[class_ids == class_id] - level).abs().max() < 25
     assert class_ids.bincount().tolist() == [20, 10, 2]
     assert sorted(dataset.newly_unreadable()) == ["25.png", "3.png"]
     assert dataset.newly_unreadable() == []
 
 
-def test_what_stands_in_is_the_same_each_time(two_of_three):
+def test_replacement_is_always_the_same(two_of_three):
     first, second = train_set(two_of_three), train_set(two_of_three)
     second[(0, 25, 0)]
     assert torch.equal(first[(0, 3, 0)][0], second[(0, 3, 0)][0])
-    stands_in = [i for i in range(20) if i != 3 and torch.equal(first._read((0, 3, 0)), crop_of(first, i))]
-    assert len(stands_in) == 1
+    matches = [i for i in range(20) if i != 3 and torch.equal(first._read((0, 3, 0)), crop_of(first, i))]
+    assert len(matches) == 1
 
 
 def crop_of(dataset, index):
-    """Image `index` with the crop of image 3."""
+    """Return image `index` with the crop of image 3."""
     return dataset._crop(index, (0, 3, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_unreadable_stop_the_run(two_of_three, workers):
-    with pytest.raises(TooManyUnreadable, match=r"^2 of 32 images can't be read.*0\.05: 3.png, 25.png; mend"):
+def test_too_many_unreadable_images_raise(two_of_three, workers):
+    with pytest.raises(
+        TooManyUnreadable, match=r"^max_bad_fraction=0\.05: 2 of 32 images can't be read: 3.png, 25.png; repair"
+    ):
         list(train_loader(train_set(two_of_three, 0.05), 32, workers))
 
 
-def test_a_class_without_a_readable_image_is_an_error(two_of_three, here):
+def test_class_without_readable_images_is_an_error(two_of_three, here):
     for i in (30, 31):
         (here / f"{i}.png").unlink()
     with pytest.raises(ImageError, match=r"3[01]\.png can't be read.*no such file; nor can any other.*id 2"):
         list(train_loader(train_set(two_of_three, 0.5), 32, 0))
 
 
-def test_balanced_sampling_draws_classes_alike():
+def test_balanced_sampling_draws_classes_equally():
     class_ids = np.repeat([0, 1, 3], [900, 90, 10]).astype(np.int32)
     sampler = EpochSampler(class_ids, "balanced", seed=3)
     keys = list(sampler)
-    drawn = np.array([index for _, index, _ in keys])
+    order = np.array([index for _, index, _ in keys])
     assert len(keys) == len(sampler) == 1000
-    assert np.bincount(class_ids[drawn]) == pytest.approx([333, 333, 0, 333], abs=60)
-    assert len(np.unique(drawn[class_ids[drawn] == 0])) > 220  # not the same few
-    assert set(drawn[class_ids[drawn] == 3]) == set(range(990, 1000))
+    assert np.bincount(class_ids[order]) == pytest.approx([333, 333, 0, 333], abs=60)
+    assert len(np.unique(order[class_ids[order] == 0])) > 220  # not the same few images
+    assert set(order[class_ids[order] == 3]) == set(range(990, 1000))
     assert list(sampler) == keys
-    assert len(set(keys)) == 1000  # an image that comes again is drawn anew
+    assert len(set(keys)) == 1000  # repeated images have their own key
     assert max(repeat for _, index, repeat in keys if index >= 990) > 10
     sampler.epoch = 1
-    assert [index for _, index, _ in sampler] != drawn.tolist()
+    assert [index for _, index, _ in sampler] != order.tolist()
 
 
-def test_balanced_weights_are_scikit_learns():
+def test_balanced_class_weights_match_scikit_learn():
     class_ids = np.repeat([0, 1, 3], [900, 90, 10])
     peer = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=class_ids)
     weights = balanced_class_weights(class_ids, 5)
@@ -227,7 +215,7 @@ def test_balanced_weights_are_scikit_learns():
 
 
 @pytest.mark.parametrize("sampling", ["shuffle", "balanced"])
-def test_an_epoch_can_begin_in_its_middle(sampling):
+def test_epoch_can_start_in_the_middle(sampling):
     sampler = EpochSampler(np.array([0] * 9 + [1] * 3), sampling, seed=3)
     sampler.epoch = 2
     whole = list(sampler)
@@ -236,7 +224,7 @@ def test_an_epoch_can_begin_in_its_middle(sampling):
     assert len(sampler) == 12
 
 
-def test_the_files_of_a_batch_are_those_that_it_was_made_of(images):
+def test_batch_paths(images):
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
     loader = train_loader(dataset, 5, num_workers=0)
     loader.sampler.epoch, loader.sampler.start = 3, 5

@@ -1,4 +1,4 @@
-"""utils/data/transforms.py against Pillow, torchvision and hand-made images."""
+"""Tests of utils/data/transforms.py against Pillow, torchvision and synthetic images."""
 
 import dataclasses
 import math
@@ -31,18 +31,18 @@ def gradient(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (50, 80)])
-def test_evaluation_is_short_side_then_centre(size):
+def test_evaluation_matches_torchvision_resize_and_center_crop(size):
     peer = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224), v2.PILToTensor()])
     image = gradient(*size)
     own = EvalTransform(preprocessing())(image)
     assert (own.dtype, own.shape) == (torch.uint8, (3, 224, 224))
-    assert (own.int() - peer(image).int()).abs().max() <= 2  # the long side may be rounded otherwise, by one pixel
+    assert (own.int() - peer(image).int()).abs().max() <= 2  # the long side may be rounded differently, by one pixel
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(640, 480), (300, 224), (50, 40)])
-def test_evaluation_is_one_resize_of_pillows(size, interpolation):
-    """Of images that lie, in which Pillow, too, goes across first."""
+def test_evaluation_matches_pillow_resize(size, interpolation):
+    """For landscape images Pillow resizes horizontally first, too."""
     transform = EvalTransform(preprocessing(interpolation=interpolation, eval_crop=0.9))
     image = noise(*size)
     box = transform.choose_box(*size)
@@ -51,13 +51,13 @@ def test_evaluation_is_one_resize_of_pillows(size, interpolation):
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_a_image_of_extreme_shape_costs_no_more_than_another(upright, monkeypatch):
-    """10 pixels by 20,000 would be 512 million pixels if its short side were brought to 256 first."""
-    made = []
+def test_extreme_aspect_ratios_cost_no_more_than_others(upright, monkeypatch):
+    """Resizing the short side of 10 x 20,000 pixels to 256 first would give 512 million pixels."""
+    areas = []
     resize = Image.Image.resize
 
     def watched(image: Image.Image, size: tuple[int, int], *args, **options) -> Image.Image:
-        made.append(size[0] * size[1])
+        areas.append(size[0] * size[1])
         return resize(image, size, *args, **options)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
@@ -65,7 +65,7 @@ def test_a_image_of_extreme_shape_costs_no_more_than_another(upright, monkeypatc
     pixels = EvalTransform(preprocessing())(image.transpose(Image.Transpose.TRANSPOSE) if upright else image)
     assert pixels.shape == (3, 224, 224)
     assert abs(pixels[0].float().mean().item() - 127) < 2
-    assert max(made) <= 224 * 224
+    assert max(areas) <= 224 * 224
 
 
 def test_evaluation_at_a_shape_that_is_not_square():
@@ -75,7 +75,7 @@ def test_evaluation_at_a_shape_that_is_not_square():
 
 
 @pytest.mark.parametrize(("size", "bars"), [((200, 100), "rows"), ((100, 200), "columns")])
-def test_letterbox_keeps_all_and_pads_grey(size, bars):
+def test_letterbox_pads_with_gray(size, bars):
     white = Image.new("RGB", size, "white")
     pixels = EvalTransform(preprocessing(input_shape=[64, 64], letterbox_image=True))(white)[0]
     pixels = pixels if bars == "rows" else pixels.T
@@ -85,7 +85,7 @@ def test_letterbox_keeps_all_and_pads_grey(size, bars):
     assert (pixels[48:] == 128).all()
 
 
-def test_normalisation_equals_torchvisions():
+def test_normalization_matches_torchvision():
     pixels = torch.randint(0, 256, (2, 3, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     config = preprocessing()
     peer = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(config.image_mean, config.image_std)])
@@ -94,14 +94,14 @@ def test_normalisation_equals_torchvisions():
     assert not own.state_dict()
 
 
-def test_training_makes_uint8_of_the_input_shape():
+def test_train_transform_returns_uint8_of_the_input_shape():
     pixels = TrainTransform(settings(input_shape=(32, 48)))(noise(100, 80))
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 32, 48))
 
 
-@pytest.mark.parametrize("side", [300, 660, 672, 1000, 1344, 2688])  # of the crop: decoded at 1, 1, 1/2, 1/2, 1/4, 1/8
-def test_the_fast_path_shows_what_the_plain_path_shows(shared, here, side):
-    """Decoded at scale and resized by torch, against decoded whole and resized by Pillow: the same for the eye."""
+@pytest.mark.parametrize("side", [300, 660, 672, 1000, 1344, 2688])  # decoded at 1, 1, 1/2, 1/2, 1/4, 1/8
+def test_scaled_decoding_matches_full_decoding(shared, here, side):
+    """Decoded at a lower scale and resized by torch, against decoded in full and resized by Pillow."""
     config = settings(horizontal_flip=0.0, augmentation="none")
     for path in sorted((shared / "data" / "trashnet" / "test").rglob("*.jpg"))[::60]:
         width = side * 5 // 4
@@ -118,7 +118,7 @@ def test_the_fast_path_shows_what_the_plain_path_shows(shared, here, side):
         assert 10 * math.log10(255**2 / (own - plain).square().mean()) > 36  # dB
 
 
-def drawn(config: TrainConfig, image: Image.Image, count: int = 200) -> torch.Tensor:
+def samples(config: TrainConfig, image: Image.Image, count: int = 200) -> torch.Tensor:
     torch.manual_seed(0)
     transform = TrainTransform(config)
     return torch.stack([transform(image) for _ in range(count)]).float()
@@ -128,42 +128,42 @@ PLAIN = settings(input_shape=(16, 16), augmentation="none", horizontal_flip=0.0)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
-def test_mirroring_follows_its_field(probability):
-    pixels = drawn(dataclasses.replace(PLAIN, horizontal_flip=probability, train_crop=0.5), gradient(64, 64))
+def test_horizontal_flip(probability):
+    pixels = samples(dataclasses.replace(PLAIN, horizontal_flip=probability, train_crop=0.5), gradient(64, 64))
     mirrored = pixels[:, 0, :, 0].mean(1) > pixels[:, 0, :, -1].mean(1)
     assert mirrored.float().mean().item() == pytest.approx(probability, abs=0.1)
 
 
-def test_crops_follow_their_field():
-    def least_span(train_crop):
-        pixels = drawn(dataclasses.replace(PLAIN, train_crop=train_crop), gradient(64, 64))
+def test_train_crop():
+    def min_span(train_crop):
+        pixels = samples(dataclasses.replace(PLAIN, train_crop=train_crop), gradient(64, 64))
         return (pixels[:, 0, 0, -1] - pixels[:, 0, 0, 0]).min().item() / 255
 
-    assert least_span(0.9) > 0.75
-    assert least_span(0.08) < 0.4
+    assert min_span(0.9) > 0.75
+    assert min_span(0.08) < 0.4
 
 
-CHANGES = [{"augmentation": name} for name in ("autoaugment", "randaugment", "trivialaugment", "augmix")]
+AUGMENTATIONS = [{"augmentation": name} for name in ("autoaugment", "randaugment", "trivialaugment", "augmix")]
 
 
-@pytest.mark.parametrize("fields", [*CHANGES, {"color_jitter": 0.4}, {"random_erasing": 0.5}, {}])
-def test_changes_follow_their_fields(fields):
-    pixels = drawn(dataclasses.replace(PLAIN, train_crop=1.0, **fields), gradient(16, 16), 50)
-    looks = len(pixels.unique(dim=0))
-    assert looks > 10 if fields else looks <= 5  # of a square image, whole crops are all that is left
+@pytest.mark.parametrize("fields", [*AUGMENTATIONS, {"color_jitter": 0.4}, {"random_erasing": 0.5}, {}])
+def test_augmentation_fields(fields):
+    pixels = samples(dataclasses.replace(PLAIN, train_crop=1.0, **fields), gradient(16, 16), 50)
+    variants = len(pixels.unique(dim=0))
+    assert variants > 10 if fields else variants <= 5  # only crops by whole pixels vary
 
 
-def test_how_often_and_how_far_images_are_changed():
-    """By their definitions: grey boxes of 2 to 33 % in half the images; levels of a grey one within the jitter."""
+def test_random_erasing_and_color_jitter():
+    """Gray boxes of 2 to 33 % in half of the images, and the brightness of gray images within the jitter."""
     grey = Image.new("RGB", (40, 40), (100, 100, 100))
     plain = dataclasses.replace(PLAIN, train_crop=1.0, input_shape=(40, 40))
-    erased = (drawn(dataclasses.replace(plain, random_erasing=0.5), grey, 400) == 128).all(1).float().mean(dim=(1, 2))
+    erased = (samples(dataclasses.replace(plain, random_erasing=0.5), grey, 400) == 128).all(1).float().mean(dim=(1, 2))
     hit = erased[erased > 0]
     assert 150 < len(hit) < 250
     assert hit.min() > 0.015
     assert hit.max() < 0.35
-    levels = drawn(dataclasses.replace(plain, color_jitter=0.2), grey, 400)[:, 0, 0, 0]
-    # Brightness by up to a fifth, to the nearest levels or so; contrast and saturation leave an even grey as it is.
+    levels = samples(dataclasses.replace(plain, color_jitter=0.2), grey, 400)[:, 0, 0, 0]
+    # Only brightness changes uniform gray, by up to 20 % and rounding; contrast and saturation don't.
     assert 77 <= levels.min() < 85
     assert 115 < levels.max() <= 121
 
@@ -175,8 +175,8 @@ def test_preprocessing_round_trip():
     assert all(type(v) in (list, bool, float, int, str) for v in before.as_dict().values())
 
 
-def test_the_centre_of_a_shape_that_is_no_square():
-    """By hand: a flat strip of a tall image, as wide as it is, and a part of it with a crop."""
+def test_center_box_of_a_shape_that_is_not_square():
+    """Computed by hand, for a tall image and a wide shape."""
     preprocessing = Preprocessing.of(settings(input_shape=(8, 16), eval_crop=1.0))
     assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((0, 7.5, 10, 12.5))
     preprocessing = Preprocessing.of(settings(input_shape=(8, 16), eval_crop=0.5))
@@ -184,7 +184,7 @@ def test_the_centre_of_a_shape_that_is_no_square():
 
 
 @pytest.mark.parametrize("size", [(900, 2), (2, 900)])
-def test_of_a_strip_a_line_is_left_between_the_bars(size):
+def test_letterbox_keeps_one_line_of_a_strip(size):
     transform = EvalTransform(Preprocessing.of(settings(input_shape=(32, 32), letterbox_image=True)))
     pixels = transform(Image.new("RGB", size, "white"))
     assert (pixels == 255).sum().item() == 3 * 32

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import eval as evaluation_script
 from nets.factory import build_model
 from tests.conftest import SMALL, settings, write_image
-from utils.data.image_list import list_in_memory, take
+from utils.data.image_list import list_in_memory, select
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.evaluation.evaluation import Evaluation, evaluate_corrupted
@@ -197,7 +197,7 @@ def test_worst_mistakes_reach_tensorboard_and_the_page(here):
 def test_beside_a_mistake_are_its_own_maps_and_neighbour(here):
     evaluation = make_evaluation(here, ["a", "b", "c"], accuracy=0.5)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
-    train = TrainEmbeddings(take(evaluation.images, order.numpy()), evaluation.outputs.embeddings[order])
+    train = TrainEmbeddings(select(evaluation.images, order.numpy()), evaluation.outputs.embeddings[order])
     gallery = Gallery(evaluation, train)
     worst = worst_mistakes(evaluation.scores, WORST)
     figures = gallery.figures(worst, explained=True)

@@ -18,7 +18,7 @@ import train
 from tests.conftest import TINY, settings, write_image, write_two_classes
 from utils.annotation.annotate import annotate
 from utils.annotation.demo_digits import write_demo
-from utils.data.image_list import draw, list_in_memory, read_list, take
+from utils.data.image_list import list_in_memory, read_list, sample_indices, select
 from utils.inference.classifier import load_classifier
 from utils.inference.fit_calibration import EMBEDDINGS, calibrate_checkpoint, read_embeddings
 from utils.inference.outputs import compute_outputs
@@ -217,14 +217,14 @@ def test_unreadable_images_are_left_out_of_calibration(two_classes, capsys):
 def test_rare_classes_are_drawn_too():
     class_ids = [0] * 900 + [1] * 90 + [2] * 5
     images = list_in_memory((k, f"{i}.png") for i, k in enumerate(class_ids))
-    drawn = draw(images, 60, seed=1, by_class=True)
+    drawn = sample_indices(images, 60, seed=1, by_class=True)
     counts = np.bincount(images.class_ids[drawn])
     assert counts[2] == 5 and abs(counts[0] - counts[1]) <= 1 and counts.sum() == 60
     assert (np.diff(drawn) > 0).all()
-    plain = draw(images, 60, seed=1)
+    plain = sample_indices(images, 60, seed=1)
     assert np.bincount(images.class_ids[plain])[0] > 40
-    assert draw(images, 5000, seed=1).tolist() == list(range(995))
-    some = take(images, drawn)
+    assert sample_indices(images, 5000, seed=1).tolist() == list(range(995))
+    some = select(images, drawn)
     assert [some.path(i) for i in range(60)] == [f"{i}.png" for i in drawn]
 
 

@@ -1,4 +1,4 @@
-"""From folders to lists: scan, split, audit, duplicates, and the demo data set.
+"""Create lists from folders of images: scan, split, audit, near-duplicates, and the built-in digits.
 
 Imports `data` and the floors below it.
 """

@@ -1,10 +1,10 @@
-"""What is wrong with a folder of images, found before a long run is spent on it."""
+"""Audit a dataset before training: find unreadable, duplicate, mislabeled and otherwise faulty images."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,22 +14,22 @@ from utils.annotation.folder_scan import SPLITS
 from utils.annotation.near_duplicates import near_duplicate_groups
 from utils.data.image_io import SUFFIXES
 
-FEW = 10
-"""Training images below which a class is called tiny."""
-MANY_COPIES = 5
-"""Equal images from which on they are taken for a placeholder, such as "image not available"."""
-SIMILAR_BY_NATURE = "alike by nature"
-MOST_ALIKE = 1 / 3
-"""The part of a class that can look alike before that is taken for how its images are, not for a fault."""
-DARK = 16
-"""Level of 255 that nothing in an image is brighter than if it has 12 bits in a file of 16."""
-UNEVEN = 10
-"""How many times the smallest class the largest may be."""
+MIN_CLASS_SIZE = 10
+"""A class with fewer training images is reported as tiny."""
+MIN_PLACEHOLDER_COPIES = 5
+"""Duplicates in several classes from which on they count as a placeholder, such as "image not available"."""
+SIMILAR_BY_NATURE = "similar by nature"
+MAX_NEAR_DUPLICATES = 1 / 3
+"""A larger fraction of a class that is near-duplicate is the nature of its images, not a fault."""
+MAX_DARK_LEVEL = 16
+"""Highest level of 255 in 12-bit images stored in 16-bit files."""
+MAX_IMBALANCE = 10
+"""Largest ratio of class sizes that isn't reported."""
 
 
 @dataclass(frozen=True)
 class AuditedImage:
-    """An image, where it belongs, and what is known of it."""
+    """An image with its split, class and fingerprint."""
 
     path: str
     split: str
@@ -39,13 +39,13 @@ class AuditedImage:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong.
+    """A problem found by the audit.
 
     Attributes:
-        kind: what, in a word or two that never change.
-        message: what, in a sentence.
-        groups: the images, those that belong together side by side.
-        excluded: those that `--fix` leaves out of the lists.
+        kind: a fixed name, part of the audit.json interface.
+        message: a description in one sentence.
+        groups: the images, grouped, for example by duplicate.
+        excluded: the images that `--fix` excludes from the lists.
     """
 
     kind: str
@@ -57,16 +57,16 @@ class Finding:
 def find_faults(
     images: Sequence[AuditedImage], class_names: Sequence[str], groups: Sequence[Sequence[str]] = ()
 ) -> list[Finding]:
-    """All that is wrong with the images, the worst first.
+    """Return all problems of a dataset, the most serious first.
 
-    Unreadable files; blank images and placeholders; images that are equal or look alike across classes (one of the
-    labels is wrong), across splits (the test is no test) and within a class; wrong suffixes; classes that are missing,
-    tiny, or far larger than others; and shortcuts: what tells the class without looking at the image.
+    Unreadable files; blank images and placeholders; duplicates and near-duplicates across classes (a label is wrong),
+    across splits (data leakage) and within a class; wrong suffixes; missing, tiny and imbalanced classes; shortcuts:
+    file properties that predict the class.
 
     Args:
         images: of all splits.
-        class_names: the classes that there should be.
-        groups: paths that belong together, such as images of one patient, and should be in one split.
+        class_names: the expected classes.
+        groups: paths that must be in one split, such as the images of one patient.
     """
     readable = [image for image in images if not image.fingerprint.error]
     return [
@@ -82,8 +82,10 @@ def find_faults(
 
 
 def linked(findings: Iterable[Finding]) -> list[list[str]]:
-    """Paths of images that `findings` show together, and that should be in one split therefore. Not those that are
-    alike by nature: a class of which all is one group could be in no more than one."""
+    """Return groups of paths in `findings` that must be in one split.
+
+    Images that are similar by nature are omitted: a class that is one group can't be split.
+    """
     return [
         [image.path for image in group]
         for finding in findings
@@ -100,63 +102,63 @@ def _unreadable(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     bad = [image for image in images if image.fingerprint.error]
     if bad:
         causes = Counter(image.fingerprint.error for image in bad).most_common(3)
-        told = "; ".join(f"{count} x {cause}" for cause, count in causes)
-        yield Finding(
-            "unreadable", f"{_count(len(bad), 'file')} can't be read: {told}", [[image] for image in bad], bad
-        )
+        details = "; ".join(f"{count} x {cause}" for cause, count in causes)
+        message = f"{_count(len(bad), 'file')} can't be read: {details}"
+        yield Finding("unreadable", message, [[image] for image in bad], bad)
 
 
 def _blank(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     blank = [image for image in images if image.fingerprint.flat]
     if blank:
-        yield Finding("blank", f"blank: {_count(len(blank), 'image')} of one colour", [[p] for p in blank], blank)
+        yield Finding("blank", f"{_count(len(blank), 'blank image')} of one color", [[p] for p in blank], blank)
 
 
 def _dark(images: Sequence[AuditedImage]) -> Iterator[Finding]:
-    dark = [p for p in images if max(p.fingerprint.thumbnail, default=255) <= DARK]
+    dark = [p for p in images if max(p.fingerprint.thumbnail, default=255) <= MAX_DARK_LEVEL]
     if dark:
         message = (
-            f"nearly black: {_count(len(dark), 'image')}; if these are of a microscope or the like, with 12 bits in "
-            f"files of 16, multiply their levels by 16: of 16 bits 65535 is white"
+            f"{_count(len(dark), 'nearly black image')}; if they have 12 bits in 16-bit files, as microscopes write "
+            f"them, multiply the levels by 16: white is 65535"
         )
         yield Finding("dark", message, [[p] for p in dark])
 
 
 def find_duplicates(images: Sequence[AuditedImage]) -> Iterator[Finding]:
-    """Of readable images those that are equal or look alike; blank ones are left out."""
+    """Yield duplicates and near-duplicates among readable images that aren't blank."""
     images = [image for image in images if not image.fingerprint.flat]
     by_digest = defaultdict(list)
     for image in images:
         by_digest[image.fingerprint.digest].append(image)
-    many, rest = [], []
+    placeholders, rest = [], []
     for group in by_digest.values():
-        # Copies in one class are more likely there to make it larger.
-        is_placeholder = len(group) >= MANY_COPIES and len({image.class_name for image in group}) > 1
-        (many if is_placeholder else rest).append(group)
-    if many:
-        copies = [image for group in many for image in group]
-        told = f"{_count(len(copies), 'file')} show {_count(len(many), 'image')} over and over, perhaps placeholders"
-        yield Finding("placeholder", told, many, copies)
-    yield from _by_place("equal", [group for group in rest if len(group) > 1])
+        # Copies within one class are more likely oversampling.
+        is_placeholder = len(group) >= MIN_PLACEHOLDER_COPIES and len({image.class_name for image in group}) > 1
+        (placeholders if is_placeholder else rest).append(group)
+    if placeholders:
+        copies = [image for group in placeholders for image in group]
+        message = f"{_count(len(copies), 'file')} are copies of {_count(len(placeholders), 'placeholder image')}"
+        yield Finding("placeholder", message, placeholders, copies)
+    yield from _by_place("duplicate", [group for group in rest if len(group) > 1])
     sizes = Counter(image.class_name for image in images)
     near_duplicates, by_nature = [], []
     for indices in near_duplicate_groups([group[0].fingerprint for group in rest]):
         group = [image for i in indices for image in rest[i]]
         smallest = min(sizes[image.class_name] for image in group)
-        (by_nature if len(group) > max(FEW, MOST_ALIKE * smallest) else near_duplicates).append(group)
+        is_natural = len(group) > max(MIN_CLASS_SIZE, MAX_NEAR_DUPLICATES * smallest)
+        (by_nature if is_natural else near_duplicates).append(group)
     if by_nature:
-        told = _count(sum(map(len, by_nature)), "image")
+        count = _count(sum(map(len, by_nature)), "image")
         message = (
-            f"{told} look alike, a large part of a class: one scene or camera? They aren't told apart any further, and "
-            f"may be in several splits: what belongs together of them, --group-regex keeps together"
+            f"{count} look alike, a large part of a class, perhaps one scene or a fixed camera; they aren't checked "
+            f"further and may be in several splits; use --group-regex to keep related images together"
         )
         yield Finding(SIMILAR_BY_NATURE, message, by_nature)
-    yield from _by_place("alike", near_duplicates)
+    yield from _by_place("near-duplicate", near_duplicates)
 
 
-def _by_place(what: str, groups: Sequence[list[AuditedImage]]) -> Iterator[Finding]:
-    """Findings on groups of images that are equal or look alike, by where they lie."""
-    adjective = {"equal": "the same pixels", "alike": "nearly the same image"}[what]
+def _by_place(kind: str, groups: Sequence[list[AuditedImage]]) -> Iterator[Finding]:
+    """Yield findings for groups of duplicates or near-duplicates: across classes, across splits, within a class."""
+    content = {"duplicate": "the same pixels", "near-duplicate": "nearly the same image"}[kind]
     places = defaultdict(list)
     for group in groups:
         if len({image.class_name for image in group}) > 1:
@@ -166,43 +168,43 @@ def _by_place(what: str, groups: Sequence[list[AuditedImage]]) -> Iterator[Findi
         else:
             places["within a class"].append(group)
     for place, consequence in (
-        ("across classes", "under different classes: one of the labels is wrong"),
-        ("across splits", "in different splits: what is tested was seen in training"),
+        ("across classes", "in different classes: one of the labels is wrong"),
+        ("across splits", "in different splits: evaluation images were seen in training"),
         ("within a class", "more than once in a class"),
     ):
-        if found := places[place]:
-            files = _count(sum(map(len, found)), "file")
-            message = f"{files} in {_count(len(found), 'group')} show {adjective} {consequence}"
-            excluded = [image for group in found for image in _superfluous(group, what, place)]
-            yield Finding(f"{what} {place}", message, found, excluded)
+        if members := places[place]:
+            files = _count(sum(map(len, members)), "file")
+            message = f"{files} in {_count(len(members), 'group')} show {content} {consequence}"
+            excluded = [image for group in members for image in _redundant(group, kind, place)]
+            yield Finding(f"{kind} {place}", message, members, excluded)
 
 
-def _superfluous(group: list[AuditedImage], what: str, place: str) -> list[AuditedImage]:
-    """Those of a group that lists without its fault would lack.
+def _redundant(group: list[AuditedImage], kind: str, place: str) -> list[AuditedImage]:
+    """Return the images of a group that `--fix` excludes.
 
-    Of equals all, where the label is in doubt, else all but one. Of those that only look alike, what is not in the
-    split that is most precious: test, then val.
+    Duplicates: all if the labels contradict, else all but one. Near-duplicates across splits: those outside of the
+    split to protect, which is test, then val.
     """
-    if what == "equal" and place == "across classes":
+    if kind == "duplicate" and place == "across classes":
         return group
-    if what == "alike" and place != "across splits":
+    if kind == "near-duplicate" and place != "across splits":
         return []
-    precious = max(group, key=lambda image: SPLITS.index(image.split)).split
-    if what == "alike":
-        return [image for image in group if image.split != precious]
-    kept = next(image for image in group if image.split == precious)
+    protected = max(group, key=lambda image: SPLITS.index(image.split)).split
+    if kind == "near-duplicate":
+        return [image for image in group if image.split != protected]
+    kept = next(image for image in group if image.split == protected)
     return [image for image in group if image is not kept]
 
 
 def _split_groups(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]]) -> Iterator[Finding]:
     by_path = {image.path: image for image in images}
-    found = [[by_path[path] for path in group if path in by_path] for group in groups]
-    found = [group for group in found if len({image.split for image in group}) > 1]
-    if found:
-        files = _count(sum(map(len, found)), "file")
-        message = f"{files} of {_count(len(found), 'group')} by --group-regex are in different splits"
-        excluded = [image for group in found for image in _superfluous(group, "alike", "across splits")]
-        yield Finding("group across splits", message, found, excluded)
+    members = [[by_path[path] for path in group if path in by_path] for group in groups]
+    divided = [group for group in members if len({image.split for image in group}) > 1]
+    if divided:
+        files = _count(sum(map(len, divided)), "file")
+        message = f"{files} of {_count(len(divided), 'group')} by --group-regex are in different splits"
+        excluded = [image for group in divided for image in _redundant(group, "near-duplicate", "across splits")]
+        yield Finding("group across splits", message, divided, excluded)
 
 
 def _wrong_suffix(images: Sequence[AuditedImage]) -> Iterator[Finding]:
@@ -213,8 +215,8 @@ def _wrong_suffix(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     ]
     if wrong:
         kinds = Counter((os.path.splitext(p.path)[1].lower(), p.fingerprint.format) for p in wrong).most_common(3)
-        told = ", ".join(f"{count} x {suffix} that is {kind}" for (suffix, kind), count in kinds)
-        message = f"of {_count(len(wrong), 'file')} the name is wrong: {told}; Thaw reads them all the same"
+        details = ", ".join(f"{count} x {suffix} that is {kind}" for (suffix, kind), count in kinds)
+        message = f"{_count(len(wrong), 'file')} with a wrong suffix: {details}; Thaw reads them anyway"
         yield Finding("wrong suffix", message, [[image] for image in wrong])
 
 
@@ -225,49 +227,48 @@ def _class_sizes(images: Sequence[AuditedImage], class_names: Sequence[str]) -> 
         if count and missing:
             yield Finding("missing class", f"no {split} images of {', '.join(missing)}")
     train = {name: counts["train"][name] for name in class_names if counts["train"][name]}
-    tiny = [f"{name} ({count})" for name, count in train.items() if count < FEW]
+    tiny = [f"{name} ({count})" for name, count in train.items() if count < MIN_CLASS_SIZE]
     if tiny:
-        yield Finding("tiny class", f"fewer than {FEW} training images of {', '.join(tiny)}")
-    if train and max(train.values()) >= UNEVEN * min(train.values()):
+        yield Finding("tiny class", f"fewer than {MIN_CLASS_SIZE} training images of {', '.join(tiny)}")
+    if train and max(train.values()) >= MAX_IMBALANCE * min(train.values()):
         largest, smallest = max(train, key=train.get), min(train, key=train.get)
-        told = f"{largest} has {train[largest]} training images and {smallest} {train[smallest]}"
-        yield Finding("imbalance", f"{told}: see class_weights and sampler in utils/config/train_config.py")
+        sizes = f"{largest} has {train[largest]} training images and {smallest} {train[smallest]}"
+        yield Finding("imbalance", f"{sizes}; see class_weights and sampler in utils/config/train_config.py")
 
 
 def _shortcuts(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     train = [image for image in images if image.split == "train"]
-    for what, value_of in (
-        ("format", lambda image: image.fingerprint.format),
-        ("colour", lambda image: "grey" if image.fingerprint.grey else "colour"),
-    ):
-        yield from _telling_values(train, what, value_of)
-    yield from _telling_size(train)
+    yield from _value_shortcut(train, "format", lambda image: image.fingerprint.format)
+    yield from _value_shortcut(train, "color", lambda image: "gray" if image.fingerprint.grey else "color")
+    yield from _size_shortcut(train)
 
 
-def _telling_values(images: Sequence[AuditedImage], what: str, value_of) -> Iterator[Finding]:
-    """Whether nearly all images of some class and hardly any of another have the same value."""
+def _value_shortcut(
+    images: Sequence[AuditedImage], attribute: str, value_of: Callable[[AuditedImage], str]
+) -> Iterator[Finding]:
+    """Check whether nearly all images of a class have a value that hardly any of another class have."""
     by_class = defaultdict(Counter)
     for image in images:
         by_class[image.class_name][value_of(image)] += 1
     classes = {name: count for name, count in by_class.items() if count.total() >= 5}
-    telling = []
+    shortcuts = []
     for value in sorted({value for count in classes.values() for value in count}):
         parts = {name: count[value] / count.total() for name, count in classes.items()}
         nearly_all = [name for name, part in parts.items() if part >= 0.9]
         hardly_any = [name for name, part in parts.items() if part <= 0.1]
         if nearly_all and hardly_any:
-            telling.append((len(nearly_all), value, nearly_all, hardly_any))
-    if telling:  # of two values that are each other's opposite, the one that tells more
-        _, value, nearly_all, hardly_any = min(telling)
+            shortcuts.append((len(nearly_all), value, nearly_all, hardly_any))
+    if shortcuts:  # the value that identifies the fewest classes is the most specific
+        _, value, nearly_all, hardly_any = min(shortcuts)
         message = (
-            f"{what} tells the class: nearly all of {', '.join(nearly_all[:5])} are {value} and hardly any of "
-            f"{', '.join(hardly_any[:5])}; a network learns that instead of what the images show"
+            f"{attribute} predicts the class: nearly all images of {', '.join(nearly_all[:5])} are {value}, hardly any "
+            f"of {', '.join(hardly_any[:5])}; a network may learn that instead of the content"
         )
         yield Finding("shortcut", message)
 
 
-def _telling_size(images: Sequence[AuditedImage]) -> Iterator[Finding]:
-    """Whether width and height alone tell the class: a small decision tree, judged on what it wasn't shown."""
+def _size_shortcut(images: Sequence[AuditedImage]) -> Iterator[Finding]:
+    """Check whether width and height predict the class, by the cross-validated recall of a small decision tree."""
     counts = Counter(image.class_name for image in images)
     usable = [image for image in images if counts[image.class_name] >= 5]
     names = sorted({image.class_name for image in usable})
@@ -283,7 +284,7 @@ def _telling_size(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     chance = 1 / len(names)
     if recall >= chance + (1 - chance) / 2:
         message = (
-            f"size tells the class: from width and height alone {recall:.0%} are told right ({chance:.0%} by chance), "
-            f"and resizing may leave enough of it for a network to learn that"
+            f"size predicts the class: width and height alone give {recall:.0%} balanced accuracy (chance: "
+            f"{chance:.0%}); a network may learn traces of it that resizing leaves"
         )
         yield Finding("shortcut", message)

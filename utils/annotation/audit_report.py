@@ -1,4 +1,4 @@
-"""What the audit found, for the terminal, for programs, and as a page of thumbnails."""
+"""Report audit findings: in the terminal, as audit.json, and as a page of thumbnails."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from utils.annotation.fingerprints import Fingerprints
 from utils.system.files import write_json, write_text
 from utils.system.text import printable
 
-NAMED = 3
-"""Images of a finding that the terminal names."""
-GROUPS_SHOWN, IMAGES_SHOWN = 12, 6
-"""Groups of a finding, and images of a group, that the page shows."""
+MAX_PRINTED = 3
+"""Groups per finding, and images per group, printed in the terminal."""
+MAX_GROUPS, MAX_IMAGES = 12, 6
+"""Groups per finding, and images per group, on the page."""
 
 
 def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) -> str:
-    """A line a finding, with some names, and where all is written; one line that nothing is wrong where that is so.
+    """Format findings for the terminal, with some paths of each.
 
     Args:
         findings: from `utils.annotation.audit.find_faults`.
-        folder: where `write_audit` wrote.
-        fix: whether what can be left out of the lists was left out.
+        folder: the folder of the reports.
+        fix: whether images were excluded from the lists.
     """
     if not findings:
-        return "audit: nothing wrong was found"
+        return "audit: no problems found"
     width = max(len(finding.kind) for finding in findings)
     lines = []
     for finding in findings:
         lines.append(f"  {finding.kind:<{width}}  {finding.message}")
-        for group in finding.groups[:NAMED]:
-            lines.append(f"  {'':<{width}}    {', '.join(image.path for image in group[:NAMED])}")
-    lines.append(f"  all of it: {folder}/audit.html, {folder}/audit.json")
+        for group in finding.groups[:MAX_PRINTED]:
+            lines.append(f"  {'':<{width}}    {', '.join(image.path for image in group[:MAX_PRINTED])}")
+    lines.append(f"  full report: {folder}/audit.html, {folder}/audit.json")
     if not fix and any(finding.excluded for finding in findings):
-        lines.append("  the same command with --fix makes lists without the faulty ones; no file is touched")
+        lines.append("  run the same command with --fix to exclude faulty images from the lists; no file is changed")
     return "\n".join(["audit:", *lines])
 
 
 def write_audit(
     folder: str | Path, findings: Sequence[Finding], images: Sequence[AuditedImage], fingerprints: Fingerprints
 ) -> None:
-    """Write `audit.json`, with every file name, and `audit.html`, with thumbnails of the first of each kind."""
+    """Write `audit.json` with all paths, and `audit.html` with thumbnails of the first groups of each finding."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"images": len(images), "findings": [_as_dict(finding) for finding in findings]}
     write_json(folder / "audit.json", content)
     template = Path(__file__).with_name("audit_page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    shown = [_for_page(finding, fingerprints) for finding in findings]
-    page = environment.from_string(template).render(images=len(images), findings=shown)
+    page_findings = [_for_page(finding, fingerprints) for finding in findings]
+    page = environment.from_string(template).render(images=len(images), findings=page_findings)
     write_text(folder / "audit.html", page)
 
 
@@ -71,17 +71,17 @@ def _as_dict(finding: Finding) -> dict[str, Any]:
 def _for_page(finding: Finding, fingerprints: Fingerprints) -> dict[str, Any]:
     groups = [
         {
-            "images": [_figure(image, fingerprints) for image in group[:IMAGES_SHOWN]],
-            "more": max(0, len(group) - IMAGES_SHOWN),
+            "images": [_figure(image, fingerprints) for image in group[:MAX_IMAGES]],
+            "more": max(0, len(group) - MAX_IMAGES),
         }
-        for group in finding.groups[:GROUPS_SHOWN]
+        for group in finding.groups[:MAX_GROUPS]
     ]
     return {
         "kind": finding.kind,
         "message": printable(finding.message),
         "excluded": len(finding.excluded),
         "groups": groups,
-        "more": max(0, len(finding.groups) - GROUPS_SHOWN),
+        "more": max(0, len(finding.groups) - MAX_GROUPS),
     }
 
 

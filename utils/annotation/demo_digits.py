@@ -1,4 +1,4 @@
-"""The built-in data set: the handwritten digits that ship inside scikit-learn, for a first run without own images."""
+"""The built-in dataset: scikit-learn's handwritten digits, for a first run without images of your own."""
 
 from pathlib import Path
 
@@ -7,23 +7,21 @@ from PIL import Image
 
 CLASSES = tuple("0123456789")
 PREFIX = "builtin-digit-"
-"""Their file names begin with this, so that they can be told from the user's images and set aside for them."""
+"""Prefix of their file names, which distinguishes them from the user's images."""
 
 
 def write_demo(datasets_path: str | Path) -> int:
-    """Write the 1,797 digits as 8x8 grey PNGs, every fifth into `test/<digit>/`, the others into `train/<digit>/`.
+    """Write the 1,797 digits as 8x8 gray PNGs, every fifth to `test/<digit>/`, the others to `train/<digit>/`.
 
     Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI 1998 (its test part, 13 writers).
-
-    Returns:
-        How many images were written.
+    Returns the number of images.
     """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8); the source has 17 levels
-    for index, (pixels, target) in enumerate(zip(grey, digits.target, strict=True)):
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8); the source has 17 levels
+    for index, (pixels, target) in enumerate(zip(images, digits.target, strict=True)):
         folder = Path(datasets_path, "test" if index % 5 == 4 else "train", CLASSES[target])
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{PREFIX}{index:04d}.png")
-    return len(grey)
+    return len(images)

@@ -1,4 +1,4 @@
-"""What is worth knowing of each image of a folder, read once and remembered."""
+"""Image fingerprints for the audit, cached so that each image is read once."""
 
 from __future__ import annotations
 
@@ -21,35 +21,34 @@ from utils.data.image_io import MAX_PIXELS, READERS, ImageError, open_image
 from utils.system.thread_map import map_parallel
 
 PREVIEW = 128
-"""Longer side of the images on the audit's page."""
+"""Longer side of the images on the audit page."""
 THUMBNAIL = 16
-"""Side of the grey thumbnail in which two images are compared."""
-FLAT = 8
-"""Levels of 255 by which each colour of an image of one colour may vary."""
+"""Side of the gray thumbnails that are compared for near-duplicates."""
+MAX_FLAT_RANGE = 8
+"""Range of levels, of 255, within each channel of a blank image."""
 VERSION = 1
-"""To be raised when fingerprints are taken in another way."""
+"""Increase it when fingerprints are computed differently."""
 SAVE_EVERY = 1000
-"""Images between two writings of what was found, so that a run that is stopped goes on from there."""
-
-PATIENCE = 60
-"""Seconds to wait for another program that writes to the file."""
+"""Images between writes to the cache; an interrupted run resumes from the last write."""
+LOCK_TIMEOUT = 60
+"""Seconds to wait while another process writes to the cache."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """One image.
+    """The properties of one image.
 
     Attributes:
-        error: why it can't be read; then all that follows is empty.
-        format: what it is, such as "JPEG", whatever its name says.
-        width: of the upright image, in pixels.
-        height: likewise.
-        grey: whether it has no colour.
-        flat: whether all of it is one colour, or nearly.
-        digest: equal for two images of the same size with the same pixels, whatever their files are.
-        phash: 64 bits; few of them differ where images look alike (Zauner, "Implementation and Benchmarking of
+        error: why it can't be read; the other fields are empty then.
+        format: of the content, such as "JPEG"; the suffix may differ.
+        width: of the upright image.
+        height: of the upright image.
+        grey: whether all pixels are gray.
+        flat: whether it is blank: one color, or nearly.
+        digest: of the pixels, independent of the file format.
+        phash: 64-bit perceptual hash; near-duplicates differ in few bits (Zauner, "Implementation and Benchmarking of
             Perceptual Image Hash Functions", 2010).
-        thumbnail: grey levels (16, 16), as bytes.
+        thumbnail: gray levels (16, 16), as bytes.
     """
 
     error: str = ""
@@ -64,14 +63,14 @@ class Fingerprint:
 
 
 COLUMNS = ", ".join(field.name for field in fields(Fingerprint))
-MARKS = ", ".join("?" * (2 + len(fields(Fingerprint))))
+PLACEHOLDERS = ", ".join("?" * (2 + len(fields(Fingerprint))))
 TABLE = f"CREATE TABLE IF NOT EXISTS fingerprints (path BLOB PRIMARY KEY, state TEXT, {COLUMNS})"
-LOOK_UP = f"SELECT state, {COLUMNS} FROM fingerprints WHERE path = ?"
+SELECT = f"SELECT state, {COLUMNS} FROM fingerprints WHERE path = ?"
 PREVIEWS = "CREATE TABLE IF NOT EXISTS previews (path BLOB PRIMARY KEY, state TEXT, jpeg BLOB)"
 
 
 def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Fingerprint:
-    """Read an image; that it can't be read is told in the fingerprint."""
+    """Read an image and compute its fingerprint; on failure only `error` is set."""
     try:
         image = open_image(path, max_pixels, allow_truncated)
     except ImageError as error:
@@ -85,7 +84,7 @@ def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: b
         width=image.width,
         height=image.height,
         grey=bool((pixels[..., 0] == pixels[..., 1]).all() and (pixels[..., 1] == pixels[..., 2]).all()),
-        flat=max(high - low for low, high in image.getextrema()) <= FLAT,
+        flat=max(high - low for low, high in image.getextrema()) <= MAX_FLAT_RANGE,
         digest=digest.digest(),
         phash=np.packbits(imagehash.phash(small).hash).tobytes(),
         thumbnail=np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).tobytes(),
@@ -93,27 +92,27 @@ def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: b
 
 
 class Fingerprints:
-    """Fingerprints and small previews of images, kept in a file: only what is new or changed is read.
+    """A cache of fingerprints and previews: only new and changed images are read.
 
-    Files that can't be read are few, and may be readable the next time, so they aren't remembered.
+    Unreadable images are not cached: they may be readable next time, for example after an out-of-memory error.
 
     Args:
-        path: the file, an SQLite data base; a damaged one is made anew. If it can't be opened or written to, that is
-            said, and nothing is remembered.
-        max_pixels: as for `utils.data.image_io.open_image`.
-        allow_truncated: likewise.
+        path: an SQLite database. A damaged one is created again; if it can't be used, a warning is printed and nothing
+            is cached.
+        max_pixels: see `utils.data.image_io.open_image`.
+        allow_truncated: see `utils.data.image_io.open_image`.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> None:
         self.path = Path(path)
         self.limits = (max_pixels, allow_truncated)
-        self.remembers = True
+        self.writable = True
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
-        except (OSError, sqlite3.OperationalError) as error:  # nothing is wrong with the file
-            self._forget(error)
-            self._temporary = tempfile.TemporaryDirectory()  # which goes when this object does
+        except (OSError, sqlite3.OperationalError) as error:  # the file itself isn't damaged
+            self._disable(error)
+            self._temporary = tempfile.TemporaryDirectory()  # deleted with this object
             self.path = Path(self._temporary.name, self.path.name)
             self._prepare()
 
@@ -128,39 +127,39 @@ class Fingerprints:
 
     def _prepare(self) -> None:
         with closing(self._connect()) as db, db:
-            (sound,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            if sound != "ok":
-                raise sqlite3.DatabaseError(sound)
+            (status,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if status != "ok":
+                raise sqlite3.DatabaseError(status)
             db.execute(TABLE)
             db.execute(PREVIEWS)
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=PATIENCE)
+        return sqlite3.connect(self.path, timeout=LOCK_TIMEOUT)
 
     def read(self, paths: Sequence[str]) -> list[Fingerprint]:
-        """The fingerprints of these images, in this order, with a progress bar while some must be read."""
+        """Return the fingerprints of `paths`, in this order."""
         keys = [os.fsencode(os.path.abspath(path)) for path in paths]
         states = [self._state(path) for path in paths]
         with closing(self._connect()) as db:
-            found = [
-                Fingerprint(*row[1:]) if (row := db.execute(LOOK_UP, (key,)).fetchone()) and row[0] == state else None
+            prints = [
+                Fingerprint(*row[1:]) if (row := db.execute(SELECT, (key,)).fetchone()) and row[0] == state else None
                 for key, state in zip(keys, states, strict=True)
             ]
-            missing = [i for i, fingerprint in enumerate(found) if fingerprint is None]
+            missing = [i for i, fingerprint in enumerate(prints) if fingerprint is None]
             take = partial(take_fingerprint, max_pixels=self.limits[0], allow_truncated=self.limits[1])
-            taken = map_parallel(take, [paths[i] for i in missing], "looking at images")
+            computed = map_parallel(take, [paths[i] for i in missing], "reading images")
             rows = []
-            for i, fingerprint in zip(missing, taken, strict=True):
-                found[i] = fingerprint
+            for i, fingerprint in zip(missing, computed, strict=True):
+                prints[i] = fingerprint
                 if not fingerprint.error:
                     rows.append((keys[i], states[i], *astuple(fingerprint)))
                 if len(rows) == SAVE_EVERY or i == missing[-1]:
-                    self._remember(db, f"INSERT OR REPLACE INTO fingerprints VALUES ({MARKS})", rows)
+                    self._write(db, f"INSERT OR REPLACE INTO fingerprints VALUES ({PLACEHOLDERS})", rows)
                     rows.clear()
-        return found
+        return prints
 
     def preview(self, path: str) -> bytes | None:
-        """A small JPEG of an image; None if it can't be read."""
+        """Return a small JPEG of an image; None if it can't be read."""
         state = f"{PREVIEW} {self._state(path)}"
         with closing(self._connect()) as db:
             key = os.fsencode(os.path.abspath(path))
@@ -174,23 +173,23 @@ class Fingerprints:
             image.thumbnail((PREVIEW, PREVIEW))
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=80)
-            self._remember(db, "INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", [(key, state, buffer.getvalue())])
+            self._write(db, "INSERT OR REPLACE INTO previews VALUES (?, ?, ?)", [(key, state, buffer.getvalue())])
             return buffer.getvalue()
 
-    def _remember(self, db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[object]]) -> None:
-        if self.remembers:
+    def _write(self, db: sqlite3.Connection, statement: str, rows: Sequence[Sequence[object]]) -> None:
+        if self.writable:
             try:
                 with db:
                     db.executemany(statement, rows)
-            except sqlite3.OperationalError as error:  # locked, a disk that is full, or may only be read
-                self._forget(error)
+            except sqlite3.OperationalError as error:  # locked, read-only, or the disk is full
+                self._disable(error)
 
-    def _forget(self, error: Exception) -> None:
-        self.remembers = False
-        print(f"warning: {self.path} can't be used ({error}): what is read of the images isn't remembered")
+    def _disable(self, error: Exception) -> None:
+        self.writable = False
+        print(f"warning: {self.path} can't be used ({error}): audit results are not cached")
 
     def _state(self, path: str) -> str:
-        """Changes when the file does, or what reads it, or what is asked of it."""
+        """Return a string that changes with the file, the limits, and the code that reads images."""
         try:
             status = os.stat(path)
         except OSError:

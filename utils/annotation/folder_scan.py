@@ -1,4 +1,4 @@
-"""What lies in folders of images: which of them are splits, which classes, and what is passed over."""
+"""Find images in split and class folders."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 from utils.annotation import demo_digits
 from utils.data.image_io import HEIF_SUFFIXES, IMAGE_SUFFIXES
 
-HIDDEN = (".", "@eaDir")
-"""What the names of hidden files and folders begin with; the second are Synology's, with small copies of images."""
+HIDDEN = "."
+"""Prefix of hidden files and folders."""
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 @dataclass
 class Scan:
-    """What lies in the folders.
+    """The images found, and the skipped files.
 
     Attributes:
-        images: split -> class -> paths, sorted; only classes with images.
-        skipped: class -> why -> how many were passed over; the class "" stands for what lies outside class folders.
-        demo_excluded: whether built-in digits were passed over because there are other images.
+        images: split -> class -> sorted paths; only classes with images.
+        skipped: class -> reason -> number of files; class "": files outside class folders.
+        demo_excluded: whether the built-in digits were skipped because there are other images.
     """
 
     images: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {split: {} for split in SPLITS})
@@ -32,79 +32,77 @@ class Scan:
     demo_excluded: bool = False
 
     def count(self, split: str, name: str) -> int:
-        """How many images a class has in a split."""
+        """Return the number of images of a class in a split."""
         return len(self.images[split].get(name, ()))
 
     def paths(self) -> list[str]:
-        """All images."""
+        """Return the paths of all images."""
         return [path for classes in self.images.values() for paths in classes.values() for path in paths]
 
 
 def scan_datasets(root: str | Path) -> Scan:
-    """Find the images under `<split>/<class>/`, or directly under `<class>/`, at any depth below.
+    """Find images at any depth under `<split>/<class>/`, or under `<class>/`.
 
-    A folder named like a split (train, val, valid, validation or test, in upper or lower case) counts as one if there
-    are folders in it. The built-in digits are passed over where there are other images.
+    A split is a folder named train, val, valid, validation or test, in any case, that contains folders. The built-in
+    digits are skipped if there are other images.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there are folders for other splits and none for training, or no class folders in them.
+        ValueError: the train folder is missing beside other splits, or the splits contain no class folders.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}: make it and put a folder of images per class into it")
+        raise FileNotFoundError(f"there is no folder {root}: create it with one folder of images per class")
     folders = _folders(root)
     splits = {entry: SPLIT_NAMES[entry.name.lower()] for entry in folders if _is_split(entry)}
     scan = Scan()
     if not splits and len(folders) > 1 and all(entry.name.lower() in SPLIT_NAMES for entry in folders):
-        raise ValueError(f"the folders in {root} hold no class folders: put the images of each class into one there")
+        raise ValueError(f"{root}: its split folders contain no class folders; put the images of each class in one")
     if splits and "train" not in splits.values():
-        raise ValueError(
-            f"{root} has a folder {next(iter(splits)).name} and none named train: put the classes to train on into one"
-        )
+        raise ValueError(f"{root}: it has {next(iter(splits)).name}/ but no train/; put class folders in train/")
     others = [entry for entry in folders if entry not in splits]
-    # Folders beside the splits, mostly none, are asked first: that spares walking all of train twice.
-    beside = bool(splits) and any(not _holds_only_demo(entry) for entry in others)
-    made_way = beside and all(map(_holds_only_demo, splits))
-    if splits and not made_way:
+    # Splits with only the built-in digits don't count if other folders have images. These, usually none, are checked
+    # first, to avoid scanning train twice.
+    demo_replaced = (
+        bool(splits) and any(not _holds_only_demo(entry) for entry in others) and all(map(_holds_only_demo, splits))
+    )
+    if splits and not demo_replaced:
         for entry, split in splits.items():
             scan_classes(entry, scan, split)
         for entry in others:
             if images := len(find_images(entry, Counter())):
-                scan.skipped[entry.name]["in a folder beside train, val and test: move it into one of them"] += images
+                scan.skipped[entry.name]["in a folder beside train, val and test, move it into one of them"] += images
         _count_loose(root, scan)
-    else:  # class folders; split folders with nothing but the built-in digits in them have made way
-        scan_classes(root, scan, "train", besides=set(splits))
+    else:
+        scan_classes(root, scan, "train", ignore=set(splits))
         scan.demo_excluded = bool(splits)
     exclude_demo(scan)
     return scan
 
 
-def scan_classes(folder: Path, scan: Scan, split: str, besides: frozenset[Path] | set[Path] = frozenset()) -> None:
-    """Add to `scan` what lies in `folder`, whose folders, but for those in `besides`, are named after classes.
+def scan_classes(folder: Path, scan: Scan, split: str, ignore: set[Path] | frozenset[Path] = frozenset()) -> None:
+    """Add the images in the class folders of `folder`, except those in `ignore`, to `scan`.
 
-    A name's letters count as composed: macOS takes accents and Hangul apart in the names of files, and such folders
-    look like those of other systems, and mean the same class.
+    Class names are normalized to Unicode NFC: macOS decomposes accents and Hangul in file names.
     """
     for entry in _folders(folder):
-        if entry in besides:
+        if entry in ignore:
             continue
         name = unicodedata.normalize("NFC", entry.name)
-        found = scan.images[split].setdefault(name, [])
-        found += find_images(entry, scan.skipped[name])
-        if not found:
+        images = scan.images[split].setdefault(name, [])
+        images += find_images(entry, scan.skipped[name])
+        if not images:
             del scan.images[split][name]
             scan.skipped[name][f"no images in {folder.name}"] += 1
     _count_loose(folder, scan)
 
 
 def find_images(folder: str | Path, skipped: Counter[str]) -> list[str]:
-    """The paths of all images in `folder` and below, sorted; what is hidden, no image, or a folder that can't be
-    opened is counted in `skipped`.
+    """Return the sorted paths of all images below `folder`; count other files by reason in `skipped`.
 
-    Links to files are followed, links to folders are not, so that no loop is run through. No file is opened.
+    Links to files are followed; links to folders are not, since they could form loops. No file is opened.
     """
-    found = []
+    images = []
     folders = [str(folder)]
     while folders:
         try:
@@ -118,15 +116,15 @@ def find_images(folder: str | Path, skipped: Counter[str]) -> list[str]:
                     skipped["hidden"] += 1
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-                elif reason := _why_no_image(entry):
+                elif reason := _skip_reason(entry):
                     skipped[reason] += 1
                 else:
-                    found.append(Path(entry.path).as_posix())
-    return sorted(found)
+                    images.append(Path(entry.path).as_posix())
+    return sorted(images)
 
 
-def _why_no_image(entry: os.DirEntry) -> str | None:
-    """Why `entry` isn't taken for an image, None if it is."""
+def _skip_reason(entry: os.DirEntry) -> str | None:
+    """Return why `entry` is skipped; None for images."""
     suffix = os.path.splitext(entry.name)[1].lower()
     if "\n" in entry.name or "\r" in entry.name:
         return "with a line break in the name, rename it"
@@ -134,7 +132,7 @@ def _why_no_image(entry: os.DirEntry) -> str | None:
         return f"needs pip install pillow-heif ({suffix})"
     if suffix not in IMAGE_SUFFIXES:
         return f"not an image ({suffix or 'no suffix'})"
-    return None if os.path.isfile(entry.path) else "no file (a broken link, a link to a folder, a pipe)"
+    return None if os.path.isfile(entry.path) else "not a file (a broken link, a link to a folder, a pipe)"
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -148,13 +146,13 @@ def _is_split(folder: Path) -> bool:
 def _count_loose(folder: Path, scan: Scan) -> None:
     for entry in folder.iterdir():
         if entry.is_symlink() and not entry.exists() and not entry.name.startswith(HIDDEN):
-            scan.skipped[entry.name]["a link to nowhere"] += 1
+            scan.skipped[entry.name]["a broken link"] += 1
         elif not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES:
             scan.skipped[""]["outside the class folders"] += 1
 
 
 def is_demo(path: str) -> bool:
-    """Whether an image is one of the built-in digits."""
+    """Return whether an image is one of the built-in digits."""
     return os.path.basename(path).startswith(demo_digits.PREFIX)
 
 
@@ -163,7 +161,7 @@ def _holds_only_demo(folder: Path) -> bool:
 
 
 def exclude_demo(scan: Scan) -> None:
-    """Take the built-in digits out of `scan` if there are other images."""
+    """Remove the built-in digits from `scan` if there are other images."""
     if all(map(is_demo, scan.paths())):
         return
     for classes in scan.images.values():

@@ -1,4 +1,4 @@
-"""From lists to batches: image files, lists, preprocessing, transforms, datasets, sampler, loader, caches.
+"""Load batches from lists: image files, preprocessing, transforms, datasets, sampler, loader, caches.
 
 Imports `system`, `config` and `metrics`.
 """

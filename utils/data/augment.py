@@ -1,4 +1,4 @@
-"""What is drawn for a training image: its crop, and how it is changed."""
+"""Random crops and augmentations for training images."""
 
 from __future__ import annotations
 
@@ -12,67 +12,69 @@ from torch import Tensor, nn
 
 from utils.data.image_io import Box
 
-cv2.setNumThreads(1)  # the images are small, and the workers are the threads
+cv2.setNumThreads(1)  # parallelism comes from the loader's workers
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
-"""Least and greatest width to height of a random crop."""
+"""Range of the aspect ratio (width / height) of a random crop."""
 GREY = (128, 128, 128)
-"""What fills the corners of a turned image, and the bars of a letterbox."""
+"""Fill color for the corners of rotated images and for letterbox bars."""
 
 LEVELS = np.arange(256)
-SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+SMOOTHING_KERNEL = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's ImageFilter.SMOOTH
 
 
-def random_box(width: int, height: int, least_area: float) -> Box:
-    """A part of an image, of `least_area` (0 to 1) of its area or more, as torchvision's RandomResizedCrop draws it.
+def random_box(width: int, height: int, min_area: float) -> Box:
+    """Return a random crop box covering `min_area` to 1 of the image's area, like torchvision's RandomResizedCrop.
 
-    Szegedy et al., "Going Deeper with Convolutions", 2015. The area is uniform, the logarithm of the aspect ratio too;
-    if ten draws don't fit into the image, it is the largest centred part with an aspect ratio that is allowed.
-    Drawn from torch's global generator.
+    Szegedy et al., "Going Deeper with Convolutions", 2015. Area and log aspect ratio are uniform. If ten samples don't
+    fit into the image, the largest centered box with an allowed aspect ratio is returned. Uses torch's global
+    generator.
     """
-    narrow, wide = ASPECT_RATIOS
+    min_ratio, max_ratio = ASPECT_RATIOS
     for _ in range(10):
-        area, ratio, across, down = torch.rand(4, dtype=torch.float64).tolist()
-        pixels = width * height * (least_area + area * (1 - least_area))
-        aspect = math.exp(math.log(narrow) + ratio * math.log(wide / narrow))
+        area, ratio, x, y = torch.rand(4, dtype=torch.float64).tolist()
+        pixels = width * height * (min_area + area * (1 - min_area))
+        aspect = math.exp(math.log(min_ratio) + ratio * math.log(max_ratio / min_ratio))
         w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * wide)), min(height, round(width / narrow))
+    w, h = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
-def make_changes(color_jitter: float, augmentation: str, random_erasing: float) -> nn.Sequential:
-    """What happens to the uint8 pixels (3, height, width) of a training image, see `TrainConfig`; all of it draws
-    from torch's global generator."""
-    changes: list[nn.Module] = [AutoAugment()] if augmentation == "autoaugment" else []
+def build_augmentation(color_jitter: float, augmentation: str, random_erasing: float) -> nn.Sequential:
+    """Return the augmentations of uint8 pixels (3, height, width) selected by these `TrainConfig` fields.
+
+    They use torch's global generator.
+    """
+    steps: list[nn.Module] = [AutoAugment()] if augmentation == "autoaugment" else []
     if augmentation not in ("autoaugment", "none") or color_jitter or random_erasing:
-        from torchvision.transforms import v2  # takes a second, and the defaults don't need it
+        from torchvision.transforms import v2  # slow to import and not needed by the defaults
 
         others = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide, "augmix": v2.AugMix}
         if augmentation in others:
-            changes.append(others[augmentation](fill=list(GREY)))
+            steps.append(others[augmentation](fill=list(GREY)))
         if color_jitter:
-            changes.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+            steps.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter))
         if random_erasing:
-            changes.append(v2.RandomErasing(random_erasing, value=list(GREY)))
-    return nn.Sequential(*changes)
+            steps.append(v2.RandomErasing(random_erasing, value=list(GREY)))
+    return nn.Sequential(*steps)
 
 
 class AutoAugment(nn.Module):
     """AutoAugment with the policy found on ImageNet, on uint8 pixels (3, height, width).
 
-    Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", 2019. What it gives is what torchvision's
-    gives on Pillow's images (held by `tests/data/test_augment.py`), but for corners in grey instead of black, in a
-    quarter of the time: OpenCV does the work. Drawn from torch's global generator.
+    Cubuk et al., "AutoAugment: Learning Augmentation Policies from Data", 2019. Matches torchvision's on Pillow images
+    (see `tests/data/test_augment.py`), except that corners are gray, not black; with OpenCV it takes a quarter of the
+    time. Uses torch's global generator.
     """
 
     def forward(self, pixels: Tensor) -> Tensor:
-        which, *draws = torch.rand(5).tolist()
+        choice, *draws = torch.rand(5).tolist()
         image = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # (height, width, 3)
-        steps = POLICY[int(which * len(POLICY))]
+        steps = POLICY[int(choice * len(POLICY))]
         for (name, probability, level), draw, sign in zip(steps, draws[:2], draws[2:], strict=True):
             if draw < probability:
                 image = OPERATIONS[name](image, magnitude(name, level, negative=sign < 0.5))
@@ -80,10 +82,10 @@ class AutoAugment(nn.Module):
 
 
 def magnitude(name: str, level: int, negative: bool) -> float:
-    """What a level of 0 to 9 means for an operation; `negative` counts for those that go both ways.
+    """Return an operation's magnitude at `level` 0 to 9; `negative` flips the sign where both signs are defined.
 
-    Shear is a slope, Rotate is in degrees, Posterize in bits, Solarize the part of white from which levels are turned;
-    of Color, Contrast, Sharpness and Brightness it is what is added to 1, which changes nothing.
+    ShearX: slope. Rotate: degrees. Posterize: bits kept. Solarize: threshold as a fraction of white. Color, Contrast,
+    Sharpness and Brightness: the enhancement factor minus 1.
     """
     if name == "Posterize":
         return 8 - round(level * 4 / 9)
@@ -93,7 +95,7 @@ def magnitude(name: str, level: int, negative: bool) -> float:
     return -value if negative else value
 
 
-# The operations below take uint8 (height, width, 3) and a magnitude, and give a new array.
+# Operations: uint8 (height, width, 3) and a magnitude -> a new array.
 
 
 def _rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
@@ -102,7 +104,7 @@ def _rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def _shear_x(pixels: np.ndarray, slope: float) -> np.ndarray:
-    # Half a row more: the axis is the upper edge of the image, not the middle of its first row.
+    # -slope / 2: the axis is the upper edge of the image, not the center of its first row.
     return _warp(pixels, np.array([[1, -slope, -slope / 2], [0, 1, 0]]))
 
 
@@ -111,34 +113,34 @@ def _warp(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_NEAREST, borderValue=GREY)
 
 
-def _saturate(pixels: np.ndarray, more: float) -> np.ndarray:
-    grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(pixels, 1 + more, grey, -more, 0)
+def _color(pixels: np.ndarray, strength: float) -> np.ndarray:
+    gray = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(pixels, 1 + strength, gray, -strength, 0)
 
 
-def _sharpen(pixels: np.ndarray, more: float) -> np.ndarray:
-    smooth = cv2.filter2D(pixels, -1, SMOOTH)
-    changed = pixels.copy()  # the outermost pixels stay
-    changed[1:-1, 1:-1] = cv2.addWeighted(pixels, 1 + more, smooth, -more, 0)[1:-1, 1:-1]
-    return changed
+def _sharpness(pixels: np.ndarray, strength: float) -> np.ndarray:
+    smooth = cv2.filter2D(pixels, -1, SMOOTHING_KERNEL)
+    result = pixels.copy()  # border pixels stay unchanged
+    result[1:-1, 1:-1] = cv2.addWeighted(pixels, 1 + strength, smooth, -strength, 0)[1:-1, 1:-1]
+    return result
 
 
-def _by_table(make: Callable[[np.ndarray, float], np.ndarray]) -> Callable[[np.ndarray, float], np.ndarray]:
-    """An operation that replaces each level by another: `make` gives the table (256,), or (256, 3) for each channel."""
+def _lookup(make_table: Callable[[np.ndarray, float], np.ndarray]) -> Callable[[np.ndarray, float], np.ndarray]:
+    """Return an operation that maps levels by a table (256,), or (256, 3) with one table per channel."""
 
     def operation(pixels: np.ndarray, magnitude: float) -> np.ndarray:
-        table = make(pixels, magnitude).clip(0, 255).astype(np.uint8)
+        table = make_table(pixels, magnitude).clip(0, 255).astype(np.uint8)
         return cv2.LUT(pixels, table if table.ndim == 1 else table[:, None])
 
     return operation
 
 
-def _contrast(pixels: np.ndarray, more: float) -> np.ndarray:
+def _contrast(pixels: np.ndarray, strength: float) -> np.ndarray:
     mean = round(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0])
-    return mean + (LEVELS - mean) * (1 + more)
+    return mean + (LEVELS - mean) * (1 + strength)
 
 
-def _stretch(pixels: np.ndarray, _: float) -> np.ndarray:
+def _auto_contrast(pixels: np.ndarray, _: float) -> np.ndarray:
     low, high = np.array([cv2.minMaxLoc(plane)[:2] for plane in cv2.split(pixels)]).T
     return np.where(high > low, (LEVELS[:, None] - low) * 255 / np.maximum(high - low, 1), LEVELS[:, None])
 
@@ -155,18 +157,18 @@ def _equalize(pixels: np.ndarray, _: float) -> np.ndarray:
 OPERATIONS = {
     "ShearX": _shear_x,
     "Rotate": _rotate,
-    "Color": _saturate,
-    "Sharpness": _sharpen,
-    "Brightness": _by_table(lambda _, more: LEVELS * (1 + more)),
-    "Contrast": _by_table(_contrast),
-    "Posterize": _by_table(lambda _, bits: LEVELS & ~((1 << (8 - int(bits))) - 1)),
-    "Solarize": _by_table(lambda _, part: np.where(255 * part > LEVELS, LEVELS, 255 - LEVELS)),
-    "AutoContrast": _by_table(_stretch),
-    "Equalize": _by_table(_equalize),
-    "Invert": _by_table(lambda *_: 255 - LEVELS),
+    "Color": _color,
+    "Sharpness": _sharpness,
+    "Brightness": _lookup(lambda _, strength: LEVELS * (1 + strength)),
+    "Contrast": _lookup(_contrast),
+    "Posterize": _lookup(lambda _, bits: LEVELS & ~((1 << (8 - int(bits))) - 1)),
+    "Solarize": _lookup(lambda _, threshold: np.where(255 * threshold > LEVELS, LEVELS, 255 - LEVELS)),
+    "AutoContrast": _lookup(_auto_contrast),
+    "Equalize": _lookup(_equalize),
+    "Invert": _lookup(lambda *_: 255 - LEVELS),
 }
 
-# Of the 25 one is drawn for each image: two operations, each with its probability and its level (without meaning for
+# Each image gets one of the 25 sub-policies: two operations, each with its probability and level (unused by
 # AutoContrast, Equalize and Invert).
 POLICY = (
     (("Posterize", 0.4, 8), ("Rotate", 0.6, 9)),

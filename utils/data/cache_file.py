@@ -1,4 +1,4 @@
-"""Files in `cache_dir`: named after what is in them, said before they are made, one for each state of a list."""
+"""Cache files in `cache_dir`: naming by content, disk space check, and replacement of outdated files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from utils.data.image_list import ImageList
 from utils.system.digests import code_digest
 from utils.system.files import PARTIAL, format_bytes, free_bytes, write_whole
 
-STRAY_AFTER = 3600
-"""Seconds without a write after which a half-made file was left by a process that is gone."""
+STALE_AFTER = 3600
+"""Seconds without a write after which a partial file is considered abandoned by a killed process."""
 
 
 def describe_files(images: ImageList, packages: tuple[str, ...]) -> Iterator[str]:
-    """For `digest`: the paths of a list, size and time of each file, and the code that reads them: libraries and
-    `packages`, see `code_digest`."""
+    """Yield what a cache depends on: image libraries, code of `packages`, and path, size and time of each file."""
     yield f"{READERS} {code_digest(packages)}"
     for i in range(len(images)):
         path = images.path(i)
@@ -33,7 +32,7 @@ def describe_files(images: ImageList, packages: tuple[str, ...]) -> Iterator[str
 
 
 def check_room(size: int, folder: Path, remedy: str) -> None:
-    """Raise a ValueError, with `remedy`, unless `folder` has room for a file of `size` bytes."""
+    """Raise a ValueError that suggests `remedy` unless `folder` has space for a file of `size` bytes."""
     free = free_bytes(folder)
     if size > 0.95 * free:
         raise ValueError(
@@ -44,12 +43,15 @@ def check_room(size: int, folder: Path, remedy: str) -> None:
 
 @contextmanager
 def replace_cache(path: Path, replaces: str) -> Iterator[BinaryIO]:
-    """A file to write to, see `write_whole`. Once it has its name, the files of the folder that match the glob
-    `replaces` go, and what a killed process left half-made has gone before."""
-    for stray in path.parent.glob(f"*{PARTIAL}"):
-        with suppress(OSError):  # another run may have given it its name meanwhile
-            if time.time() - stray.stat().st_mtime > STRAY_AFTER:
-                stray.unlink()
+    """Open a file that gets its name when it is complete (see `write_whole`), then delete older ones.
+
+    Older files are those in the same folder that match the glob `replaces`. Partial files of killed processes are
+    deleted first.
+    """
+    for partial in path.parent.glob(f"*{PARTIAL}"):
+        with suppress(OSError):  # another run may have renamed it in the meantime
+            if time.time() - partial.stat().st_mtime > STALE_AFTER:
+                partial.unlink()
     with write_whole(path) as file:
         yield file
     for old in path.parent.glob(replaces):

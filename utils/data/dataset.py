@@ -1,4 +1,4 @@
-"""The images of a list, decoded and transformed."""
+"""The dataset of decoded and transformed images."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from utils.system.seeds import derive_seed
 
 
 class Source(Protocol):
-    """Where the images of a list come from: their files, or `utils.data.image_cache.ImageCache`."""
+    """Where the images of a list are read from: `FileSource` or `utils.data.image_cache.ImageCache`."""
 
     images: ImageList
 
     def open(self, index: int) -> AbstractContextManager[Decodable]:
-        """An image, of which a part can be decoded.
+        """Open an image for decoding.
 
         Raises:
-            ImageError: it can't be read; also raised while a part is decoded.
+            ImageError: the image can't be read; decoding it may raise this too.
         """
 
 
@@ -47,26 +47,26 @@ class FileSource:
 
 
 class TooManyUnreadable(ImageError):
-    """More images than `max_bad_fraction` allows couldn't be read."""
+    """More images are unreadable than `max_bad_fraction` allows."""
 
 
 class ImageDataset(Dataset):
-    """The images of a list, transformed.
+    """The transformed images of a list.
 
-    An item's key is (epoch, index in the list, how often that index came before in the epoch). What the transform draws
-    is a function of the seed and the key, whichever worker draws it.
+    An item's key is (epoch, index in the list, number of earlier occurrences of the index in this epoch). All random
+    choices are a function of seed and key, independent of the worker.
 
     Args:
-        source: where the images come from.
-        transform: what is made of them.
-        seed: of all that is drawn.
-        max_bad_fraction: the part of the images, 0 to 1, that may be unreadable: another image of the class, always
-            the same, stands in for each. None: the first one is an error.
+        source: where the images are read from.
+        transform: applied to each image.
+        seed: of all random choices.
+        max_bad_fraction: the fraction of images, 0 to 1, that may be unreadable. Each of them is replaced by a fixed
+            other image of its class. None: the first unreadable image is an error.
 
     Attributes:
         images: the list.
         class_ids: (n,).
-        unreadable: (n,) bool, the images that couldn't be read so far.
+        unreadable: (n,) bool, the images found unreadable so far.
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int, max_bad_fraction: float | None = None) -> None:
@@ -76,35 +76,38 @@ class ImageDataset(Dataset):
         self.max_bad_fraction = max_bad_fraction
         self.images = source.images
         self.class_ids = source.images.class_ids
-        # In memory that workers share, so that the main process knows what they met.
+        # Shared memory: the main process reports what the workers record here.
         self.unreadable = torch.zeros(len(self.class_ids), dtype=torch.bool).share_memory_()
         self._reported: set[int] = set()
 
     def with_transform(self, transform: Transform) -> ImageDataset:
-        """The same images, with one account of those that can't be read, otherwise transformed."""
+        """Return a copy with another transform that shares the record of unreadable images."""
         other = copy.copy(self)
         other.transform = transform
         return other
 
     def share_unreadable(self, other: ImageDataset) -> None:
-        """Go on with the account that `other` kept of the same images that can't be read."""
+        """Use the record of unreadable images of `other`, a dataset of the same list."""
         self.unreadable, self._reported = other.unreadable, other._reported
 
     def __len__(self) -> int:
         return len(self.class_ids)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        """One image, uint8 (3, height, width), and its class id.
+        """Return one image, uint8 (3, height, width), and its class id.
 
         Raises:
-            ImageError: the file can't be read, and none may stand in for it, or none can.
-            TooManyUnreadable: there are more such files than `max_bad_fraction` allows.
+            ImageError: the file can't be read and can't be replaced.
+            TooManyUnreadable: more files are unreadable than `max_bad_fraction` allows.
         """
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[tuple[Tensor, int]]:
-        """The items of a batch. First all are read, then all augmented: a processor's cache doesn't hold the code of
-        both, so that going to and fro takes a tenth longer."""
+        """Return the items of a batch.
+
+        All images are read before any is augmented: the code of both doesn't fit into the CPU's instruction cache, and
+        alternating takes a tenth longer.
+        """
         batch = [self._read(key) for key in keys]
         items = []
         for key, pixels in zip(keys, batch, strict=True):
@@ -114,16 +117,22 @@ class ImageDataset(Dataset):
 
     @staticmethod
     def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """Items to a batch, whose colours lie next to each other in memory as they do in the images: a plain copy."""
+        """Stack items to a batch in channels-last memory format, the format of the images: a plain copy."""
         pixels, class_ids = zip(*items, strict=True)
         stacked = torch.stack([image.permute(1, 2, 0) for image in pixels])  # (B, height, width, 3)
         return stacked.permute(0, 3, 1, 2), torch.tensor(class_ids)
+
+    def newly_unreadable(self) -> list[str]:
+        """Return the paths of unreadable images that earlier calls didn't return."""
+        new = [i for i in self.unreadable.nonzero().flatten().tolist() if i not in self._reported]
+        self._reported.update(new)
+        return [self.images.path(i) for i in new]
 
     def _seed(self, purpose: str, key: Key) -> None:
         torch.default_generator.manual_seed(derive_seed(self.seed, purpose, *key))
 
     def _crop(self, index: int, key: Key) -> Tensor:
-        """The image `index`, cropped as `key` says and resized."""
+        """Read image `index` with the random crop of `key`, and resize it."""
         self._seed("crop", key)
         with self.source.open(index) as image:
             region = self.transform.region(image)
@@ -135,36 +144,29 @@ class ImageDataset(Dataset):
             return self._crop(index, key)
         except ImageError as error:
             if self.max_bad_fraction is None:
-                remedy = "mend or remove it; txt_annotation.py with its flags and --fix leaves such images out"
+                remedy = "repair or remove it, or run python txt_annotation.py with the same flags and --fix"
                 raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
             self.unreadable[index] = True
             self._check_unreadable()
-            return self._read_another(key, error)
+            return self._read_replacement(key, error)
 
-    def _read_another(self, key: Key, error: ImageError) -> Tensor:
-        """The first image that can be read of its class, in an order that depends on (seed, index)."""
+    def _read_replacement(self, key: Key, error: ImageError) -> Tensor:
+        """Read the first readable image of the same class, in an order that depends on (seed, index)."""
         index = key[1]
-        others = np.flatnonzero(self.class_ids == self.class_ids[index])
-        for other in np.random.default_rng(derive_seed(self.seed, "stand-in", index)).permutation(others):
+        candidates = np.flatnonzero(self.class_ids == self.class_ids[index])
+        for other in np.random.default_rng(derive_seed(self.seed, "stand-in", index)).permutation(candidates):
             try:
                 return self._crop(int(other), key)
             except ImageError:
                 continue
-        told = f"{error}; nor can any other image of its class (id {self.class_ids[index]})"
-        raise ImageError(told, error.path, error.cause) from error
+        message = f"{error}; nor can any other image of its class (id {self.class_ids[index]})"
+        raise ImageError(message, error.path, error.cause) from error
 
     def _check_unreadable(self) -> None:
         bad = self.unreadable.nonzero().flatten().tolist()
         if len(bad) > self.max_bad_fraction * len(self):
-            named = ", ".join(self.images.path(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            paths = ", ".join(self.images.path(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise TooManyUnreadable(
-                f"{len(bad)} of {len(self)} images can't be read, more than max_bad_fraction="
-                f"{self.max_bad_fraction}: {named}; mend or remove them, or run python "
-                f"txt_annotation.py, with the flags as before and --fix, to have lists without them"
+                f"max_bad_fraction={self.max_bad_fraction}: {len(bad)} of {len(self)} images can't be read: {paths}; "
+                f"repair or remove them, or run python txt_annotation.py with the same flags and --fix"
             )
-
-    def newly_unreadable(self) -> list[str]:
-        """The images that couldn't be read and weren't told by an earlier call."""
-        new = [i for i in self.unreadable.nonzero().flatten().tolist() if i not in self._reported]
-        self._reported.update(new)
-        return [self.images.path(i) for i in new]

@@ -1,4 +1,4 @@
-"""Features of the images of a list, in place of the images."""
+"""The dataset of cached features, used in place of images while the backbone is frozen."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from utils.data.sampler import Key
 
 
 class FeatureDataset(Dataset):
-    """What the frozen part of a network made of the images of a list: a drop-in for `ImageDataset` behind it.
+    """The frozen network's outputs for the images of a list, with the interface of `ImageDataset`.
 
     Args:
-        views: of each the features (n, ...); which of them of an image comes changes from epoch to epoch.
+        views: features (n, ...) of each view; an image's view changes from epoch to epoch.
         images: the list.
         seed: of the order.
     """
@@ -33,16 +33,16 @@ class FeatureDataset(Dataset):
         return len(self.class_ids)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """A batch: features (B, ...) and class ids (B,)."""
+        """Return a batch: features (B, ...) and class ids (B,)."""
         epoch, index, repeat = torch.tensor(keys).unbind(1)
-        of_view = (epoch + index + repeat) % len(self.views)
+        view_of = (epoch + index + repeat) % len(self.views)
         batch = self.views[0].new_empty(len(keys), *self.views[0].shape[1:])
-        for number, features in enumerate(self.views):
-            rows = (of_view == number).nonzero()[:, 0]
+        for view, features in enumerate(self.views):
+            rows = (view_of == view).nonzero()[:, 0]
             batch[rows] = features[index[rows]]
         return batch, self.targets[index]
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Nothing is left to do."""
+        """Return `batch`: `__getitems__` collates already."""
         return batch

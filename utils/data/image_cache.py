@@ -1,4 +1,4 @@
-"""The images of a list, shrunk once to what training needs and kept decoded in one file."""
+"""A cache of decoded images, downscaled once to the resolution that training needs, in one file."""
 
 from __future__ import annotations
 
@@ -20,21 +20,16 @@ from utils.system.files import format_bytes
 from utils.system.thread_map import map_parallel
 
 INDEX_ROW = 5 * 8
-"""Bytes of the index for each image."""
+"""Bytes per image in the index."""
 SAMPLE = 200
-"""Images whose headers are read to say how large the file will be."""
+"""Images whose headers are read to estimate the size of the file."""
 
 
 class ImageCache:
-    """Images out of one memory-mapped file, in place of `utils.data.dataset.FileSource`.
+    """Images in one memory-mapped file: a `utils.data.dataset.Source`.
 
-    The file has the pixels, uint8 RGB, one image after the other, and then the index: int64 (n, 5), for each image
-    where it begins, its height and width there, and the height and width of the upright original; nought where that
-    couldn't be read.
-
-    Args:
-        images: the list.
-        path: the file, whose name changes with all that is in it.
+    The file holds the uint8 RGB pixels of all images, followed by the index, int64 (n, 5): offset, cached height and
+    width, and height and width of the upright original. All sizes of unreadable images are 0.
     """
 
     def __init__(self, images: ImageList, path: Path) -> None:
@@ -47,32 +42,28 @@ class ImageCache:
         self.index = self._bytes[len(self._bytes) - len(self.images) * INDEX_ROW :].view(np.int64).reshape(-1, 5)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"images": self.images, "path": self.path}  # a worker that is spawned maps the file anew
+        return {"images": self.images, "path": self.path}  # spawned workers map the file again
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._map()
 
     def open(self, index: int) -> AbstractContextManager[CachedImage]:
-        """See `utils.data.dataset.Source`.
-
-        Raises:
-            ImageError: the original couldn't be read when the cache was made.
-        """
+        """See `utils.data.dataset.Source`."""
         start, height, width, full_height, full_width = self.index[index].tolist()
         if not height:
-            raise ImageError.of(self.images.path(index), f"it couldn't be read when {self.path} was made")
+            raise ImageError.of(self.images.path(index), f"it was unreadable when {self.path} was written")
         pixels = self._bytes[start : start + height * width * 3].reshape(height, width, 3)
         return nullcontext(CachedImage(pixels, full_width, full_height))
 
 
 class CachedImage(NamedTuple):
-    """An image out of the cache, which gives the same parts as its file.
+    """A cached image, decoded like a file.
 
     Attributes:
-        pixels: uint8 (height, width, 3), shrunk.
-        width: of the upright original, in pixels.
-        height: likewise.
+        pixels: uint8 (height, width, 3), downscaled.
+        width: of the upright original.
+        height: of the upright original.
     """
 
     pixels: np.ndarray
@@ -85,76 +76,77 @@ class CachedImage(NamedTuple):
 
 
 def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
-    """The cache of a list, made first where there is none or any of the files has changed since.
+    """Open the cache of a list; write it first if it is missing, or if a file, a setting or the code has changed.
 
     Raises:
-        ValueError: there isn't room enough.
+        ValueError: the disk doesn't have enough space.
     """
     folder = Path(config.cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    of_list = digest([os.path.abspath(config.train_annotation_path), str(config.input_shape)])
+    list_digest = digest([os.path.abspath(config.train_annotation_path), str(config.input_shape)])
     fields = ("input_shape", "train_crop", "max_pixels", "allow_truncated")
-    of_content = digest([*(str(getattr(config, field)) for field in fields), *describe_files(images, IMAGE_CODE)])
-    path = folder / f"images-{of_list}-{of_content}.bin"
-    if not _is_whole(path, len(images)):
+    content_digest = digest([*(str(getattr(config, field)) for field in fields), *describe_files(images, IMAGE_CODE)])
+    path = folder / f"images-{list_digest}-{content_digest}.bin"
+    if not _is_complete(path, len(images)):
         expected = _expected_size(images, config)
-        print(f"cache_images: shrinking {len(images)} images into {path}, about {format_bytes(expected)}")
+        print(f"cache_images: writing {len(images)} images to {path}, about {format_bytes(expected)}")
         check_room(expected, folder, "cache_images to False")
-        with replace_cache(path, replaces=f"images-{of_list}-*.bin") as file:
+        with replace_cache(path, replaces=f"images-{list_digest}-*.bin") as file:
             _write(images, config, file)
     cache = ImageCache(images, path)
-    lost = int((cache.index[:, 1] == 0).sum())
-    print(f"images from {path} ({format_bytes(path.stat().st_size)}){f', but for {lost} unreadable' if lost else ''}")
+    unreadable = int((cache.index[:, 1] == 0).sum())
+    suffix = f", {unreadable} unreadable" if unreadable else ""
+    print(f"images from {path} ({format_bytes(path.stat().st_size)}){suffix}")
     return cache
 
 
-def _is_whole(path: Path, num_images: int) -> bool:
-    """Whether there is a cache of so many images, with all that its index says."""
-    room = path.stat().st_size - num_images * INDEX_ROW if path.is_file() else -1
-    if room < 0:
+def _is_complete(path: Path, num_images: int) -> bool:
+    """Return whether the file holds `num_images` images, and all pixels that its index refers to."""
+    index_start = path.stat().st_size - num_images * INDEX_ROW if path.is_file() else -1
+    if index_start < 0:
         return False
-    start, height, width, *_ = np.fromfile(path, np.int64, offset=room).reshape(num_images, 5).T
-    return bool((start >= 0).all() and (start + height * width * 3 <= room).all())
+    start, height, width, *_ = np.fromfile(path, np.int64, offset=index_start).reshape(num_images, 5).T
+    return bool((start >= 0).all() and (start + height * width * 3 <= index_start).all())
 
 
 def cached_size(height: int, width: int, config: TrainConfig) -> tuple[int, int]:
-    """Height and width to which an image is shrunk: a random crop of middling area is then of `input_shape`."""
-    middling = (1 + config.train_crop) / 2
-    factor = max(config.input_shape[0] / height, config.input_shape[1] / width) / math.sqrt(middling)
+    """Return the cached height and width: a random crop of mean area then has the size `input_shape`."""
+    mean_area = (1 + config.train_crop) / 2
+    factor = max(config.input_shape[0] / height, config.input_shape[1] / width) / math.sqrt(mean_area)
     return (height, width) if factor >= 1 else (round(height * factor), round(width * factor))
 
 
-def _shrink(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int] | None:
-    """The shrunk image (height, width, 3), and the height and width of the original; None if it can't be read."""
+def _downscale(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int] | None:
+    """Return cached pixels (height, width, 3), and the original's height and width; None if it is unreadable."""
     try:
         with open_to_decode(path, config.max_pixels, config.allow_truncated) as image:
             width, height = image.width, image.height
-            small = cached_size(height, width, config)
-            pixels = image.decode((0, 0, width, height), small).pixels
+            size = cached_size(height, width, config)
+            pixels = image.decode((0, 0, width, height), size).pixels
     except ImageError:
         return None
-    return np.asarray(Image.fromarray(pixels).resize(small[::-1], Image.Resampling.BILINEAR)), height, width
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR)), height, width
 
 
 def _write(images: ImageList, config: TrainConfig, file: BinaryIO) -> None:
-    """Write the images, then the index."""
+    """Write all images, then the index."""
     index = np.zeros((len(images), 5), np.int64)
 
-    def shrink(i: int) -> tuple[np.ndarray, int, int] | None:
-        return _shrink(images.path(i), config)
+    def downscale(i: int) -> tuple[np.ndarray, int, int] | None:
+        return _downscale(images.path(i), config)
 
-    for i, shrunk in enumerate(map_parallel(shrink, range(len(images)), "shrinking images")):
+    for i, image in enumerate(map_parallel(downscale, range(len(images)), "writing the image cache")):
         index[i, 0] = file.tell()
-        if shrunk is not None:
-            pixels, *full = shrunk
-            index[i, 1:] = *pixels.shape[:2], *full
+        if image is not None:
+            pixels, *original_size = image
+            index[i, 1:] = *pixels.shape[:2], *original_size
             file.write(pixels.tobytes())
     file.write(bytes(-file.tell() % index.itemsize))
     file.write(index.tobytes())
 
 
 def _expected_size(images: ImageList, config: TrainConfig) -> int:
-    """About how many bytes the file will have, by the headers of some images."""
+    """Estimate the size of the file in bytes from the headers of some images."""
     pixels = []
     for i in range(0, len(images), max(1, len(images) // SAMPLE)):
         with suppress(ImageError):

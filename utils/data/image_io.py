@@ -1,4 +1,4 @@
-"""A file becomes an upright RGB image, or an error that names it and says why."""
+"""Reading image files: any file becomes an upright RGB image or an `ImageError` with its path and cause."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageCms, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from utils.config.train_config import TrainConfig
 from utils.system.errors import InputError
@@ -42,13 +42,13 @@ SUFFIXES = {
     "AVIF": (".avif",),
     "HEIF": (".heic", ".heif"),
 }
-"""What files of a format are called, by Pillow's name for it."""
+"""File suffixes by Pillow's name of the format."""
 HEIF_SUFFIXES = frozenset(SUFFIXES["HEIF"])
 IMAGE_SUFFIXES = frozenset(chain(*SUFFIXES.values())) - (frozenset() if HAS_HEIF else HEIF_SUFFIXES)
-"""Files with these, in upper or lower case, are taken for images when folders are scanned."""
+"""Suffixes of image files when folders are scanned; case is ignored."""
 
-# What a file may be, whatever its name says. Pillow knows more formats; those left out are no photos, and some of their
-# decoders start other programs (EPS) or are hardly ever tried.
+# Formats that are opened; the suffix is ignored. Pillow's other decoders are not for photos; some start other programs
+# (EPS) or are rarely tested.
 Image.init()
 FORMATS = [
     name
@@ -60,20 +60,18 @@ FORMATS = [
 ]
 
 READERS = f"Pillow {PIL.__version__}, OpenCV {cv2.__version__}{', pillow-heif' if HAS_HEIF else ''}"
-"""What reads images here: another version may read more, or give other pixels."""
+"""Versions of the image libraries; others may decode to different pixels."""
 
 MAX_PIXELS = TrainConfig.max_pixels
-"""An image of more is refused before it is decoded: a small file can claim to be a huge image."""
+"""Larger images are refused before decoding: a small file can claim to be a huge image."""
 
 BACKGROUND = (255, 255, 255)
-"""What transparent images are laid on."""
+"""Background color behind transparent images."""
 
-
-DETAIL = 1.5
-"""A JPEG is decoded at a lower scale as long as the part that is wanted keeps this many times the pixels, on each side,
-of what it is resized to. At 1.5 photos differ from those decoded whole by one level of 255 in the mean (PSNR above
-36 dB, which is about what JPEG itself takes); at 1 by two levels; at 2 by no less, and 12
-megapixels take a third longer."""
+MIN_OVERSAMPLING = 1.5
+"""A JPEG is decoded at a lower scale while each side of the crop keeps this many times its target size. At 1.5, photos
+differ from full decoding by one level of 255 on average (PSNR above 36 dB, about the loss of JPEG itself); at 1 by two
+levels; 2 is no closer, and 12 megapixels take a third longer."""
 
 JPEG_REDUCTIONS = {
     1: cv2.IMREAD_COLOR,
@@ -83,8 +81,8 @@ JPEG_REDUCTIONS = {
 }
 END_OF_JPEG = b"\xff\xd9"
 
-# By the EXIF tag Orientation, of which 1 is upright.
-UPRIGHT = {
+# Transforms to upright, by the EXIF tag Orientation; 1 is upright already.
+TO_UPRIGHT = {
     2: lambda pixels: cv2.flip(pixels, 1),
     3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
     4: lambda pixels: cv2.flip(pixels, 0),
@@ -93,25 +91,25 @@ UPRIGHT = {
     7: lambda pixels: cv2.rotate(cv2.transpose(pixels), cv2.ROTATE_180),
     8: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE),
 }
-LYING = (5, 6, 7, 8)
+SWAPS_AXES = (5, 6, 7, 8)
 
 Box = tuple[float, float, float, float]
-"""Left, top, right and bottom of a part of an image, in its pixels."""
+"""Left, top, right and bottom in pixels."""
 
 
 class Region(NamedTuple):
-    """An image and the part of it that is wanted.
+    """A decoded image and the crop box in it.
 
     Attributes:
-        pixels: uint8 (height, width, 3), upright RGB; perhaps smaller than the file says.
-        box: the part, in the pixels that are there.
+        pixels: uint8 (height, width, 3), upright RGB, perhaps decoded at a lower scale.
+        box: the crop, in coordinates of `pixels`.
     """
 
     pixels: np.ndarray
     box: Box
 
 
-# Pillow warns of large images and odd metadata; here limits and errors decide.
+# Pillow's warnings about large images and unusual metadata are replaced by `max_pixels` and `ImageError`.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -125,40 +123,40 @@ class ImageError(InputError):
     """
 
     def __init__(self, message: str, path: str = "", cause: str = "") -> None:
-        # A worker process passes an error on as one message, with its traceback before the error's own words.
+        # A worker process sends an error as one message, its traceback followed by the original message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
         self.path = path
         self.cause = cause
 
     @staticmethod
     def of(path: str | Path, cause: str) -> ImageError:
-        """The error for one file."""
+        """Return the error for one file."""
         return ImageError(f"{path} can't be read as an image: {cause}", str(path), cause)
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Image.Image:
-    """Read an image, turn it upright by its EXIF orientation, and make it RGB, see `to_rgb`.
+    """Read an image, rotate it upright by its EXIF orientation, and convert it to RGB, see `to_rgb`.
 
-    Of an animation it is the first frame. The image's `format` says what the file is.
+    For animations, the first frame is read. The result's `format` is the format of the file.
 
     Args:
-        path: the file, of one of `FORMATS`, whatever its suffix.
-        max_pixels: an image that says it has more is refused unread.
-        allow_truncated: take what there is of a file that ends too early; what is missing is grey.
+        path: a file of one of `FORMATS`; the suffix is ignored.
+        max_pixels: images with more pixels are refused before decoding.
+        allow_truncated: read incomplete files; missing pixels are gray.
 
     Raises:
-        ImageError: the file is missing or is no readable image; whatever else goes wrong in reading it becomes this.
+        ImageError: the file is missing or can't be read; all other errors are converted to this.
     """
     with _opened(path, max_pixels, allow_truncated) as image:
         return _upright_rgb(image)
 
 
 class OpenImage:
-    """An image whose header has been read: its size is known before it is decoded, which depends on what is wanted.
+    """An image file whose size is known before it is decoded.
 
     Attributes:
-        width: of the upright image, in pixels.
-        height: likewise.
+        width: of the upright image.
+        height: of the upright image.
     """
 
     def __init__(self, path: str | Path, image: Image.Image) -> None:
@@ -167,27 +165,22 @@ class OpenImage:
         self._pixels: np.ndarray | None = None
         if image.format in ("JPEG", "MPO"):
             self._orientation = _orientation(image)
-            self.width, self.height = image.size[::-1] if self._orientation in LYING else image.size
-        else:  # only JPEGs can be decoded at a lower scale, and not every header of the others is right
+            self.width, self.height = image.size[::-1] if self._orientation in SWAPS_AXES else image.size
+        else:  # other formats have no lower scales, and their headers aren't reliable
             self._pixels = np.array(_upright_rgb(image))
             self.height, self.width = self._pixels.shape[:2]
 
     def decode(self, box: Box, size: tuple[int, int]) -> Region:
-        """The part `box` of the upright image, decoded no finer than it is needed.
+        """Decode the image for a crop `box` that will be resized to `size` (height, width).
 
-        A JPEG can be decoded at a half, a quarter or an eighth of its size, in a fraction of the time; see `DETAIL` for
-        when it is.
-
-        Args:
-            box: the part that is wanted.
-            size: height and width that it will be resized to.
+        A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size in a fraction of the time, see `MIN_OVERSAMPLING`.
         """
         pixels = self._decode_jpeg(box, size) if self._pixels is None else self._pixels
         return scale_box(pixels, box, self.width, self.height)
 
     def _decode_jpeg(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        spare = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / DETAIL
-        reduction = max(n for n in JPEG_REDUCTIONS if n <= max(spare, 1))
+        max_reduction = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / MIN_OVERSAMPLING
+        reduction = max(n for n in JPEG_REDUCTIONS if n <= max(max_reduction, 1))
         pixels = _decode_jpeg(self._path, reduction, self._orientation) if self._image.mode == "RGB" else None
         if pixels is None:
             self._image.draft(None, tuple(math.ceil(side / reduction) for side in self._image.size))
@@ -196,25 +189,26 @@ class OpenImage:
 
 
 def scale_box(pixels: np.ndarray, box: Box, width: int, height: int) -> Region:
-    """The region that is the part `box` of an image of this width and height, of which `pixels` is a smaller
-    version."""
-    across, down = pixels.shape[1] / width, pixels.shape[0] / height
+    """Return `pixels`, a downscaled image of original size (`width`, `height`), with `box` scaled to match."""
+    x_scale, y_scale = pixels.shape[1] / width, pixels.shape[0] / height
     left, top, right, bottom = box
-    return Region(pixels, (left * across, top * down, right * across, bottom * down))
+    return Region(pixels, (left * x_scale, top * y_scale, right * x_scale, bottom * y_scale))
 
 
 @contextmanager
 def open_to_decode(
     path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
 ) -> Iterator[OpenImage]:
-    """An image to decode a part of; the arguments and errors are those of `open_image`."""
+    """Open an image for decoding; arguments and errors are those of `open_image`."""
     with _opened(path, max_pixels, allow_truncated) as image:
         yield OpenImage(path, image)
 
 
 def _decode_jpeg(path: str | Path, reduction: int, orientation: int) -> np.ndarray | None:
-    """An RGB JPEG by OpenCV, which gives the same pixels as Pillow in less time; None if it isn't plainly whole, which
-    Pillow is then left to judge."""
+    """Decode an RGB JPEG with OpenCV: the same pixels as Pillow's, faster.
+
+    Returns None if the file looks incomplete or broken, which is left to Pillow and its error messages.
+    """
     encoded = np.fromfile(path, np.uint8)
     if encoded[-2:].tobytes() != END_OF_JPEG:
         return None
@@ -222,19 +216,21 @@ def _decode_jpeg(path: str | Path, reduction: int, orientation: int) -> np.ndarr
     if pixels is None:
         return None
     cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    return UPRIGHT[orientation](pixels) if orientation in UPRIGHT else pixels
+    return TO_UPRIGHT[orientation](pixels) if orientation in TO_UPRIGHT else pixels
 
 
 def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
-    """An image in memory as `open_image` gives one from a file: of Pillow's, or an array of uint8, (height, width, 3)
-    in RGB or (height, width) in grey.
+    """Convert an image in memory as `open_image` does for files.
+
+    Args:
+        image: a Pillow image, or a uint8 array, (height, width, 3) in RGB or (height, width) in gray.
 
     Raises:
-        ImageError: the file behind the image, which Pillow reads only now, is broken.
-        ValueError: it is neither, or the array is of another type or shape.
+        ImageError: the Pillow image's file, which is read only now, is broken.
+        ValueError: the type, dtype or shape isn't one of these.
     """
     if not isinstance(image, np.ndarray | Image.Image):
-        raise ValueError(f"a {type(image).__name__}: give a path, an Pillow image, or a numpy array")
+        raise ValueError(f"a {type(image).__name__}: give a path, a Pillow image, or a numpy array")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)) or not image.size:
             raise ValueError(
@@ -251,15 +247,15 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     image.load()
     rgb = to_rgb(image)
-    if (turn := UPRIGHT.get(_orientation(image))) is not None:
-        # Not ImageOps.exif_transpose, which writes all of the EXIF anew and fails on a tag of another type than usual.
-        rgb = Image.fromarray(turn(np.array(rgb)))
+    if (transform := TO_UPRIGHT.get(_orientation(image))) is not None:
+        # Not ImageOps.exif_transpose: it rewrites all of the EXIF data and fails on tags of unusual types.
+        rgb = Image.fromarray(transform(np.array(rgb)))
     rgb.format = image.format
     return rgb
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF tag; 1, upright, where there is none, or none that can be read: the image is whole all the same."""
+    """Return the EXIF orientation; 1, upright, if it is missing or the EXIF data is broken."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, LookupError, struct.error):
@@ -267,28 +263,25 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height that an image's header says, in most formats before it is turned upright. No more is read.
+    """Return width and height from an image's header, in most formats before the EXIF rotation.
 
     Raises:
-        ImageError: the file is missing, is no image, or says it has more than `max_pixels`.
+        ImageError: the file is missing, isn't an image, or has more than `max_pixels`.
     """
     with _opened(path, max_pixels) as image:
         return image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Make an image RGB: transparent ones are laid on white, and deeper ones scaled to 8 bits.
+    """Convert an image to RGB, transparency on a white background and deeper levels scaled to 8 bits.
 
-    Of whole numbers, 65,535 is white; of floats, 1 is white if there is none above it, else 255.
+    White is 65,535 for integers; for floats it is 1 if no value is above 1, else 255.
     """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
         image = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
-    elif image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
@@ -299,33 +292,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
 @contextmanager
 def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Iterator[Image.Image]:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or socket would wait for ever
-            raise OSError("no file, but a folder or a pipe")
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or socket would block forever
+            raise OSError("it is not a file but a folder or a pipe")
         Image.MAX_IMAGE_PIXELS = max_pixels
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError  # as Pillow itself does from twice as many on
+                raise Image.DecompressionBombError  # Pillow raises this only at twice the limit
             ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
             yield image
-    except Exception as error:  # Pillow's decoders raise nearly every type there is on a broken file
+    except Exception as error:  # on broken files Pillow's decoders raise nearly any type
         raise ImageError.of(path, _cause(path, error, max_pixels)) from error
 
 
 def _cause(path: str | Path, error: Exception, max_pixels: int) -> str:
-    """Why it failed, in words for the user; names the plug-in that would have read it, if there is one."""
-    missing = isinstance(error, FileNotFoundError)
-    kind = b""
+    """Return the reason for the user, with the package to install if one can read the format."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
     if isinstance(error, Image.UnidentifiedImageError):
+        header = b""
         with suppress(OSError), Path(path).open("rb") as file:
-            kind = file.read(32)
-        if kind[4:8] == b"ftyp" and kind[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+            header = file.read(32)
+        if header[4:8] == b"ftyp" and header[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
             return "it is HEIC; pip install pillow-heif to read it"
-        if kind[4:8] == b"ftyp" and kind[8:12] in (b"avif", b"avis"):
-            return "it is AVIF, which this build of Pillow lacks; pip install -U pillow to read it"
-        return "it is of no known image format" if kind else "it is empty"
+        return "it is of no known image format" if header else "it is empty"
     if isinstance(error, Image.DecompressionBombError):
-        return (
-            f"it has more pixels than max_pixels={max_pixels} allows; raise that, a setting of train.py and "
-            f"txt_annotation.py, or shrink the image"
-        )
-    return "there is no such file" if missing else f"{type(error).__name__}: {error}"
+        return f"it has more pixels than max_pixels={max_pixels} allows; raise max_pixels or shrink the image"
+    return f"{type(error).__name__}: {error}"

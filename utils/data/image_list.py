@@ -1,7 +1,7 @@
-"""The annotation list: one `class_id;path` a line, UTF-8.
+"""Reading and writing image lists and class files.
 
-The id ends at the first `;`; all that follows is the path, whatever is in it. A relative path is relative to the folder
-of the list. Bytes of a file name that are no UTF-8 go through as they are (surrogateescape).
+A list has one `class_id;path` per line, in UTF-8. The id ends at the first `;`, the rest is the path. Relative paths
+start from the list's folder. Bytes that aren't valid UTF-8 are preserved (surrogateescape).
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ import numpy as np
 
 from utils.system.files import write_bytes
 
-NEWLINE, RETURN, SEMICOLON = b"\n\r;"
+NEWLINE, CARRIAGE_RETURN, SEMICOLON = b"\n\r;"
 MAX_DIGITS = 9
 BLOCK = 1 << 22
-"""Bytes that are searched for line ends, and lines whose ids are read, at a time."""
+"""Bytes, or lines, that are parsed at a time."""
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """A list in memory: the file's bytes and two arrays, so that millions of lines cost no Python objects, and worker
-    processes that read it share it.
+    """A list in memory, as three arrays: no Python object per line, and shared by forked worker processes.
 
     Attributes:
-        folder: what relative paths start from.
+        folder: where relative paths start.
         buffer: the bytes of the file, uint8.
-        starts: (n + 1,) int64, where each line begins in `buffer`, and where the last one ends.
+        starts: (n + 1,) int64, the start of each line in `buffer`, and the end of the last.
         class_ids: (n,) int32.
     """
 
@@ -46,16 +45,16 @@ class ImageList:
         return len(self.class_ids)
 
     def path(self, index: int) -> str:
-        """The path of one image, as it can be opened."""
+        """Return the path of one image."""
         return os.path.join(self.folder, self.name(index))
 
     def name(self, index: int) -> str:
-        """The path of one image, as it stands in the list."""
+        """Return the path of one image as written in the list."""
         line = self.buffer[self.starts[index] : self.starts[index + 1]].tobytes().rstrip(b"\r\n")
         return _decode(line.partition(b";")[2])
 
     def digest(self) -> str:
-        """SHA-256 of the list."""
+        """Return the SHA-256 of the list."""
         return hashlib.sha256(self.buffer.data).hexdigest()
 
 
@@ -72,44 +71,43 @@ def _decode(encoded: bytes) -> str:
 
 
 def write_list(path: str | Path, entries: Iterable[tuple[int, str]]) -> None:
-    """Write `(class_id, path)` pairs, in this order.
+    """Write `(class_id, path)` pairs in this order.
 
     Raises:
-        ValueError: a path has a line break in it, which the format can't hold.
+        ValueError: a path contains a line break.
     """
     write_bytes(Path(path), _format(entries))
 
 
 def write_excluded(path: str | Path, reasons: Mapping[str, str]) -> None:
-    """Write a line `reason;path` for each path that `reasons` has a reason for."""
+    """Write a line `reason;path` for each path of `reasons`."""
     write_bytes(Path(path), _encode("".join(f"{reason};{_one_line(name)}\n" for name, reason in reasons.items())))
 
 
 def list_in_memory(entries: Iterable[tuple[int, str]]) -> ImageList:
-    """A list of `(class_id, path)` pairs that was never a file."""
+    """Return `(class_id, path)` pairs as a list without a file."""
     return parse_list(np.frombuffer(_format(entries), np.uint8), "the list")
 
 
 def parse_list(buffer: np.ndarray, source: str | Path) -> ImageList:
-    """A list out of its bytes, uint8 (n,), whose relative paths start from the working folder.
+    """Parse the bytes of a list, uint8 (n,), with paths relative to the working folder.
 
     Raises:
-        ValueError: a line, named as one of `source`, isn't `class_id;path`.
+        ValueError: a line isn't `class_id;path`; the message names `source` and the line.
     """
     return _parse(buffer, "", str(source))
 
 
-def draw(images: ImageList, most: int, seed: int, by_class: bool = False) -> np.ndarray:
-    """Indices (n,), rising, of up to `most` images drawn at random: any, or of each class as many, as far as it has
-    them."""
+def sample_indices(images: ImageList, max_images: int, seed: int, by_class: bool = False) -> np.ndarray:
+    """Return sorted indices of up to `max_images` random images; `by_class`: as evenly from all classes as possible."""
     order = np.random.default_rng(seed).permutation(len(images))
     if by_class:
         order = order[np.argsort(count_earlier(images.class_ids[order]), kind="stable")]
-    return np.sort(order[:most])
+    return np.sort(order[:max_images])
 
 
 def count_earlier(values: np.ndarray) -> np.ndarray:
-    """For each of values (n,) how often it came before."""
+    """Return for each of `values` (n,) how many earlier ones are equal to it."""
     by_value = np.argsort(values, kind="stable")
     _, starts, counts = np.unique(values[by_value], return_index=True, return_counts=True)
     earlier = np.empty(len(values), np.int64)
@@ -117,8 +115,8 @@ def count_earlier(values: np.ndarray) -> np.ndarray:
     return earlier
 
 
-def take(images: ImageList, indices: np.ndarray) -> ImageList:
-    """Some images of a list, as a list."""
+def select(images: ImageList, indices: np.ndarray) -> ImageList:
+    """Return the list of the images at `indices`."""
     return list_in_memory((int(images.class_ids[i]), images.path(i)) for i in indices)
 
 
@@ -127,7 +125,7 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the list is empty, or a line has no id below `num_classes` before its first `;`; names the line.
+        ValueError: the list is empty, or a line isn't `class_id;path` with an id below `num_classes`.
     """
     path = Path(path)
     if not path.is_file():
@@ -140,34 +138,34 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
         number = _line_number(images.buffer, images.starts[worst])
         raise ValueError(
             f"{path}, line {number}: class id {images.class_ids[worst]}, but there are {num_classes} classes (0 to "
-            f"{num_classes - 1}); list and class file differ: run python txt_annotation.py, with the flags as before"
+            f"{num_classes - 1}); run python txt_annotation.py with the same flags to rewrite list and class file"
         )
     return images
 
 
 def compare_lists(before: ImageList, now: ImageList, class_names: Sequence[str]) -> str:
-    """What is in one list and not in the other, in words: images added, removed, moved (the file's name is the same,
-    its folder another) and relabelled."""
-    then, here = ({images.name(i): int(images.class_ids[i]) for i in range(len(images))} for images in (before, now))
-    gone, come = _by_file_name(then.keys() - here.keys()), _by_file_name(here.keys() - then.keys())
-    moved = {gone[file]: come[file] for file in gone.keys() & come.keys()}
-    other_label = [name for name in sorted(then.keys() & here.keys()) if then[name] != here[name]]
+    """Describe the images added, removed, moved (same file name, other folder) and relabelled between two lists."""
+    old_ids, new_ids = ({lst.name(i): int(lst.class_ids[i]) for i in range(len(lst))} for lst in (before, now))
+    removed, added = old_ids.keys() - new_ids.keys(), new_ids.keys() - old_ids.keys()
+    old_files, new_files = _by_file_name(removed), _by_file_name(added)
+    moved = {old_files[file]: new_files[file] for file in old_files.keys() & new_files.keys()}
+    relabelled = [name for name in sorted(old_ids.keys() & new_ids.keys()) if old_ids[name] != new_ids[name]]
     changes = {
-        "added": sorted(here.keys() - then.keys() - set(moved.values())),
-        "removed": sorted(then.keys() - here.keys() - moved.keys()),
+        "added": sorted(added - set(moved.values())),
+        "removed": sorted(removed - moved.keys()),
         "moved": [f"{old} -> {moved[old]}" for old in sorted(moved)],
-        "relabelled": [f"{name}, {class_names[then[name]]} -> {class_names[here[name]]}" for name in other_label],
+        "relabelled": [f"{name}, {class_names[old_ids[name]]} -> {class_names[new_ids[name]]}" for name in relabelled],
     }
-    told = [
+    parts = [
         f"{len(names)} {kind} ({'; '.join(names[:5])}{'; ...' if len(names) > 5 else ''})"
         for kind, names in changes.items()
         if names
     ]
-    return ", ".join(told) or "the same images in another order or notation"
+    return ", ".join(parts) or "the same images in another order or notation"
 
 
 def _by_file_name(names: Iterable[str]) -> dict[str, str]:
-    """Those of `names` whose file name no other of them has."""
+    """Return file name -> path for the paths whose file name is unique."""
     files: dict[str, list[str]] = {}
     for name in names:
         files.setdefault(os.path.basename(name), []).append(name)
@@ -175,16 +173,16 @@ def _by_file_name(names: Iterable[str]) -> dict[str, str]:
 
 
 def _parse(buffer: np.ndarray, folder: str, source: str) -> ImageList:
-    """Find lines and ids in the bytes of a list, a block at a time, so that it takes little memory besides."""
+    """Find lines and ids in the bytes of a list, block by block to save memory."""
     start = len(codecs.BOM_UTF8) if buffer[:3].tobytes() == codecs.BOM_UTF8 else 0
     for i in range(0, len(buffer), BLOCK):
         if not (block := buffer[i : i + BLOCK]).all():
             number = _line_number(buffer, i + int(block.argmin()))
-            raise ValueError(f"{source}, line {number}: it has a NUL in it, which no path has")
+            raise ValueError(f"{source}, line {number}: NUL byte; the file is damaged, run python txt_annotation.py")
     newlines = [np.flatnonzero(buffer[i : i + BLOCK] == NEWLINE) + (i + 1) for i in range(0, len(buffer), BLOCK)]
     starts = np.concatenate([[start], *newlines])
     starts = starts[starts < len(buffer)]
-    starts = starts[(buffer[starts] != NEWLINE) & (buffer[starts] != RETURN)]  # but for empty lines
+    starts = starts[(buffer[starts] != NEWLINE) & (buffer[starts] != CARRIAGE_RETURN)]  # without empty lines
     class_ids = np.empty(len(starts), np.int32)
     for i in range(0, len(starts), BLOCK):
         class_ids[i : i + BLOCK] = _parse_ids(buffer, starts[i : i + BLOCK], source)
@@ -192,20 +190,20 @@ def _parse(buffer: np.ndarray, folder: str, source: str) -> ImageList:
 
 
 def _parse_ids(buffer: np.ndarray, starts: np.ndarray, source: str) -> np.ndarray:
-    """The class ids of the lines that begin at `starts`."""
+    """Return the class ids of the lines at `starts`."""
 
     def at(position: np.ndarray) -> np.ndarray:
         return buffer[np.minimum(position, len(buffer) - 1)]
 
     class_ids = np.zeros(len(starts), np.int32)
     cursor = starts.copy()
-    in_id = np.ones(len(starts), bool)  # the lines whose id has not come to its end
+    in_id = np.ones(len(starts), bool)  # lines whose id continues at `cursor`
     for _ in range(MAX_DIGITS):
-        digit = at(cursor) - np.uint8(ord("0"))  # what is below "0" wraps around to above 9
+        digit = at(cursor) - np.uint8(ord("0"))  # bytes below "0" wrap around to above 9
         in_id &= (digit <= 9) & (cursor < len(buffer))
         class_ids[in_id] = class_ids[in_id] * 10 + digit[in_id]
         cursor += in_id
-    no_path = (cursor + 1 >= len(buffer)) | np.isin(at(cursor + 1), (NEWLINE, RETURN))
+    no_path = (cursor + 1 >= len(buffer)) | np.isin(at(cursor + 1), (NEWLINE, CARRIAGE_RETURN))
     broken = (cursor == starts) | (at(cursor) != SEMICOLON) | no_path
     if broken.any():
         start = int(starts[broken.argmax()])
@@ -221,19 +219,19 @@ def _line_number(buffer: np.ndarray, start: int) -> int:
 
 
 def read_first_path(path: str | Path) -> str | None:
-    """The first image of a list, as it can be opened; None if there is no list or nothing in it."""
+    """Return the path of the first image of a list; None if the list is missing or empty."""
     if not Path(path).is_file():
         return None
     return next((os.path.join(_folder(path), _decode(line.partition(b";")[2])) for _, line in _lines(path)), None)
 
 
 def _folder(path: str | Path) -> str:
-    """What relative paths in a list start from; nothing if that is the working folder."""
+    """Return the folder where relative paths of a list start; "" for the working folder."""
     return "" if Path(path).parent == Path() else str(Path(path).parent)
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Number and content of each line that isn't empty; a byte-order mark and Windows' line ends are taken off."""
+    """Yield number and content of the non-empty lines, without byte-order mark and Windows line ends."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
@@ -245,15 +243,15 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 
 def _one_line(name: str) -> str:
     if "\n" in name or "\r" in name:
-        raise ValueError(f"{name!r} has a line break in its name, which no list can hold: rename it")
+        raise ValueError(f"{name!r}: the name contains a line break; rename it")
     return name
 
 
 def write_classes(path: str | Path, names: Sequence[str]) -> None:
-    """Write class names, one a line.
+    """Write class names, one per line.
 
     Raises:
-        ValueError: a name has a line break in it.
+        ValueError: a name contains a line break.
     """
     lines = [f"{_one_line(name)}\n" for name in names]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -261,20 +259,19 @@ def write_classes(path: str | Path, names: Sequence[str]) -> None:
 
 
 def read_classes(path: str | Path) -> list[str]:
-    """Read class names, one a line; the line number is the class id. Their letters are composed, as
-    `utils.annotation.folder_scan` has them.
+    """Read class names, one per line in the order of class ids, in Unicode form NFC like scanned folder names.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a name stands twice, or there are fewer than two.
+        ValueError: a name is repeated, or there are fewer than two.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no class file {path}: run python txt_annotation.py")
     names = [unicodedata.normalize("NFC", _decode(line)) for _, line in _lines(path)]
-    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
-    if doubled:
-        raise ValueError(f"{path} names {', '.join(doubled)} twice: every class has one line")
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise ValueError(f"{path}: class {', '.join(repeated)} is repeated; give each class one line")
     if len(names) < 2:
-        raise ValueError(f"{path} names {len(names)} classes; a classifier needs two at least")
+        raise ValueError(f"{path}: {len(names)} classes; a classifier needs at least two")
     return names

@@ -1,4 +1,4 @@
-"""Data sets to batches."""
+"""Data loaders: datasets to batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.system.signals import WorkerDied, defer_signals, ignore_interrupt, wa
 
 
 def batch_paths(loader: DataLoader, number: int) -> list[str]:
-    """The files of the batch `number` (from 0) of the epoch that `loader` is at."""
+    """Return the files in batch `number` (from 0) of the loader's current epoch."""
     sampler = copy.copy(loader.sampler)
     sampler.start = number * loader.batch_size
     return [loader.dataset.images.path(index) for _, index, _ in islice(sampler, loader.batch_size)]
@@ -27,26 +27,26 @@ def batch_paths(loader: DataLoader, number: int) -> list[str]:
 def train_loader(
     dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling = "shuffle"
 ) -> DataLoader:
-    """Batches of uint8 pixels (B, 3, height, width), or of features (B, ...), and class ids (B,), anew in each epoch.
+    """Return a loader of uint8 pixels (B, 3, height, width), or features (B, ...), and class ids (B,).
 
-    All batches are of one size, so what an epoch leaves over sits out, other images each time. Set
-    `loader.sampler.epoch` and `.start` before each epoch; the loader's length is that of a whole one.
+    The last incomplete batch is dropped; shuffling varies which samples. Set `loader.sampler.epoch` and `.start` before
+    each epoch; the loader's length is that of a complete epoch.
     """
     return _loader(dataset, batch_size, num_workers, sampling)
 
 
 def eval_loader(dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int) -> DataLoader:
-    """Batches in the list's order, every image once; the last batch may be smaller."""
+    """Return a loader of every image once, in the list's order; the last batch may be smaller."""
     return _loader(dataset, batch_size, num_workers, None)
 
 
 def fetch(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `loader`.
+    """Yield the batches of `loader`.
 
     Raises:
-        WorkerDied: one of its workers did.
+        WorkerDied: a worker process died.
     """
-    with defer_signals():  # so that no worker is started that nobody knows of
+    with defer_signals():  # a signal here could leave workers that are not watched
         batches = iter(loader)
         watch_workers()
     try:
@@ -67,9 +67,9 @@ def _loader(
         num_workers=num_workers,
         collate_fn=dataset.collate,
         drop_last=sampling is not None,
-        pin_memory=torch.cuda.is_initialized(),  # a run on the processor leaves the GPU alone
+        pin_memory=torch.cuda.is_initialized(),  # don't initialize CUDA in a CPU run
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_interrupt,
-        # Forked workers share the list; those that are spawned each get a copy of it.
+        # Forked workers share the list in memory; spawned ones would copy it.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )

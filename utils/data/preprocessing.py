@@ -1,4 +1,4 @@
-"""How evaluation prepares an image; a checkpoint carries it."""
+"""The preprocessing of images for evaluation and prediction, stored in each checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from utils.config.train_config import TrainConfig
 from utils.data.image_io import OpenImage, open_to_decode
 
-# Where neither the settings nor the weights say anything.
+# Used where neither the config nor the pretrained weights set a value.
 DEFAULTS: dict[str, Any] = {
     "eval_crop": 0.875,
     "interpolation": "bilinear",
@@ -22,23 +22,22 @@ UNSET = (None, "auto")
 
 
 def resolve_preprocessing(config: TrainConfig, expected: Mapping[str, Any]) -> TrainConfig:
-    """`config` with what it leaves open of `DEFAULTS` as the weights have it that training starts from, or else by
-    default.
+    """Return `config` with unset preprocessing fields filled from the pretrained weights, else from `DEFAULTS`.
 
     Args:
         config: the settings.
-        expected: what the weights expect, by the names of the fields; nothing without weights.
+        expected: the values that the weights expect, by field; empty without weights.
 
     Raises:
-        ValueError: a field can't have the value that is expected.
+        ValueError: an expected value is invalid for its field.
     """
-    opened = [name for name in DEFAULTS if getattr(config, name) in UNSET]
-    return dataclasses.replace(config, **{name: expected.get(name, DEFAULTS[name]) for name in opened})
+    unset = [name for name in DEFAULTS if getattr(config, name) in UNSET]
+    return dataclasses.replace(config, **{name: expected.get(name, DEFAULTS[name]) for name in unset})
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How evaluation prepares an image. A checkpoint carries it; the fields are those of `TrainConfig`."""
+    """The preprocessing settings; the fields are those of `TrainConfig`."""
 
     max_pixels: int
     allow_truncated: bool
@@ -51,22 +50,21 @@ class Preprocessing:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Preprocessing:
-        """Take the fields out of a checkpoint's preprocessing or a config; other keys are passed over, and fields that
-        are left open get their default."""
+        """Create it from the keys of a checkpoint or a config; unset fields get their default."""
         plain = {name: DEFAULTS[name] if values[name] in UNSET else values[name] for name in PREPROCESSING_FIELDS}
         return Preprocessing(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
 
     @staticmethod
     def of(config: TrainConfig) -> Preprocessing:
-        """That of a run with these settings."""
+        """Return the preprocessing of a run with this config."""
         return Preprocessing.from_dict({name: getattr(config, name) for name in PREPROCESSING_FIELDS})
 
     def open(self, path: str) -> AbstractContextManager[OpenImage]:
-        """An image file, to decode a part of; see `utils.data.image_io.open_image` for what it raises."""
+        """Open an image file for decoding; see `utils.data.image_io.open_image` for the errors."""
         return open_to_decode(path, self.max_pixels, self.allow_truncated)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain types."""
+        """Return the fields as plain types."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 

@@ -1,4 +1,4 @@
-"""Which samples an epoch has, in which order: a function of (seed, epoch)."""
+"""The order of the samples in an epoch, as a function of (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ Sampling = Literal["shuffle", "balanced"]
 
 
 class EpochSampler(Sampler):
-    """The keys of one epoch, in an order that is a function of (seed, epoch).
+    """Yields the keys of one epoch, see `ImageDataset`.
 
     Args:
         class_ids: (n,), of the images.
-        sampling: "shuffle": every image once; "balanced": n draws, every class equally often in the mean, so that
-            images of small classes come several times and those of large ones not in every epoch; None: in the list's
-            order.
-        seed: another seed gives other orders.
+        sampling: "shuffle": every image once; "balanced": n samples with replacement, all classes equally likely; None:
+            every image once, in the list's order.
+        seed: of the order.
 
     Attributes:
-        epoch: which one, from 0.
-        start: how many of its keys are left out at the beginning, since they were trained on already.
+        epoch: from 0.
+        start: keys skipped at the start of the epoch, used when a run is resumed.
     """
 
     def __init__(self, class_ids: np.ndarray, sampling: Sampling | None, seed: int) -> None:
@@ -46,16 +45,16 @@ class EpochSampler(Sampler):
         if self.sampling == "shuffle":
             order = torch.randperm(len(self), generator=generator).numpy()
         elif self.sampling == "balanced":
-            order = self._balanced(generator)
+            order = self._balanced_order(generator)
         else:
             order = np.arange(len(self))
         repeats = count_earlier(order) if self.sampling == "balanced" else np.zeros(len(self), np.uint8)
         for index, repeat in zip(order[self.start :], repeats[self.start :], strict=True):
             yield self.epoch, int(index), int(repeat)
 
-    def _balanced(self, generator: torch.Generator) -> np.ndarray:
+    def _balanced_order(self, generator: torch.Generator) -> np.ndarray:
         by_class = np.argsort(self.class_ids, kind="stable")
         _, starts, counts = np.unique(self.class_ids[by_class], return_index=True, return_counts=True)
-        drawn = torch.randint(len(counts), (len(self),), generator=generator).numpy()
-        within = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy() * counts[drawn]
-        return by_class[starts[drawn] + within.astype(np.int64)]
+        classes = torch.randint(len(counts), (len(self),), generator=generator).numpy()
+        within = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy() * counts[classes]
+        return by_class[starts[classes] + within.astype(np.int64)]

@@ -1,4 +1,4 @@
-"""What happens to an image between the file and the network, for training and for evaluation side by side."""
+"""Transforms of images to network inputs, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from utils.config.train_config import TrainConfig
-from utils.data.augment import GREY, make_changes, random_box
+from utils.data.augment import GREY, build_augmentation, random_box
 from utils.data.image_io import Box, Region
 from utils.data.preprocessing import Preprocessing
 
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
-"""How far a filter reaches, in pixels of the result."""
+"""Support (radius) of the resampling filters, in output pixels."""
 
 
 class Decodable(Protocol):
-    """What a transform takes a part of: `utils.data.image_io.OpenImage`, or an image of a cache."""
+    """An opened image: `utils.data.image_io.OpenImage` or `utils.data.image_cache.CachedImage`."""
 
     width: int
     height: int
@@ -32,8 +32,9 @@ class Decodable(Protocol):
 
 
 class Transform(ABC):
-    """An image to uint8 pixels (3, height, width), in three steps: choose a part, which is known before the file is
-    decoded and so decides how finely that is done; resize it; augment it.
+    """Maps an image to uint8 pixels (3, height, width) in three steps: crop, resize, augment.
+
+    The crop box is chosen before decoding, so a JPEG can be decoded at a lower resolution.
 
     Attributes:
         size: height and width of the result.
@@ -43,62 +44,58 @@ class Transform(ABC):
 
     @abstractmethod
     def choose_box(self, width: int, height: int) -> Box:
-        """The part that is wanted of an upright image of this size."""
+        """Return the crop box for an upright image of this size."""
 
     def region(self, image: Decodable) -> Region:
-        """That part of an image, decoded."""
+        """Decode the crop."""
         return image.decode(self.choose_box(image.width, image.height), self.size)
 
     @abstractmethod
     def resize(self, region: Region) -> Tensor:
-        """That part as pixels (3, height, width)."""
+        """Resize the crop to pixels (3, height, width)."""
 
     def augment(self, pixels: Tensor) -> Tensor:
-        """The same pixels (3, height, width) changed, for training."""
+        """Augment pixels (3, height, width); the identity except in training."""
         return pixels
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """All steps, for an upright RGB image that is in memory."""
+        """Apply all steps to an upright RGB image in memory."""
         return self.augment(self.resize(Region(np.array(image), self.choose_box(*image.size))))
 
 
 class TrainTransform(Transform):
-    """A random part of an image to uint8 (3, height, width), with augmentation.
-
-    All is drawn from torch's global generator.
-    """
+    """Random resized crop, horizontal flip and augmentation. Uses torch's global generator."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.size = config.input_shape
         self.interpolation = Preprocessing.of(config).interpolation
-        self.least_area = config.train_crop
+        self.min_area = config.train_crop
         self.horizontal_flip = config.horizontal_flip
-        self.changes = make_changes(config.color_jitter, config.augmentation, config.random_erasing)
+        self.augmentation = build_augmentation(config.color_jitter, config.augmentation, config.random_erasing)
 
     def choose_box(self, width: int, height: int) -> Box:
-        """A part of random place, area and aspect ratio."""
-        return random_box(width, height, self.least_area)
+        """Return a box of random position, area and aspect ratio."""
+        return random_box(width, height, self.min_area)
 
     def resize(self, region: Region) -> Tensor:
-        """The part resized. Its box is taken to whole pixels."""
+        """Resize the crop, its box rounded to whole pixels."""
         left, top, right, bottom = map(round, region.box)
-        part = torch.from_numpy(region.pixels)[None, top : max(bottom, top + 1), left : max(right, left + 1)]
-        # In this order of memory torch resizes uint8 as it is, several times as fast as Pillow.
-        return F.interpolate(part.permute(0, 3, 1, 2), self.size, mode=self.interpolation, antialias=True)[0]
+        crop = torch.from_numpy(region.pixels)[None, top : max(bottom, top + 1), left : max(right, left + 1)]
+        # In channels-last format torch resizes uint8 natively, several times faster than Pillow.
+        return F.interpolate(crop.permute(0, 3, 1, 2), self.size, mode=self.interpolation, antialias=True)[0]
 
     def augment(self, pixels: Tensor) -> Tensor:
-        """Mirrored or not, then changed as the settings say."""
+        """Flip at random, then apply the configured augmentations."""
         if torch.rand(()) < self.horizontal_flip:
             pixels = pixels.flip(-1)
-        return self.changes(pixels)
+        return self.augmentation(pixels)
 
 
 class EvalTransform(Transform):
-    """An image to uint8 (3, height, width): the same for validation, evaluation and prediction.
+    """Center crop, or with `letterbox_image` the whole image padded with gray; used for validation and prediction.
 
-    Either the centre: the largest part with the aspect ratio of `input_shape`, times `eval_crop`. With a square shape
-    this is the usual "resize the short side to size / crop, then crop the centre", in one step and without the pixels
-    that are cut off. Or, with `letterbox_image`, all of it, with grey around.
+    The crop is the largest centered box with the aspect ratio of `input_shape`, scaled by `eval_crop`. For square
+    shapes this equals the usual "resize the short side to size / crop, then center crop", in one step.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -108,16 +105,16 @@ class EvalTransform(Transform):
         self.letterbox = preprocessing.letterbox_image
 
     def choose_box(self, width: int, height: int) -> Box:
-        """The centre, in fractions of pixels, or all of it."""
+        """Return the centered box, with fractional edges, or the whole image."""
         if self.letterbox:
             return 0, 0, width, height
-        # pixels of the image to one of the result
+        # input pixels per output pixel
         scale = self.crop * min(height / self.size[0], width / self.size[1])
         left, top = (width - self.size[1] * scale) / 2, (height - self.size[0] * scale) / 2
         return max(0, left), max(0, top), min(width, width - left), min(height, height - top)
 
     def resize(self, region: Region) -> Tensor:
-        """The part, or all of it and grey, resized."""
+        """Resize the crop, or resize and pad the whole image."""
         size = self.size[::-1]
         if self.letterbox:
             height, width = region.pixels.shape[:2]
@@ -128,18 +125,21 @@ class EvalTransform(Transform):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def _resize(self, region: Region, size: tuple[int, int]) -> Image.Image:
-        """The part at this width and height, across first and then down. Left to itself Pillow 13 begins with what
-        saves it work, and as levels are rounded in between, an export or another Pillow would have other pixels."""
-        left, top, right, bottom = (float(np.float32(edge)) for edge in region.box)  # as Pillow takes a box
+        """Resize to (width, height), horizontally first.
+
+        Pillow 13 chooses the order of the two passes by their cost. Levels are rounded in between, so with a free
+        choice exported networks and other versions of Pillow would get other pixels.
+        """
+        left, top, right, bottom = (float(np.float32(edge)) for edge in region.box)  # Pillow's precision for boxes
         reach = math.ceil(max(SUPPORT.values()) * max(1, (bottom - top) / size[1])) + 1
         first = max(0, math.floor(top) - reach)
         rows = Image.fromarray(region.pixels[first : math.ceil(bottom) + reach])
-        across = rows.resize((size[0], rows.height), self.filter, box=(left, 0, right, rows.height))
-        return across.resize(size, self.filter, box=(0, top - first, size[0], bottom - first))
+        narrow = rows.resize((size[0], rows.height), self.filter, box=(left, 0, right, rows.height))
+        return narrow.resize(size, self.filter, box=(0, top - first, size[0], bottom - first))
 
     def _fitted(self, width: int, height: int) -> tuple[int, int]:
-        """The largest width and height with the aspect ratio of an image that fit; of a strip a pixel is left."""
-        most_rows, most_columns = self.size
-        if width / height > most_columns / most_rows:
-            return most_columns, max(1, round(height / width * most_columns))
-        return max(1, round(width / height * most_rows)), most_rows
+        """Return the largest width and height, 1 or more, that fit into `size` at the image's aspect ratio."""
+        max_height, max_width = self.size
+        if width / height > max_width / max_height:
+            return max_width, max(1, round(height / width * max_width))
+        return max(1, round(width / height * max_height)), max_height

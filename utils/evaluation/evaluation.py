@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.data.dataset import FileSource, ImageDataset
-from utils.data.image_list import ImageList, draw, take
+from utils.data.image_list import ImageList, sample_indices, select
 from utils.data.loader import eval_loader, fetch
 from utils.evaluation.corruptions import CORRUPTIONS, corrupt
 from utils.evaluation.eval_lists import count_seen
@@ -140,10 +140,10 @@ def evaluate_corrupted(
     the same as they are, which `outputs` has."""
     if most == 0:
         return {}
-    drawn = draw(images, most, seed=0)
+    drawn = sample_indices(images, most, seed=0)
     as_they_are = (outputs.logits[drawn].argmax(dim=1) == outputs.class_ids[drawn]).sum()
     hits = {"none": int(as_they_are)} | dict.fromkeys(CORRUPTIONS, 0)
-    source = FileSource(take(images, drawn), classifier.preprocessing)
+    source = FileSource(select(images, drawn), classifier.preprocessing)
     loader = eval_loader(ImageDataset(source, classifier.transform, seed=0), batch_size, num_workers)
     bar = tqdm(fetch(loader), "corrupting", len(loader), unit="batch", leave=False, disable=None)
     for number, (pixels, class_ids) in enumerate(bar):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.config.train_config import TrainConfig
-from utils.data.image_list import ImageList, draw, parse_list, take
+from utils.data.image_list import ImageList, parse_list, sample_indices, select
 from utils.inference.classifier import load_classifier
 from utils.inference.outputs import compute_outputs
 from utils.inference.rejection import Calibration, fit_calibration
@@ -44,7 +44,7 @@ def calibrate_checkpoint(
     """
     classifier = load_classifier(checkpoint, config.device)
     most = max(MAX_EMBEDDINGS, MIN_PER_CLASS * len(classifier.class_names))
-    drawn = take(train_images, draw(train_images, most, config.seed, by_class=True))
+    drawn = select(train_images, sample_indices(train_images, most, config.seed, by_class=True))
     of_train = compute_outputs(classifier, drawn, config.num_workers, skip_unreadable=True, title="embedding")
     of_val = compute_outputs(classifier, val_images, config.num_workers, skip_unreadable=True, title="calibrating")
     if not len(of_val.indices) or not len(of_train.indices):
@@ -53,7 +53,7 @@ def calibrate_checkpoint(
     calibration = fit_calibration(
         of_val.logits, of_val.embeddings, of_val.class_ids, of_train.embeddings, of_train.class_ids
     )
-    train = TrainEmbeddings(take(drawn, of_train.indices.numpy()), of_train.embeddings)
+    train = TrainEmbeddings(select(drawn, of_train.indices.numpy()), of_train.embeddings)
     write_embeddings(checkpoint, train, calibration)
     print(f"calibrated on {len(of_val.indices)} validation images: temperature {calibration.temperature:.2f}")
     return calibration.as_dict()
