@@ -310,12 +310,12 @@ def test_images_that_do_not_go_through(name, shape, told):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("resnet19", "not known: choose one of vit_xs_4.*resnet18.*or timm/<name>"),
+        ("resnet19", "unknown name; choose one of vit_xs_4.*resnet18.*or timm/<name>"),
         ("timm/resnet51", "timm has no such network"),
         ("timm/resnet50.no_such", "timm/resnet50.no_such"),
         ("timm/hf-hub:someone/something", "timm has no such network"),
-        ("timm/dla34", "its head is no linear layer"),
-        ("timm/deit_tiny_distilled_patch16_224", "its head is no linear layer"),
+        ("timm/dla34", "its head is not a linear layer"),
+        ("timm/deit_tiny_distilled_patch16_224", "its head is not a linear layer"),
     ],
 )
 def test_networks_that_cannot_be_had(name, told):
@@ -330,7 +330,7 @@ def test_without_timm(monkeypatch):
 
 
 def test_what_only_a_vit_has():
-    with pytest.raises(ValueError, match=r"backbone='resnet18' takes no activation, norm_eps: that is for the ViTs"):
+    with pytest.raises(ValueError, match=r"backbone='resnet18' has no activation, norm_eps: only vit_"):
         build_model("resnet18", 2, (64, 64), activation="gelu", norm_eps=1e-6)
 
 
@@ -360,14 +360,14 @@ def test_transformers_are_told_apart():
 
 def test_a_weight_of_another_network_is_named(here):
     torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), "w.pth")
-    with pytest.raises(ValueError, match=r"not ours: network\.layer1\.2\.conv1\.weight"):
+    with pytest.raises(ValueError, match=r"unexpected: network\.layer1\.2\.conv1\.weight"):
         load_weights(build("resnet18"), read_weights("w.pth", of_vit=False))
 
 
 def test_a_head_of_other_classes_is_left_out_and_said(here, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), "w.pth")
     load_weights(build("resnet18"), read_weights("w.pth", of_vit=False))
-    assert "its head of 1000 classes is left out, ours starts anew with 5" in capsys.readouterr().out
+    assert "its head of 1000 classes is excluded; the new head has 5 classes" in capsys.readouterr().out
 
 
 def test_what_timm_knows_of_its_weights():
@@ -394,7 +394,7 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
     _, model, _ = build_network(TrainConfig(**SMALL | changes, activation="gelu_tanh"), NAMES)
     assert model.arguments["activation"] == "gelu_tanh"
-    with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
+    with pytest.raises(ValueError, match=r"unexpected: network\.cls_token, network\.pos_embed.*check backbone"):
         build_network(TrainConfig(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
 
 
@@ -442,7 +442,7 @@ def test_files_from_before_torch_counted_batches(name, here):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("timm/xception", "an old name"), ("timm/shvit_s1", "its head is no linear layer alone")],
+    [("timm/xception", "a deprecated name"), ("timm/shvit_s1", "its head is not a linear layer alone")],
 )
 def test_networks_of_timms_that_cannot_be_taken(name, told):
     with torch.device("meta"), pytest.raises(ValueError, match=told):

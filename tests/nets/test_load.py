@@ -53,13 +53,13 @@ def test_pretrained_from_the_hub_equals_timm(hub, capsys):
     with torch.inference_mode():
         torch.testing.assert_close(model(x), hub.peer(x), atol=1e-4, rtol=0)
     assert model.arguments["activation"] == "gelu"
-    assert "left out" not in capsys.readouterr().out
+    assert "excluded" not in capsys.readouterr().out
 
 
 def test_pretrained_with_another_head_and_shape(hub, capsys):
     model = vit(input_shape=[160, 224], pretrained=True, num_classes=7, name="vit_t_16").eval()
     told = capsys.readouterr().out
-    assert "head of 1000 classes is left out, ours starts anew with 7" in told
+    assert "head of 1000 classes is excluded; the new head has 7 classes" in told
     assert "resampled to 10 x 14 patches" in told
     assert torch.equal(model.blocks[3].mlp.fc1.weight, hub.peer.blocks[3].mlp.fc1.weight)
     assert model.head.weight.std() > 0.01
@@ -130,7 +130,7 @@ def test_a_checkpoint_tells_its_grid(here, target):
 
 def test_a_state_dict_of_no_square_is_refused(here):
     torch.save(tiny(input_shape=(32, 16)).state_dict(), "w.pth")
-    with pytest.raises(ValueError, match=r"w\.pth: a position embedding of 32 patches is no square"):
+    with pytest.raises(ValueError, match=r"w\.pth: its position embedding has 32 patches, which is not a square"):
         load_weights(tiny(), read_weights("w.pth"))
 
 
@@ -157,7 +157,7 @@ def test_state_dict_round_trip(here, suffix):
     ("fault", "told"),
     [
         (lambda s: s.pop("norm.bias"), "1 missing: norm.bias"),
-        (lambda s: s.update({"extra.weight": torch.zeros(1)}), "1 not ours: extra.weight"),
+        (lambda s: s.update({"extra.weight": torch.zeros(1)}), "1 unexpected: extra.weight"),
         (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"1 of another shape: norm.bias \(3,\) for \(192,\)"),
     ],
 )
@@ -201,7 +201,7 @@ def test_real_dinov2_weights_equal_timms_network(shared, capsys):
     peer.load_state_dict(state)
     own = vit(input_shape=[518, 518], num_classes=3, name="vit_s_14", activation="gelu").eval()
     load_weights(own, read_weights(path))
-    assert "its head of no classes is left out" in capsys.readouterr().out
+    assert "its head of no classes is excluded" in capsys.readouterr().out
     pixels = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(own.forward_features(pixels), peer.forward_features(pixels), atol=1e-3, rtol=1e-3)
@@ -289,7 +289,7 @@ def test_torchs_own_prefixes_tell_nothing_of_the_project(here, prefix):
 def test_an_activation_that_ours_has_not_is_refused(here, capsys):
     torch.save(tiny().state_dict(), "w.pth")
     Path("config.json").write_text('{"hidden_act": "quick_gelu"}')
-    with pytest.raises(ValueError, match=r"w\.pth can't be used: .*config\.json says hidden_act='quick_gelu'"):
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: .*config\.json has hidden_act='quick_gelu'"):
         read_weights("w.pth")
     Path("config.json").write_text('{"hidden_act": "gelu", "layer_norm_eps": 1' + "0" * 400 + "}")
     load_weights(tiny(), read_weights("w.pth"))

@@ -305,7 +305,7 @@ def test_what_is_left_out_is_named(here, capsys):
     peer = of_dino()
     load_weights(build_model("vit_t_16", 5, (SIDE, SIDE)), read_weights(peer.file))
     told = capsys.readouterr().out
-    assert "2 tensors that a classifier doesn't need are left out: head.mlp.0.weight, head.last_layer.weight_v" in told
+    assert "2 tensors that a classifier doesn't need are excluded: head.mlp.0.weight, head.last_layer.weight_v" in told
     assert "Meta's MAE, DINO or DeiT" in told
 
 
@@ -315,7 +315,7 @@ def test_what_is_missing_is_named(here):
     state = torch.load(peer.file, weights_only=True)
     state["encoder.layers.encoder_layer_3.extra"] = state.pop("encoder.layers.encoder_layer_3.ln_2.bias")
     torch.save(state, "w.pth")
-    with pytest.raises(ValueError, match=r"1 missing: blocks\.3\.norm2\.bias; 1 not ours: blocks\.3\.extra"):
+    with pytest.raises(ValueError, match=r"1 missing: blocks\.3\.norm2\.bias; 1 unexpected: blocks\.3\.extra"):
         load_weights(build_model("vit_t_16", 5, (SIDE, SIDE)), read_weights("w.pth"))
 
 
@@ -344,7 +344,7 @@ def test_queries_without_keys_or_values(here, lost):
 def test_names_that_differ_only_by_a_prefix(here):
     state = build_model("vit_xs_4", 2, (8, 8)).state_dict()
     torch.save({f"backbone.{name}": t for name, t in state.items()} | {"head.bias": torch.zeros(2)}, "w.pth")
-    with pytest.raises(ValueError, match=r"differ only by 'backbone\.'"):
+    with pytest.raises(ValueError, match=r"differ only by the prefix 'backbone\.'"):
         read_weights("w.pth")
 
 

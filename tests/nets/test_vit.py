@@ -120,7 +120,7 @@ def test_exact_gelu_can_be_chosen():
 
 
 def test_input_shape_that_the_patch_does_not_divide():
-    with pytest.raises(ValueError, match=r"input_shape=\(225, 224\).*multiples of the patch, 16 .*\(224, 224\)"):
+    with pytest.raises(ValueError, match=r"input_shape=\(225, 224\).*multiples of the patch size, 16 .*\(224, 224\)"):
         vit(input_shape=[225, 224])
     with pytest.raises(ValueError, match="input_shape"):
         vit(input_shape=[0, 224])
