@@ -182,9 +182,9 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Linear projection of non-overlapping patches, as a convolution whose stride equals its kernel size."""
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, 3, h, w) -> (B, C, rows, columns) -> (B, N, C)
@@ -211,7 +211,6 @@ class VisionTransformer(FreezableNetwork):
         self,
         input_shape: Sequence[int] = (224, 224),
         patch_size: int = 16,
-        in_chans: int = 3,
         num_classes: int = 1000,
         num_features: int = 768,
         depth: int = 12,
@@ -228,7 +227,7 @@ class VisionTransformer(FreezableNetwork):
         super().__init__()
         self.patch_size = patch_size
         self.grid = patch_grid(input_shape, patch_size)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, num_features)
+        self.patch_embed = PatchEmbed(patch_size, num_features)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, num_features))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], num_features))
         self.reg_token = nn.Parameter(torch.zeros(1, num_registers, num_features)) if num_registers else None

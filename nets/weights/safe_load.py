@@ -81,9 +81,9 @@ def open_safely(path: str | Path) -> Any:
     except Exception as error:  # the readers raise nearly any exception for a damaged file
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = (
-            f"it contains code ({code[1]}), which is never run"
+            f"it holds code ({code[1]}), which is never run"
             if code
-            else f"it is damaged, has another format, or contains code, which is never run ({type(error).__name__})"
+            else f"it is damaged, has another format, or holds code, which is never run ({type(error).__name__})"
         )
         raise ValueError(f"{path} can't be opened as weights: {reason}") from error
     _check_content(content, path)
@@ -182,7 +182,7 @@ def _check_pickles(path: Path, is_archive: bool) -> None:
     except (ValueError, MemoryError) as error:
         raise ValueError(f"{path} can't be opened as weights: it is damaged or has another format ({error})") from error
     if forbidden:
-        raise ValueError(f"{path} can't be opened as weights: it contains code ({forbidden[0]}), which is never run")
+        raise ValueError(f"{path} can't be opened as weights: it holds code ({forbidden[0]}), which is never run")
 
 
 def _forbidden_globals(pickled: bytes | BinaryIO) -> list[str]:
