@@ -61,7 +61,7 @@ def open_safely(path: str | Path) -> Any:
         _check_archive(path)
     elif _starts_as_archive(path):
         raise ValueError(
-            f"{path} is damaged: the end of its archive is missing; was it copied or downloaded completely?"
+            f"{path} is damaged: the end of its archive isn't there; was it copied or downloaded completely?"
         )
     if not is_safetensors:
         _check_pickles(path, is_archive)
