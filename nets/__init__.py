@@ -1,1 +1,1 @@
-"""Networks, and the weights of others that they start from. Imports nothing of `utils`."""
+"""Networks, and loading of pretrained weights. Imports nothing from `utils`."""

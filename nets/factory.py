@@ -1,4 +1,4 @@
-"""Names to networks."""
+"""Build networks by name."""
 
 from __future__ import annotations
 
@@ -16,31 +16,28 @@ from nets.vit import vit as build_vit
 from nets.wrapped import RATES
 
 BACKBONES: tuple[str, ...] = (*SIZES, *TORCHVISION)
-"""Besides these, `timm/<name>` for any network of timm."""
+"""Names of the built-in backbones; `timm/<name>` selects any network of timm."""
 
 
 def build_model(name: str, num_classes: int, input_shape: Sequence[int], **options: Any) -> FreezableNetwork:
-    """Build the network `name`, with random weights.
+    """Build the network `name` with random weights.
 
     Args:
-        name: a name in `BACKBONES`, or `timm/` and the name of a network of timm.
+        name: one of `BACKBONES`, or `timm/<name>`.
         num_classes: outputs of the head.
-        input_shape: height and width of the images in pixels.
-        options: `drop_rate`, `attn_drop_rate` and `drop_path_rate`, 0.1 each unless told; for a ViT `activation`,
-            `norm_eps` and `num_registers` besides, see `nets.vit.vit`.
-
-    Returns:
-        A module from images (B, 3, height, width) to logits (B, num_classes), see `nets.network.FreezableNetwork`.
+        input_shape: image height and width in pixels.
+        options: `drop_rate`, `attn_drop_rate` and `drop_path_rate`, each 0.1 by default; for a ViT also `activation`,
+            `norm_eps` and `num_registers`, see `nets.vit.vit`.
 
     Raises:
-        ValueError: the name isn't known, or the network has no such option, or can't take that input shape.
+        ValueError: unknown name, unsupported option, or an input shape that the network can't take.
     """
     if name in SIZES:
         return build_vit(input_shape, False, num_classes, name=name, **options)
     if name not in TORCHVISION and not name.startswith(TIMM):
-        raise ValueError(f"backbone={name!r} is not known: choose one of {', '.join(BACKBONES)}, or {TIMM}<name>")
-    if others := options.keys() - set(RATES):
-        raise ValueError(f"backbone={name!r} takes no {', '.join(sorted(others))}: that is for the ViTs, vit_...")
+        raise ValueError(f"backbone={name!r}: unknown name; choose one of {', '.join(BACKBONES)}, or {TIMM}<name>")
+    if unsupported := options.keys() - set(RATES):
+        raise ValueError(f"backbone={name!r} has no {', '.join(sorted(unsupported))}: only vit_... backbones do")
     rates = dict.fromkeys(RATES, 0.1) | options
     if name in TORCHVISION:
         model = build_torchvision(name, num_classes, **rates)
@@ -51,10 +48,10 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
 
 
 def build_meta_model(name: str, num_classes: int, input_shape: Sequence[int], **options: Any) -> FreezableNetwork:
-    """The network `name` without its weights, on the meta device, where nothing is computed; see `build_model`.
+    """Build the network `name` on the meta device, without memory for its weights.
 
     Raises:
-        ValueError: as there, and if images of this size don't go through.
+        ValueError: see `build_model`; or a forward pass at this input shape fails.
     """
     with torch.device("meta"):
         model = build_model(name, num_classes, input_shape, **options).eval()
@@ -66,27 +63,29 @@ def build_meta_model(name: str, num_classes: int, input_shape: Sequence[int], **
 
 
 def restore_model(arguments: Mapping[str, Any], weights: Mapping[str, Tensor]) -> FreezableNetwork:
-    """The network that `arguments`, of `FreezableNetwork.arguments`, describe, with these weights.
+    """Rebuild a network from its `FreezableNetwork.arguments` and weights.
 
     Raises:
-        ValueError, TypeError: it can't be built from them.
-        RuntimeError: the weights are of another.
+        ValueError, TypeError: the arguments are invalid.
+        RuntimeError: the weights don't fit.
     """
     if "head.bias" in weights and len(weights["head.bias"]) != arguments.get("num_classes"):
-        raise RuntimeError("its head is for another number of classes than it says")
-    # No time is spent on weights that are replaced at once, and no memory on what the file only claims to have.
+        raise RuntimeError("the size of its head differs from num_classes")
+    # On the meta device, no time is spent on initialization and no memory on tensors that the file doesn't contain.
     with torch.device("meta"):
         model = build_model(**arguments)
     model.load_state_dict(weights, assign=True)
-    if any(buffer.is_meta for buffer in model.buffers()):  # some networks have tensors that aren't saved
+    if any(buffer.is_meta for buffer in model.buffers()):  # some networks have buffers that are not saved
         model = build_model(**arguments)
         model.load_state_dict(weights)
     return model
 
 
 def expected_preprocessing(name: str) -> dict[str, Any]:
-    """What the published weights of the network `name` expect of images, by the names of the config's fields, where
-    it is torchvision or timm that tells; of a ViT its weights do, see `nets.weights.load.Weights`."""
+    """Return the preprocessing of a network's published weights, as config fields, if torchvision or timm defines it.
+
+    For a ViT it depends on the file, see `nets.weights.load.Weights`.
+    """
     if name in TORCHVISION:
         return published_by_torchvision(name)[1]
     if name.startswith(TIMM):

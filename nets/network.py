@@ -1,4 +1,4 @@
-"""What all networks here have in common: parts in a row, the first few of which can be frozen, and a head."""
+"""The interface of all networks: a sequence of parts, the first of which can be frozen, and a linear head."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Network = TypeVar("Network", bound="FreezableNetwork")
 
 
 class Part(NamedTuple):
-    """A step on the way from images to what the head takes.
+    """One stage of the forward pass.
 
     Attributes:
-        forward: the step; the first one takes images (B, 3, height, width), the last one gives (B, C).
-        owned: the modules and parameters that are frozen with it.
+        forward: the first part takes images (B, 3, height, width), the last returns (B, C).
+        owned: the modules and parameters that are frozen with this part.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -24,12 +24,12 @@ class Part(NamedTuple):
 
 
 class FreezableNetwork(nn.Module):
-    """A network whose backbone can be frozen up to any of its parts, and thawed.
+    """A network whose first parts can be frozen.
 
     Attributes:
-        head: the linear layer from what the backbone makes of an image, (B, C), to logits (B, classes).
-        arguments: what `nets.factory.build_model` needs to build this network again; a checkpoint carries it.
-        ignored_rates: those of its `drop_rate`, `attn_drop_rate` and `drop_path_rate` that it has no place for.
+        head: linear layer from features (B, C) to logits (B, classes).
+        arguments: arguments of `nets.factory.build_model` that rebuild this network; stored in checkpoints.
+        ignored_rates: which of `drop_rate`, `attn_drop_rate` and `drop_path_rate` the network does not support.
 
     Args:
         head_drop_rate: dropout before the head.
@@ -46,85 +46,84 @@ class FreezableNetwork(nn.Module):
 
     @abstractmethod
     def parts(self) -> list[Part]:
-        """All but the head, in the order in which it can be frozen: embeddings or stem, the blocks, and what makes one
-        vector of it."""
+        """Return all parts but the head, in forward order: embedding or stem, blocks, pooling."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, height, width) to logits (B, classes)."""
+        """Map images (B, 3, height, width) to logits (B, classes)."""
         return self.forward_thawed(self.forward_frozen(x))
 
     def forward_frozen(self, x: Tensor) -> Tensor:
-        """Images to the output of what is frozen, with nothing frozen the images themselves.
+        """Map images to the output of the frozen parts; if none is frozen, return the images.
 
-        For a given image it is always the same.
+        The output is deterministic for each image, so it can be cached.
         """
         for part in self._frozen_parts():
             x = part.forward(x)
         return x
 
     def forward_thawed(self, x: Tensor) -> Tensor:
-        """The output of `forward_frozen` to logits (B, classes)."""
+        """Map the output of `forward_frozen` to logits (B, classes)."""
         for part in self.parts()[self._num_frozen_parts :]:
             x = part.forward(x)
         return self.head(self.head_drop(x))
 
     def forward_embedding(self, x: Tensor) -> Tensor:
-        """Images (B, 3, height, width) to what the head takes, (B, C)."""
+        """Map images (B, 3, height, width) to the input of the head, (B, C)."""
         for part in self.parts():
             x = part.forward(x)
         return x
 
     def resize(self, input_shape: Sequence[int]) -> None:
-        """Take images of another height and width from now on."""
+        """Change the height and width of the images that the network takes."""
         self.arguments = self.arguments | {"input_shape": list(input_shape)}
 
     def resize_state(self, state: dict[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
-        """A state dict of this network as it is after `resize`: itself, unless it has positions."""
+        """Return a state dict that fits the network after `resize`; only position embeddings change."""
         return state
 
     def rename_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict as others publish it of this network, under the names that it has here."""
+        """Rename the tensors of a published state dict to the names used here."""
         return state
 
     @property
     def transformer(self) -> bool:
-        """Whether it is trained as transformers are: those that have layer norms are."""
+        """Whether the network has layer norms, and is therefore trained like a transformer."""
         return any(isinstance(module, nn.LayerNorm) for module in self.modules())
 
     @property
     def convolutional(self) -> bool:
-        """Whether most of its work is convolutions: a ViT has one, that of the patches."""
+        """Whether convolutions dominate. A ViT has a single one, the patch embedding."""
         return sum(isinstance(module, nn.Conv2d) for module in self.modules()) > 1
 
     @property
     @abstractmethod
     def map_layer(self) -> nn.Module:
-        """The last module whose output has a place for each part of the image."""
+        """The last module whose output has spatial positions; used for class activation maps."""
 
     @abstractmethod
     def to_map(self, x: Tensor) -> Tensor:
-        """What `map_layer` gives as a map (B, C, rows, columns)."""
+        """Reshape the output of `map_layer` to a feature map (B, C, rows, columns)."""
 
     def layers(self) -> dict[str, int]:
-        """The layer of each parameter by its name: the number of its part; the head's is that of the last part."""
+        """Return the part index of each parameter by name; the head has the index of the last part."""
         parts = self.parts()
-        numbers = {id(parameter): number for number, part in enumerate(parts) for parameter in _parameters(part)}
-        return {name: numbers.get(id(parameter), len(parts) - 1) for name, parameter in self.named_parameters()}
+        indices = {id(parameter): i for i, part in enumerate(parts) for parameter in _parameters(part)}
+        return {name: indices.get(id(parameter), len(parts) - 1) for name, parameter in self.named_parameters()}
 
     def frozen_state(self) -> dict[str, Tensor]:
-        """The parameters and buffers that are frozen, by name."""
+        """Return the frozen parameters and buffers by name."""
         frozen = {id(tensor) for part in self._frozen_parts() for tensor in (*_parameters(part), *_buffers(part))}
         named = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name: tensor for name, tensor in named.items() if id(tensor) in frozen}
 
     def freeze_backbone(self, blocks: int | str = 8) -> None:
-        """Freeze the first part and the `blocks` after it; with "all", everything but the head.
+        """Freeze the first part and the next `blocks` parts, or with "all" everything but the head.
 
-        A frozen part has no gradient and stays in eval mode whatever `train()` is told, so its output for a given
-        image never changes. What an earlier call froze is thawed first.
+        A frozen part has no gradient and stays in eval mode even after `train()`, so its output for an image never
+        changes. Parts frozen by an earlier call are unfrozen first.
 
         Raises:
-            ValueError: there are fewer blocks than that.
+            ValueError: the network has fewer blocks.
         """
         parts = self.parts()
         depth = len(parts) - 2
@@ -138,7 +137,7 @@ class FreezableNetwork(nn.Module):
         self.train(self.training)
 
     def unfreeze_backbone(self) -> None:
-        """Give every parameter its gradient back."""
+        """Enable gradients for all parameters."""
         self._num_frozen_parts = 0
         self.requires_grad_(True)
         self.train(self.training)
@@ -147,7 +146,7 @@ class FreezableNetwork(nn.Module):
         return self.parts()[: self._num_frozen_parts]
 
     def train(self: Network, mode: bool = True) -> Network:
-        """Like `nn.Module.train`, but a frozen part stays in eval mode."""
+        """Like `nn.Module.train`, but frozen parts stay in eval mode."""
         super().train(mode)
         for part in self._frozen_parts():
             for owned in part.owned:

@@ -1,4 +1,4 @@
-"""torchvision's networks behind the interface of `nets.network.FreezableNetwork`, by the table `TORCHVISION`."""
+"""Networks of torchvision as `FreezableNetwork`s; the table `TORCHVISION` lists them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from nets.network import Part
-from nets.wrapped import WrappedNetwork
+from nets.wrapped import RATES, WrappedNetwork
 
 Chain = list[list[nn.Module]]
-"""A network taken apart: the modules of each part one after the other, from the stem to what gives (B, C)."""
+"""The modules of each part, in forward order, from the stem to the pooling."""
 
 
 class SwinNetwork(WrappedNetwork):
-    """One whose map is (B, rows, columns, C)."""
+    """A Swin transformer, with feature maps (B, rows, columns, C)."""
 
     def to_map(self, x: Tensor) -> Tensor:
-        """See `WrappedNetwork.to_map`."""
         return x.permute(0, 3, 1, 2)
 
 
@@ -31,7 +30,7 @@ def _resnet(network: nn.Module) -> Chain:
 
 
 def _vgg(network: nn.Module) -> Chain:
-    """What lies between two poolings is a part."""
+    """Split at each max pooling."""
     stages: Chain = [[]]
     for module in network.features:
         stages[-1].append(module)
@@ -45,7 +44,7 @@ def _mobilenet(network: nn.Module) -> Chain:
 
 
 def _swin(network: nn.Module) -> Chain:
-    """A merging of patches goes with the block after it."""
+    """Make each block a part; patch merging belongs to the block after it."""
     stem, *rest = network.features
     blocks: Chain = [[]]
     for module in concatenate.from_iterable(m if isinstance(m, nn.Sequential) else [m] for m in rest):
@@ -57,17 +56,17 @@ def _swin(network: nn.Module) -> Chain:
 
 @dataclass(frozen=True)
 class Torchvision:
-    """A network of torchvision.
+    """One row of `TORCHVISION`.
 
     Attributes:
-        name: of its function.
-        weights: of its published weights.
-        take_apart: the network without its head to its parts.
-        head: the name of its last linear layer.
-        rates: of `drop_rate` and `attn_drop_rate` those that it takes, and what it calls them; a `drop_rate` that it
-            doesn't is put before the head.
-        has_drop_path: whether it has stochastic depth.
-        kind: what wraps it.
+        name: of the model builder in torchvision.
+        weights: name of the published weights.
+        take_apart: splits the network, without its head, into parts.
+        head: name of the last linear layer.
+        rates: supported rates and torchvision's names for them; without a `drop_rate`, dropout is added before the
+            head.
+        has_drop_path: whether the network has stochastic depth.
+        kind: the wrapper class.
     """
 
     name: str
@@ -80,20 +79,19 @@ class Torchvision:
 
 
 def _set_drop_path(network: nn.Module, rate: float) -> None:
-    """Stochastic depth up to `rate` at the last block, rising from 0 at the first; torchvision's functions fix it."""
+    """Set stochastic depth to rise linearly from 0 to `rate`; torchvision's model builders don't take a rate."""
     from torchvision.ops import StochasticDepth
 
-    places = [module for module in network.modules() if isinstance(module, StochasticDepth)]
-    for number, place in enumerate(places):
-        place.p = rate * number / max(1, len(places) - 1)
+    layers = [module for module in network.modules() if isinstance(module, StochasticDepth)]
+    for i, layer in enumerate(layers):
+        layer.p = rate * i / max(1, len(layers) - 1)
 
 
-SWINS_RATES = {"drop_rate": "dropout", "attn_drop_rate": "attention_dropout"}
+SWIN_RATES = {"drop_rate": "dropout", "attn_drop_rate": "attention_dropout"}
 
-# By the names in bubbliiiing's classification-pytorch. The weights are the first that torchvision published: the second
-# ones of the ResNets score higher on ImageNet itself, but the recipe behind them gives features that carry over less
-# well when they are frozen (Kornblith et al., "Why Do Better Loss Functions Lead to Less Transferable Features?",
-# 2021).
+# Names as in bubbliiiing's classification-pytorch. All weights are IMAGENET1K_V1: the V2 weights of the ResNets are
+# more accurate on ImageNet, but their frozen features transfer less well (Kornblith et al., "Why Do Better Loss
+# Functions Lead to Less Transferable Features?", 2021).
 TORCHVISION: dict[str, Torchvision] = {
     "mobilenetv2": Torchvision("mobilenet_v2", "MobileNet_V2_Weights.IMAGENET1K_V1", _mobilenet, "classifier.1"),
     **{
@@ -117,7 +115,7 @@ TORCHVISION: dict[str, Torchvision] = {
             f"Swin_{size[0].upper()}_Weights.IMAGENET1K_V1",
             _swin,
             "head",
-            SWINS_RATES,
+            SWIN_RATES,
             True,
             SwinNetwork,
         )
@@ -127,7 +125,7 @@ TORCHVISION: dict[str, Torchvision] = {
 
 
 def build_torchvision(name: str, num_classes: int, **rates: float) -> WrappedNetwork:
-    """The network that `TORCHVISION` calls `name`, with random weights."""
+    """Build a network of `TORCHVISION` with random weights."""
     import torchvision.models  # slow to import
 
     row = TORCHVISION[name]
@@ -137,8 +135,8 @@ def build_torchvision(name: str, num_classes: int, **rates: float) -> WrappedNet
     network.set_submodule(row.head, nn.Identity())
     if row.has_drop_path:
         _set_drop_path(network, rates["drop_path_rate"])
-    places = {"drop_rate": True, "attn_drop_rate": "attn_drop_rate" in row.rates, "drop_path_rate": row.has_drop_path}
-    ignored = tuple(rate for rate, place in places.items() if not place)
+    supported = {"drop_rate", *row.rates} | ({"drop_path_rate"} if row.has_drop_path else set())
+    ignored = tuple(rate for rate in RATES if rate not in supported)
     drop_rate = 0.0 if "drop_rate" in row.rates else rates["drop_rate"]
     chain = row.take_apart(network)
     parts = [Part(nn.Sequential(*modules), tuple(modules)) for modules in chain]
@@ -146,8 +144,7 @@ def build_torchvision(name: str, num_classes: int, **rates: float) -> WrappedNet
 
 
 def published_by_torchvision(name: str) -> tuple[str, dict[str, Any]]:
-    """Where the published weights of a network in `TORCHVISION` are, and what they expect of images, by the names of
-    the config's fields."""
+    """Return the URL of a network's published weights and their preprocessing, as config fields."""
     import torchvision.models  # slow to import
 
     weights = torchvision.models.get_weight(TORCHVISION[name].weights)

@@ -1,9 +1,10 @@
-"""The Vision Transformer.
+"""The Vision Transformer (ViT).
 
-Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, https://arxiv.org/abs/2010.11929. Parameter names are
-those of timm and of bubbliiiing's `vit-patch_16.pth`, so their files load as they are.
+Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, https://arxiv.org/abs/2010.11929; equation numbers refer to
+this paper. Parameters have the same names as in timm and in bubbliiiing's `vit-patch_16.pth`.
 
-Shape comments: B batch, N tokens, C width of the network, H heads, D = C / H width of a head.
+Shape comments: B batch, N tokens, C width of the network, H heads, D = C / H width of a head, h and w image size in
+pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nets.network import FreezableNetwork, Part
 
 @dataclass(frozen=True)
 class Size:
-    """One row of `SIZES`: the patch's side in pixels, the width, the number of blocks and of heads."""
+    """Patch side in pixels, width C, number of blocks and attention heads."""
 
     patch_size: int
     num_features: int
@@ -31,8 +32,8 @@ class Size:
 
 
 # Base, large and huge: table 1 of the ViT paper. Tiny and small: table 1 of DeiT, https://arxiv.org/abs/2012.12877.
-# Patch 4 is for images of about 16 to 64 pixels, where a patch of 16 would leave hardly any tokens; vit_xs is
-# vit_t with half its blocks. Patch 8 is DINO's, patch 14 DINOv2's.
+# Patch 4 is for images of about 16 to 64 pixels, where a patch of 16 would give too few tokens; vit_xs is vit_t with
+# half the blocks. Patch 8: DINO. Patch 14: DINOv2.
 SIZES: dict[str, Size] = {
     "vit_xs_4": Size(patch_size=4, num_features=192, depth=6, num_heads=3),
     "vit_t_4": Size(patch_size=4, num_features=192, depth=12, num_heads=3),
@@ -51,34 +52,34 @@ SIZES: dict[str, Size] = {
     "vit_h_14": Size(patch_size=14, num_features=1280, depth=32, num_heads=16),
 }
 
-# bubbliiiing's networks use the tanh approximation; the weights of timm, torchvision and others expect the exact one.
+# bubbliiiing's networks use the tanh approximation of GELU; weights of timm, torchvision and others expect exact GELU.
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),
     "gelu": nn.GELU,
 }
 
 NORM_EPS = 1e-6
-"""Of the norms: the paper's authors', not torch's 1e-5. Some projects' weights go with another."""
+"""Epsilon of the layer norms in the authors' code (torch's default is 1e-5)."""
 LAYER_NORM: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=NORM_EPS)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate: float = 0.0) -> Tensor:
     """softmax(q kᵀ · scale) v, with dropout on the weights; q, k, v and the result are (..., N, D)."""
-    # Training in bf16 on a processor, the two products by themselves take half the time of torch's fused attention or
-    # less; that the weights are not kept for the gradient but computed again gives some of it back, and takes no more
-    # memory than the fused one. In fp32, without gradients, and on a GPU that one is faster: benchmarks/attention.py.
+    # For bf16 training on a CPU, two explicit matrix products take at most half the time of torch's fused attention.
+    # Recomputing the weights in the backward pass keeps memory at the level of the fused kernel. In fp32, without
+    # gradients, and on a GPU the fused kernel is faster: see benchmarks/attention.py.
     if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=drop_rate, scale=scale)
-    if q.shape[-2] == 1:  # the weights of one query are few enough to keep
+    if q.shape[-2] == 1:  # with one query, the weights are small enough to store
         return explicit_attention(q, k, v, scale, drop_rate)
-    keep_generator = drop_rate > 0  # so that the same weights are dropped again
+    # The RNG state must be preserved only if dropout has to repeat the same mask.
     return checkpoint(
-        explicit_attention, q, k, v, scale, drop_rate, use_reentrant=False, preserve_rng_state=keep_generator
+        explicit_attention, q, k, v, scale, drop_rate, use_reentrant=False, preserve_rng_state=drop_rate > 0
     )
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate: float = 0.0) -> Tensor:
-    """The same by two matrix products."""
+    """`attention` as two matrix products."""
     weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (..., N, N)
     if drop_rate:
         weights = F.dropout(weights, drop_rate)
@@ -86,12 +87,12 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, drop_rate:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one linear layer for queries, keys and values."""
+    """Multi-head self-attention (MSA, appendix A) with one linear layer for queries, keys and values."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, attn_drop_rate: float, drop_rate: float) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"num_features={dim} can't be shared among num_heads={num_heads}: it must be a multiple")
+            raise ValueError(f"num_features={dim}: must be a multiple of num_heads={num_heads}")
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5
         self.attn_drop_rate = attn_drop_rate
@@ -125,10 +126,10 @@ class Mlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """The sum of shortcut and branch, with stochastic depth: in training, some samples go without the branch.
+    """Residual connection with stochastic depth (Huang et al., 2016, https://arxiv.org/abs/1603.09382).
 
-    Huang et al., 2016, https://arxiv.org/abs/1603.09382. What the others' branch adds is divided by the probability of
-    being kept, so that the expectation stays and evaluation needs no correction.
+    In training, the branch is skipped for a random share `drop_rate` of the samples. For the other samples its output
+    is divided by 1 - `drop_rate`, which preserves the expectation; evaluation needs no correction.
     """
 
     def __init__(self, drop_rate: float) -> None:
@@ -136,12 +137,12 @@ class DropPath(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """shortcut + branch(x), which are of one shape, (B, N, C); x may have more tokens."""
+        """Return shortcut + branch(x), both (B, N, C); x may have more tokens than its branch returns."""
         if not self.training or self.drop_rate == 0.0:
             return shortcut + branch(x)
         keep_rate = 1.0 - self.drop_rate
         kept = torch.rand(x.shape[0], device=x.device) < keep_rate  # (B,)
-        if x.device.type != "cpu":  # a GPU would have to be waited for to know how many are kept
+        if x.device.type != "cpu":  # selecting the kept samples would synchronize with the GPU
             return shortcut + branch(x) * kept.view(-1, 1, 1) / keep_rate
         if kept.all():
             return shortcut + branch(x) / keep_rate
@@ -150,7 +151,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm encoder block: the paper's equations 2 and 3."""
+    """Pre-norm encoder block, equations 2 and 3."""
 
     def __init__(
         self,
@@ -172,53 +173,44 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """Tokens (B, N, C) to the first `num_queries` of them, which attend to all; None: to all of them."""
+        """Map tokens (B, N, C) to tokens of the same shape, or only to the first `num_queries` of them."""
         shortcut = x if num_queries is None else x[:, :num_queries]
-        x = self.drop_path(shortcut, x, lambda x: self.attn(self.norm1(x), num_queries))
-        return self.drop_path(x, x, lambda x: self.mlp(self.norm2(x)))
+        x = self.drop_path(shortcut, x, lambda x: self.attn(self.norm1(x), num_queries))  # z' = MSA(LN(z)) + z
+        return self.drop_path(x, x, lambda x: self.mlp(self.norm2(x)))  # z = MLP(LN(z')) + z'
 
 
 class PatchEmbed(nn.Module):
-    """Cuts the image into patches and projects each to a token: a convolution whose stride is its kernel."""
+    """Linear projection of non-overlapping patches, as a convolution whose stride equals its kernel size."""
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, 3, h, w) -> (B, N, C)
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, 3, h, w) -> (B, C, rows, columns) -> (B, N, C)
 
 
 class VisionTransformer(FreezableNetwork):
     """A Vision Transformer whose backbone can be frozen and thawed.
 
     Args:
-        input_shape: height and width of the images in pixels, each a multiple of `patch_size`.
-        patch_size: side of a patch in pixels.
-        in_chans: channels of the images.
-        num_classes: outputs of the head.
+        input_shape: image height and width in pixels, multiples of `patch_size`.
         num_features: width C, a multiple of `num_heads`.
-        depth: number of blocks.
-        num_heads: attention heads of each block.
-        mlp_ratio: width of the hidden layer of a block's MLP, divided by C.
-        qkv_bias: whether queries, keys and values have a bias.
-        drop_rate: dropout after the position embedding, after attention's projection and in the MLP.
+        mlp_ratio: hidden width of the MLP, divided by C.
+        drop_rate: dropout after the position embedding, after the attention projection and in the MLP.
         attn_drop_rate: dropout on the attention weights.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
-        norm_layer: makes a norm from a width.
-        act_layer: makes an activation; `nn.GELU` for weights of projects that use the exact one.
-        num_registers: learned tokens without a place, between the class token and the patches, in which the network
-            keeps notes (Darcet et al., 2024, https://arxiv.org/abs/2309.16588); DINOv2 has 4 or none.
+        drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 at the first.
+        num_registers: learned tokens between the class token and the patches (Darcet et al., 2024,
+            https://arxiv.org/abs/2309.16588); DINOv2 has 4 or none.
 
     Raises:
-        ValueError: the patch doesn't divide the input shape, or the heads don't divide the width.
+        ValueError: `input_shape` or `num_features` is not such a multiple.
     """
 
     def __init__(
         self,
         input_shape: Sequence[int] = (224, 224),
         patch_size: int = 16,
-        in_chans: int = 3,
         num_classes: int = 1000,
         num_features: int = 768,
         depth: int = 12,
@@ -235,7 +227,7 @@ class VisionTransformer(FreezableNetwork):
         super().__init__()
         self.patch_size = patch_size
         self.grid = patch_grid(input_shape, patch_size)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, num_features)
+        self.patch_embed = PatchEmbed(patch_size, num_features)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, num_features))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], num_features))
         self.reg_token = nn.Parameter(torch.zeros(1, num_registers, num_features)) if num_registers else None
@@ -248,29 +240,29 @@ class VisionTransformer(FreezableNetwork):
         self.norm = norm_layer(num_features)
         self.head = nn.Linear(num_features, num_classes)
 
-        for tokens in filter(lambda tokens: tokens is not None, (self.cls_token, self.pos_embed, self.reg_token)):
-            nn.init.trunc_normal_(tokens, std=0.02)
+        for tokens in (self.cls_token, self.pos_embed, self.reg_token):
+            if tokens is not None:
+                nn.init.trunc_normal_(tokens, std=0.02)
         self.apply(_init_weights)
 
     def resize(self, input_shape: Sequence[int]) -> None:
-        """See `FreezableNetwork.resize`. The positions are resampled."""
+        """Resample the position embedding for another input shape."""
         resized = self.resize_state({"pos_embed": self.pos_embed.data}, input_shape)
         self.pos_embed.data = resized["pos_embed"]
         self.grid = patch_grid(input_shape, self.patch_size)
         super().resize(input_shape)
 
     def resize_state(self, state: dict[str, Tensor], input_shape: Sequence[int]) -> dict[str, Tensor]:
-        """See `FreezableNetwork.resize_state`."""
+        """Return `state` with its position embedding resampled for another input shape."""
         grid = patch_grid(input_shape, self.patch_size)
         return state | {"pos_embed": resample_pos_embed(state["pos_embed"], self.grid, grid)}
 
     def resample_positions(self, pos_embed: Tensor, source: tuple[int, int], **options: bool) -> Tensor:
-        """A position embedding for the grid of patches `source` on the grid of this network, see
-        `resample_pos_embed`."""
+        """Return a position embedding resampled from the grid `source` to the grid of this network."""
         return resample_pos_embed(pos_embed, source, self.grid, **options)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images (B, 3, height, width) to tokens (B, N, C): the class token, registers, patches."""
+        """Map images (B, 3, h, w) to tokens (B, N, C), equation 1: class token, registers, patches."""
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
         if self.reg_token is not None:
@@ -278,19 +270,22 @@ class VisionTransformer(FreezableNetwork):
         return self.pos_drop(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, height, width) to normalised tokens (B, N, C), the class token first."""
+        """Map images (B, 3, h, w) to normalized tokens (B, N, C), the class token first."""
         x = self.embed(x)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, C) to logits (B, classes), by the class token."""
+        """Map tokens (B, N, C) to logits (B, classes), from the class token (equation 4)."""
         return self.head(x[:, 0])
 
     def parts(self) -> list[Part]:
-        """Embeddings, blocks, norm. The last block leaves out the tokens that the head doesn't look at, so that behind
-        it N is 1, and behind the norm there is the class token alone, (B, C)."""
+        """Return embedding, blocks and norm.
+
+        The head reads only the class token, so the last block computes only that token (N = 1) and the norm returns
+        (B, C).
+        """
         *blocks, last = self.blocks
         embeddings = (self.patch_embed, self.pos_drop, self.cls_token, self.pos_embed, self.reg_token)
         return [
@@ -302,11 +297,11 @@ class VisionTransformer(FreezableNetwork):
 
     @property
     def map_layer(self) -> nn.Module:
-        """The last module that the whole image goes through."""
+        """The last module whose output covers all patches."""
         return self.blocks[-1].norm1
 
     def to_map(self, x: Tensor) -> Tensor:
-        """What `map_layer` gives, (B, N, C), as a map (B, C, rows, columns) of the patches."""
+        """Reshape tokens (B, N, C) to a feature map (B, C, rows, columns) of the patches."""
         return x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
 
 
@@ -323,18 +318,17 @@ def vit(
     attn_drop_rate: float = 0.1,
     drop_path_rate: float = 0.1,
 ) -> VisionTransformer:
-    """A ViT of one of the `SIZES`, base with patch 16 unless told. It is called as in `classification-pytorch`.
+    """Build a ViT of one of the `SIZES`. The first three arguments are those of `classification-pytorch`.
 
-    `pretrained` starts from published weights (see `nets.weights.pretrained.find_pretrained`); their kind of GELU,
-    epsilon and registers then take the place of `activation`, `norm_eps` and `num_registers`, and their head is kept if
-    it has `num_classes` outputs.
+    With `pretrained`, published weights are loaded (see `nets.weights.pretrained.find_pretrained`). They determine
+    `activation`, `norm_eps` and `num_registers`; their head is used if it has `num_classes` outputs.
 
     >>> vit(input_shape=[224, 224], num_classes=12).head.out_features
     12
     """
     variant = {"activation": activation, "norm_eps": norm_eps, "num_registers": num_registers}
     if pretrained:
-        from nets.weights import load  # networks are read and built without
+        from nets.weights import load  # imported here to keep this file independent of `nets.weights`
         from nets.weights import pretrained as published
 
         weights = load.read_weights(published.find_pretrained(name))
@@ -357,34 +351,33 @@ def vit(
 
 
 def resample_pos_embed(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int], **options: bool) -> Tensor:
-    """Resample a position embedding (1, 1 + h * w, C) from the grid of patches `source` = (h, w) to `target`.
+    """Resample a position embedding (1, 1 + rows * columns, C) from the patch grid `source` to `target` (section 3.2).
 
-    Bicubic, the class token's entry stays as it is; see section 3.2 of the ViT paper. `options` go to `F.interpolate`:
-    projects differ in them.
+    The class token's entry is unchanged. `options` are passed to `F.interpolate`, since projects differ in them.
     """
     class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    patches = patches.unflatten(1, source).permute(0, 3, 1, 2)  # (1, h * w, C) -> (1, C, h, w)
+    patches = patches.unflatten(1, source).permute(0, 3, 1, 2)  # (1, N, C) -> (1, C, rows, columns)
     patches = F.interpolate(patches.float(), size=target, mode="bicubic", **options).to(pos_embed.dtype)
     return torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 def patch_grid(input_shape: Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Patches down and patches across.
+    """Return the number of patch rows and columns.
 
     Raises:
-        ValueError: the patch doesn't divide both sides; the message says which would do.
+        ValueError: a side is not a multiple of the patch size; the message suggests the nearest valid shape.
     """
     if len(input_shape) != 2 or any(side < 1 or side % patch_size for side in input_shape):
         nearest = tuple(max(patch_size, round(side / patch_size) * patch_size) for side in input_shape[:2])
         raise ValueError(
-            f"input_shape={tuple(input_shape)}: height and width must be multiples of the patch, {patch_size} pixels; "
-            f"the nearest that would do: {nearest}"
+            f"input_shape={tuple(input_shape)}: height and width must be multiples of the patch size, {patch_size} "
+            f"pixels; the nearest valid shape is {nearest}"
         )
     return input_shape[0] // patch_size, input_shape[1] // patch_size
 
 
 def _init_weights(module: nn.Module) -> None:
-    """As timm and DeiT do: truncated normal of 0.02, biases at zero. Norms keep ones and zeros."""
+    """Initialize as timm and DeiT do: truncated normal with std 0.02, zero biases. Norms keep ones and zeros."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

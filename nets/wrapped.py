@@ -1,4 +1,4 @@
-"""A network of another library behind the interface of `nets.network.FreezableNetwork`."""
+"""Adapter from networks of torchvision and timm to `nets.network.FreezableNetwork`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from nets.network import FreezableNetwork, Part
 
 RATES = ("drop_rate", "attn_drop_rate", "drop_path_rate")
 OWN = "network."
-"""What the names of a wrapped network's parameters begin with, but for the head's."""
+"""Prefix of a wrapped network's parameter names, except the head's."""
 
 
 class WrappedNetwork(FreezableNetwork):
     """A network of another library.
 
     Args:
-        network: the library's, without its head.
-        parts: what it consists of, see `FreezableNetwork.parts`.
-        map_layer: the last of its modules whose output has a place for each part of the image.
-        head: its head.
-        head_name: what the library calls it.
+        network: the library's network, without its head.
+        parts: see `FreezableNetwork.parts`.
+        map_layer: see `FreezableNetwork.map_layer`.
+        head_name: name of the head in the library's state dict.
         drop_rate: dropout before the head.
-        ignored_rates: those of `RATES` that the network has no place for.
+        ignored_rates: which of `RATES` the network does not support.
     """
 
     def __init__(
@@ -41,24 +40,21 @@ class WrappedNetwork(FreezableNetwork):
         self.head = head
         self.ignored_rates = ignored_rates
         self._parts = list(parts)
-        self._map_layer = (map_layer,)  # no submodule: it stands in `network` already
+        self._map_layer = (map_layer,)  # in a tuple, so that it isn't registered twice
         self._head_name = head_name
 
     def parts(self) -> list[Part]:
-        """Stem, blocks, and what makes one vector of their map."""
         return self._parts
 
     @property
     def map_layer(self) -> nn.Module:
-        """The last module whose output has a place for each part of the image."""
         return self._map_layer[0]
 
     def to_map(self, x: Tensor) -> Tensor:
-        """What `map_layer` gives as a map (B, C, rows, columns)."""
         return x
 
     def rename_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The library's state dict under the names that it has here; one that has them already as it is."""
+        """Rename the tensors of the library's state dict; a state dict with our names is returned unchanged."""
         if any(name.startswith(OWN) for name in state):
             return state
         head = self._head_name + "."

@@ -1,4 +1,4 @@
-"""Files of weights: found, downloaded, opened safely, recognised, converted, loaded.
+"""Find, download, open, recognize, convert and load files of weights.
 
-Imports `nets.network` and the libraries' tables in `nets`, never the factory.
+May import `nets.network`, `nets.timm_networks` and `nets.torchvision_networks`, but not the factory.
 """

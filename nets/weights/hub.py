@@ -1,4 +1,4 @@
-"""Downloads of weights: from the Hugging Face hub into its cache, from an address into torch's; checked by a hash."""
+"""Download weights from the Hugging Face hub or a URL into a cache, and verify their SHA-256."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ import torch
 from nets.weights.seal import digest_file
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-"""What weights are called on the hub: the first of them that there is."""
+"""Names of weights in a repository, in order of preference."""
 DESCRIPTIONS = ("config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file of weights, and where it was downloaded from: `repository` and `revision`, or `url`; nothing for a file
-    that was put where it is."""
+class WeightsFile:
+    """A file of weights and its origin: `repository` and `revision`, `url`, or empty for a local file."""
 
     path: Path
     origin: Mapping[str, str] = field(default_factory=dict)
 
 
-def download_from_hub(repository: str, revision: str | None, remedy: str) -> Found:
-    """Weights of a repository, and what describes them, in the hub's cache: downloaded unless they are there.
+def download_from_hub(repository: str, revision: str | None, remedy: str) -> WeightsFile:
+    """Download the weights of a repository and the JSON files that describe them, unless they are in the hub's cache.
 
     Args:
         repository: `owner/name`.
-        revision: a commit, tag or branch; None: the newest there is, which the origin then names by its commit.
-        remedy: what to do where there is no network, for the error.
+        revision: a commit, tag or branch; None for the newest. The returned origin has the commit.
+        remedy: what to do without a network, for the error message.
 
     Raises:
-        FileNotFoundError: it can't be had.
-        ValueError: the file isn't the one whose hash the hub told.
+        FileNotFoundError: the download failed.
+        ValueError: the file's hash differs from the hub's.
     """
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -45,7 +44,7 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Fou
     def fetch(name: str, revision: str | None) -> Path | None:
         try:
             return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-        except EntryNotFoundError as error:  # of the repository, or of the cache where there is no network
+        except EntryNotFoundError as error:  # not in the repository, or offline and not in the cache
             missing.append(error)
             return None
 
@@ -54,27 +53,28 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Fou
         if path is None:
             cause = next((error for error in missing if isinstance(error, LocalEntryNotFoundError)), None)
             raise cause or FileNotFoundError(f"it has none of {', '.join(HUB_FILES)}")
-        commit = path.parent.name  # the cache has a folder for each
+        commit = path.parent.name  # the cache has a folder for each commit
         for name in DESCRIPTIONS:
             fetch(name, commit)
-    except Exception as error:  # the hub's client lets through whatever its HTTP library raises
+    except Exception as error:  # the client passes on any exception of its HTTP library
         pinned = f" at revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"weights of {repository}{pinned} could not be fetched from the Hugging Face hub ({error}). {remedy}"
+            f"weights of {repository}{pinned}: download from the Hugging Face hub failed ({error}). {remedy}"
         ) from error
-    expected = path.resolve().name  # the cache names large files by the SHA-256 that the hub told
+    expected = path.resolve().name  # the cache names large files by the hub's SHA-256
     if re.fullmatch(r"[0-9a-f]{64}", expected) and digest_file(path) != expected:
-        raise ValueError(f"{path} is damaged: its SHA-256 isn't the one that the hub told; delete it and try again")
-    return Found(path, {"repository": repository, "revision": commit})
+        raise ValueError(f"{path} is damaged: its SHA-256 differs from the hub's; delete it and try again")
+    return WeightsFile(path, {"repository": repository, "revision": commit})
 
 
-def download_from_url(url: str, remedy: str) -> Found:
-    """The file at `url` in torch's cache: downloaded unless it is there. Its name ends with the first digits of its
-    SHA-256, as torchvision's do, which are checked.
+def download_from_url(url: str, remedy: str) -> WeightsFile:
+    """Download the file at `url`, unless it is in torch's cache.
+
+    Its name ends with the first digits of its SHA-256, as torchvision's do. They are verified.
 
     Raises:
-        FileNotFoundError: it can't be had; `remedy` says what to do.
-        ValueError: it isn't what its name says.
+        FileNotFoundError: the download failed; `remedy` is part of the message.
+        ValueError: the hash doesn't match.
     """
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir(), "checkpoints", name)
@@ -84,7 +84,7 @@ def download_from_url(url: str, remedy: str) -> Found:
         try:
             torch.hub.download_url_to_file(url, str(path), digits)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"{name} could not be fetched from {url} ({error}). {remedy}") from error
+            raise FileNotFoundError(f"{name}: download from {url} failed ({error}). {remedy}") from error
     if not digest_file(path).startswith(digits):
-        raise ValueError(f"{path} is damaged: its SHA-256 doesn't begin with {digits}; delete it and try again")
-    return Found(path, {"url": url})
+        raise ValueError(f"{path} is damaged: its SHA-256 doesn't start with {digits}; delete it and try again")
+    return WeightsFile(path, {"url": url})

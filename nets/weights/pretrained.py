@@ -1,4 +1,4 @@
-"""Which published weights go with a network, and where they are: in `model_data/`, in a cache, or on the network."""
+"""Find the pretrained weights of a network: in `model_data/`, in a cache, or online."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 from nets.timm_networks import TIMM, published_by_timm
 from nets.torchvision_networks import TORCHVISION, published_by_torchvision
-from nets.weights.hub import Found, download_from_hub, download_from_url
+from nets.weights.hub import WeightsFile, download_from_hub, download_from_url
 from nets.weights.load import LAYOUT_FILE
 
-# timm's weights of the same networks on the Hugging Face hub. The names say what they learned from: ImageNet-21k,
-# and most of them ImageNet-1k after it; DINO's and DINOv2's learned without labels.
+# timm's weights on the Hugging Face hub. Names include the training data: ImageNet-21k (in21k), in most cases followed
+# by ImageNet-1k (ft_in1k); DINO and DINOv2 are self-supervised.
 HUB_REPOS: dict[str, str] = {
     "vit_t_16": "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
     "vit_s_8": "timm/vit_small_patch8_224.dino",
@@ -27,28 +27,28 @@ HUB_REPOS: dict[str, str] = {
     "vit_h_14": "timm/vit_huge_patch14_224.orig_in21k",
 }
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "model_data"
-"""Where weights lie that come with the project."""
+"""Folder of the weights that are part of the repository."""
 BUNDLED_WEIGHTS = BUNDLED_FOLDER / "vit_xs_4.safetensors"
-"""A small ViT for images of 32 x 32 pixels, see `recipes/cifar10.py`."""
+"""The bundled weights: a small ViT for images of 32 x 32 pixels, see `recipes/cifar10.py`."""
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 LAYOUT_FILES: dict[str, str] = {"vit_b_16": LAYOUT_FILE}
 
 
-def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "model_data") -> Found:
-    """The pretrained weights for the network `name`.
+def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "model_data") -> WeightsFile:
+    """Find the pretrained weights of the network `name`, and download them if needed.
 
     Args:
         name: of the network.
-        wanted: a file; a repository on the Hugging Face hub, `owner/name` or `owner/name@revision`; or True: those that
-            are published for the network, from `folder` (`<name>.safetensors` or `<name>.pth`, without timm/, or for
-            the base ViT bubbliiiing's `vit-patch_16.pth`) or from `BUNDLED_FOLDER`, else from a cache, else downloaded
-            to it.
+        wanted: a file; a repository on the Hugging Face hub, `owner/name` or `owner/name@revision`; or True for the
+            network's published weights. These are searched for in `folder` and `BUNDLED_FOLDER`, as
+            `<name>.safetensors` or `<name>.pth` (without timm/; the base ViT also as `vit-patch_16.pth`), and then
+            downloaded to a cache.
         folder: see `wanted`.
 
     Raises:
-        ValueError: no weights are published for `name`, or what was downloaded isn't what it was said to be.
-        FileNotFoundError: there is no such file, and it can't be downloaded; says what to put where.
+        ValueError: no weights are published for `name`, or the download is damaged.
+        FileNotFoundError: there is no such file, and it can't be downloaded.
     """
     folder = Path(folder)
     if isinstance(wanted, str):
@@ -58,8 +58,8 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
         (folder, BUNDLED_FOLDER), (LAYOUT_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")
     ):
         if file and (place / file).is_file():
-            return Found(place / file)
-    remedy = f"Fetch it where there is internet and put it at {folder / stem}.{{}}, or set pretrained=False"
+            return WeightsFile(place / file)
+    remedy = f"Download it on a computer with internet and put it at {folder / stem}.{{}}, or set pretrained=False"
     if name in TORCHVISION:
         return download_from_url(published_by_torchvision(name)[0], f"pretrained=True: {remedy.format('pth')}")
     repository = HUB_REPOS.get(name)
@@ -73,16 +73,16 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
     return download_from_hub(repository, None, f"pretrained=True: {remedy.format('safetensors')}")
 
 
-def _find_named(wanted: str, folder: Path) -> Found:
+def _find_named(wanted: str, folder: Path) -> WeightsFile:
     if Path(wanted).is_file():
-        return Found(Path(wanted))
+        return WeightsFile(Path(wanted))
     repository, _, revision = wanted.partition("@")
     owner, _, stem = repository.partition("/")
     is_path = stem.endswith(FILE_SUFFIXES) or Path(owner).is_dir()
     if is_path or not owner or not stem or "/" in stem or owner.startswith("."):
         raise FileNotFoundError(
-            f"pretrained={wanted!r}: there is no such file, and it is no name on the Hugging Face hub, owner/name"
+            f"pretrained={wanted!r}: no such file, and not a repository on the Hugging Face hub (owner/name)"
         )
     local = folder / f"{stem}.safetensors"
-    remedy = f"Fetch its model.safetensors where there is internet, and set pretrained to where you put it, say {local}"
+    remedy = f"Download its model.safetensors on a computer with internet and set pretrained to its path, e.g. {local}"
     return download_from_hub(repository, revision or None, remedy)

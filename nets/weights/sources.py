@@ -1,7 +1,6 @@
-"""Whose weights a file holds, told by the names of its tensors.
+"""Recognize which project a ViT's weights come from, by the names of its tensors.
 
-Every project that publishes Vision Transformers names the same tensors otherwise, and trains them with its own kind of
-GELU, epsilon of the norms, and preprocessing. `SOURCES` has a row for each.
+Each project has its own tensor names, kind of GELU, epsilon of the norms, and preprocessing: one row of `SOURCES`.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ State = dict[str, Tensor]
 
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OF_INCEPTION = {"image_mean": HALF, "image_std": HALF}
-OF_IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
-OF_META = {**OF_IMAGENET, "interpolation": "bicubic", "eval_crop": 0.875}
+INCEPTION = {"image_mean": HALF, "image_std": HALF}
+IMAGENET = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+META = {**IMAGENET, "interpolation": "bicubic", "eval_crop": 0.875}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a project's files of weights have of their own.
+    """One project's format of weights.
 
     Attributes:
-        name: how it is called in messages.
-        mark: pattern of a tensor's name that no other project's files have.
-        of_flax: whether its tensors are in flax's order.
-        wrapped: whether its tensors lie in a dict of their own, or their names begin with that of a part.
-        renames: pairs of a pattern and what takes its place, applied to each name one after the other.
-        excluded: pattern of (renamed) tensors that a classifier has no use for; they are named when they are left out.
-        variant: what sets the network apart from `nets.vit`'s by default, see `nets.vit.vit`.
-        preprocessing: what it expects of images, by the names of the config's fields.
-        resampling: how the project itself resamples a position embedding, as arguments of `F.interpolate`.
+        name: of the project, for messages.
+        mark: pattern of a tensor name that only this project's files have.
+        of_flax: whether tensors have flax's layout.
+        wrapped: whether the state dict is inside another dict or has a prefix; None: either.
+        renames: pairs of pattern and replacement, applied to each name in order.
+        excluded: pattern of (renamed) tensors that a classifier doesn't need; they are reported when excluded.
+        variant: arguments of `nets.vit.vit` that differ from its defaults.
+        preprocessing: what the weights expect of images, as config fields.
+        resampling: arguments of `F.interpolate` with which the project resamples a position embedding.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Source:
     resampling: Mapping[str, bool] = field(default_factory=dict)
 
 
-# https://github.com/huggingface/transformers: files have the names of its versions before 5, networks in memory others.
+# https://github.com/huggingface/transformers: names in files (as before version 5) and of networks in memory differ.
 HUGGING_FACE_NAMES = (
     (r"^(vit|dinov2|dinov2_with_registers)\.", ""),
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -69,7 +68,7 @@ HUGGING_FACE_NAMES = (
     (r"^classifier\.", "head."),
 )
 
-# In this order: the first whose mark is found. bubbliiiing's file has timm's names, so it can't be told by them.
+# The first row whose mark matches is used. bubbliiiing's file has timm's names and is recognized by its file name.
 SOURCES: tuple[Source, ...] = (
     Source(
         "Google's ViT (.npz)",
@@ -93,7 +92,7 @@ SOURCES: tuple[Source, ...] = (
         ),
         excluded=r"^opt/state/",
         variant={"activation": "gelu_tanh"},  # flax's default
-        preprocessing={**OF_INCEPTION, "interpolation": "bilinear", "eval_crop": 1.0},
+        preprocessing={**INCEPTION, "interpolation": "bilinear", "eval_crop": 1.0},
     ),
     Source(
         "torchvision's ViT",
@@ -107,12 +106,12 @@ SOURCES: tuple[Source, ...] = (
             (r"\.ln_(\d)\.", r".norm\1."),
             (r"\.self_attention\.in_proj_", ".attn.qkv."),
             (r"\.self_attention\.out_proj\.", ".attn.proj."),
-            (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),  # the published files have the names of an earlier version
+            (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),  # published files: names of an earlier version
             (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
             (r"^heads\.head\.", "head."),
         ),
         variant={"activation": "gelu"},
-        preprocessing={**OF_IMAGENET, "interpolation": "bilinear", "eval_crop": 0.875},
+        preprocessing={**IMAGENET, "interpolation": "bilinear", "eval_crop": 0.875},
         resampling={"align_corners": True},
     ),
     Source(
@@ -121,7 +120,7 @@ SOURCES: tuple[Source, ...] = (
         renames=HUGGING_FACE_NAMES,
         excluded=r"^mask_token$",
         variant={"activation": "gelu"},
-        preprocessing=OF_META,
+        preprocessing=META,
         resampling={"antialias": True},
     ),
     Source(
@@ -130,7 +129,7 @@ SOURCES: tuple[Source, ...] = (
         renames=HUGGING_FACE_NAMES,
         excluded=r"^mask_token$",
         variant={"activation": "gelu"},
-        preprocessing=OF_META,
+        preprocessing=META,
     ),
     Source(
         "Hugging Face's ViT",
@@ -138,7 +137,7 @@ SOURCES: tuple[Source, ...] = (
         renames=HUGGING_FACE_NAMES,
         excluded=r"^(mask_token$|pooler\.|decoder\.)",
         variant={"activation": "gelu", "norm_eps": 1e-12},
-        preprocessing={**OF_INCEPTION, "interpolation": "bilinear", "eval_crop": 1.0},
+        preprocessing={**INCEPTION, "interpolation": "bilinear", "eval_crop": 1.0},
     ),
     Source(
         "DINOv2, or another with LayerScale",
@@ -146,8 +145,8 @@ SOURCES: tuple[Source, ...] = (
         renames=((r"^register_tokens$", "reg_token"),),
         excluded=r"^mask_token$",
         variant={"activation": "gelu"},
-        preprocessing=OF_META,
-        resampling={"antialias": True},  # timm's way; Meta's code has it as a choice
+        preprocessing=META,
+        resampling={"antialias": True},  # as in timm; optional in Meta's code
     ),
     Source(
         "Meta's MAE, DINO or DeiT",
@@ -155,19 +154,19 @@ SOURCES: tuple[Source, ...] = (
         wrapped=True,
         excluded=r"^(mask_token$|decoder_|head\.(mlp|last_layer)\.)",
         variant={"activation": "gelu"},
-        preprocessing=OF_META,
+        preprocessing=META,
     ),
     Source(
         "timm's ViT",
         r"^patch_embed\.proj\.weight$",
         variant={"activation": "gelu"},
-        preprocessing={**OF_INCEPTION, "interpolation": "bicubic", "eval_crop": 0.9},
+        preprocessing={**INCEPTION, "interpolation": "bicubic", "eval_crop": 0.9},
         resampling={"antialias": True},
     ),
 )
 
 
-def recognise(state: State, wrapped: bool) -> Source | None:
-    """Whose weights these are; None: none of a ViT that is known."""
+def recognize(state: State, wrapped: bool) -> Source | None:
+    """Return the project that the weights come from, or None if they are not of a known ViT."""
     rows = (source for source in SOURCES if source.wrapped in (None, wrapped))
     return next((source for source in rows if any(re.search(source.mark, name) for name in state)), None)

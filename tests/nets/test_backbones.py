@@ -1,4 +1,4 @@
-"""nets/torchvision_networks.py and timm_networks.py against the libraries' own networks, frozen, thawed, in runs."""
+"""nets/torchvision_networks.py and nets/timm_networks.py: against the libraries' networks, frozen, thawed, in runs."""
 
 import copy
 import functools
@@ -43,12 +43,12 @@ FAMILIES = {
     "timm/mobilenetv3_small_050": 13,
     "timm/test_vit": 0,
 }
-"""One network of each kind, the smallest, and how many blocks it has to freeze."""
+"""A small network of each family, and its number of blocks."""
 WITH_BATCH_NORM = ("resnet18", "mobilenetv2", "vgg11_bn", "timm/resnet10t", "timm/mobilenetv3_small_050")
 
 
 class Narrow(nn.Linear):
-    """A linear layer that is 64 wide where VGG has 4096: its classifier of 119 million weights proves nothing more."""
+    """A linear layer with 64 features in place of VGG's 4096, to avoid 119 million weights in its classifier."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(*(64 if features == 4096 else features for features in (in_features, out_features)))
@@ -56,19 +56,19 @@ class Narrow(nn.Linear):
 
 @pytest.fixture(autouse=True)
 def narrow_vgg(request, monkeypatch) -> None:
-    """Ours and torchvision's are then built alike."""
-    if request.function is not test_all_of_torchvisions_can_be_drawn_and_frozen:
+    """Build both our VGG and torchvision's with narrow layers."""
+    if request.function is not test_every_torchvision_network_builds_and_freezes:
         monkeypatch.setattr("torchvision.models.vgg.nn", SimpleNamespace(**vars(nn) | {"Linear": Narrow}))
 
 
 def build(name: str, shape: tuple[int, int] = (SIDE, SIDE), **options) -> nn.Module:
-    model = copy.deepcopy(drawn_at_random(name, shape, **options))
+    model = copy.deepcopy(cached_build(name, shape, **options))
     torch.manual_seed(0)
     return model
 
 
 @functools.cache
-def drawn_at_random(name: str, shape: tuple[int, int], **options) -> nn.Module:
+def cached_build(name: str, shape: tuple[int, int], **options) -> nn.Module:
     torch.manual_seed(0)
     return build_model(name, 5, shape, **options)
 
@@ -86,7 +86,7 @@ def peer_of(name: str, shape: tuple[int, int]) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_librarys_weights_give_what_they_gave_there(here, name, shape=(96, 64)):
+def test_library_weights_give_the_library_networks_outputs(here, name, shape=(96, 64)):
     peer = peer_of(name, shape)
     torch.save(peer.state_dict(), "w.pth")
     model = build(name, shape).eval()
@@ -96,8 +96,8 @@ def test_the_librarys_weights_give_what_they_gave_there(here, name, shape=(96, 6
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_frozen_part_stays_as_it_is_and_the_rest_makes_the_forward(name):
-    """Wherever it is frozen; and no gradient, and no batch norm's statistics, move in it."""
+def test_frozen_part_is_constant_and_thawed_part_completes_the_forward(name):
+    """At any number of frozen blocks; gradients and batch norm statistics stay out of the frozen part."""
     model = build(name, drop_rate=0.3, drop_path_rate=0.3)
     depth = len(model.parts()) - 2
     assert depth == FAMILIES[name]
@@ -118,7 +118,7 @@ def test_the_frozen_part_stays_as_it_is_and_the_rest_makes_the_forward(name):
 
 
 @pytest.mark.parametrize("name", WITH_BATCH_NORM)
-def test_statistics_move_in_the_thawed_part_alone(name):
+def test_batch_norm_statistics_change_only_in_the_thawed_part(name):
     model = build(name)
     model.freeze_backbone(1)
     before = {name: value.clone() for name, value in model.named_buffers() if name.endswith("running_mean")}
@@ -131,7 +131,7 @@ def test_statistics_move_in_the_thawed_part_alone(name):
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_all_of_torchvisions_can_be_drawn_and_frozen(name):
+def test_every_torchvision_network_builds_and_freezes(name):
     model = build_meta_model(name, 5, (64, 96))
     with torch.device("meta"):
         peer = torchvision.models.get_model(TORCHVISION[name].name, num_classes=5)
@@ -144,8 +144,8 @@ def test_all_of_torchvisions_can_be_drawn_and_frozen(name):
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "vit_xs_4"])
-def test_every_parameter_belongs_to_one_part_or_to_the_head(name):
-    """One that didn't would neither be frozen nor stand in the key of the cached features."""
+def test_each_parameter_belongs_to_one_part_or_the_head(name):
+    """Otherwise it would not be frozen, and would be missing in the key of cached features."""
     model = build(name, **({"num_registers": 2} if name.startswith("vit") else {}))
     owned = [
         parameter
@@ -159,7 +159,7 @@ def test_every_parameter_belongs_to_one_part_or_to_the_head(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_layers_rise_from_the_stem_to_the_head(name):
+def test_layers_increase_from_stem_to_head(name):
     layers = build(name).layers()
     numbers = list(layers.values())
     assert numbers[0] == 0
@@ -167,7 +167,7 @@ def test_layers_rise_from_the_stem_to_the_head(name):
     assert layers["head.weight"] == max(numbers) == FAMILIES[name] + 1
 
 
-def test_what_a_head_takes_is_one_vector():
+def test_embedding_is_the_input_of_the_head():
     for name in FAMILIES:
         model = build(name).eval()
         embedding = model.forward_embedding(images())
@@ -176,7 +176,7 @@ def test_what_a_head_takes_is_one_vector():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_maps_have_places(name):
+def test_feature_maps_are_spatial(name):
     model = build(name, (64, 96)).eval()
     found = []
     handle = model.map_layer.register_forward_hook(lambda _, __, output: found.append(model.to_map(output)))
@@ -201,9 +201,8 @@ RUN = SMALL | {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_one_step_frozen_and_one_thawed(name):
-    """Frozen: over features. What is frozen stays, all else learns, in the order of memory and with the rates that a
-    run has."""
+def test_one_frozen_and_one_thawed_step(name):
+    """Frozen weights don't change, all others do; the frozen step uses cached features, as in a run."""
     cpu = torch.device("cpu")
     config = settings(**SMALL | {"backbone": name, "input_shape": (SIDE, SIDE), "layer_decay": 0.8})
     model = build(name, drop_rate=0.1, drop_path_rate=0.1)
@@ -221,36 +220,36 @@ def test_one_step_frozen_and_one_thawed(name):
         changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
         learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert {"head.weight", "head.bias"} <= changed <= learning
-        assert len(changed) > 0.9 * len(learning) or name == "timm/resnet10t"  # whose blocks begin switched off
+        assert len(changed) > 0.9 * len(learning) or name == "timm/resnet10t"  # its blocks start with zero scale
 
 
 @pytest.mark.graph
 @pytest.mark.parametrize("name", ["mobilenetv2", "timm/convnext_atto", "timm/test_vit"])
-def test_a_run_frozen_then_thawed(two_classes, capsys, name):
-    """Over cached features, to a checkpoint that the way of eval.py and predict.py opens, with maps."""
+def test_run_with_frozen_and_thawed_stage(two_classes, capsys, name):
+    """With cached features; the checkpoint opens as in predict.py and gives class activation maps."""
     blocks = "all" if name == "timm/test_vit" else 1
     train.main(settings(**RUN | {"backbone": name, "freeze_blocks": blocks}))
-    told = capsys.readouterr().out
-    assert "features of 1 view of 36 images" in told
-    assert "attn_drop_rate: 0.1 -> 0" in told
+    output = capsys.readouterr().out
+    assert "features of 1 view of 36 images" in output
+    assert "attn_drop_rate: 0.1 -> 0" in output
     run = next(Path("logs").iterdir())
     last = load_checkpoint(run / LAST)
     assert last["epoch"] == 3
     classifier = load_classifier(run, "cpu")
     images = read_list("cls_val.txt", 2)
     paths = [images.path(i) for i in range(len(images))]
-    in_the_run = last["history"][load_checkpoint(run / BEST)["epoch"] - 1]["val_top1"]
-    answers = classifier.predict(paths)
-    top1 = sum(answer.label in path for answer, path in zip(answers, paths, strict=True)) / len(paths)
-    assert top1 == pytest.approx(in_the_run, abs=1 / len(paths) + 1e-9)
+    expected_top1 = last["history"][load_checkpoint(run / BEST)["epoch"] - 1]["val_top1"]
+    predictions = classifier.predict(paths)
+    top1 = sum(prediction.label in path for prediction, path in zip(predictions, paths, strict=True)) / len(paths)
+    assert top1 == pytest.approx(expected_top1, abs=1 / len(paths) + 1e-9)
     maps = explain(classifier, torch.stack([classifier.load(path) for path in paths]), torch.zeros(len(paths)).long())
     assert maps.cam.shape[0] == len(paths)
     assert maps.rollout is None
 
 
 @pytest.mark.parametrize(("changes", "epoch"), [({}, 1), ({"ema_decay": 0.9, "cache_features": False}, 3)])
-def test_a_convolutional_run_goes_on_bit_for_bit(two_classes, changes, epoch):
-    """With its batch norms' statistics, and those of the average's."""
+def test_convolutional_run_resumes_bit_for_bit(two_classes, changes, epoch):
+    """Including the batch norm statistics of the network and of its EMA."""
     config = settings(**RUN | {"backbone": "timm/test_resnet", "unfreeze_epoch": 4, "device": "cpu"} | changes)
     train.main(config)
     run = next(Path("logs").iterdir())
@@ -273,20 +272,20 @@ GROWING = [
 
 
 @pytest.mark.parametrize(("name", "fits"), GROWING)
-def test_images_that_grow_are_for_timms_networks_of_any_size(name, fits):
+def test_growing_images_need_a_network_of_any_input_size(name, fits):
     stages = (StageConfig(1, "nothing", 8, (160, 160)), StageConfig(1, "nothing"))
     config = settings(backbone=name, input_shape=(224, 224), stages=stages)
     with pytest.raises(ValueError, match="one input_shape for the whole run") if not fits else nullcontext():
         build_meta_network(config, 5)
 
 
-def test_muon_is_for_transformers():
+def test_muon_requires_a_transformer():
     with pytest.raises(ValueError, match="that is for transformers"):
         build_meta_network(settings(backbone="resnet18", optimizer_type="muon"), 5)
 
 
-def test_a_timm_network_is_restored_with_what_is_not_saved():
-    """Such as the relative positions of a Swin, which timm computes when it builds the network."""
+def test_timm_network_is_restored_with_buffers_that_are_not_saved():
+    """For example the relative positions of a Swin, which timm computes when it builds the network."""
     name, shape = "timm/swin_tiny_patch4_window7_224", (224, 224)
     model = build(name, shape).eval()
     again = restore_model(model.arguments, model.state_dict()).eval()
@@ -295,31 +294,31 @@ def test_a_timm_network_is_restored_with_what_is_not_saved():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "told"),
+    ("name", "shape", "message"),
     [
         ("resnet18", (0, 0), "can't take such images"),
         ("vgg11", (16, 16), "can't take such images"),
         ("timm/test_vit", (30, 64), "can't take such images"),
     ],
 )
-def test_images_that_do_not_go_through(name, shape, told):
-    with pytest.raises(ValueError, match=rf"input_shape=\({shape[0]}, {shape[1]}\): .*{told}"):
+def test_invalid_input_shapes(name, shape, message):
+    with pytest.raises(ValueError, match=rf"input_shape=\({shape[0]}, {shape[1]}\): .*{message}"):
         build_meta_model(name, 2, shape)
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("resnet19", "not known: choose one of vit_xs_4.*resnet18.*or timm/<name>"),
+        ("resnet19", "unknown name; choose one of vit_xs_4.*resnet18.*or timm/<name>"),
         ("timm/resnet51", "timm has no such network"),
         ("timm/resnet50.no_such", "timm/resnet50.no_such"),
         ("timm/hf-hub:someone/something", "timm has no such network"),
-        ("timm/dla34", "its head is no linear layer"),
-        ("timm/deit_tiny_distilled_patch16_224", "its head is no linear layer"),
+        ("timm/dla34", "its head is not a linear layer"),
+        ("timm/deit_tiny_distilled_patch16_224", "its head is not a linear layer"),
     ],
 )
-def test_networks_that_cannot_be_had(name, told):
-    with pytest.raises(ValueError, match=told):
+def test_unsupported_networks(name, message):
+    with pytest.raises(ValueError, match=message):
         build_meta_model(name, 2, (224, 224))
 
 
@@ -329,12 +328,12 @@ def test_without_timm(monkeypatch):
         build_model("timm/resnet18", 2, (64, 64))
 
 
-def test_what_only_a_vit_has():
-    with pytest.raises(ValueError, match=r"backbone='resnet18' takes no activation, norm_eps: that is for the ViTs"):
+def test_options_of_vits_only():
+    with pytest.raises(ValueError, match=r"backbone='resnet18' has no activation, norm_eps: only vit_"):
         build_model("resnet18", 2, (64, 64), activation="gelu", norm_eps=1e-6)
 
 
-def test_rates_reach_their_places():
+def test_rates_are_set_in_every_layer():
     model = build("swin_transformer_tiny", drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4)
     places = [m.p for m in model.modules() if isinstance(m, torchvision.ops.StochasticDepth)]
     assert (places[0], places[-1]) == (0, pytest.approx(0.4))
@@ -348,8 +347,7 @@ def test_rates_reach_their_places():
     assert build("timm/vgg11", drop_path_rate=0.2).ignored_rates == ("attn_drop_rate", "drop_path_rate")
 
 
-def test_transformers_are_told_apart():
-    """Their learning rate is scaled otherwise, and their memory laid out."""
+def test_transformer_property():
     kinds = {name: build(name).transformer for name in FAMILIES}
     assert {name for name, transformer in kinds.items() if transformer} == {
         "swin_transformer_tiny",
@@ -358,19 +356,19 @@ def test_transformers_are_told_apart():
     }
 
 
-def test_a_weight_of_another_network_is_named(here):
+def test_unexpected_weights_are_listed(here):
     torch.save(torchvision.models.resnet34(num_classes=5).state_dict(), "w.pth")
-    with pytest.raises(ValueError, match=r"not ours: network\.layer1\.2\.conv1\.weight"):
+    with pytest.raises(ValueError, match=r"unexpected: network\.layer1\.2\.conv1\.weight"):
         load_weights(build("resnet18"), read_weights("w.pth", of_vit=False))
 
 
-def test_a_head_of_other_classes_is_left_out_and_said(here, capsys):
+def test_head_of_other_classes_is_excluded_and_reported(here, capsys):
     torch.save(torchvision.models.resnet18().state_dict(), "w.pth")
     load_weights(build("resnet18"), read_weights("w.pth", of_vit=False))
-    assert "its head of 1000 classes is left out, ours starts anew with 5" in capsys.readouterr().out
+    assert "its head of 1000 classes is excluded; the new head has 5 classes" in capsys.readouterr().out
 
 
-def test_what_timm_knows_of_its_weights():
+def test_published_by_timm():
     repository, expected = published_by_timm("timm/resnet50")
     assert repository == "timm/resnet50.a1_in1k"
     assert expected["eval_crop"] == 0.95
@@ -379,7 +377,7 @@ def test_what_timm_knows_of_its_weights():
     assert expected_preprocessing("vit_b_16") == {}
 
 
-def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_classes, capsys):
+def test_weights_determine_preprocessing_that_is_not_set(two_classes, capsys):
     torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), "resnet18.pth")
     timms = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     torch.save(timms.state_dict(), "vit.pth")
@@ -394,12 +392,12 @@ def test_weights_settle_the_preprocessing_that_the_settings_leave_open(two_class
     assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
     _, model, _ = build_network(settings(**SMALL | changes, activation="gelu_tanh"), NAMES)
     assert model.arguments["activation"] == "gelu_tanh"
-    with pytest.raises(ValueError, match=r"not ours: network\.cls_token, network\.pos_embed.*check backbone"):
+    with pytest.raises(ValueError, match=r"unexpected: network\.cls_token, network\.pos_embed.*check backbone"):
         build_network(settings(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
 
 
-def test_timms_weights_go_to_another_size_as_timm_takes_them_there(here):
-    """Of a network whose head timm calls as ours is called."""
+def test_timm_weights_are_resampled_as_in_timm(here):
+    """The head has the same name in timm and here."""
     torch.save(peer_of("timm/test_vit", (64, 64)).state_dict(), "w.pth")
     peer = peer_of("timm/test_vit", (96, 64))
     timm.models.load_checkpoint(peer, "w.pth", filter_fn=timm.models.vision_transformer.checkpoint_filter_fn)
@@ -410,15 +408,15 @@ def test_timms_weights_go_to_another_size_as_timm_takes_them_there(here):
         torch.testing.assert_close(model(x), peer(x), atol=1e-5, rtol=1e-4)
 
 
-def test_what_stands_beside_a_file_is_heeded_for_every_network(here):
+def test_description_beside_a_file_is_used_for_every_network(here):
     timm.models.save_for_hf(timm.create_model("resnet10t.c3_in1k"), "timm", safe_serialization=True)
     found = read_weights("timm/model.safetensors", of_vit=False).preprocessing
     known = timm.get_pretrained_cfg("resnet10t.c3_in1k")
     assert (found["image_mean"], found["eval_crop"]) == (known.mean, known.crop_pct)
 
 
-def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
-    """And a checkpoint of one of ours isn't taken for it."""
+def test_timm_network_with_tensor_names_of_a_vit(here):
+    """A checkpoint of our own ViT doesn't fit it."""
     peer = timm.create_model("test_vit", num_classes=2, img_size=32)
     torch.save(peer.state_dict(), "w.pth")
     config = {"input_shape": (32, 32), "model_path": "w.pth", "backbone": "timm/test_vit"}
@@ -432,7 +430,7 @@ def test_a_network_of_timms_with_the_tensors_of_a_vit_keeps_its_own(here):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2"])
-def test_files_from_before_torch_counted_batches(name, here):
+def test_files_without_num_batches_tracked(name, here):
     state = {n: t for n, t in peer_of(name, (SIDE, SIDE)).state_dict().items() if "num_batches_tracked" not in n}
     torch.save(state, "w.pth")
     model = build(name)
@@ -441,17 +439,17 @@ def test_files_from_before_torch_counted_batches(name, here):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
-    [("timm/xception", "an old name"), ("timm/shvit_s1", "its head is no linear layer alone")],
+    ("name", "message"),
+    [("timm/xception", "a deprecated name"), ("timm/shvit_s1", "its head is not a linear layer alone")],
 )
-def test_networks_of_timms_that_cannot_be_taken(name, told):
-    with torch.device("meta"), pytest.raises(ValueError, match=told):
+def test_unsupported_timm_networks(name, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
         build_model(name, 2, (64, 64))
 
 
 @pytest.mark.parametrize("name", ["legacy_seresnet18", "ghostnet_050"])
-def test_what_works_in_place_stays_and_dropout_of_its_own_goes(name):
-    """timm's network itself, with shifts in its batch norms, so that a lost ReLU counts; and the frozen part twice."""
+def test_in_place_modules_work_and_own_dropout_is_disabled(name):
+    """Shifted batch norms make a missing ReLU visible. The frozen part must give the same output twice."""
     torch.manual_seed(0)
     peer = timm.create_model(name, num_classes=3).eval()
     for module in peer.modules():

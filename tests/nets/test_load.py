@@ -1,4 +1,4 @@
-"""nets/weights/load.py: finding, fetching (from a stand-in for the hub) and loading, against timm's own resampling."""
+"""nets/weights/load.py: finding, downloading (from a fake hub) and loading weights; resampling as in timm."""
 
 import os
 from pathlib import Path
@@ -30,65 +30,65 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(here, monkeypatch):
-    """A stand-in for the hub's function that serves timm's tiny ViT with random weights, and records what is asked."""
+    """A fake `hf_hub_download` that serves timm's tiny ViT with random weights and records requests."""
     torch.manual_seed(0)
     peer = timm.create_model("vit_tiny_patch16_224").eval()
     save_file(peer.state_dict(), here / "cached.safetensors")
-    asked = []
+    requested = []
 
     def hf_hub_download(repo_id, filename, revision=None):
         if filename != "model.safetensors":
             raise EntryNotFoundError("no such file")
-        asked.append(repo_id)
+        requested.append(repo_id)
         return str(here / "cached.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
-    return SimpleNamespace(peer=peer, asked=asked)
+    return SimpleNamespace(peer=peer, requested=requested)
 
 
 def test_pretrained_from_the_hub_equals_timm(hub, capsys):
     model = vit(input_shape=[224, 224], pretrained=True, num_classes=1000, name="vit_t_16").eval()
-    assert hub.asked == ["timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
+    assert hub.requested == ["timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"]
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), hub.peer(x), atol=1e-4, rtol=0)
     assert model.arguments["activation"] == "gelu"
-    assert "left out" not in capsys.readouterr().out
+    assert "excluded" not in capsys.readouterr().out
 
 
 def test_pretrained_with_another_head_and_shape(hub, capsys):
     model = vit(input_shape=[160, 224], pretrained=True, num_classes=7, name="vit_t_16").eval()
-    told = capsys.readouterr().out
-    assert "head of 1000 classes is left out, ours starts anew with 7" in told
-    assert "resampled to 10 x 14 patches" in told
+    output = capsys.readouterr().out
+    assert "head of 1000 classes is excluded; the new head has 7 classes" in output
+    assert "resampled to 10 x 14 patches" in output
     assert torch.equal(model.blocks[3].mlp.fc1.weight, hub.peer.blocks[3].mlp.fc1.weight)
     assert model.head.weight.std() > 0.01
 
 
-def test_every_hub_name_is_one_that_timm_knows():
+def test_every_hub_repository_exists_in_timm():
     for repo in HUB_REPOS.values():
         cfg = timm.models.get_pretrained_cfg(repo.removeprefix("timm/"))
         assert cfg.hf_hub_id in ("timm/", repo), repo
 
 
-def test_model_data_comes_before_the_hub(hub, here):
+def test_model_data_is_searched_before_the_hub(hub, here):
     save_file(hub.peer.state_dict(), here / "model_data" / "vit_t_16.safetensors")
     assert str(find_pretrained("vit_t_16").path) == "model_data/vit_t_16.safetensors"
-    assert hub.asked == []
+    assert hub.requested == []
 
 
-def test_the_layouts_file_goes_with_its_gelu(here):
+def test_bubbliiiings_file_uses_tanh_gelu(here):
     (here / "model_data" / "vit-patch_16.pth").touch()
     torch.save(tiny().state_dict(), find_pretrained("vit_b_16").path)
     assert read_weights("model_data/vit-patch_16.pth").variant == {"activation": "gelu_tanh"}
 
 
 class ReadError(Exception):
-    """As an HTTP library raises when a connection breaks off."""
+    """An error of an HTTP library when the connection breaks."""
 
 
 @pytest.mark.parametrize("error", [LocalEntryNotFoundError, ReadError])
-def test_no_network_says_what_to_put_where(here, monkeypatch, error):
+def test_offline_error_has_a_remedy(here, monkeypatch, error):
     def offline(repo_id, filename, revision=None):
         raise error("no connection")
 
@@ -97,13 +97,13 @@ def test_no_network_says_what_to_put_where(here, monkeypatch, error):
         vit(pretrained=True)
 
 
-def test_network_without_published_weights(here):
+def test_backbone_without_published_weights(here):
     with pytest.raises(ValueError, match=r"no weights are published for backbone='vit_t_4'"):
         vit([16, 16], pretrained=True, name="vit_t_4")
 
 
 @pytest.mark.parametrize("grid", [(24, 24), (10, 14), (7, 7), (14, 14)])
-def test_resampling_equals_timms(grid):
+def test_resampling_equals_timm(grid):
     pos_embed = torch.randn(1, 1 + 14 * 14, 8, generator=torch.Generator().manual_seed(0))
     for antialias in (False, True):
         peer = timm.layers.resample_abs_pos_embed(pos_embed, list(grid), antialias=antialias)
@@ -111,15 +111,15 @@ def test_resampling_equals_timms(grid):
         torch.testing.assert_close(own, peer, atol=1e-6, rtol=0)
 
 
-def test_resampling_from_a_grid_that_is_not_square():
+def test_resampling_from_a_rectangular_grid():
     pos_embed = torch.randn(1, 1 + 4 * 6, 8, generator=torch.Generator().manual_seed(0))
     peer = timm.layers.resample_abs_pos_embed(pos_embed, [6, 4], [4, 6], antialias=False)
     torch.testing.assert_close(resample_pos_embed(pos_embed, (4, 6), (6, 4)), peer, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("target", [(16, 32), (16, 16), (32, 64)])
-def test_a_checkpoint_tells_its_grid(here, target):
-    """With as many tokens, a quarter of them, or four times: never taken for a square, nor as they are."""
+def test_grid_of_a_checkpoint(here, target):
+    """With equal, fewer or more tokens: always resampled, and never from a square."""
     source = tiny(input_shape=(32, 16) if target == (16, 32) else (16, 64))
     torch.save({"weights": source.state_dict(), "model": source.arguments}, "w.pth")
     model = tiny(input_shape=target)
@@ -128,13 +128,13 @@ def test_a_checkpoint_tells_its_grid(here, target):
     assert torch.equal(model.pos_embed, expected)
 
 
-def test_a_state_dict_of_no_square_is_refused(here):
+def test_state_dict_with_a_rectangular_grid_is_an_error(here):
     torch.save(tiny(input_shape=(32, 16)).state_dict(), "w.pth")
-    with pytest.raises(ValueError, match=r"w\.pth: a position embedding of 32 patches is no square"):
+    with pytest.raises(ValueError, match=r"w\.pth: its position embedding has 32 patches, which is not a square"):
         load_weights(tiny(), read_weights("w.pth"))
 
 
-def test_resampled_when_loaded_not_at_every_forward(here):
+def test_positions_are_resampled_on_load(here):
     torch.save(tiny().state_dict(), "small.pth")
     model = tiny(input_shape=(32, 16))
     load_weights(model, read_weights("small.pth"))
@@ -154,26 +154,26 @@ def test_state_dict_round_trip(here, suffix):
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("change", "message"),
     [
         (lambda s: s.pop("norm.bias"), "1 missing: norm.bias"),
-        (lambda s: s.update({"extra.weight": torch.zeros(1)}), "1 not ours: extra.weight"),
+        (lambda s: s.update({"extra.weight": torch.zeros(1)}), "1 unexpected: extra.weight"),
         (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"1 of another shape: norm.bias \(3,\) for \(192,\)"),
     ],
 )
-def test_what_does_not_fit_is_named(here, fault, told):
+def test_differences_are_listed(here, change, message):
     state = tiny().state_dict()
-    fault(state)
+    change(state)
     torch.save(state, "w.pth")
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load_weights(model, read_weights("w.pth"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def dinov2_of_timm(size: int) -> torch.nn.Module:
-    """timm's network with LayerScale, at values as far from 1 as those that were trained."""
+    """timm's network with random LayerScale."""
     peer = timm.create_model("vit_small_patch14_dinov2", img_size=size, num_classes=5).eval()
     for name, parameter in peer.named_parameters():
         if name.endswith("gamma"):
@@ -182,7 +182,7 @@ def dinov2_of_timm(size: int) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("size", [70, 140])
-def test_layer_scale_is_folded_into_the_layer_before_it(here, size):
+def test_layer_scale_is_folded(here, size):
     torch.manual_seed(0)
     peer = dinov2_of_timm(size)
     torch.save(peer.state_dict(), "dino.pth")
@@ -194,14 +194,14 @@ def test_layer_scale_is_folded_into_the_layer_before_it(here, size):
         torch.testing.assert_close(own.forward_features(pixels), peer.forward_features(pixels), atol=1e-4, rtol=0)
 
 
-def test_real_dinov2_weights_equal_timms_network(shared, capsys):
+def test_real_dinov2_weights_give_timms_outputs(shared, capsys):
     path = shared / "models" / "dinov2_vits14_saliency_fp16.safetensors"
     state = {name: value.float() for name, value in load_file(path).items()}
     peer = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
     peer.load_state_dict(state)
     own = vit(input_shape=[518, 518], num_classes=3, name="vit_s_14", activation="gelu").eval()
     load_weights(own, read_weights(path))
-    assert "its head of no classes is left out" in capsys.readouterr().out
+    assert "its head of no classes is excluded" in capsys.readouterr().out
     pixels = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(own.forward_features(pixels), peer.forward_features(pixels), atol=1e-3, rtol=1e-3)
@@ -219,7 +219,7 @@ class Trap:
         return (os.mkdir, ("canary",))
 
 
-def test_nothing_in_a_file_is_executed(here):
+def test_no_code_in_a_file_is_run(here):
     torch.save({"weights": Trap()}, "trap.pth")
     with pytest.raises(ValueError, match=r"trap\.pth"):
         read_weights("trap.pth")
@@ -230,13 +230,13 @@ def test_nothing_in_a_file_is_executed(here):
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"version https://git-lfs.github.com/spec/v1\n", bytes(range(256)) * 9]
 )
-def test_files_that_hold_no_weights(here, name, content):
+def test_files_without_weights(here, name, content):
     (here / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name} can't be opened as weights"):
         read_weights(name)
 
 
-def test_no_such_file_and_no_state_dict(here):
+def test_missing_file_and_missing_state_dict(here):
     with pytest.raises(FileNotFoundError, match="no file none"):
         read_weights("none.pth")
     torch.save([1, 2], "list.pth")
@@ -248,7 +248,7 @@ REGISTERS = torch.zeros(1, 2, 192)
 
 
 @pytest.mark.parametrize(
-    ("said", "tensors"),
+    ("arguments", "tensors"),
     [
         ({"activation": "relu"}, {}),
         ({"activation": ["x"]}, {}),
@@ -267,10 +267,10 @@ REGISTERS = torch.zeros(1, 2, 192)
         ({}, {"pos_embed": 3}),
     ],
 )
-def test_what_a_file_says_of_its_network_is_not_trusted(here, said, tensors):
+def test_metadata_of_a_file_is_checked(here, arguments, tensors):
     model = tiny()
     state = model.state_dict() | tensors
-    torch.save({"weights": state, "model": model.arguments | said}, "w.pth")
+    torch.save({"weights": state, "model": model.arguments | arguments}, "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth can't be used: "):
         load_weights(tiny(), read_weights("w.pth"))
     if tensors:
@@ -280,16 +280,16 @@ def test_what_a_file_says_of_its_network_is_not_trusted(here, said, tensors):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_torchs_own_prefixes_tell_nothing_of_the_project(here, prefix):
+def test_prefixes_of_torch_do_not_change_the_source(here, prefix):
     torch.save({f"{prefix}{name}": tensor for name, tensor in tiny().state_dict().items()}, "w.pth")
     weights = read_weights("w.pth")
     assert (weights.source, weights.preprocessing["image_mean"]) == ("timm's ViT", (0.5, 0.5, 0.5))
 
 
-def test_an_activation_that_ours_has_not_is_refused(here, capsys):
+def test_unsupported_activation_is_an_error(here, capsys):
     torch.save(tiny().state_dict(), "w.pth")
     Path("config.json").write_text('{"hidden_act": "quick_gelu"}')
-    with pytest.raises(ValueError, match=r"w\.pth can't be used: .*config\.json says hidden_act='quick_gelu'"):
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: .*config\.json has hidden_act='quick_gelu'"):
         read_weights("w.pth")
     Path("config.json").write_text('{"hidden_act": "gelu", "layer_norm_eps": 1' + "0" * 400 + "}")
     load_weights(tiny(), read_weights("w.pth"))

@@ -1,5 +1,4 @@
-"""nets/weights/pretrained.py and nets/weights/hub.py: the hub's own client against a server of its protocol on this
-machine, torch's downloads from files."""
+"""nets/weights/pretrained.py and nets/weights/hub.py: downloads with the hub client from a local server; with torch."""
 
 import hashlib
 import io
@@ -29,8 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download needs. It has some/vit; some/old, whose weights are pickled; some/liar, of which
-    it tells a wrong hash; and some/thing without weights."""
+    """A minimal hub: some/vit; some/old has pickled weights, some/liar a wrong hash, and some/thing no weights."""
 
     files: dict[str, bytes]
 
@@ -38,8 +36,8 @@ class Hub(BaseHTTPRequestHandler):
         match = re.fullmatch(r"/some/(vit|old|liar|thing)/resolve/(\w+)/([\w.]+)", self.path)
         known = match and match[2] in ("main", "v1", COMMIT)
         content = self.files.get(match[3]) if known else None
-        lacking = {"vit": "bin", "old": "safetensors", "liar": "bin", "thing": ("bin", "safetensors")}
-        if content is None or match[3].endswith(lacking[match[1]]):
+        missing = {"vit": "bin", "old": "safetensors", "liar": "bin", "thing": ("bin", "safetensors")}
+        if content is None or match[3].endswith(missing[match[1]]):
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RevisionNotFound")
             self.send_header("X-Error-Message", "not found")
@@ -58,7 +56,7 @@ class Hub(BaseHTTPRequestHandler):
     do_GET = do_HEAD
 
     def log_message(self, *args: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +89,9 @@ for name in sys.argv[1:]:
 
 
 def fetch(hub, folder: Path, *names: str, **environment: str) -> list:
-    """What comes of names, in a process of its own, since the client reads the address when it is imported."""
-    address = f"http://127.0.0.1:{hub.server_address[1]}"
-    env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": "home", "PYTHONPATH": str(ROOT)} | environment
+    """Run `SCRIPT` for `names` in a new process, since the client reads the endpoint when it is imported."""
+    endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": "home", "PYTHONPATH": str(ROOT)} | environment
     command = [sys.executable, "-c", SCRIPT, *names]
     result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -106,7 +104,7 @@ def online(hub, tmp_path_factory) -> tuple[Path, list]:
     return folder, fetch(hub, folder, "some/vit", "some/vit@v2", "some/thing", "some/liar", "some/old")
 
 
-def test_a_name_on_the_hub_is_pinned(online):
+def test_origin_has_the_commit(online):
     _, (found, *_) = online
     file, digest = found["origin"]["file"], hashlib.sha256(Hub.files["model.safetensors"]).hexdigest()
     assert file.endswith(f"{COMMIT}/model.safetensors")
@@ -114,40 +112,40 @@ def test_a_name_on_the_hub_is_pinned(online):
     assert found == {"origin": expected, "mean": [0.1, 0.2, 0.3], "of": "timm's ViT"}
 
 
-def test_what_the_hub_has_not_is_told(online):
+def test_errors_of_the_hub(online):
     _, (_, no_revision, no_weights, liar, _) = online
-    assert "at revision v2 could not be fetched" in no_revision
+    assert "at revision v2: download from the Hugging Face hub failed" in no_revision
     assert "none of model.safetensors, pytorch_model.bin" in no_weights
     assert liar.startswith("ValueError: ")
-    assert "isn't the one that the hub told" in liar
+    assert "differs from the hub's" in liar
 
 
-def test_without_a_network_it_is_from_the_cache_or_says_what_to_do(hub, online):
+def test_offline_uses_the_cache_or_is_an_error(hub, online):
     folder, _ = online
     names = ("some/vit", f"some/vit@{COMMIT}", "some/old", "some/other")
     *cached, other = fetch(hub, folder, *names, HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
     assert [found["origin"]["revision"] for found in cached] == [COMMIT] * 3
     assert cached[2]["origin"]["file"].endswith("pytorch_model.bin")
-    assert other.startswith("FileNotFoundError: weights of some/other could not be fetched from the Hugging Face hub")
-    assert "put it, say model_data/other.safetensors" in other.replace(os.sep, "/")
+    assert other.startswith("FileNotFoundError: weights of some/other: download from the Hugging Face hub failed")
+    assert "to its path, e.g. model_data/other.safetensors" in other.replace(os.sep, "/")
 
 
 @pytest.mark.parametrize(
     "wanted", ["no/such/file.pth", "no/file.pth", "model_data/x", "nothing.pth", "/x", "owner/", "../x"]
 )
-def test_neither_a_file_nor_a_name(here, wanted):
+def test_neither_a_file_nor_a_repository(here, wanted):
     Path("model_data").mkdir(exist_ok=True)
-    with pytest.raises(FileNotFoundError, match="no such file, and it is no name on the Hugging Face hub"):
+    with pytest.raises(FileNotFoundError, match="no such file, and not a repository on the Hugging Face hub"):
         find_pretrained("vit_xs_4", wanted)
 
 
-def test_a_file_is_taken_as_it_is(here):
+def test_a_file(here):
     torch.save({}, "w.pth")
     assert find_pretrained("vit_xs_4", "w.pth").path == Path("w.pth")
 
 
 def published(here: Path, monkeypatch, name: str) -> torch.nn.Module:
-    """torchvision's network with random weights, whose file lies where it would be downloaded from."""
+    """Return torchvision's network with random weights, and publish its file at a local URL."""
     torch.manual_seed(0)
     row = TORCHVISION[name]
     peer = torchvision.models.get_model(row.name, weights=None).eval()
@@ -161,7 +159,7 @@ def published(here: Path, monkeypatch, name: str) -> torch.nn.Module:
     return peer
 
 
-def test_torchvisions_weights_are_downloaded_once_and_checked(here, monkeypatch, capsys):
+def test_torchvision_weights_are_downloaded_once_and_verified(here, monkeypatch, capsys):
     peer = published(here, monkeypatch, "resnet18")
     found = find_pretrained("resnet18")
     assert found.path.parent == here / "torch" / "checkpoints"
@@ -180,18 +178,18 @@ def test_torchvisions_weights_are_downloaded_once_and_checked(here, monkeypatch,
     assert find_pretrained("resnet18").path == Path("model_data/resnet18.pth")
 
 
-def test_torchvisions_weights_that_cannot_be_had(here, monkeypatch):
+def test_torchvision_weights_that_cannot_be_downloaded(here, monkeypatch):
     published(here, monkeypatch, "resnet18")
     next(here.glob("resnet18-*.pth")).unlink()
     with pytest.raises(FileNotFoundError, match=r"put it at model_data.resnet18\.pth, or set pretrained=False"):
         find_pretrained("resnet18")
 
 
-def test_a_download_that_is_something_else(here, monkeypatch):
+def test_download_with_a_wrong_hash(here, monkeypatch):
     published(here, monkeypatch, "resnet18")
     wrong = here / "resnet18-00000000.pth"
     wrong.write_bytes(b"something else")
-    with pytest.raises(FileNotFoundError, match="could not be fetched"):
+    with pytest.raises(FileNotFoundError, match=r"download from .* failed"):
         download_from_url(wrong.as_uri(), "")
     assert not list((here / "torch" / "checkpoints").iterdir())
 
@@ -205,12 +203,12 @@ def test_every_published_file_has_its_hash_in_its_name(name):
     assert expected["eval_crop"] == pytest.approx(224 / 256 if "swin" not in name else expected["eval_crop"])
 
 
-def test_the_layouts_names_are_all_there():
+def test_all_backbones_of_classification_pytorch_exist():
     layout = {"mobilenetv2", "vit_b_16", *(f"resnet{n}" for n in (18, 34, 50, 101, 152))}
     layout |= {f"vgg{n}{norm}" for n in (11, 13, 16) for norm in ("", "_bn")}
     layout |= {f"swin_transformer_{size}" for size in ("tiny", "small", "base")}
     assert layout <= set(BACKBONES)
 
 
-def test_nothing_is_downloaded_on_import():
+def test_hub_client_is_not_imported_early():
     assert not hasattr(nets.weights.hub, "huggingface_hub")

@@ -1,4 +1,4 @@
-"""nets/weights/sources.py: every project's own network, with random weights, against ours with the same."""
+"""nets/weights/sources.py: each project's network with random weights, against ours with the same weights."""
 
 import argparse
 import math
@@ -27,11 +27,10 @@ class Peer(NamedTuple):
     """A project's network.
 
     Attributes:
-        file: where its weights were saved.
-        backbone: what it is called here.
-        logits: images to logits, or, where it has no head, features (B, C) of the class token, at its own size and,
-            with its own resampling, at others.
-        has_head: whether these are logits.
+        file: its saved weights.
+        backbone: our name of the network.
+        logits: maps images of any size to logits, or without a head to class token features (B, C).
+        has_head: whether `logits` returns logits.
     """
 
     file: str
@@ -41,7 +40,7 @@ class Peer(NamedTuple):
 
 
 def randomise(network: nn.Module) -> nn.Module:
-    """Weights as far from those of the start as trained ones: no zeros, no ones, positions that matter."""
+    """Draw random weights without zeros or ones, and with large position embeddings."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         scale = 0.3 if parameter.ndim == 1 else 0.5 / math.sqrt(parameter[0].numel())
@@ -80,7 +79,7 @@ def of_torchvision() -> Peer:
 
 
 def of_torchvision_as_published() -> Peer:
-    """Its published files have the names of an earlier version for the layers of the MLP."""
+    """Published files have names of an earlier version for the layers of the MLP."""
     peer = of_torchvision()
     state = torch.load(peer.file, weights_only=True)
     old = {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t for n, t in state.items()}
@@ -119,7 +118,7 @@ def of_hugging_face_dinov2(registers: bool = False) -> Peer:
 
 
 def of_mae() -> Peer:
-    """Its pretrained encoder with what it was pretrained by."""
+    """A pretrained encoder with its decoder."""
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.zeros(8, 192)}
     decoder |= {"decoder_blocks.0.norm1.weight": torch.zeros(8), "decoder_pred.bias": torch.zeros(8)}
 
@@ -130,7 +129,7 @@ def of_mae() -> Peer:
 
 
 def of_dino() -> Peer:
-    """A full checkpoint: student and teacher, each in a wrapper's prefixes, with the head of the pretraining."""
+    """A full checkpoint: student and teacher, each with prefixes and the pretraining head."""
 
     def wrap(state: dict[str, Tensor]) -> dict:
         backbone = {f"module.backbone.{name}": tensor for name, tensor in state.items()}
@@ -142,7 +141,7 @@ def of_dino() -> Peer:
 
 
 def without_antialias(peer: Peer) -> Peer:
-    """With the resampling of Meta's projects, which is timm's otherwise."""
+    """Resample as in Meta's projects: like timm, but without antialiasing."""
     own = timm.models.vision_transformer.resample_abs_pos_embed
 
     def logits(x: Tensor) -> Tensor:
@@ -157,7 +156,7 @@ def without_antialias(peer: Peer) -> Peer:
 
 
 def of_google(prefix: str = "") -> Peer:
-    """Arrays as flax has them, and a forward written by their published layout."""
+    """Arrays in flax's layout, and a forward pass written from the published layout."""
     generator = np.random.default_rng(0)
     c, heads, patch = 192, 3, 16
 
@@ -223,12 +222,12 @@ def of_google(prefix: str = "") -> Peer:
 PEERS = {
     "timm, safetensors": lambda: of_timm("vit_tiny_patch16_224", "vit_t_16", "w.safetensors", num_classes=5),
     "timm, DeiT, .bin": lambda: of_timm("deit_tiny_patch16_224", "vit_t_16", "w.bin", num_classes=5),
-    "timm, a run's": lambda: of_timm(
+    "timm, training checkpoint": lambda: of_timm(
         "vit_tiny_patch16_224", "vit_t_16", "w.pth", wrap=lambda s: {"state_dict": s, "arch": "x"}, num_classes=5
     ),
     "timm, DINOv2": lambda: of_timm("vit_small_patch14_dinov2", "vit_s_14", "w.pth", num_classes=5),
     "timm, DINOv2 with registers": lambda: of_timm("vit_small_patch14_reg4_dinov2", "vit_s_14", "w.pth", num_classes=5),
-    "timm, DeiT III, which has no class position": lambda: of_timm(
+    "timm, DeiT III without class position": lambda: of_timm(
         "deit3_small_patch16_224", "vit_s_16", "w.pth", num_classes=5
     ),
     "torchvision": of_torchvision,
@@ -246,18 +245,18 @@ PEERS = {
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_it_gives_what_the_projects_own_network_gives(here, capsys, name):
-    """At its own size and at another, to which the project resamples in its own way."""
+def test_outputs_equal_the_projects_network(here, capsys, name):
+    """At its own input size, and at another with the project's own resampling."""
     torch.manual_seed(0)
     peer = PEERS[name]()
     weights = read_weights(peer.file)
     patch = weights.state["patch_embed.proj.weight"].shape[-1]
     differences = []
-    for elsewhere in (False, True):
-        side = patch * (weights.grid()[0] + 2 * elsewhere)
+    for resized in (False, True):
+        side = patch * (weights.grid()[0] + 2 * resized)
         own = build_model(peer.backbone, 5, (side, side), **weights.variant).eval()
         load_weights(own, weights)
-        assert ("resampled" in capsys.readouterr().out) == elsewhere
+        assert ("resampled" in capsys.readouterr().out) == resized
         images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
             found = own(images) if peer.has_head else own.forward_embedding(images)
@@ -280,14 +279,14 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_ours_has_not_is_refused_by_name(here, name):
+def test_foreign_parts_are_an_error(here, name):
     state = build_model("vit_xs_4", 2, (8, 8)).state_dict()
     torch.save(state | {name: torch.zeros(1)}, "w.pth")
     with pytest.raises(ValueError, match=rf"w\.pth can't be used: it has .*{FOREIGN[name]}.*'{name}'"):
         read_weights("w.pth")
 
 
-def test_googles_pre_logits_are_refused_by_name(here):
+def test_pre_logits_of_google_are_an_error(here):
     of_google()
     arrays = dict(np.load("google.npz")) | {"pre_logits/kernel": np.zeros((192, 192), np.float32)}
     np.savez("w.npz", **arrays)
@@ -295,31 +294,33 @@ def test_googles_pre_logits_are_refused_by_name(here):
         read_weights("w.npz")
 
 
-def test_distilled_deit_is_refused(here):
+def test_distilled_deit_is_an_error(here):
     torch.save(timm.create_model("deit_tiny_distilled_patch16_224").state_dict(), "w.pth")
     with pytest.raises(ValueError, match="distilled DeiT"):
         read_weights("w.pth")
 
 
-def test_what_is_left_out_is_named(here, capsys):
+def test_excluded_tensors_are_listed(here, capsys):
     peer = of_dino()
     load_weights(build_model("vit_t_16", 5, (SIDE, SIDE)), read_weights(peer.file))
-    told = capsys.readouterr().out
-    assert "2 tensors that a classifier doesn't need are left out: head.mlp.0.weight, head.last_layer.weight_v" in told
-    assert "Meta's MAE, DINO or DeiT" in told
+    output = capsys.readouterr().out
+    assert (
+        "2 tensors that a classifier doesn't need are excluded: head.mlp.0.weight, head.last_layer.weight_v" in output
+    )
+    assert "Meta's MAE, DINO or DeiT" in output
 
 
-def test_what_is_missing_is_named(here):
-    """Of a file under other names too, and never loaded in part."""
+def test_missing_tensors_are_listed(here):
+    """Also for a file with other names."""
     peer = of_torchvision()
     state = torch.load(peer.file, weights_only=True)
     state["encoder.layers.encoder_layer_3.extra"] = state.pop("encoder.layers.encoder_layer_3.ln_2.bias")
     torch.save(state, "w.pth")
-    with pytest.raises(ValueError, match=r"1 missing: blocks\.3\.norm2\.bias; 1 not ours: blocks\.3\.extra"):
+    with pytest.raises(ValueError, match=r"1 missing: blocks\.3\.norm2\.bias; 1 unexpected: blocks\.3\.extra"):
         load_weights(build_model("vit_t_16", 5, (SIDE, SIDE)), read_weights("w.pth"))
 
 
-def test_tensors_of_other_shapes_than_their_names_promise(here):
+def test_tensors_of_unexpected_shapes(here):
     state = build_model("vit_xs_4", 2, (8, 8)).state_dict()
     torch.save(state | {"pos_embed": torch.zeros(5)}, "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth can't be used: its position embedding has the shape \(5,\)"):
@@ -332,11 +333,11 @@ def test_tensors_of_other_shapes_than_their_names_promise(here):
         read_weights("w.npz")
 
 
-@pytest.mark.parametrize("lost", ["k_proj", "v_proj"])
-def test_queries_without_keys_or_values(here, lost):
+@pytest.mark.parametrize("missing", ["k_proj", "v_proj"])
+def test_queries_without_keys_or_values(here, missing):
     of_hugging_face_vit(in_memory=True)
     state = torch.load("in_memory.bin", weights_only=True)
-    torch.save({name: tensor for name, tensor in state.items() if f"2.attention.{lost}" not in name}, "w.pth")
+    torch.save({name: tensor for name, tensor in state.items() if f"2.attention.{missing}" not in name}, "w.pth")
     with pytest.raises(ValueError, match=r"w\.pth can't be used: it lacks the keys or values"):
         read_weights("w.pth")
 
@@ -344,7 +345,7 @@ def test_queries_without_keys_or_values(here, lost):
 def test_names_that_differ_only_by_a_prefix(here):
     state = build_model("vit_xs_4", 2, (8, 8)).state_dict()
     torch.save({f"backbone.{name}": t for name, t in state.items()} | {"head.bias": torch.zeros(2)}, "w.pth")
-    with pytest.raises(ValueError, match=r"differ only by 'backbone\.'"):
+    with pytest.raises(ValueError, match=r"differ only by the prefix 'backbone\.'"):
         read_weights("w.pth")
 
 
@@ -359,7 +360,7 @@ def test_names_that_differ_only_by_a_prefix(here):
         (of_mae, (0.485, "bicubic", 0.875)),
     ],
 )
-def test_what_images_it_expects(here, make, expected):
+def test_preprocessing_of_each_source(here, make, expected):
     found = read_weights(make().file).preprocessing
     assert (found["image_mean"][0], found["interpolation"], found["eval_crop"]) == expected
 
@@ -370,8 +371,8 @@ def test_epsilon_and_gelu_follow_the_source(here):
     assert read_weights(of_torchvision().file).variant == {"activation": "gelu"}
 
 
-def test_what_stands_beside_the_file_is_heeded(here):
-    """By the libraries' own writers."""
+def test_descriptions_beside_the_file_are_read(here):
+    """Written by the libraries themselves."""
     config = transformers.ViTConfig(**HF_SIZES, layer_norm_eps=1e-5, hidden_act="gelu_pytorch_tanh")
     transformers.ViTForImageClassification(config).save_pretrained("hf")
     processor = transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], size={"height": 64, "width": 64}, resample=3)
@@ -387,8 +388,7 @@ def test_what_stands_beside_the_file_is_heeded(here):
     assert found == {"image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "interpolation": "bicubic", "eval_crop": 0.9}
 
 
-def test_images_from_0_to_1_are_expected(here):
-    """No mean to subtract, as some networks have it, is a mean all the same."""
+def test_mean_zero_is_valid(here):
     (here / "config.json").write_text('{"pretrained_cfg": {"mean": [0, 0.0, 0], "std": [1, 1, 1]}}')
     found = read_weights(of_timm("vit_tiny_patch16_224", "", "w.pth").file).preprocessing
     assert (found["image_mean"], found["image_std"]) == ((0, 0, 0), (1, 1, 1))
@@ -406,7 +406,7 @@ def test_images_from_0_to_1_are_expected(here):
         "no JSON",
     ],
 )
-def test_nonsense_beside_the_file_says_nothing(here, config):
+def test_invalid_descriptions_are_ignored(here, config):
     (here / "config.json").write_text(config)
     peer = of_timm("vit_tiny_patch16_224", "", "w.pth")
     found = read_weights(peer.file)
@@ -415,8 +415,8 @@ def test_nonsense_beside_the_file_says_nothing(here, config):
     assert found.preprocessing["eval_crop"] == 0.9
 
 
-def test_arrays_that_are_none(here):
-    """Of objects, which unpickling would run; of a size that isn't there; packed, so that few bytes claim many."""
+def test_hostile_npz_files(here):
+    """Pickled objects, a zip bomb, and headers that claim more values than the file holds."""
     good = {"Transformer/encoder_norm/scale": np.zeros(3, np.float32)}
     np.savez("objects.npz", **good, x=np.array([Trap()], dtype=object))
     np.savez_compressed("bomb.npz", **good, x=np.zeros(10_000_000, np.uint8))
@@ -428,7 +428,7 @@ def test_arrays_that_are_none(here):
         with pytest.raises(ValueError, match=rf"{name} can't be opened as weights"):
             read_weights(name)
     (here / "claims.npz").write_bytes(claiming)
-    with pytest.raises(ValueError, match="damaged"):  # of its checksum
+    with pytest.raises(ValueError, match="damaged"):  # by its checksum
         read_weights("claims.npz")
     with zipfile.ZipFile("claims.npz", "w") as archive:
         header = b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<f4', 'fortran_order': False, 'shape': (3000000000000,), }"
@@ -443,7 +443,7 @@ class Trap:
         return (os.mkdir, ("canary",))
 
 
-def test_fortran_order_and_the_name_do_not_matter(here):
+def test_fortran_order_and_file_name_do_not_matter(here):
     peer = of_google()
     arrays = {name: np.asfortranarray(array) for name, array in np.load("google.npz").items()}
     np.savez("weights", **arrays)

@@ -1,4 +1,4 @@
-"""nets/vit.py against timm's network, the worked example, and its own promises."""
+"""nets/vit.py: against timm's network and a worked example; freezing, dropout, initialization."""
 
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_equals_timm(shape):
         ("vit_h_14", "vit_huge_patch14_224"),
     ],
 )
-def test_sizes_are_those_of_timm(name, peer):
+def test_sizes_equal_timms(name, peer):
     with torch.device("meta"):
         own = {key: value.shape for key, value in vit(name=name).state_dict().items()}
         other = {key: value.shape for key, value in timm.create_model(peer, num_classes=1000).state_dict().items()}
@@ -86,7 +86,7 @@ def test_attention_worked_example():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
 def test_attention_is_the_papers_equation(dtype, training):
-    """Whichever kernel it takes: for training in bf16 another than else."""
+    """For both kernels; bf16 training uses the explicit one."""
     q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_(training)
     by_hand = (0.3 * q.double() @ k.double().mT).softmax(-1) @ v.double()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
@@ -99,7 +99,7 @@ def test_gradients_reach_every_parameter():
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_initialisation():
+def test_initialization():
     model = small_vit(num_features=192)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -119,20 +119,20 @@ def test_exact_gelu_can_be_chosen():
     assert exact.blocks[0].mlp.act.approximate == "none"
 
 
-def test_input_shape_that_the_patch_does_not_divide():
-    with pytest.raises(ValueError, match=r"input_shape=\(225, 224\).*multiples of the patch, 16 .*\(224, 224\)"):
+def test_input_shape_is_a_multiple_of_the_patch():
+    with pytest.raises(ValueError, match=r"input_shape=\(225, 224\).*multiples of the patch size, 16 .*\(224, 224\)"):
         vit(input_shape=[225, 224])
     with pytest.raises(ValueError, match="input_shape"):
         vit(input_shape=[0, 224])
 
 
-def test_input_of_another_shape_than_built_for_fails():
+def test_images_of_another_shape_fail():
     with pytest.raises(RuntimeError):
         small_vit()(images(32, 32))
 
 
 @pytest.mark.parametrize("shape", [(160, 224), (448, 96)])
-def test_resized_it_is_the_network_that_loads_its_weights_at_that_size(shape):
+def test_resize_equals_loading_at_that_size(shape):
     model = vit([224, 224], num_classes=2, name="vit_t_16").eval()
     other = vit(shape, num_classes=2, name="vit_t_16").eval()
     load_weights(other, Weights(Path("x"), "test", model.state_dict()))
@@ -143,7 +143,7 @@ def test_resized_it_is_the_network_that_loads_its_weights_at_that_size(shape):
         model.resize((20, 20))
 
 
-def test_width_that_the_heads_do_not_divide():
+def test_width_is_a_multiple_of_the_heads():
     with pytest.raises(ValueError, match="num_heads=5"):
         small_vit(num_heads=5)
 
@@ -154,7 +154,7 @@ def test_unknown_backbone():
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_arguments_build_the_network_again(name):
+def test_arguments_rebuild_the_network(name):
     side = SIZES[name].patch_size * 2
     with torch.device("meta"):
         model = build_model(name, 3, (side, 2 * side), activation="gelu", norm_eps=1e-5, num_registers=2)
@@ -170,26 +170,26 @@ def test_stochastic_depth_rises_linearly():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_drop_path_keeps_whole_samples_and_the_expectation(device):
-    """On a processor only the kept samples go through the branch; elsewhere all do, so that nothing is waited for."""
+    """On a CPU only the kept samples go through the branch; on other devices all do, to avoid synchronization."""
     torch.manual_seed(0)
     layer = DropPath(0.3).train()
     x = torch.ones(20_000, 2, 3, device=device)
-    went = []
-    y = layer(x, x, lambda x: went.append(len(x)) or 2 * x)
+    batch_sizes = []
+    y = layer(x, x, lambda x: batch_sizes.append(len(x)) or 2 * x)
     assert y.shape == x.shape
     if device == "meta":
-        assert went == [20_000]
+        assert batch_sizes == [20_000]
         return
     added = (y - x).flatten(1)
     dropped = (added == 0).all(1)
     assert (dropped | torch.isclose(added, torch.tensor(2 / 0.7)).all(1)).all()
-    assert went == [20_000 - dropped.sum().item()]
+    assert batch_sizes == [20_000 - dropped.sum().item()]
     assert added.mean().item() == pytest.approx(2, abs=0.04)
     assert torch.equal(layer.eval()(x, x, lambda x: 2 * x), 3 * x)
 
 
-def test_drop_path_by_rows_is_drop_path_by_a_mask():
-    """Value and gradients, few samples or none being kept; the mask is the reference."""
+def test_drop_path_by_rows_equals_a_mask():
+    """Outputs and gradients equal those of a mask, also if few samples or none are kept."""
     linear = nn.Linear(3, 3)
     for drop_rate in (0.2, 0.6, 0.999):
         for seed in range(4):
@@ -214,15 +214,15 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model.eval()(x), model(x))
 
 
-def test_dropout_and_stochastic_depth_are_in_every_place():
+def test_dropout_and_stochastic_depth_in_every_layer():
     model = small_vit(drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4).train()
     called = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout | DropPath):
             module.register_forward_hook(lambda module, args, output, name=name: called.append(name))
     model(images(16, 16))
-    in_a_block = ["attn.proj_drop", "drop_path", "mlp.drop1", "mlp.drop2", "drop_path"]
-    assert called == ["pos_drop", *(f"blocks.{i}.{name}" for i in range(3) for name in in_a_block)]
+    block_layers = ["attn.proj_drop", "drop_path", "mlp.drop1", "mlp.drop2", "drop_path"]
+    assert called == ["pos_drop", *(f"blocks.{i}.{name}" for i in range(3) for name in block_layers)]
     assert {module.p for module in model.modules() if isinstance(module, nn.Dropout)} == {0.2}
     assert [block.attn.attn_drop_rate for block in model.blocks] == [0.3] * 3
 
@@ -267,7 +267,7 @@ def test_freeze_all_leaves_the_head():
     assert model.head.training
 
 
-def test_freezing_fewer_blocks_thaws_the_others_and_unfreezing_all():
+def test_freezing_fewer_blocks_and_unfreezing():
     model = small_vit()
     model.freeze_backbone("all")
     model.freeze_backbone(1)
@@ -279,13 +279,13 @@ def test_freezing_fewer_blocks_thaws_the_others_and_unfreezing_all():
 
 
 @pytest.mark.parametrize("blocks", [4, -1, "most"])
-def test_freezing_more_blocks_than_there_are(blocks):
+def test_invalid_number_of_frozen_blocks(blocks):
     with pytest.raises(ValueError, match=r"freeze_blocks=.*3 blocks"):
         small_vit().freeze_backbone(blocks)
 
 
-def test_head_and_features_make_the_forward():
-    """And the gradients: the forward leaves out of the last block what the head doesn't look at."""
+def test_forward_equals_head_of_features():
+    """Outputs and gradients, although the forward computes only the class token in the last block."""
     model = small_vit(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0)
     x = images(16, 16)
     features = model.forward_features(x)
@@ -298,7 +298,7 @@ def test_head_and_features_make_the_forward():
 
 
 @pytest.mark.parametrize(("blocks", "shape"), [(0, (2, 17, 24)), (2, (2, 17, 24)), (3, (2, 1, 24)), ("all", (2, 24))])
-def test_the_frozen_part_and_the_thawed_make_the_forward(blocks, shape):
+def test_frozen_and_thawed_part_make_the_forward(blocks, shape):
     model = small_vit(drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5)
     model.freeze_backbone(blocks)
     x = images(16, 16)
@@ -311,7 +311,7 @@ def test_the_frozen_part_and_the_thawed_make_the_forward(blocks, shape):
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
 
 
-def test_with_nothing_frozen_the_thawed_part_is_all():
+def test_forward_thawed_with_nothing_frozen():
     model = small_vit().eval()
     x = images(16, 16)
     assert model.forward_frozen(x) is x
@@ -325,8 +325,8 @@ def test_norm_and_activation_are_arguments():
     assert small_vit().norm.eps == 1e-6
 
 
-def test_registers_stand_between_the_class_token_and_the_patches():
-    """The class token's output doesn't depend on it, but what shows a place of the image does."""
+def test_registers_are_between_class_token_and_patches():
+    """`to_map` depends on the order of the tokens."""
     torch.manual_seed(0)
     model = build_model("vit_xs_4", 3, (8, 12), num_registers=2).eval()
     with torch.no_grad():
