@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from utils.metrics.scores import Scores
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import METRICS_OUT, is_run, results_folder
 from utils.system import cli
-from utils.system.files import PARTIAL, read_json, write_text
+from utils.system.files import read_json, write_text
 
 PAGE = "report.html"
 
@@ -118,9 +118,7 @@ def make_writable(folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"{secrets.token_hex(4)}{PARTIAL}"
-        probe.open("xb").close()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise type(error)(f"nothing can be written to {folder} ({error.strerror}): name another with --out") from error
     return folder

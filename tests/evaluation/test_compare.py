@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from utils.evaluation.compare import compare as compare_scores
 from utils.evaluation.compare import (
+    compare,
     difference_interval,
     flipped_rows,
     format_comparison,
@@ -22,10 +22,7 @@ from utils.metrics.scores import Scores
 from utils.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 UNSEEN = Overlap(images=40, trained_on=0, validated_on=0, known=True)
-
-
-def compare(a: Scores, b: Scores, overlaps: tuple[Overlap, Overlap] = (UNSEEN, UNSEEN)) -> dict:
-    return compare_scores(a, b, overlaps)
+BOTH_UNSEEN = (UNSEEN, UNSEEN)
 
 
 def scores(predicted: list[int], class_ids: list[int]) -> Scores:
@@ -65,7 +62,7 @@ def test_counts_and_flipped_images_by_hand():
     truth = [0, 0, 1, 1, 2, 2, 0, 1]
     a = scores([0, 0, 1, 2, 2, 0, 1, 0], truth)
     b = scores([0, 1, 1, 1, 2, 2, 2, 1], truth)
-    comparison = compare(a, b)
+    comparison = compare(a, b, BOTH_UNSEEN)
     counts = [comparison[key] for key in ("only_a_right", "only_b_right", "both_right", "both_wrong")]
     assert counts == [1, 3, 3, 1]
     assert comparison["difference"] == pytest.approx(2 / 8)
@@ -83,12 +80,9 @@ def test_counts_and_flipped_images_by_hand():
 
 def test_significant_difference_is_reported():
     truth = [0] * 40
-    assert "B is significantly better" in format_comparison(
-        compare(scores([1] * 20 + [0] * 20, truth), scores([0] * 40, truth))
-    )
-    assert "A is significantly better" in format_comparison(
-        compare(scores([0] * 40, truth), scores([1] * 20 + [0] * 20, truth))
-    )
+    half, all_correct = scores([1] * 20 + [0] * 20, truth), scores([0] * 40, truth)
+    assert "B is significantly better" in format_comparison(compare(half, all_correct, BOTH_UNSEEN))
+    assert "A is significantly better" in format_comparison(compare(all_correct, half, BOTH_UNSEEN))
 
 
 def test_no_conclusion_if_the_better_one_has_seen_more_images():

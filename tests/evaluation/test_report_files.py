@@ -213,7 +213,7 @@ def test_mistakes_have_their_maps_and_nearest_training_image(here):
     for index, figure in zip(worst, figures, strict=True):
         # Each image was trained on, so it is its own nearest.
         assert figure["nearest"]["path"] == figure["path"] == evaluation.images.path(index)
-        assert figure["nearest"]["class_name"] == figure["truth"]
+        assert figure["nearest"]["class"] == figure["truth"]
         pixels = evaluation.classifier.load(evaluation.images.path(index))
         expected = explain_one(evaluation.classifier, pixels, int(evaluation.scores.predicted[index]), THUMBNAIL)
         assert [shown["title"] for shown in figure["maps"]] == list(expected)
@@ -369,19 +369,16 @@ def test_filter_and_sort_by_keyboard(here, browser):
     page.locator("#filter").select_option("")
     assert rows.count() == 6
 
-    button = page.locator("#classes th button", has_text="Recall")
-    button.focus()
+    def recalls() -> list[float]:
+        cells = "rows => rows.map(row => Number(row.cells[2].dataset.value))"
+        return page.eval_on_selector_all("#classes tbody tr", cells)
+
+    page.locator("#classes th button", has_text="Recall").focus()
     page.keyboard.press("Enter")
-    values = page.eval_on_selector_all(
-        "#classes tbody tr", "rows => rows.map(row => Number(row.cells[2].dataset.value))"
-    )
-    assert values == sorted(values, reverse=True) and len(set(values)) > 1
+    assert recalls() == sorted(recalls(), reverse=True) and len(set(recalls())) > 1
     assert page.locator("#classes th[aria-sort=descending]").inner_text().strip().startswith("Recall")
     page.keyboard.press("Enter")
-    values = page.eval_on_selector_all(
-        "#classes tbody tr", "rows => rows.map(row => Number(row.cells[2].dataset.value))"
-    )
-    assert values == sorted(values)
+    assert recalls() == sorted(recalls())
     page.locator("#classes th button", has_text="Class").click()
     assert [text.strip() for text in page.locator("#classes td.name").all_text_contents()] == names
 

@@ -42,7 +42,7 @@ def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageLi
         ValueError: the classes differ, or the list can't be read.
     """
     if not Path(data).exists():
-        raise FileNotFoundError(f"data={data}: no such list or folder; python txt_annotation.py writes lists")
+        raise FileNotFoundError(f"data: there is no list or folder {data}; python txt_annotation.py writes lists")
     if Path(data).is_dir():
         return list_folder(data, class_names)
     if Path(classes_path).is_file() or classes_path not in ("", TrainConfig.classes_path):

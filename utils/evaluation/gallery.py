@@ -77,11 +77,7 @@ class Gallery:
             for figure, neighbor in zip(figures, neighbors, strict=True):
                 path = self.train.images.path(neighbor)
                 name = self.evaluation.classifier.class_names[self.train.images.class_ids[neighbor]]
-                figure["nearest"] = {
-                    "path": printable(path),
-                    "image": self.thumbnail(path),
-                    "class_name": printable(name),
-                }
+                figure["nearest"] = {"path": printable(path), "image": self.thumbnail(path), "class": printable(name)}
         return figures
 
     def _add_maps(self, indices: Sequence[int], figures: Sequence[dict[str, Any]]) -> None:

@@ -82,7 +82,7 @@ def exported_files(folder: Path, facts: ExportFacts) -> list[Path]:
             continue
         report = read_json(path)
         if not {"checkpoint_sha256", "sha256"} <= report.keys():
-            raise ValueError(f"{path} isn't a report of export.py: delete it, or export again")
+            raise ValueError(f"{path} is malformed: delete it, or export again")
         same_checkpoint = report["checkpoint_sha256"] == facts.provenance["checkpoint_sha256"]
         if same_checkpoint and file.is_file() and report["sha256"] == digest_file(file):
             files.append(file)
@@ -121,7 +121,7 @@ def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | N
             if metrics["checkpoint_sha256"] == checkpoint_sha256:
                 return _format_metrics(metrics)
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{path} isn't written by eval.py ({error!r:.80}): run python eval.py again") from error
+            raise ValueError(f"{path} is malformed ({error!r:.80}): run python eval.py again") from error
     return None
 
 
