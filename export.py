@@ -1,4 +1,4 @@
-"""Make one file of a checkpoint that takes pixels and needs none of this code: `python export.py`, see `--help`."""
+"""Export a checkpoint to one file that runs without this code: `python export.py`, see `--help`."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ def main(
     check_images: int = 500,
     card: bool = False,
 ) -> None:
-    """Make one file of a checkpoint, and check on real images that it gives what the checkpoint gives.
+    """Export a checkpoint to one file, and check on real images that both give the same predictions.
 
     Args:
-        model_path: a checkpoint, a run's folder, or a folder of runs, of which the newest counts; empty: logs/.
-        format: onnx: for ONNX Runtime and whatever else reads it; pt2: for torch alone, torch.export; safetensors: the
-            weights, with a JSON card, for the model_path of train.py and predict.py.
-        precision: fp16: the weights take half the room, of onnx and safetensors; int8: a quarter, at some cost in
-            accuracy, of onnx only.
-        out: folder for what is written; empty: "export" in the checkpoint's folder.
-        data: a list, or a folder with a folder of images per class, to check with; empty: the run's validation list.
-        classes_path: names the class ids of a list that data names, to be compared with the checkpoint's classes.
-        check_images: how many images to check with, drawn evenly from the classes.
-        card: also write a model card, README.md, beside it: classes, counts, what eval.py found, limits, how to load,
-            and the hashes of all exported files there.
+        model_path: a checkpoint, a run's folder, or a folder of runs (the newest is used); empty: logs/.
+        format: onnx: for ONNX Runtime; pt2: for torch alone (torch.export); safetensors: weights for the model_path of
+            train.py and predict.py, with a JSON card.
+        precision: of the weights; fp16: half the size, onnx and safetensors only; int8: a quarter of the size, slightly
+            less accurate, onnx only.
+        out: output folder; empty: "export" in the checkpoint's folder.
+        data: a list, or a folder with one subfolder of images per class, to check with; empty: the run's validation
+            list.
+        classes_path: class file of the list in data, checked against the checkpoint's classes.
+        check_images: number of images to check with, drawn evenly from the classes.
+        card: also write a model card, README.md: classes, metrics of eval.py, limits, usage, file hashes.
     """
-    check(format, precision, check_images, out)
+    check_options(format, precision, check_images, out)
     checkpoint = find_checkpoint(model_path)
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")
     images = images_to_check(checkpoint, classifier, data, classes_path)
-    drawn = select(images, sample_indices(images, check_images, seed=0, by_class=True))
+    images = select(images, sample_indices(images, check_images, seed=0, by_class=True))
     facts = describe_export(classifier, checkpoint, precision)
     path = Path(out or checkpoint.parent / "export", STEMS[precision] + FORMATS[format].suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     if card:
         check_card(path.parent)
     print(f"checkpoint {checkpoint}, to {path}")
-    export(classifier, facts, format, drawn, path)
+    export(classifier, facts, format, images, path)
     if format == "safetensors":
         write_card(path, facts)
     print(f"written to {path}, {format_bytes(path.stat().st_size)}")
@@ -65,21 +65,23 @@ def main(
         print(f"written to {write_model_card(path.parent, checkpoint, classifier, facts)}")
 
 
-def check(format: str, precision: str, check_images: int, out: str) -> None:
-    """Raise a ValueError that names what can't work."""
+def check_options(format: str, precision: str, check_images: int, out: str) -> None:
+    """Raise a ValueError for an invalid option."""
     if precision not in PRECISIONS[format]:
-        raise ValueError(f"precision={precision} isn't for format={format}: take {' or '.join(PRECISIONS[format])}")
+        allowed = " or ".join(PRECISIONS[format])
+        raise ValueError(f"precision={precision}: not available for format={format}; use {allowed}")
     cli.check_folder("out", out)
     if check_images < 1:
-        raise ValueError(f"check_images={check_images}: give 1 or more; nothing is exported unchecked")
+        raise ValueError(f"check_images={check_images}: must be 1 or more; every export is checked")
 
 
 def images_to_check(checkpoint: Path, classifier: Classifier, data: str, classes_path: str) -> ImageList:
-    """The images of `data`; if it is empty, of the run's validation list, in its folder or where its settings say.
+    """The images of `data` or, if it is empty, of the run's validation list: its copy in the run's folder, or else the
+    file in the run's settings.
 
     Raises:
         FileNotFoundError: there is no such list.
-        ValueError: its classes aren't the checkpoint's.
+        ValueError: the classes differ from the checkpoint's.
     """
     config, names = classifier.config, classifier.class_names
     if data:
@@ -87,21 +89,20 @@ def images_to_check(checkpoint: Path, classifier: Classifier, data: str, classes
     of_run = read_run_list(checkpoint, config, names, "val")
     if of_run is not None:
         return of_run
-    listed = config.get("val_annotation_path", "")
-    if not Path(listed).is_file():
+    path = config.get("val_annotation_path", "")
+    if not Path(path).is_file():
         raise FileNotFoundError(
-            f"neither {checkpoint.parent} nor {listed or 'its file'} has the run's validation list, and nothing is "
-            f"exported unchecked: name a list or a folder of class folders with --data"
+            f"the run's validation list is neither in {checkpoint.parent} nor at {path or 'the path in its settings'}; "
+            f"give a list or a folder of class folders to check the export with --data"
         )
-    return read_images(listed, classes_path, names)
+    return read_images(path, classes_path, names)
 
 
 def export(classifier: Classifier, facts: ExportFacts, format: str, images: ImageList, path: Path) -> None:
-    """Write a classifier to `path`, which gets the name only if it gives what the classifier gives, and a report beside
-    it. If it doesn't, the report is called `.failed.json`, and what had the name before is as it was.
+    """Write the exported file to `path` if it passes the check on `images`, and a report of the check beside it.
 
     Raises:
-        ExportError: it gives something else.
+        ExportError: the check failed: the report is `<path>.failed.json`, and an existing file at `path` is unchanged.
     """
     precision = facts.provenance["precision"]
     failed = path.with_name(f"{path.name}.failed.json")
@@ -115,24 +116,24 @@ def export(classifier: Classifier, facts: ExportFacts, format: str, images: Imag
         print(format_comparison(comparison))
         if fault := comparison.fault(precision):
             write_json(failed, report)
-            worst = ", ".join(f"{name} ({off:.2g})" for name, off in comparison.worst()[:3])
+            worst = ", ".join(f"{name} ({difference:.2g})" for name, difference in comparison.worst()[:3])
             raise ExportError(
                 f"the exported file differs from the checkpoint: {fault}. {f'Worst: {worst}. ' if worst else ''}"
-                f"It isn't kept; see {failed}"
+                f"It was deleted; see {failed}"
             )
     write_json(path.with_name(path.name + CHECKED), report)
     failed.unlink(missing_ok=True)
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """What the check found, as lines for people."""
+    """The result of the check, as printed."""
     n, before, after = len(comparison.paths), *comparison.accuracy
-    told = [f"left out: {cli.printable(error)}" for error in comparison.unreadable]
-    told.append(
-        f"{n} images: the same class for {comparison.same_top1.sum()}, probabilities within "
-        f"{comparison.difference.max():.1e}; top-1 {before:.2%} before, {after:.2%} exported"
+    lines = [f"skipped: {cli.printable(error)}" for error in comparison.unreadable]
+    lines.append(
+        f"{n} images: {comparison.same_top1.sum()} with the same class, largest difference of a probability "
+        f"{comparison.difference.max():.1e}; top-1 {before:.2%} before export, {after:.2%} after"
     )
-    return "\n".join(told)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_evaluating_a_folder_and_a_list_is_the_same(trained, tmp_path):
 def test_a_folder_that_lacks_a_class_is_evaluated_and_said(trained, tmp_path, capsys):
     shutil.copytree("datasets/test/dark", tmp_path / "data" / "dark")
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
-    assert "No images, so not in the means: light" in capsys.readouterr().out
+    assert "No images, so excluded from the averages: light" in capsys.readouterr().out
 
 
 def test_other_classes_are_refused(trained, tmp_path):
@@ -310,7 +310,7 @@ def test_the_built_in_digits_make_way(trained, tmp_path, capsys):
     shutil.copytree("datasets/test", tmp_path / "data")
     write_image(tmp_path / "data" / "7" / "builtin-digit-0001.png")
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
-    assert "passed over: 1 built-in digits" in capsys.readouterr().out
+    assert "skipped: 1 built-in digits" in capsys.readouterr().out
     assert len(list(predict.expand([str(tmp_path / "data")]))) == 11
     assert len(list(predict.expand([str(tmp_path / "data" / "7")]))) == 1
 
@@ -365,8 +365,8 @@ def test_eval_names_what_it_passes_over(trained, tmp_path, capsys):
     (tmp_path / "data" / "loose.jpg").touch()
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
     told = capsys.readouterr().out
-    assert "passed over: 1 not an image (.txt) (dark)" in told
-    assert "passed over: 1 outside the class folders" in told
+    assert "skipped: 1 not an image (.txt) (dark)" in told
+    assert "skipped: 1 outside the class folders" in told
 
 
 def test_names_that_the_terminal_cannot_show(trained, tmp_path):

@@ -1,4 +1,4 @@
-"""export.py: what it makes gives what the checkpoint gives, is refused if it doesn't, and isn't trusted when opened."""
+"""export.py: exports match the checkpoint, those that don't are rejected, and opened files are validated."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def classifier(trained) -> Classifier:
 
 
 def images() -> list[np.ndarray]:
-    """Of the sizes of real ones, and of odd ones."""
+    """Images of usual and unusual sizes."""
     generator = np.random.default_rng(0)
     sizes = [(16, 20), (8, 8), (1, 1), (1, 90), (333, 250), (3, 7)]
     return [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
@@ -55,13 +55,13 @@ def of_checkpoint(classifier: Classifier, pixels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("key", "tolerance"), [("fp32", 1e-6), ("fp16", 1e-3), ("int8", 2e-2), ("pt2", 1e-6)])
-def test_any_image_gives_what_the_checkpoint_gives(exported, classifier, key, tolerance):
+def test_exports_match_the_checkpoint(exported, classifier, key, tolerance):
     exported_file = formats.FORMATS[EXPORTS[key][0]].open(exported(key), classifier)
     for pixels in images():
         assert exported_file(pixels) == pytest.approx(of_checkpoint(classifier, pixels), abs=tolerance)
 
 
-def test_a_batch_is_of_any_number(exported, classifier):
+def test_dynamic_batch_size(exported, classifier):
     model = open_onnx(exported("fp32"))
     batch = np.random.default_rng(1).integers(0, 256, (5, 17, 31, 3), dtype=np.uint8)
     expected = np.stack([of_checkpoint(classifier, pixels) for pixels in batch])
@@ -69,7 +69,7 @@ def test_a_batch_is_of_any_number(exported, classifier):
     assert model.probabilities(batch[:1]) == pytest.approx(expected[:1], abs=1e-6)
 
 
-def test_sizes_arithmetic_and_reports(exported):
+def test_file_sizes_precision_and_reports(exported):
     sizes = {key: exported(key).stat().st_size for key in ("fp32", "fp16", "int8")}
     assert sizes["fp16"] < 0.55 * sizes["fp32"]
     assert sizes["int8"] < 0.35 * sizes["fp32"]
@@ -79,31 +79,31 @@ def test_sizes_arithmetic_and_reports(exported):
         assert report["top1_exported"] == report["top1_checkpoint"] == 1
     types = {node.op_type for node in onnx.load(exported("fp32")).graph.node}
     assert "MatMulInteger" not in types
-    quantised = onnx.load(exported("int8")).graph.node
-    assert sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in quantised) >= 24
-    assert sum(node.op_type == "MatMul" for node in quantised) == 2 + 2 * 6  # the resize's and attention's
+    quantized = onnx.load(exported("int8")).graph.node
+    assert sum(node.op_type in ("MatMulInteger", "DynamicQuantizeMatMul") for node in quantized) >= 24
+    assert sum(node.op_type == "MatMul" for node in quantized) == 2 + 2 * 6  # resize and attention
 
 
-def test_it_names_no_folder_of_this_machine(exported):
+def test_no_local_paths_in_exports(exported):
     root = str(Path(export.__file__).parent).encode()
     for key in ("fp32", "pt2"):
         assert root not in exported(key).read_bytes()
 
 
-def test_what_a_file_says_of_itself(exported, classifier):
+def test_metadata(exported, classifier):
     strings = {entry.key: entry.value for entry in onnx.load(exported("fp32")).metadata_props}
-    said = {key: json.loads(value) for key, value in strings.items() if key != DIGEST}
-    assert said["class_names"] == ["dark", "light"]
-    assert said["input"]["shape"] == ["batch", "height", "width", 3]
-    assert said["temperature"] == classifier.temperature != 1
-    assert said["preprocessing"] == classifier.preprocessing.as_dict()
-    assert said["provenance"]["run"] == find_checkpoint("").parent.name
+    metadata = {key: json.loads(value) for key, value in strings.items() if key != DIGEST}
+    assert metadata["class_names"] == ["dark", "light"]
+    assert metadata["input"]["shape"] == ["batch", "height", "width", 3]
+    assert metadata["temperature"] == classifier.temperature != 1
+    assert metadata["preprocessing"] == classifier.preprocessing.as_dict()
+    assert metadata["provenance"]["run"] == find_checkpoint("").parent.name
     extra = {key: "" for key in strings if key != DIGEST}
     torch.export.load(exported("pt2"), extra_files=extra)
     assert json.loads(extra["class_names"]) == ["dark", "light"]
 
 
-def test_weights_and_their_card(exported, classifier, monkeypatch, tmp_path):
+def test_weights_and_json_card(exported, classifier, monkeypatch, tmp_path):
     from nets.factory import build_model
     from nets.weights.load import load_weights, read_weights
 
@@ -121,8 +121,8 @@ def test_weights_and_their_card(exported, classifier, monkeypatch, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-def test_exported_weights_with_tensors_of_whole_numbers(tmp_path):
-    """torchvision's Swin keeps the places of its relative positions among its weights."""
+def test_exported_weights_with_integer_tensors(tmp_path):
+    """torchvision's Swin has the indices of its relative positions in its state dict."""
     torch.manual_seed(0)
     model = build_model("swin_transformer_tiny", 2, (32, 32))
     preprocessing = Preprocessing.of(settings(input_shape=(32, 32)))
@@ -138,7 +138,7 @@ def test_exported_weights_with_tensors_of_whole_numbers(tmp_path):
     torch.testing.assert_close(loaded.forward(pixels)[1], of_model.forward(pixels)[1], atol=5e-3, rtol=0)
 
 
-def test_exported_weights_that_lie_are_refused(exported, tmp_path):
+def test_inconsistent_exported_weights_are_rejected(exported, tmp_path):
     path = exported("safetensors")
     header = read_header(path)
     state = safetensors.torch.load_file(path)
@@ -148,19 +148,19 @@ def test_exported_weights_that_lie_are_refused(exported, tmp_path):
     safetensors.torch.save_file(state, named, header | {"class_names": '["a", "b", "c"]'})
     bare = tmp_path / "bare.safetensors"
     safetensors.torch.save_file(state, bare)
-    for file, told in (
+    for file, message in (
         (cut, "cut"),
         (named, "names 3 classes"),
         (bare, "none of Thaw's exports"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             load_classifier(file)
     with pytest.raises(FileNotFoundError, match="--data"):
         export.main(model_path=str(path))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_exported_weights_predict_and_are_what_train_py_starts_from(trained, tmp_path, capsys, monkeypatch, precision):
+def test_exported_weights_in_predict_and_train(trained, tmp_path, capsys, monkeypatch, precision):
     export.main(format="safetensors", precision=precision, out=str(tmp_path))
     (path,) = tmp_path.glob("*.safetensors")
     by_weights, by_run = load_classifier(path), load_classifier(find_checkpoint(""))
@@ -182,7 +182,7 @@ def test_exported_weights_predict_and_are_what_train_py_starts_from(trained, tmp
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, own[name], atol=1e-3 if precision == "fp16" else 0, rtol=0)
-    # Before there is a run, the weights that lie in the box answer.
+    # Without any run, the bundled weights are used.
     monkeypatch.setattr("predict.BUNDLED_WEIGHTS", path)
     images = str(Path("datasets/test").resolve())
     (tmp_path / "elsewhere").mkdir()
@@ -190,12 +190,12 @@ def test_exported_weights_predict_and_are_what_train_py_starts_from(trained, tmp
     assert predict.main((images,), device="cpu") == 0
     assert "there is no run in logs/ yet" in capsys.readouterr().err
     Path("logs/run").mkdir(parents=True)
-    Path("logs/run/config.json").write_text("{}")  # it has begun
+    Path("logs/run/config.json").write_text("{}")  # a run that has started
     with pytest.raises(FileNotFoundError, match="no run in logs/ has a checkpoint yet"):
         predict.main((images,), device="cpu")
 
 
-def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, trained, tmp_path, capsys):
+def test_exported_file_alone_predicts_like_the_checkpoint(exported, trained, tmp_path, capsys):
     model = exported("fp32")
     capsys.readouterr()
     shutil.copy(model, tmp_path / "Copy.ONNX")
@@ -210,10 +210,10 @@ def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, tra
     ):
         assert predict.main(**options, json_lines=True) == 1
         answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
-    of_the_checkpoint, *of_the_file = answers
-    assert len(of_the_checkpoint) == 13
-    for answer in of_the_file:
-        for expected, found in zip(of_the_checkpoint, answer, strict=True):
+    by_checkpoint, *by_export = answers
+    assert len(by_checkpoint) == 13
+    for answer in by_export:
+        for expected, found in zip(by_checkpoint, answer, strict=True):
             assert found.keys() == expected.keys()
             assert found.get("label") == expected.get("label")
             assert found.get("error") == expected.get("error")
@@ -221,9 +221,9 @@ def test_the_exported_file_alone_predicts_what_the_checkpoint_does(exported, tra
             assert all(a["probability"] == pytest.approx(b["probability"], abs=1e-3) for a, b in pairs)
 
 
-def test_an_exported_file_saves_sorts_rejects_and_writes_tables(exported, tmp_path, capsys):
+def test_predict_options_with_an_exported_file(exported, tmp_path, capsys):
     paths = (str(exported("fp32")), "datasets/test/dark/00.png", "datasets/test/light/00.png")
-    capsys.readouterr()  # of the export, if no test before asked for that file
+    capsys.readouterr()  # output of the export, if this test is the first to use that file
     predict.main(paths, csv_lines=True, top_k=50, save=str(tmp_path / "saved"), sort_into=str(tmp_path / "sorted"))
     assert capsys.readouterr().out.startswith("path,label,class_1,probability_1,class_2,probability_2,note\n")
     assert len(list((tmp_path / "saved").iterdir())) == 2
@@ -242,7 +242,7 @@ def test_an_exported_file_saves_sorts_rejects_and_writes_tables(exported, tmp_pa
         ({"device": "cuda"}, "device=cuda"),
     ],
 )
-def test_what_takes_a_checkpoint_is_refused_by_name(exported, options, named):
+def test_options_that_need_a_checkpoint(exported, options, named):
     with pytest.raises(ValueError, match=rf"{named}.*take.* checkpoint"):
         predict.main(("datasets/test/dark/00.png",), model_path=str(exported("fp32")), **options)
 
@@ -255,42 +255,42 @@ def test_images_in_memory(exported, classifier):
         assert answer.probability == pytest.approx(of_checkpoint(classifier, pixels).max(), abs=1e-6)
 
 
-def test_two_models_are_one_too_many(exported):
+def test_two_models_are_an_error(exported):
     with pytest.raises(ValueError, match="two models"):
         predict.main((str(exported("fp32")), "a.png"), model_path="logs/x")
 
 
 def fake(classifier: Classifier, shift: float, flip: bool = False) -> formats.Format:
-    """A format whose files are off by `shift`, for dark images, or name the other class."""
+    """A format whose probabilities differ by `shift` for dark images, or are swapped."""
 
     def run(pixels: np.ndarray) -> np.ndarray:
-        right = of_checkpoint(classifier, pixels)
+        probabilities = of_checkpoint(classifier, pixels)
         if flip:
-            return right[::-1].copy()
-        return right + np.array([shift, -shift], np.float32) * (pixels.mean() < 128)
+            return probabilities[::-1].copy()
+        return probabilities + np.array([shift, -shift], np.float32) * (pixels.mean() < 128)
 
     return formats.Format(".onnx", lambda *parts: parts[-1].write(b"x"), lambda *_: run)
 
 
 @pytest.mark.parametrize(
-    ("shift", "flip", "precision", "told"),
+    ("shift", "flip", "precision", "message"),
     [
-        (2e-3, False, "fp32", "a probability is off by 0.002, and 1e-03 is allowed"),
-        (2e-2, False, "fp16", "a probability is off by 0.02, and 1e-02 is allowed"),
-        (0, True, "fp32", "it names another class for 4 of 4 images"),
-        (0, True, "int8", "it names 0.0% of the images right, the checkpoint 100.0%"),
+        (2e-3, False, "fp32", "a probability differs by 0.002, more than 1e-03"),
+        (2e-2, False, "fp16", "a probability differs by 0.02, more than 1e-02"),
+        (0, True, "fp32", "the predicted class differs for 4 of 4 images"),
+        (0, True, "int8", "its top-1 accuracy is 0.0%, the checkpoint's 100.0%"),
         (np.nan, False, "int8", "aren't finite"),
     ],
 )
-def test_an_export_that_differs_is_not_kept(classifier, tmp_path, monkeypatch, shift, flip, precision, told):
+def test_export_that_differs_is_deleted(classifier, tmp_path, monkeypatch, shift, flip, precision, message):
     monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, shift, flip))
     name = formats.STEMS[precision] + ".onnx"
-    with pytest.raises(ExportError, match=told):
+    with pytest.raises(ExportError, match=message):
         export.main(precision=precision, out=str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [f"{name}.failed.json"]
     report = json.loads((tmp_path / f"{name}.failed.json").read_text())
     assert not report["passed"]
-    assert told in report["fault"]
+    assert message in report["fault"]
     if shift > 0:
         assert {Path(entry["path"]).parent.name for entry in report["worst"]} == {"dark"}
         monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, 5e-4))
@@ -298,7 +298,7 @@ def test_an_export_that_differs_is_not_kept(classifier, tmp_path, monkeypatch, s
         assert {path.name for path in tmp_path.iterdir()} == {name, f"{name}.check.json"}
 
 
-def test_int8_may_lose_a_point():
+def test_int8_may_lose_one_percent_accuracy():
     truth = np.zeros(200, np.int64)
     expected = np.tile(np.array([0.9, 0.1], np.float32), (200, 1))
     for wrong, passes in ((2, True), (3, False)):
@@ -308,24 +308,24 @@ def test_int8_may_lose_a_point():
         assert (comparison.fault("int8") == "") == passes
 
 
-def test_the_command_fails_with_a_line(trained, tmp_path, command):
+def test_command_fails_with_a_message(trained, tmp_path, command):
     result = command("export.py", "--format", "pt2", "--precision", "int8", "--out", str(tmp_path))
     assert result.returncode == 1
-    assert result.stderr == "error: precision=int8 isn't for format=pt2: take fp32\n"
+    assert result.stderr == "error: precision=int8: not available for format=pt2; use fp32\n"
 
 
-def test_unreadable_images_are_named_and_left_out(classifier, tmp_path, monkeypatch, capsys):
+def test_unreadable_images_are_skipped_and_listed(classifier, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, 0))
     (tmp_path / "broken.png").write_text("no image")
     write_list(tmp_path / "list.txt", [(0, str(Path("datasets/test/dark/00.png").resolve())), (1, "broken.png")])
     export.main(out=str(tmp_path / "out"), data=str(tmp_path / "list.txt"))
-    assert "left out: " in capsys.readouterr().out
+    assert "skipped: " in capsys.readouterr().out
     write_list(tmp_path / "list.txt", [(1, "broken.png")])
     with pytest.raises(ValueError, match=r"none of the 1 images .* with --data"):
         export.main(out=str(tmp_path / "out"), data=str(tmp_path / "list.txt"))
 
 
-def test_which_images_check_it(classifier, tmp_path, monkeypatch):
+def test_images_of_the_check(classifier, tmp_path, monkeypatch):
     checkpoint = find_checkpoint("")
     val = read_list("cls_val.txt", 2)
     assert export.images_to_check(checkpoint, classifier, "", "").path(0) == val.path(0)
@@ -337,11 +337,11 @@ def test_which_images_check_it(classifier, tmp_path, monkeypatch):
         export.images_to_check(tmp_path / "model.pth", classifier, "", "")
 
 
-def test_too_large_for_one_file_is_said_before_time_is_spent(classifier, tmp_path, monkeypatch):
+def test_size_limit_is_checked_before_the_export(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "MAX_BYTES", 8_000_000)  # 2.7 million weights
     monkeypatch.setattr(formats, "make_onnx", lambda *_: b"reached")
     facts = describe_export(classifier, find_checkpoint(""), "fp32")
-    with (tmp_path / "x").open("wb") as file, pytest.raises(ValueError, match="take --precision fp16"):
+    with (tmp_path / "x").open("wb") as file, pytest.raises(ValueError, match="use --precision fp16"):
         formats.write_onnx(classifier, facts, file)
     facts.provenance["precision"] = "fp16"
     with (tmp_path / "x").open("wb") as file:
@@ -351,7 +351,7 @@ def test_too_large_for_one_file_is_said_before_time_is_spent(classifier, tmp_pat
 HOSTILE_NAMES = ["a|b", "two\nlines", "<script>alert(1)</script>", "\x1b[31mred", "\udcff", "猫", "`x`", "[a](b)"]
 
 
-def test_class_names_go_through_metadata(classifier):
+def test_class_names_survive_in_metadata(classifier):
     facts = ExportFacts(HOSTILE_NAMES, classifier.preprocessing, 1.5, {"precision": "fp32"}, {})
     again = ExportFacts.from_strings(facts.as_strings(), "x")
     assert again == facts
@@ -360,7 +360,7 @@ def test_class_names_go_through_metadata(classifier):
 
 
 def rewrite(path: Path, target: Path, change: Callable[[onnx.ModelProto], None], seal: bool = True) -> Path:
-    """A copy of an exported file, changed, whose checksum is right again if it is to be."""
+    """Write a changed copy of an exported file, with a new checksum if `seal`."""
     model = onnx.load(path)
     change(model)
     if seal:
@@ -371,7 +371,7 @@ def rewrite(path: Path, target: Path, change: Callable[[onnx.ModelProto], None],
     return target
 
 
-def say(key: str, value: object) -> Callable[[onnx.ModelProto], None]:
+def set_metadata(key: str, value: object) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         for entry in model.metadata_props:
             if entry.key == key:
@@ -387,7 +387,7 @@ PREPROCESSING = {
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("class_names", ["dark"], "class_names can't be"),
         ("class_names", ["dark", "dark"], "class_names can't be"),
@@ -415,18 +415,18 @@ PREPROCESSING = {
         ("thaw_export", 2, "export format 2"),
     ],
 )
-def test_metadata_that_lies_is_refused(exported, tmp_path, key, value, told):
-    with pytest.raises(ValueError, match=told):
-        open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", say(key, value)))
+def test_invalid_metadata_is_rejected(exported, tmp_path, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", set_metadata(key, value)))
 
 
-def test_labels_that_were_swapped_are_seen(exported, tmp_path):
-    swapped = rewrite(exported("fp32"), tmp_path / "x.onnx", say("class_names", ["light", "dark"]), seal=False)
+def test_edited_metadata_is_detected(exported, tmp_path):
+    swapped = rewrite(exported("fp32"), tmp_path / "x.onnx", set_metadata("class_names", ["light", "dark"]), seal=False)
     with pytest.raises(ValueError, match="it was changed after the export"):
         open_onnx(swapped)
 
 
-def test_damage_is_seen(exported, tmp_path):
+def test_damaged_files_are_detected(exported, tmp_path):
     content = exported("fp32").read_bytes()
     for damaged in (content[: len(content) // 2], content[:100], b"", b"no onnx at all", content[:-1]):
         (tmp_path / "x.onnx").write_bytes(damaged)
@@ -441,7 +441,7 @@ def test_damage_is_seen(exported, tmp_path):
         open_onnx(tmp_path / "none.onnx")
 
 
-def test_weights_in_other_files_are_refused(exported, tmp_path):
+def test_external_weights_are_rejected(exported, tmp_path):
     def point_elsewhere(tensor: onnx.TensorProto) -> None:
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
@@ -461,7 +461,7 @@ def test_weights_in_other_files_are_refused(exported, tmp_path):
             open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", change))
 
 
-def test_other_peoples_files_and_graphs(exported, tmp_path):
+def test_foreign_files_and_graphs_are_rejected(exported, tmp_path):
     def no_metadata(model: onnx.ModelProto) -> None:
         del model.metadata_props[:]
 
@@ -471,16 +471,16 @@ def test_other_peoples_files_and_graphs(exported, tmp_path):
     def unknown_operation(model: onnx.ModelProto) -> None:
         model.graph.node[0].op_type = "NoSuchThing"
 
-    for change, told in (
+    for change, message in (
         (no_metadata, "none of Thaw's exports"),
         (another_input, "its graph isn't one|can't be opened by ONNX Runtime"),
         (unknown_operation, "can't be opened by ONNX Runtime"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", change))
 
 
-def test_answers_that_are_no_probabilities_are_refused(exported):
+def test_invalid_probabilities_are_rejected(exported):
     model = open_onnx(exported("fp32"))
 
     class Session:
@@ -491,8 +491,8 @@ def test_answers_that_are_no_probabilities_are_refused(exported):
         OnnxClassifier(model.path, Session(), model.facts).probabilities(np.zeros((1, 4, 4, 3), np.uint8))
 
 
-def test_names_of_another_checkpoint(trained, tmp_path):
-    """Everything of the exported file comes from the checkpoint, not from files beside it."""
+def test_class_names_come_from_the_checkpoint(trained, tmp_path):
+    """Not from files beside it."""
     content = load_checkpoint(find_checkpoint(""))
     content.pop("format_version")
     save_checkpoint(tmp_path / "model.pth", content | {"class_names": HOSTILE_NAMES[:2]})
@@ -506,14 +506,14 @@ def test_precision_of_a_classifier(trained):
     assert bf16.network.model.head.weight.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[bf16.precision]
 
 
-def test_starting_imports_nothing_that_it_does_not_need():
+def test_slow_imports_are_lazy():
     script = "import sys; sys.path.insert(0, sys.argv[1]); import export, predict\nprint(*sorted(sys.modules))"
     command = [sys.executable, "-c", script, str(Path(export.__file__).parent)]
     modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert {"onnx", "onnxruntime", "onnxscript", "jinja2", "sklearn"}.isdisjoint(modules)
 
 
-def test_the_check_reads_no_more_than_it_is_told(classifier, monkeypatch, tmp_path):
+def test_number_of_images_in_the_check(classifier, monkeypatch, tmp_path):
     monkeypatch.setitem(formats.FORMATS, "onnx", fake(classifier, 0))
     seen = []
     compare = check.compare
@@ -524,7 +524,7 @@ def test_the_check_reads_no_more_than_it_is_told(classifier, monkeypatch, tmp_pa
 
 @pytest.fixture
 def trashnet(shared, here) -> Path:
-    """The run of a small DINOv2 fine-tuned on trashnet, briefly, in the working folder."""
+    """A working folder with a short run: a small DINOv2 fine-tuned on trashnet."""
     annotate(shared / "data" / "trashnet", audit=False)
     weights = shared / "models" / "dinov2_vits14_saliency_fp16.safetensors"
     train.main(
@@ -555,7 +555,7 @@ def trashnet(shared, here) -> Path:
 
 
 @pytest.mark.slow
-def test_round_trip_of_real_weights_on_real_images(trashnet):
+def test_real_weights_on_real_images(trashnet):
     checkpoint = find_checkpoint("")
     assert load_checkpoint(checkpoint)["epoch"] == 2  # thawed
     for format, precision, name in EXPORTS.values():
@@ -564,7 +564,7 @@ def test_round_trip_of_real_weights_on_real_images(trashnet):
         (written,) = (checkpoint.parent / "export").glob(f"{name}.*.json")
         report = json.loads(written.read_text())
         print(name, {key: report[key] for key in ("images", "largest_difference", "top1_checkpoint", "top1_exported")})
-        # An image or two in hundreds may tip at the least rounding: fp16 is rightly refused then.
+        # Rounding to fp16 may change the class of one or two images in hundreds, which fails the check.
         assert report["passed"] or (precision == "fp16" and report["same_top1"] >= 0.98 * report["images"])
         assert report["passed"] == (checkpoint.parent / "export" / name).exists()
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")

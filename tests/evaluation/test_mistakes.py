@@ -1,4 +1,4 @@
-"""utils/evaluation/mistakes.py and corruptions.py: which images are pointed out, and how images are made worse."""
+"""Selection of images for the report, and image corruptions."""
 
 import numpy as np
 import pytest
@@ -24,16 +24,16 @@ P = torch.tensor(
     [
         [0.90, 0.05, 0.05],  # 0 as 0
         [0.20, 0.70, 0.10],  # 0 as 1
-        [0.01, 0.98, 0.01],  # 0 as 1, surest
-        [0.30, 0.34, 0.36],  # 1 as 2, closest
+        [0.01, 0.98, 0.01],  # 0 as 1, most confident
+        [0.30, 0.34, 0.36],  # 1 as 2, smallest margin
         [0.10, 0.85, 0.05],  # 1 as 1
-        [0.60, 0.00001, 0.39999],  # 1 as 0, of highest loss
+        [0.60, 0.00001, 0.39999],  # 1 as 0, highest loss
     ]
 )
 SCORES = Scores.of(P.log(), torch.tensor([0, 0, 0, 1, 1, 1]))
 
 
-def test_orders_by_hand():
+def test_selection_by_hand():
     assert worst_mistakes(SCORES, 2) == [5, 2]
     assert worst_mistakes(SCORES, 9) == [5, 2, 1, 3]
     assert least_certain(SCORES, 1) == [3]
@@ -42,7 +42,7 @@ def test_orders_by_hand():
     assert [(pair.truth, pair.predicted, pair.images) for pair in pairs] == [(0, 1, [2, 1]), (1, 0, [5]), (1, 2, [3])]
 
 
-def test_nothing_wrong_is_nothing_to_show():
+def test_no_mistakes():
     right = Scores.of(3 * torch.eye(3), torch.arange(3))
     assert worst_mistakes(right, 5) == [] and confused_pairs(right) == []
 
@@ -54,14 +54,14 @@ def test_planted_label_errors_are_found():
     wrong = torch.randperm(400, generator=generator)[:20]
     labels = class_ids.clone()
     labels[wrong] = (labels[wrong] + 1) % 4
-    found = label_errors(Scores.of(logits, labels))
-    assert len(set(found) & set(wrong.tolist())) >= 15
-    assert len(found) <= 40
-    assert set(found[:10]) <= set(wrong.tolist())
+    indices = label_errors(Scores.of(logits, labels))
+    assert len(set(indices) & set(wrong.tolist())) >= 15
+    assert len(indices) <= 40
+    assert set(indices[:10]) <= set(wrong.tolist())
     assert label_errors(Scores.of(logits[:5], torch.zeros(5, dtype=torch.int64))) == []
 
 
-def test_the_nearest_is_by_angle():
+def test_nearest_by_cosine_similarity():
     assert nearest(torch.tensor([[1.0, 0], [0, 5]]), torch.tensor([[0.0, 1], [9, 2], [-1, 0]])) == [1, 0]
 
 
@@ -81,7 +81,7 @@ def test_slices_by_hand():
     assert accuracy_by(np.full(3, np.nan), np.ones(3, bool)) == []
 
 
-def test_sizes_are_read_and_unreadable_ones_are_not_known(here):
+def test_sizes_of_unreadable_images_are_nan(here):
     write_image(here / "a.png", size=(30, 20))
     (here / "b.png").write_text("no image")
     sizes = read_sizes(list_in_memory([(0, "a.png"), (0, "b.png")]), 10**6)
@@ -89,7 +89,7 @@ def test_sizes_are_read_and_unreadable_ones_are_not_known(here):
 
 
 def smooth() -> torch.Tensor:
-    """Two images (2, 3, 48, 64) with a gradient, a bright square, and no noise."""
+    """Two images (2, 3, 48, 64) with a gradient and a bright square, without noise."""
     rows = torch.linspace(60, 180, 48)[:, None].expand(48, 64)
     image = rows.clone()
     image[16:32, 24:40] = 230
@@ -97,7 +97,7 @@ def smooth() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_corruption_is_mild_and_the_same_each_time(name):
+def test_corruption_is_mild_and_reproducible(name):
     pixels = smooth()
     changed = corrupt(pixels, CORRUPTIONS[name], seed=1)
     assert changed.shape == pixels.shape and changed.dtype == torch.uint8
@@ -108,7 +108,7 @@ def test_a_corruption_is_mild_and_the_same_each_time(name):
     assert torch.corrcoef(both)[0, 1] > 0.8
 
 
-def test_corruptions_do_what_their_names_say():
+def test_effect_of_each_corruption():
     pixels = smooth()
     level = {name: corrupt(pixels, CORRUPTIONS[name], 0).float().mean().item() for name in ("darker", "brighter")}
     assert level["darker"] == pytest.approx(0.75 * pixels.float().mean().item(), rel=0.01)
@@ -120,6 +120,6 @@ def test_corruptions_do_what_their_names_say():
         return image.float().diff(dim=-1).abs().amax()
 
     assert edges(corrupt(pixels, CORRUPTIONS["blur"], 0)) < edges(pixels)
-    turned = corrupt(pixels, CORRUPTIONS["rotated by 10°"], 0)[0, 0].float()
-    assert turned[0, 0] != turned[0, -1]  # rows were level before
+    rotated = corrupt(pixels, CORRUPTIONS["rotated by 10°"], 0)[0, 0].float()
+    assert rotated[0, 0] != rotated[0, -1]  # rows were constant before
     assert pixels[0, 0, 0, 0] == pixels[0, 0, 0, -1]

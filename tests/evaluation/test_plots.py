@@ -1,4 +1,4 @@
-"""utils/evaluation/plots.py and utils/training/summary.py: what a person gets to see of a run."""
+"""Plots, and the model and settings tables of a run."""
 
 import numpy as np
 import pytest
@@ -12,14 +12,14 @@ from utils.training.stages import plan_stages
 from utils.training.summary import count_flops, format_model
 
 
-def test_confusion_plot_shows_counts_with_the_truth_down():
+def test_confusion_plot_has_true_classes_in_rows():
     axes = plot_confusion(np.array([[7, 2], [0, 5]]), ["a", "b"]).axes[0]
     assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "7", (1, 0): "2", (1, 1): "5"}
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
 
 
-def test_classes_that_are_confused_stand_together():
-    """Eight classes in pairs, i with i + 4, in an order that takes them apart."""
+def test_confused_classes_are_adjacent():
+    """Eight classes; i is confused with i + 4."""
     confusion = 10 * np.eye(8, dtype=int)
     for i in range(4):
         confusion[i, i + 4] = 3 + i
@@ -29,7 +29,7 @@ def test_classes_that_are_confused_stand_together():
 
 
 @pytest.mark.parametrize("classes", [2, 10, 81, 1000])
-def test_of_many_classes_the_confused_are_shown(classes):
+def test_at_most_max_classes_are_shown(classes):
     confusion = 10 * np.eye(classes, dtype=int)
     confusion[1, 0] = 5
     if classes > 20:
@@ -42,7 +42,7 @@ def test_of_many_classes_the_confused_are_shown(classes):
     assert ("classes with the most mistakes" in axes.get_title()) == (classes > MAX_CLASSES)
 
 
-def test_loss_curves_hold_the_history():
+def test_loss_curves_have_the_history():
     keys = ("epoch", "loss", "val_loss", "val_calibrated_loss", "top1", "val_top1")
     history = [dict(zip(keys, (i, 3 - i, 4 - i, 3.5 - i, 0.1 * i, 0.2 * i), strict=True)) for i in (1, 2)]
     loss, top1 = plot_losses(history).axes
@@ -51,8 +51,8 @@ def test_loss_curves_hold_the_history():
 
 
 def test_flops_of_the_base_network():
-    """By hand: patches 2·196·768·768; a block 2·197·12·768² for its linears and 4·197²·768 for attention, but in the
-    last one all after queries, keys and values (3 of the 12) is for the class token only; the head."""
+    """By hand: patch embedding 2·196·768·768; per block 2·197·12·768² for linear layers and 4·197²·768 for attention;
+    in the last block everything after queries, keys and values (3 of the 12) is for the class token only; the head."""
     with torch.device("meta"):
         model = build_model("vit_b_16", 1000, (224, 224))
     by_hand = 2 * 196 * 768 * 768 + 11 * (2 * 197 * 12 * 768**2 + 4 * 197**2 * 768) + 2 * 768 * 1000
@@ -60,7 +60,7 @@ def test_flops_of_the_base_network():
     assert count_flops(model) == by_hand
 
 
-def test_the_model_table_counts_what_each_stage_trains():
+def test_model_table_counts_trainable_parameters_per_stage():
     with torch.device("meta"):
         model = build_model("vit_xs_4", 2, (8, 8))
     table = format_model(model, plan_stages(settings(**SMALL | {"freeze_blocks": "all"}), 100, transformer=True))

@@ -1,4 +1,4 @@
-"""utils/evaluation/report_files.py and report_page.py: the files of an evaluation, and its page in a real browser."""
+"""Output files of an evaluation, and the report page in a real browser."""
 
 import csv
 import json
@@ -22,8 +22,15 @@ from utils.evaluation.evaluation import Evaluation, evaluate_corrupted
 from utils.evaluation.gallery import THUMBNAIL, Gallery, shown_images, to_uri
 from utils.evaluation.mistakes import worst_mistakes
 from utils.evaluation.plots import MAX_CLASSES, plot_confusion
-from utils.evaluation.report_files import EVENTS_FOLDER, format_metrics, write_csv, write_events, write_numbers
-from utils.evaluation.report_page import LABELS, WORST, curves, label_gallery, render, slices
+from utils.evaluation.report_files import EVENTS_FOLDER, format_metrics, write_csv, write_events, write_metrics
+from utils.evaluation.report_page import (
+    MAX_LABEL_ERRORS,
+    MAX_WORST,
+    label_gallery,
+    learning_curves,
+    render,
+    slice_tables,
+)
 from utils.inference.classifier import Classifier
 from utils.inference.explain import explain_one
 from utils.inference.fit_calibration import TrainEmbeddings
@@ -49,7 +56,7 @@ CHROMIUM = next(
 
 
 def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12, accuracy: float = 2.0) -> Evaluation:
-    """An evaluation of `n` images, of `files` files, by a network that never saw them: logits are made up."""
+    """An evaluation of `n` images from `files` files, with random logits."""
     generator = torch.Generator().manual_seed(0)
     config = settings(input_shape=(16, 16), eval_crop=1.0, freeze_epoch=3, unfreeze_epoch=8)
     preprocessing = Preprocessing.of(config)
@@ -91,9 +98,10 @@ def make_page(folder: Path, names: list[str], n: int = 60, **options) -> Path:
     return page
 
 
-def test_awkward_class_names_reach_every_file(here):
+def test_awkward_class_names_in_all_files(here):
     evaluation = make_evaluation(here, AWKWARD)
-    write_numbers(here / "out", evaluation)
+    (here / "out").mkdir()
+    write_metrics(here / "out", evaluation)
     read = json.loads((here / "out" / "metrics.json").read_text())
     assert [row["class"] for row in read["per_class"]] == AWKWARD
     rows = list(csv.reader((here / "out" / "confusion_matrix.csv").open(encoding="utf-8")))
@@ -103,38 +111,38 @@ def test_awkward_class_names_reach_every_file(here):
     predictions = list(csv.DictReader((here / "out" / "predictions.csv").open(encoding="utf-8")))
     assert len(predictions) == 60
     assert {"class_5", "probability_5"} <= predictions[0].keys() and "class_6" not in predictions[0]
-    told = format_metrics(read)
-    assert all(name.encode("utf-8", "backslashreplace").decode() in told for name in AWKWARD)
+    table = format_metrics(read)
+    assert all(name.encode("utf-8", "backslashreplace").decode() in table for name in AWKWARD)
 
 
-def test_what_is_rejected_is_in_the_numbers(here):
+def test_rejection_metrics(here):
     evaluation = make_evaluation(here, ["a", "b", "c"], n=300)
-    found = evaluation.metrics["rejection"]
-    accepted = found["accepted"]
-    assert found["max_error"] == 0.05 and 0 < accepted < 1 and found["ood"] == 150
-    assert found["error"] <= 0.05  # they are the very images that it was chosen on
-    assert found["ood_rejected"] > 1 - accepted  # their probabilities are lower, and they lie on the other side
-    assert f"OOD images: {found['ood_rejected']:.1%} of 150 rejected" in format_metrics(evaluation.metrics)
-    easier = evaluation.rejection(0.5)
-    assert easier["accepted"] >= accepted
+    rejection = evaluation.metrics["rejection"]
+    accepted = rejection["accepted"]
+    assert rejection["max_error"] == 0.05 and 0 < accepted < 1 and rejection["ood"] == 150
+    assert rejection["error"] <= 0.05  # the threshold was chosen on these images
+    assert rejection["ood_rejected"] > 1 - accepted  # OOD images have lower probabilities and opposite embeddings
+    assert f"OOD images: {rejection['ood_rejected']:.1%} of 150 rejected" in format_metrics(evaluation.metrics)
+    assert 0 < rejection["min_probability"] < 1 and 0 < rejection["max_distance"] < 180
+    assert evaluation.rejection(0.5)["accepted"] >= accepted
 
 
-def test_of_many_classes_the_terminal_shows_the_worst(here):
-    told = format_metrics(make_evaluation(here, [f"class {i}" for i in range(81)], n=400).metrics).splitlines()
-    assert told[0].startswith("the 20 classes of lowest F1")
-    assert len(told) < 35
+def test_table_of_many_classes_has_the_lowest_f1(here):
+    lines = format_metrics(make_evaluation(here, [f"class {i}" for i in range(81)], n=400).metrics).splitlines()
+    assert lines[0].startswith("the 20 classes with the lowest F1")
+    assert len(lines) < 35
 
 
-def test_a_run_gets_its_report_and_tensorboard_too(trained, capsys):
+def test_report_and_tensorboard_events_of_a_run(trained, capsys):
     (run,) = trained.glob("logs/*")
     (run / EVENTS_FOLDER).mkdir(exist_ok=True)
-    (run / EVENTS_FOLDER / "mine.txt").touch()  # which isn't deleted
+    (run / EVENTS_FOLDER / "mine.txt").touch()  # must not be deleted
     for _ in range(2):
         evaluation_script.main(ood="datasets/train/dark")
     assert sorted(path.name for path in (run / EVENTS_FOLDER).iterdir() if "tfevents" not in path.name) == ["mine.txt"]
-    told = capsys.readouterr().out
-    assert f"open {run.relative_to(trained)}/report.html" in told
-    assert "inference" in told
+    printed = capsys.readouterr().out
+    assert f"open {run.relative_to(trained)}/report.html" in printed
+    assert "inference" in printed
     events = EventAccumulator(str(run / EVENTS_FOLDER)).Reload()
     assert "confusion matrix" in events.Tags()["images"]
     assert "_hparams_/session_start_info" in events.summary_metadata
@@ -144,38 +152,38 @@ def test_a_run_gets_its_report_and_tensorboard_too(trained, capsys):
     assert list(csv.DictReader((run / EPOCHS).open()))[-1]["epoch"] == "4"
 
 
-def test_what_a_reader_must_know_comes_first(trained, tmp_path):
+def test_warnings_on_the_page(trained, tmp_path):
     evaluation_script.main(data="cls_train.txt", out=str(tmp_path), raw=True)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "36 of the 36 images were trained on" in page
-    assert "the network&#39;s own, as asked for" in page
+    assert "raw was set" in page
     evaluation_script.main(data="datasets/test", out=str(tmp_path))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "were trained on" not in page
 
 
-def test_that_images_may_have_been_seen_is_said_where_it_cannot_be_told(trained, tmp_path, monkeypatch):
+def test_unknown_overlap_with_the_training_list_is_reported(trained, tmp_path, monkeypatch):
     shutil.copytree("datasets/train", tmp_path / "moved")
     run = shutil.copytree(find_checkpoint("").parent, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     evaluation_script.main(data="moved", model_path=str(run), out="out", corrupted=0)
     (note,) = json.loads(Path("out/metrics.json").read_text())["notes"]
-    assert note.startswith("Whether the run has seen these images can't be told")
+    assert note.startswith("It is unknown whether these images were trained on")
     shutil.copytree("moved", "datasets/train")
     shutil.copytree(trained / "datasets/test", "datasets/test")
-    shutil.move("datasets/train/dark/00.png", "datasets/test/dark/new.png")  # of one image it can't be told
+    shutil.move("datasets/train/dark/00.png", "datasets/test/dark/new.png")  # now unknown for one image
     evaluation_script.main(data="datasets/test", model_path=str(run), out="out", corrupted=0)
     assert json.loads(Path("out/metrics.json").read_text())["notes"] == [note]
     evaluation_script.main(data="datasets/train", model_path=str(run), out="out", corrupted=0)
     notes = json.loads(Path("out/metrics.json").read_text())["notes"]
     assert [re.sub(r"\d+", "N", text)[:38] for text in notes] == [
-        "N of the N images were trained on: wit",
-        "N of the N images are of the validatio",
-        "Whether the run has seen others of the",
+        "N of the N images were trained on: res",
+        "N of the N images are in the validatio",
+        "It is unknown whether more of these im",
     ]
 
 
-def test_a_folder_with_a_config_is_not_taken_for_a_run(trained, tmp_path):
+def test_folder_with_only_a_config_is_not_a_run(trained, tmp_path):
     for name in ("config.json", "evaluation/thesis.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
@@ -183,9 +191,9 @@ def test_a_folder_with_a_config_is_not_taken_for_a_run(trained, tmp_path):
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["thesis.txt"]
 
 
-def test_worst_mistakes_reach_tensorboard_and_the_page(here):
+def test_worst_mistakes_in_tensorboard(here):
     evaluation = make_evaluation(here, ["a", "b", "c"], accuracy=0.5)
-    worst = worst_mistakes(evaluation.scores, WORST)
+    worst = worst_mistakes(evaluation.scores, MAX_WORST)
     assert len(worst) > 10
     images = shown_images(evaluation, worst)
     assert len(images) == len(worst)
@@ -194,17 +202,17 @@ def test_worst_mistakes_reach_tensorboard_and_the_page(here):
     assert sum(tag.startswith("worst mistakes") for tag in images.Tags()["images"]) >= 1
 
 
-def test_beside_a_mistake_are_its_own_maps_and_neighbour(here):
+def test_mistakes_have_their_maps_and_nearest_training_image(here):
     evaluation = make_evaluation(here, ["a", "b", "c"], accuracy=0.5)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
     train = TrainEmbeddings(select(evaluation.images, order.numpy()), evaluation.outputs.embeddings[order])
     gallery = Gallery(evaluation, train)
-    worst = worst_mistakes(evaluation.scores, WORST)
+    worst = worst_mistakes(evaluation.scores, MAX_WORST)
     figures = gallery.figures(worst, explained=True)
     for index, figure in zip(worst, figures, strict=True):
-        # Each was trained on, so it is its own neighbour.
+        # Each image was trained on, so it is its own nearest.
         assert figure["nearest"]["path"] == figure["path"] == evaluation.images.path(index)
-        assert figure["nearest"]["class_name"] == figure["truth"]
+        assert figure["nearest"]["class"] == figure["truth"]
         pixels = evaluation.classifier.load(evaluation.images.path(index))
         expected = explain_one(evaluation.classifier, pixels, int(evaluation.scores.predicted[index]), THUMBNAIL)
         assert [shown["title"] for shown in figure["maps"]] == list(expected)
@@ -212,60 +220,60 @@ def test_beside_a_mistake_are_its_own_maps_and_neighbour(here):
     assert len({figure["maps"][1]["image"] for figure in figures}) > len(figures) // 3
 
 
-def test_suspicious_labels_reach_the_page(here):
+def test_planted_label_errors_are_on_the_page(here):
     evaluation = make_evaluation(here, ["a", "b", "c"], n=200, accuracy=9.0)
     evaluation.outputs.class_ids[:9] = (evaluation.outputs.class_ids[:9] + 1) % 3
-    found = label_gallery(Gallery(evaluation, None))
-    assert 6 <= found["count"] == len(found["figures"]) <= 12
+    labels = label_gallery(Gallery(evaluation, None))
+    assert 6 <= labels["count"] == len(labels["figures"]) <= 12
     planted = {evaluation.images.path(i) for i in range(9)}
-    assert len(planted & {figure["path"] for figure in found["figures"]}) >= 6
+    assert len(planted & {figure["path"] for figure in labels["figures"]}) >= 6
 
 
-def test_conditions_are_those_of_the_images(here):
-    """The made images are 16 high and from 20 to 31 wide."""
-    short, shape, brightness = slices(make_evaluation(here, ["a", "b", "c"]))
+def test_accuracy_by_image_property(here):
+    """The images are 16 high and 20 to 31 wide."""
+    short, shape, brightness = slice_tables(make_evaluation(here, ["a", "b", "c"]))
     assert [row["range"] for row in short["rows"]] == ["16"]
     assert shape["rows"][0]["range"].startswith("1.25 to") and shape["rows"][-1]["range"].endswith("to 1.94")
     assert sum(row["count"] for row in brightness["rows"]) == 60
 
 
-def test_corrupted_images_are_what_the_network_is_shown(here, monkeypatch):
+def test_corruptions_apply_to_the_network_input(here, monkeypatch):
     evaluation = make_evaluation(here, ["a", "b", "c"], n=12)
     monkeypatch.setattr("utils.evaluation.evaluation.CORRUPTIONS", {"black": lambda pixels, _: pixels * 0})
-    found = evaluate_corrupted(evaluation.classifier, evaluation.images, evaluation.outputs, 12, 0, 4)
+    corrupted = evaluate_corrupted(evaluation.classifier, evaluation.images, evaluation.outputs, 12, 0, 4)
     black = evaluation.classifier.forward(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[1].argmax()
-    assert found["black"] == (int((evaluation.outputs.class_ids == black).sum()), 12)
-    assert found["none"] == (int(evaluation.raw_scores.correct.sum()), 12)
+    assert corrupted["black"] == (int((evaluation.outputs.class_ids == black).sum()), 12)
+    assert corrupted["none"] == (int(evaluation.raw_scores.correct.sum()), 12)
 
 
-def test_images_of_validation_are_said_to_be(trained, tmp_path, capsys):
+def test_overlap_with_the_validation_list_is_reported(trained, tmp_path, capsys):
     evaluation_script.main(data="cls_val.txt", out=str(tmp_path))
-    assert "4 of the 4 images are of the validation list" in capsys.readouterr().out
+    assert "4 of the 4 images are in the validation list" in capsys.readouterr().out
 
 
-def test_strangers_must_be_there(trained, tmp_path):
+def test_ood_folder_must_have_images(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="ood='none'"):
         evaluation_script.main(ood="none", out=str(tmp_path))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no images in it"):
+    with pytest.raises(ValueError, match="the folder has no images"):
         evaluation_script.main(ood=str(tmp_path / "empty"), out=str(tmp_path))
-    with pytest.raises(ValueError, match="rejects nothing"):
+    with pytest.raises(ValueError, match="can't reject"):
         evaluation_script.main(ood="datasets/test", raw=True, out=str(tmp_path))
 
 
-def test_strangers_that_cannot_be_read_are_named_and_left_out(trained, tmp_path, capsys):
+def test_unreadable_ood_images_are_skipped_with_a_warning(trained, tmp_path, capsys):
     ood = tmp_path / "ood"
     write_image(ood / "whole.png")
     (ood / "broken.jpg").write_text("no image")
     evaluation_script.main(ood=str(ood), out=str(tmp_path), corrupted=0, num_workers=0)
-    assert f"can't be read is left out: {ood}/broken.jpg" in capsys.readouterr().out
+    assert f"warning: unreadable OOD image skipped: {ood}/broken.jpg" in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics.json").read_text())["rejection"]["ood"] == 1
     (ood / "whole.png").unlink()
     with pytest.raises(ValueError, match="ood: none of the 1 images can be read"):
         evaluation_script.main(ood=str(ood), out=str(tmp_path), corrupted=0, num_workers=0)
 
 
-def test_a_checkpoint_elsewhere_reports_into_the_working_folder(trained, tmp_path, monkeypatch):
+def test_report_of_a_checkpoint_outside_a_run(trained, tmp_path, monkeypatch):
     shutil.copy(find_checkpoint(""), tmp_path / "model.pth")
     shutil.copytree("datasets/test", tmp_path / "images")
     monkeypatch.chdir(tmp_path)
@@ -274,7 +282,7 @@ def test_a_checkpoint_elsewhere_reports_into_the_working_folder(trained, tmp_pat
     assert not (tmp_path / "metrics_out" / EVENTS_FOLDER).exists()
 
 
-def test_a_checkpoint_that_is_not_calibrated_is_reported_without_neighbours(trained, tmp_path):
+def test_uncalibrated_checkpoint_has_no_nearest_training_images(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(find_checkpoint("").parent, run)
     save_checkpoint(run / LAST, load_checkpoint(run / LAST) | {"calibration": {}})
@@ -284,9 +292,9 @@ def test_a_checkpoint_that_is_not_calibrated_is_reported_without_neighbours(trai
     for name, calibrated in ((BEST, True), (LAST, False)):
         evaluation_script.main(model_path=str(run / name), **options)
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
-        assert "mistakes, the most surprising first" in page
-        assert ("Not calibrated" in page) == (not calibrated)
-        assert ("36 training images the one that the network finds most like it" in page) == calibrated
+        assert "mistakes, the highest loss first" in page
+        assert ("Probabilities are not calibrated" in page) == (not calibrated)
+        assert ("the most similar of 36 training images" in page) == calibrated
 
 
 @pytest.fixture(scope="module")
@@ -304,16 +312,16 @@ def browser():
 
 
 def open_page(browser, path: Path, width: int = 1280, scheme: str = "light"):
-    """The page, its complaints, and the seconds that it took to load."""
+    """The page, its errors (console, dialogs, requests), and the seconds it took to load."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or complaints.append(request.url))
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("dialog", lambda dialog: (errors.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or errors.append(request.url))
     start = time.perf_counter()
     page.goto(path.as_uri())
-    return page, complaints, time.perf_counter() - start
+    return page, errors, time.perf_counter() - start
 
 
 @pytest.fixture(scope="module")
@@ -323,9 +331,9 @@ def awkward_page(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_the_page_loads_without_a_complaint_at_two_widths(awkward_page, browser, width, scheme):
-    page, complaints, _ = open_page(browser, awkward_page, width, scheme)
-    assert complaints == []
+def test_page_loads_without_errors(awkward_page, browser, width, scheme):
+    page, errors, _ = open_page(browser, awkward_page, width, scheme)
+    assert errors == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
@@ -334,9 +342,9 @@ def test_the_page_loads_without_a_complaint_at_two_widths(awkward_page, browser,
     assert len(image) > 50_000
 
 
-def test_names_do_no_harm(awkward_page, browser):
-    page, complaints, _ = open_page(browser, awkward_page)
-    assert complaints == []
+def test_class_names_are_escaped(awkward_page, browser):
+    page, errors, _ = open_page(browser, awkward_page)
+    assert errors == []
     assert page.locator("img[src=x]").count() == 0
     assert page.locator("main script, main b b, header i").count() == 0
     names = page.locator("#classes tbody td.name").all_text_contents()
@@ -346,7 +354,7 @@ def test_names_do_no_harm(awkward_page, browser):
     assert "<b>" in page.locator("#mistakes .path").first.inner_text()
 
 
-def test_the_filter_and_the_sort_work_from_the_keyboard(here, browser):
+def test_filter_and_sort_by_keyboard(here, browser):
     names = [f"class {i}" for i in range(6)]
     page, _, _ = open_page(browser, make_page(here, names))
     page.locator("#filter").focus()
@@ -360,58 +368,55 @@ def test_the_filter_and_the_sort_work_from_the_keyboard(here, browser):
     page.locator("#filter").select_option("")
     assert rows.count() == 6
 
-    button = page.locator("#classes th button", has_text="recall")
-    button.focus()
+    def recalls() -> list[float]:
+        cells = "rows => rows.map(row => Number(row.cells[2].dataset.value))"
+        return page.eval_on_selector_all("#classes tbody tr", cells)
+
+    page.locator("#classes th button", has_text="Recall").focus()
     page.keyboard.press("Enter")
-    values = page.eval_on_selector_all(
-        "#classes tbody tr", "rows => rows.map(row => Number(row.cells[2].dataset.value))"
-    )
-    assert values == sorted(values, reverse=True) and len(set(values)) > 1
-    assert page.locator("#classes th[aria-sort=descending]").inner_text().strip().startswith("recall")
+    assert recalls() == sorted(recalls(), reverse=True) and len(set(recalls())) > 1
+    assert page.locator("#classes th[aria-sort=descending]").inner_text().strip().startswith("Recall")
     page.keyboard.press("Enter")
-    values = page.eval_on_selector_all(
-        "#classes tbody tr", "rows => rows.map(row => Number(row.cells[2].dataset.value))"
-    )
-    assert values == sorted(values)
-    page.locator("#classes th button", has_text="class").click()
+    assert recalls() == sorted(recalls())
+    page.locator("#classes th button", has_text="Class").click()
     assert [text.strip() for text in page.locator("#classes td.name").all_text_contents()] == names
 
 
-def test_ten_thousand_images_open_in_two_seconds_with_few_thumbnails(here, browser):
+def test_page_of_ten_thousand_images_loads_in_two_seconds(here, browser):
     path = make_page(here, [f"class {i}" for i in range(81)], n=10_000, accuracy=4.0)
-    page, complaints, seconds = open_page(browser, path)
-    assert complaints == [] and seconds < 2
+    page, errors, seconds = open_page(browser, path)
+    assert errors == [] and seconds < 2
     assert path.stat().st_size < 4e6
-    assert page.locator("#mistakes > .gallery").first.locator("figure").count() == WORST
-    assert page.locator("#labels figure").count() <= LABELS
-    assert "24 of" in page.locator("#mistakes").inner_text()
+    assert page.locator("#mistakes > .gallery").first.locator("figure").count() == MAX_WORST
+    assert page.locator("#labels figure").count() <= MAX_LABEL_ERRORS
+    assert "The 24 of" in page.locator("#mistakes").inner_text()
     assert page.locator(".matrix tbody tr").count() == MAX_CLASSES
-    assert "The 40 classes with the most mistakes, of 81" in page.locator("#confusion").inner_text()
+    assert "the 40 of 81 classes with the most mistakes" in page.locator("#confusion").inner_text()
 
 
-def test_a_thousand_classes(here, browser):
-    page, complaints, seconds = open_page(
+def test_page_of_a_thousand_classes(here, browser):
+    page, errors, seconds = open_page(
         browser, make_page(here, [f"class {i}" for i in range(1000)], n=3000, accuracy=8.0)
     )
-    assert complaints == [] and seconds < 2
+    assert errors == [] and seconds < 2
     assert page.locator("#classes tbody tr").count() == 1000
 
 
-def test_the_thaw_is_marked(here, browser):
+def test_end_of_the_frozen_stage_is_marked(here, browser):
     page, _, _ = open_page(browser, make_page(here, ["a", "b"]))
     assert page.locator("#training .thaw").count() == 2
     assert "thawed after epoch 3" in page.locator("#training").inner_text()
 
 
-def test_nothing_wrong_is_said(here, browser):
-    page, complaints, _ = open_page(browser, make_page(here, ["a", "b"], accuracy=50.0))
-    assert complaints == []
-    assert "Not one image was named wrong" in page.locator("#mistakes").inner_text()
-    assert "None was found" in page.locator("#labels").inner_text()
+def test_page_without_mistakes(here, browser):
+    page, errors, _ = open_page(browser, make_page(here, ["a", "b"], accuracy=50.0))
+    assert errors == []
+    assert "All images are classified correctly" in page.locator("#mistakes").inner_text()
+    assert "None found" in page.locator("#labels").inner_text()
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_stays(here):
-    """A run's folder from elsewhere may hold links under the names of what is written."""
+def test_symlinks_are_replaced_not_followed(here):
+    """A run's folder of unknown origin may have links under the names of output files."""
     Path("mine.txt").write_text("mine")
     Path("predictions.csv").symlink_to("mine.txt")
     write_csv(Path("predictions.csv"), [["a", "b"], ["c\udcff", 1]])
@@ -419,21 +424,21 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(here):
     assert Path("predictions.csv").read_bytes() == b"a,b\r\nc\\udcff,1\r\n"
 
 
-def test_curves_are_of_whole_runs():
-    """An export in a run's folder has other settings, and a file of epochs may be anybody's."""
+def test_learning_curves_only_of_a_complete_history():
+    """An export in a run's folder has other settings, and epochs.csv may be of another run."""
     numbers = ("loss", "val_loss", "top1", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error")
     epochs = [dict.fromkeys(numbers, 0.5) | {"epoch": i} for i in (1, 2, 3)]
     config = settings(**SMALL).as_dict()
-    assert (curves(epochs, config)["epochs"], curves(epochs, config)["best"]) == (3, 3)
-    crossing = [(0.9, 0.9), (0.8, 0.3), (0.2, 0.9)]  # the plain loss and the calibrated, of which the second counts
+    assert (learning_curves(epochs, config)["epochs"], learning_curves(epochs, config)["best"]) == (3, 3)
+    crossing = [(0.9, 0.9), (0.8, 0.3), (0.2, 0.9)]  # validation loss and calibrated loss; the second selects
     keys = ("val_loss", "val_calibrated_loss", "val_calibrated_loss_error")
     rows = [row | dict(zip(keys, (*losses, 0.1), strict=True)) for row, losses in zip(epochs, crossing, strict=True)]
-    assert curves(rows, config)["best"] == 2
-    assert curves(rows, config)["plots"][0]["lines"] == {
+    assert learning_curves(rows, config)["best"] == 2
+    assert learning_curves(rows, config)["plots"][0]["lines"] == {
         "train": "0.00,44.44 50.00,44.44 100.00,44.44",
         "val": "0.00,0.00 50.00,11.11 100.00,77.78",
         "calibrated": "0.00,0.00 50.00,66.67 100.00,0.00",
     }
-    assert curves(epochs, {"precision": "auto"}) is None
-    assert curves([epochs[0]] * 3, config) is None
-    assert curves([row | {"epoch": row["epoch"] + 5} for row in epochs], config) is None
+    assert learning_curves(epochs, {"precision": "auto"}) is None
+    assert learning_curves([epochs[0]] * 3, config) is None
+    assert learning_curves([row | {"epoch": row["epoch"] + 5} for row in epochs], config) is None

@@ -1,4 +1,4 @@
-"""How good a checkpoint is: lists, mistakes, corruptions, comparison, report.
+"""Evaluation of a checkpoint: lists, mistakes, corruptions, comparison, report.
 
 Imports `inference` and the floors below it.
 """

@@ -1,4 +1,4 @@
-"""Whether one classifier is really better than another: both on the same images."""
+"""Comparison of two classifiers on the same images: is the difference significant?"""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from utils.evaluation.eval_lists import Seen
+from utils.evaluation.eval_lists import Overlap
 from utils.metrics.intervals import NORMAL_QUANTILE, Interval
 from utils.metrics.scores import Scores
 from utils.system.text import printable
 
-NAMED = 5
-"""Images of each kind that the terminal names."""
-LEVEL = 0.05
+MAX_PRINTED = 5
+"""Images printed per classifier; `flipped.csv` has all."""
+SIGNIFICANCE_LEVEL = 0.05
 
 
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
-    """How likely chance alone makes the numbers of images that only A, and only B, names right differ so much.
+    """The p-value of McNemar's exact two-sided test (McNemar, 1947, https://doi.org/10.1007/BF02295996).
 
-    McNemar's test in its exact, two-sided form: if neither is better, each such image falls to either side like a
-    coin. McNemar, 1947, https://doi.org/10.1007/BF02295996.
+    Null hypothesis: an image that only one of the two classifies correctly is as likely to be A's as B's.
     """
     from scipy.stats import binomtest  # slow to import
 
@@ -29,21 +28,21 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
 
 
 def difference_interval(only_a: int, only_b: int, n: int) -> Interval:
-    """The 95 % interval of the difference in accuracy, B less A, of n images that both named.
+    """The 95 % confidence interval of the difference in accuracy, B - A, on n images.
 
-    Agresti and Min, 2005, https://doi.org/10.1002/sim.1781: Wald's, with half an image added to each of the four
-    cells, so that it holds for few images too.
+    The Wald interval with 0.5 added to each of the four cells, which makes it valid for few images
+    (Agresti and Min, 2005, https://doi.org/10.1002/sim.1781).
     """
     a, b, n = only_a + 0.5, only_b + 0.5, n + 2
-    centre = (b - a) / n
+    center = (b - a) / n
     half = NORMAL_QUANTILE * math.sqrt(a + b - (b - a) ** 2 / n) / n
-    return max(-1.0, centre - half), min(1.0, centre + half)
+    return max(-1.0, center - half), min(1.0, center + half)
 
 
-def compare(a: Scores, b: Scores, seen: tuple[Seen, Seen]) -> dict[str, Any]:
-    """What `comparison.json` holds: of two classifiers on the same images, and what their runs have seen of them."""
-    only_a, only_b = (int(np.count_nonzero(x & ~y)) for x, y in ((a.correct, b.correct), (b.correct, a.correct)))
+def compare(a: Scores, b: Scores, overlaps: tuple[Overlap, Overlap]) -> dict[str, Any]:
+    """The content of `comparison.json`, for two classifiers on the same images and the overlap of each with its run."""
     n = len(a)
+    only_a, only_b = int((a.correct & ~b.correct).sum()), int((b.correct & ~a.correct).sum())
     return {
         "images": n,
         "top1": [float(a.correct.mean()), float(b.correct.mean())],
@@ -52,60 +51,58 @@ def compare(a: Scores, b: Scores, seen: tuple[Seen, Seen]) -> dict[str, Any]:
         "p_value": mcnemar_p_value(only_a, only_b),
         "only_a_right": only_a,
         "only_b_right": only_b,
-        "both_right": int(np.count_nonzero(a.correct & b.correct)),
-        "both_wrong": int(np.count_nonzero(~a.correct & ~b.correct)),
-        "trained_on": [of_run.trained_on for of_run in seen],
-        "validated_on": [of_run.validated_on for of_run in seen],
-        "known": [of_run.known for of_run in seen],
-        "notes": [f"{name}: {note}" for name, of_run in zip("AB", seen, strict=True) for note in of_run.notes],
+        "both_right": int((a.correct & b.correct).sum()),
+        "both_wrong": int((~a.correct & ~b.correct).sum()),
+        "trained_on": [overlap.trained_on for overlap in overlaps],
+        "validated_on": [overlap.validated_on for overlap in overlaps],
+        "known": [overlap.known for overlap in overlaps],
+        "notes": [f"{name}: {note}" for name, overlap in zip("AB", overlaps, strict=True) for note in overlap.notes],
     }
 
 
 def format_comparison(comparison: dict[str, Any]) -> str:
-    """The comparison in words, then what may be concluded and what to know of it."""
+    """The comparison as printed: figures, conclusion, warnings."""
     (top1_a, top1_b), (low, high) = comparison["top1"], comparison["interval"]
-    p, n = comparison["p_value"], comparison["images"]
+    p = comparison["p_value"]
     lines = [
-        f"A: top-1 {top1_a:.2%}; B: top-1 {top1_b:.2%}; the same {n} images",
-        f"only A is right: {comparison['only_a_right']}; only B: {comparison['only_b_right']}; both: "
-        f"{comparison['both_right']}; neither: {comparison['both_wrong']}",
-        f"B less A: {100 * comparison['difference']:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}; "
+        f"top-1 of A {top1_a:.2%}, of B {top1_b:.2%}, on the same {comparison['images']} images",
+        f"correct: only A {comparison['only_a_right']}, only B {comparison['only_b_right']}, both "
+        f"{comparison['both_right']}, neither {comparison['both_wrong']}",
+        f"B - A: {100 * comparison['difference']:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}; "
         f"McNemar's p = {p:.2g}",
     ]
     better, other = (1, 0) if comparison["difference"] > 0 else (0, 1)
-    seen = [
-        trained_on + validated_on if known else math.inf
-        for trained_on, validated_on, known in zip(
-            comparison["trained_on"], comparison["validated_on"], comparison["known"], strict=True
-        )
-    ]
-    if p < LEVEL and seen[better] > seen[other]:
-        lines.append(f"{'AB'[better]} has seen more of these images, or may have, so that it needn't be better")
-    elif p < LEVEL:
-        lines.append(f"{'AB'[better]} is better, on images like these")
+    columns = zip(comparison["trained_on"], comparison["validated_on"], comparison["known"], strict=True)
+    seen = [trained_on + validated_on if known else math.inf for trained_on, validated_on, known in columns]
+    if p >= SIGNIFICANCE_LEVEL:
+        lines.append("the difference is not significant: these images do not show which one is better")
+    elif seen[better] > seen[other]:
+        lines.append(f"no conclusion: {'AB'[better]} is more accurate, but has seen more of these images, or may have")
     else:
-        lines.append("such a difference may well be chance: these images don't tell which is better")
+        lines.append(f"{'AB'[better]} is significantly better on these images")
     return "\n".join([*lines, *(f"warning: {note}" for note in comparison["notes"])])
 
 
 def flipped_rows(a: Scores, b: Scores, paths: list[str], class_names: list[str]) -> list[list[str]]:
-    """The header, then a row for each image that exactly one names right, the surest such answer first."""
+    """The rows of `flipped.csv`: the header, then each image that only one classifies correctly, in order of that
+    prediction's probability, the highest first."""
     flipped = np.flatnonzero(a.correct != b.correct)
-    surest = np.where(a.correct, a.confidence, b.confidence)[flipped]
+    confidence = np.where(a.correct, a.confidence, b.confidence)[flipped]
     rows = [["path", "truth", "right", "prediction_a", "probability_a", "prediction_b", "probability_b"]]
-    for i in flipped[np.argsort(-surest, kind="stable")].tolist():
-        told = [cell for s in (a, b) for cell in (class_names[s.predicted[i]], f"{s.confidence[i]:.6f}")]
-        rows.append([paths[i], class_names[a.class_ids[i]], "A" if a.correct[i] else "B", *told])
+    for i in flipped[np.argsort(-confidence, kind="stable")].tolist():
+        predictions = [cell for s in (a, b) for cell in (class_names[s.predicted[i]], f"{s.confidence[i]:.6f}")]
+        rows.append([paths[i], class_names[a.class_ids[i]], "A" if a.correct[i] else "B", *predictions])
     return rows
 
 
 def format_flipped(rows: list[list[str]]) -> str:
-    """The first images that only A, and only B, names right, a line each."""
+    """The first images that only A, then those that only B classifies correctly, one per line."""
     lines = []
     for side, other in (("A", 5), ("B", 3)):
         of_side = [row for row in rows[1:] if row[2] == side]
         if of_side:
-            lines.append(f"only {side} is right{f', the first {NAMED}' if len(of_side) > NAMED else ''}:")
-        for row in of_side[:NAMED]:
+            first = f" (first {MAX_PRINTED} of {len(of_side)})" if len(of_side) > MAX_PRINTED else ""
+            lines.append(f"only {side} is correct{first}:")
+        for row in of_side[:MAX_PRINTED]:
             lines.append(printable(f"  {row[0]}: {row[1]}, not {row[other]} ({float(row[other + 1]):.0%})"))
     return "\n".join(lines)

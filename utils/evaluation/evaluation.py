@@ -1,4 +1,4 @@
-"""A checkpoint held against a list: everything that there is to report."""
+"""The evaluation of a checkpoint on a list: everything that the report shows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_list import ImageList, sample_indices, select
 from utils.data.loader import eval_loader, fetch
 from utils.evaluation.corruptions import CORRUPTIONS, corrupt
-from utils.evaluation.eval_lists import count_seen
+from utils.evaluation.eval_lists import count_overlap
 from utils.inference.classifier import Classifier
 from utils.inference.outputs import Outputs
 from utils.metrics.classification import evaluation_metrics
@@ -26,18 +26,18 @@ from utils.metrics.scores import Scores, expected_calibration_error
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What there is to report of a checkpoint on a list.
+    """The outputs of a classifier on images, and what is computed from them.
 
     Attributes:
-        checkpoint: the file.
-        checkpoint_sha256: of the file as it was opened; a run that is going on may have put another in its place.
-        data: what it was evaluated on, a list or a folder.
-        classifier: what the file holds.
-        images: the images.
-        outputs: of the network for them.
-        corrupted: corruption -> right answers and images, of a part of them; "none": of the same as they are.
-        ood: outputs for images that are of no class; None: there are none.
-        max_error: the part of the accepted answers that may be wrong, where the report speaks of rejection.
+        checkpoint: path of the checkpoint.
+        checkpoint_sha256: digest of the file that was loaded; a run in progress may have replaced it since.
+        data: the list or folder that was evaluated.
+        classifier: the classifier in the checkpoint.
+        images: the evaluated images.
+        outputs: the classifier's outputs for them.
+        corrupted: corruption -> (correct predictions, images), on a random subset; "none" is the unchanged subset.
+        ood: outputs for out-of-distribution images, if any.
+        max_error: allowed error rate among accepted predictions, for the rejection metrics.
     """
 
     checkpoint: Path
@@ -52,102 +52,96 @@ class Evaluation:
 
     @cached_property
     def scores(self) -> Scores:
-        """By the probabilities that the classifier gives."""
+        """Scores of the calibrated probabilities."""
         return Scores.of(self.outputs.logits, self.outputs.class_ids, self.classifier.temperature)
 
     @cached_property
     def raw_scores(self) -> Scores:
-        """By those of the network."""
+        """Scores of the probabilities without temperature scaling."""
         return Scores.of(self.outputs.logits, self.outputs.class_ids)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        """What `metrics.json` holds."""
+        """The content of `metrics.json`."""
         raw = self.raw_scores
-        figures = evaluation_metrics(self.scores, self.classifier.class_names)
+        metrics = evaluation_metrics(self.scores, self.classifier.class_names)
         return {
             "checkpoint": str(self.checkpoint),
             "checkpoint_sha256": self.checkpoint_sha256,
             "data": self.data,
-            "notes": self._notes(figures["absent_classes"]),
+            "notes": self._notes(metrics["absent_classes"]),
             "temperature": self.classifier.temperature,
-            **figures,
+            **metrics,
             "raw": {
                 "log_loss": float(raw.losses.mean()),
                 "brier": float(raw.briers.mean()),
                 "ece": expected_calibration_error(raw),
             },
             "rejection": self.rejection(self.max_error) if self.classifier.can_reject else None,
-            "corruptions": {name: hits / n for name, (hits, n) in self.corrupted.items()},
+            "corruptions": {name: correct / n for name, (correct, n) in self.corrupted.items()},
         }
 
     def _notes(self, absent_classes: list[str]) -> list[str]:
-        """What a reader of the figures should know first."""
-        notes = count_seen(self.checkpoint, self.classifier, self.images).notes
+        """Warnings to read before the metrics."""
+        notes = count_overlap(self.checkpoint, self.classifier, self.images).notes
         if absent_classes:
-            notes.append(f"No images, so not in the means: {', '.join(absent_classes)}")
+            notes.append(f"No images, so excluded from the averages: {', '.join(absent_classes)}")
         classifier = self.classifier
         if classifier.calibration is None and classifier.temperature != 1:
-            notes.append(
-                "Exported weights: the temperature fitted after training is in them, thresholds to reject by are not"
-            )
+            notes.append("Exported weights: probabilities are calibrated, but rejection needs the original checkpoint")
         elif classifier.calibration is None:
-            notes.append(
-                "Not calibrated: only the best checkpoint of a finished run is. Probabilities are the network's own"
-            )
+            notes.append("Probabilities are not calibrated: only the best checkpoint of a finished run is")
         elif classifier.raw:
-            notes.append("Probabilities are the network's own, as asked for: the fitted temperature isn't used")
+            notes.append("Probabilities are not calibrated: raw was set, so the fitted temperature is not used")
         return notes
 
     def rejection(self, max_error: float) -> dict[str, float | int | list[float] | None]:
-        """What becomes of these images, and of the strangers, if validation allows the part `max_error` of errors
-        among the accepted."""
+        """Rejection metrics, with thresholds that allow the error rate `max_error` on the validation images."""
         rejection = self.classifier.calibration.choose_rejection(max_error)
-        accepted = rejection.accepts(*self.judged).numpy()
+        accepted, *ood_accepted = (rejection.accepts(*inputs).numpy() for inputs in self._rejection_inputs)
         n, count, wrong = len(accepted), int(accepted.sum()), int((accepted & ~self.scores.correct).sum())
         row: dict[str, Any] = {
             "max_error": max_error,
-            "least_probability": None if math.isinf(rejection.least_probability) else rejection.least_probability,
-            "farthest": rejection.farthest,
+            "min_probability": None if math.isinf(rejection.least_probability) else rejection.least_probability,
+            "max_distance": rejection.farthest,
             "accepted": count / n,
             "error": wrong / count if count else None,
             "error_interval": list(wilson_interval(wrong, count)),
         }
-        if self.ood is not None:
-            row["ood"] = len(self.ood.logits)
-            row["ood_rejected"] = 1 - rejection.accepts(*self.judged_ood).numpy().mean()
+        if ood_accepted:
+            row |= {"ood": len(ood_accepted[0]), "ood_rejected": 1 - ood_accepted[0].mean()}
         return row
 
     @cached_property
-    def judged(self) -> tuple[Tensor, Tensor]:
-        """Of each image the probability of its likeliest class and its distance from all, by which it is rejected."""
-        return self._judge(self.outputs)
-
-    @cached_property
-    def judged_ood(self) -> tuple[Tensor, Tensor]:
-        """The same of the strangers."""
-        return self._judge(self.ood)
-
-    def _judge(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
-        probability = (outputs.logits / self.classifier.temperature).softmax(dim=1).amax(dim=1)
-        return probability, self.classifier.calibration.distances(outputs.embeddings)
+    def _rejection_inputs(self) -> list[tuple[Tensor, Tensor]]:
+        """For the images, then any OOD images: probability of the predicted class, distance to the nearest class."""
+        return [
+            (
+                (outputs.logits / self.classifier.temperature).softmax(dim=1).amax(dim=1),
+                self.classifier.calibration.distances(outputs.embeddings),
+            )
+            for outputs in (self.outputs, self.ood)
+            if outputs is not None
+        ]
 
 
 def evaluate_corrupted(
-    classifier: Classifier, images: ImageList, outputs: Outputs, most: int, num_workers: int, batch_size: int
+    classifier: Classifier, images: ImageList, outputs: Outputs, max_images: int, num_workers: int, batch_size: int
 ) -> dict[str, tuple[int, int]]:
-    """Right answers and images under each corruption of up to `most` images drawn at random, and under "none" of
-    the same as they are, which `outputs` has."""
-    if most == 0:
+    """Correct predictions and number of images under each corruption, on up to `max_images` images drawn at random.
+
+    The entry "none" is for the same images without corruption, taken from `outputs`.
+    """
+    if max_images == 0:
         return {}
-    drawn = sample_indices(images, most, seed=0)
-    as_they_are = (outputs.logits[drawn].argmax(dim=1) == outputs.class_ids[drawn]).sum()
-    hits = {"none": int(as_they_are)} | dict.fromkeys(CORRUPTIONS, 0)
+    drawn = sample_indices(images, max_images, seed=0)
+    unchanged = (outputs.logits[drawn].argmax(dim=1) == outputs.class_ids[drawn]).sum()
+    correct = {"none": int(unchanged)} | dict.fromkeys(CORRUPTIONS, 0)
     source = FileSource(select(images, drawn), classifier.preprocessing)
     loader = eval_loader(ImageDataset(source, classifier.transform, seed=0), batch_size, num_workers)
     bar = tqdm(fetch(loader), "corrupting", len(loader), unit="batch", leave=False, disable=None)
-    for number, (pixels, class_ids) in enumerate(bar):
+    for batch, (pixels, class_ids) in enumerate(bar):
         for name, corruption in CORRUPTIONS.items():
-            _, logits = classifier.forward(corrupt(pixels, corruption, number))
-            hits[name] += int((logits.argmax(dim=1) == class_ids).sum())
-    return {name: (count, len(drawn)) for name, count in hits.items()}
+            _, logits = classifier.forward(corrupt(pixels, corruption, seed=batch))
+            correct[name] += int((logits.argmax(dim=1) == class_ids).sum())
+    return {name: (count, len(drawn)) for name, count in correct.items()}

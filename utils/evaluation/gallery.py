@@ -1,8 +1,9 @@
-"""Images for the page of an evaluation: thumbnails, what the network looked at, and the nearest training image."""
+"""Images for the report page: thumbnails, explanation maps, and nearest training images."""
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -19,42 +20,37 @@ from utils.inference.fit_calibration import TrainEmbeddings
 from utils.system.text import printable
 
 THUMBNAIL = 160
-"""Pixels on the longer side of an image on the page."""
-EXPLAINED_AT_ONCE = 8
+"""Longer side of an image on the page, in pixels."""
+EXPLAIN_BATCH = 8
 
 
 class Gallery:
-    """The images on the page, each thumbnail made once.
+    """Makes the figures of the page, and each thumbnail only once.
 
     Args:
-        evaluation: whose images they are.
-        train: training images to show the nearest of beside a mistake, if there are any.
+        evaluation: the evaluation whose images are shown.
+        train: embeddings of training images, to show the nearest one beside a mistake.
     """
 
     def __init__(self, evaluation: Evaluation, train: TrainEmbeddings | None) -> None:
         self.evaluation = evaluation
         self.train = train
         self.preprocessing = evaluation.classifier.preprocessing
-        self._thumbnails: dict[str, str] = {}
+        self.thumbnail = functools.cache(self._make_thumbnail)
 
-    def thumbnail(self, path: str) -> str:
-        """A small JPEG of a file as a data URI; empty if it can't be read."""
-        if path not in self._thumbnails:
-            try:
-                self._thumbnails[path] = to_uri(self._read(path))
-            except ImageError:
-                self._thumbnails[path] = ""
-        return self._thumbnails[path]
-
-    def _read(self, path: str) -> Image.Image:
-        with self.preprocessing.open(path) as image:
-            scale = THUMBNAIL / max(image.width, image.height)
-            size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-            pixels = image.decode((0, 0, image.width, image.height), size).pixels
-        return fit(Image.fromarray(pixels), THUMBNAIL)
+    def _make_thumbnail(self, path: str) -> str:
+        """A small JPEG of an image file as a data URI, or "" if the file can't be read."""
+        try:
+            with self.preprocessing.open(path) as image:
+                scale = THUMBNAIL / max(image.width, image.height)
+                size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+                pixels = image.decode((0, 0, image.width, image.height), size).pixels
+        except ImageError:
+            return ""
+        return to_uri(fit(Image.fromarray(pixels), THUMBNAIL))
 
     def figure(self, index: int) -> dict[str, Any]:
-        """What is shown of an evaluated image."""
+        """The template's data for an evaluated image."""
         scores, names = self.evaluation.scores, self.evaluation.classifier.class_names
         truth, predicted = int(scores.class_ids[index]), int(scores.predicted[index])
         path = self.evaluation.images.path(index)
@@ -72,30 +68,25 @@ class Gallery:
         }
 
     def figures(self, indices: Sequence[int], explained: bool = False) -> list[dict[str, Any]]:
-        """What is shown of evaluated images: with the nearest training image of each, and to be explained with maps
-        of what the network looked at."""
+        """The template's data for evaluated images, with the nearest training image and, if `explained`, maps."""
         figures = [self.figure(index) for index in indices]
         if explained:
             self._add_maps(indices, figures)
         if self.train is not None and indices:
-            neighbours = nearest(self.evaluation.outputs.embeddings[list(indices)], self.train.embeddings)
-            for figure, neighbour in zip(figures, neighbours, strict=True):
-                path = self.train.images.path(neighbour)
-                name = self.evaluation.classifier.class_names[self.train.images.class_ids[neighbour]]
-                figure["nearest"] = {
-                    "path": printable(path),
-                    "image": self.thumbnail(path),
-                    "class_name": printable(name),
-                }
+            neighbors = nearest(self.evaluation.outputs.embeddings[list(indices)], self.train.embeddings)
+            for figure, neighbor in zip(figures, neighbors, strict=True):
+                path = self.train.images.path(neighbor)
+                name = self.evaluation.classifier.class_names[self.train.images.class_ids[neighbor]]
+                figure["nearest"] = {"path": printable(path), "image": self.thumbnail(path), "class": printable(name)}
         return figures
 
     def _add_maps(self, indices: Sequence[int], figures: Sequence[dict[str, Any]]) -> None:
         classifier, images = self.evaluation.classifier, self.evaluation.images
-        for start in range(0, len(indices), EXPLAINED_AT_ONCE):
-            some = list(indices[start : start + EXPLAINED_AT_ONCE])
-            pixels = torch.stack([classifier.load(images.path(i)) for i in some])
-            maps = explain(classifier, pixels, torch.from_numpy(self.evaluation.scores.predicted[some]))
-            for row, figure in enumerate(figures[start : start + EXPLAINED_AT_ONCE]):
+        for start in range(0, len(indices), EXPLAIN_BATCH):
+            batch = list(indices[start : start + EXPLAIN_BATCH])
+            pixels = torch.stack([classifier.load(images.path(i)) for i in batch])
+            maps = explain(classifier, pixels, torch.from_numpy(self.evaluation.scores.predicted[batch]))
+            for row, figure in enumerate(figures[start : start + EXPLAIN_BATCH]):
                 overlays = titled_overlays(pixels[row], maps, row, THUMBNAIL)
                 figure["maps"] = [{"title": title, "image": to_uri(image)} for title, image in overlays.items()]
 
@@ -108,7 +99,7 @@ def to_uri(image: Image.Image) -> str:
 
 
 def shown_images(evaluation: Evaluation, indices: Sequence[int]) -> np.ndarray:
-    """What the network was shown of some images, uint8 (n, height, width, 3)."""
+    """Evaluated images as the network sees them, uint8 (n, height, width, 3)."""
     classifier = evaluation.classifier
     images = [np.asarray(shown(classifier.load(evaluation.images.path(i)), THUMBNAIL)) for i in indices]
     return np.stack(images) if images else np.zeros((0, 1, 1, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""Which images to look at: those that were named wrong, hardly right, or whose label may be wrong."""
+"""Selection of images to look at: mistakes, uncertain predictions, likely label errors; accuracy by image property."""
 
 from __future__ import annotations
 
@@ -16,31 +16,25 @@ from utils.metrics.scores import Scores
 from utils.system.thread_map import map_parallel
 
 
-def worst_mistakes(scores: Scores, most: int) -> list[int]:
-    """The images named wrong of highest loss, that first."""
+def worst_mistakes(scores: Scores, n: int) -> list[int]:
+    """Indices of the `n` misclassified images with the highest loss, highest first."""
     wrong = np.flatnonzero(~scores.correct)
-    return wrong[np.argsort(-scores.losses[wrong], kind="stable")][:most].tolist()
+    return wrong[np.argsort(-scores.losses[wrong], kind="stable")][:n].tolist()
 
 
 def margins(scores: Scores) -> np.ndarray:
-    """How much likelier (N,) the likeliest class is than the next, 0 to 1."""
-    two = np.partition(scores.probabilities, -2, axis=1)[:, -2:]
-    return two[:, 1] - two[:, 0]
+    """The probability (N,) of the most likely class minus that of the second."""
+    second, first = np.partition(scores.probabilities, -2, axis=1)[:, -2:].T
+    return first - second
 
 
-def least_certain(scores: Scores, most: int) -> list[int]:
-    """The images, right or wrong, of smallest margin, that first."""
-    return np.argsort(margins(scores), kind="stable")[:most].tolist()
+def least_certain(scores: Scores, n: int) -> list[int]:
+    """Indices of the `n` images with the smallest margin, correct or not, smallest first."""
+    return np.argsort(margins(scores), kind="stable")[:n].tolist()
 
 
 class ConfusedPair(NamedTuple):
-    """One class taken for another.
-
-    Attributes:
-        truth: class id.
-        predicted: class id.
-        images: those it happened to, the most confident first.
-    """
+    """Images of class id `truth` predicted as class id `predicted`, the most confident first."""
 
     truth: int
     predicted: int
@@ -48,7 +42,7 @@ class ConfusedPair(NamedTuple):
 
 
 def confused_pairs(scores: Scores) -> list[ConfusedPair]:
-    """All pairs of a true and a predicted class that differ, the most frequent first."""
+    """All pairs of true and predicted class that differ, the most frequent first."""
     pairs: dict[tuple[int, int], list[int]] = {}
     wrong = np.flatnonzero(~scores.correct)
     for i in wrong[np.argsort(-scores.confidence[wrong], kind="stable")].tolist():
@@ -57,38 +51,29 @@ def confused_pairs(scores: Scores) -> list[ConfusedPair]:
 
 
 def label_errors(scores: Scores) -> list[int]:
-    """The images whose label is likely wrong, the likeliest first, by confident learning (Northcutt et al., 2021,
-    https://arxiv.org/abs/1911.00068), which holds for images that weren't trained on."""
+    """Indices of images whose label is likely wrong, the most likely first.
+
+    Confident learning (Northcutt et al., 2021, https://arxiv.org/abs/1911.00068); not valid for training images.
+    """
     if len(np.unique(scores.class_ids)) < 2:
         return []
-    from cleanlab.filter import find_label_issues  # brings pandas
+    from cleanlab.filter import find_label_issues  # slow: imports pandas
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer than five images
-        found = find_label_issues(
-            scores.class_ids,
-            scores.probabilities,
-            return_indices_ranked_by="self_confidence",
-            n_jobs=1,
+        warnings.simplefilter("ignore", UserWarning)  # about classes with fewer than five images
+        indices = find_label_issues(
+            scores.class_ids, scores.probabilities, return_indices_ranked_by="self_confidence", n_jobs=1
         )
-    return [int(i) for i in found]
+    return [int(i) for i in indices]
 
 
 def nearest(embeddings: Tensor, others: Tensor) -> list[int]:
-    """For each of embeddings (n, C) which of `others` (m, C) is the nearest, by the angle between them."""
+    """For each of embeddings (n, C), the index of the most similar of `others` (m, C), by cosine similarity."""
     return (F.normalize(embeddings, dim=1) @ F.normalize(others, dim=1).T).argmax(dim=1).tolist()
 
 
 class Slice(NamedTuple):
-    """The images within a range of some quantity.
-
-    Attributes:
-        low: smallest value.
-        high: largest value.
-        count: how many images.
-        accuracy: the part that is named right.
-        interval: of the accuracy.
-    """
+    """Accuracy, with its interval, of the `count` images whose value is between `low` and `high`."""
 
     low: float
     high: float
@@ -98,17 +83,17 @@ class Slice(NamedTuple):
 
 
 def accuracy_by(values: np.ndarray, correct: np.ndarray) -> list[Slice]:
-    """Accuracy in up to four slices of about as many images, by values (n,); equal values stay together, and values
-    that aren't known (NaN) are left out."""
+    """Accuracy by quartile of values (n,). Equal values stay in one slice, so there may be fewer than four; NaN values
+    are excluded."""
     known = ~np.isnan(values)
     values, correct = values[known], correct[known]
     if not len(values):
         return []
     edges = np.unique(np.quantile(values, (0.25, 0.5, 0.75), method="higher"))
-    part = np.searchsorted(edges, values, side="left")
+    quartile = np.searchsorted(edges, values, side="left")
     slices = []
-    for p in np.unique(part):
-        inside = part == p
+    for q in np.unique(quartile):
+        inside = quartile == q
         count, hits = int(inside.sum()), int(correct[inside].sum())
         low, high = values[inside].min(), values[inside].max()
         slices.append(Slice(float(low), float(high), count, hits / count, wilson_interval(hits, count)))
@@ -116,8 +101,7 @@ def accuracy_by(values: np.ndarray, correct: np.ndarray) -> list[Slice]:
 
 
 def read_sizes(images: ImageList, max_pixels: int) -> np.ndarray:
-    """Width and height (n, 2) of the images of a list in pixels, as their headers have them; NaN where they can't be
-    read."""
+    """Width and height (n, 2) in pixels from the image headers; NaN for unreadable images."""
 
     def size(path: str) -> tuple[float, float]:
         try:

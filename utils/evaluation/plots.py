@@ -1,4 +1,4 @@
-"""Numbers to figures."""
+"""The plot of the confusion matrix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from utils.system.text import printable
 matplotlib.rcParams["font.family"] = font_families()
 
 MAX_CLASSES = 40
-"""Classes that a confusion matrix shows: with more, nobody can read it."""
+"""Maximum number of classes in a confusion matrix; more would not be readable."""
 
 
 def arrange_classes(confusion: np.ndarray) -> np.ndarray:
-    """The classes to show of a confusion matrix (classes, classes), in an order in which those that are taken for each
-    other stand together: all of them, or the `MAX_CLASSES` with the most mistakes."""
+    """The class ids to show of a confusion matrix (classes, classes), ordered so that confused classes are adjacent.
+
+    At most `MAX_CLASSES`, those with the most mistakes.
+    """
     from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
     from scipy.spatial.distance import squareform
 
@@ -28,37 +30,36 @@ def arrange_classes(confusion: np.ndarray) -> np.ndarray:
     shown = np.sort(busiest[:MAX_CLASSES])
     if len(shown) < 3 or not mistakes.any():
         return shown
-    part = mistakes / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    closeness = (part + part.T)[np.ix_(shown, shown)]
+    fraction = mistakes / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    closeness = (fraction + fraction.T)[np.ix_(shown, shown)]
     distance = squareform(1 - closeness / max(closeness.max(), 1e-9), checks=False)
     return shown[leaves_list(linkage(distance, "average", optimal_ordering=True))]
 
 
 def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """The confusion matrix (classes, classes), coloured by the part of each true class; of more than `MAX_CLASSES`
-    those with the most mistakes. Counts where they fit."""
+    """Plot the classes of a confusion matrix (classes, classes) that `arrange_classes` selects, with their counts."""
     shown = arrange_classes(confusion)
     n = len(shown)
     side = max(4.5, 1.8 + 0.35 * n)
     figure = Figure(figsize=(side, side * 0.92), layout="constrained")
     axes = figure.subplots()
-    part = (confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1))[np.ix_(shown, shown)]
-    image = axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="part of the true class")
-    excluded = f"; the {n} of {len(confusion)} classes with the most mistakes" if n < len(confusion) else ""
-    axes.set(xlabel="predicted", ylabel="true", title=f"confusion matrix{excluded}")
+    fraction = (confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1))[np.ix_(shown, shown)]
+    image = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="fraction of the true class")
+    subset = f": the {n} of {len(confusion)} classes with the most mistakes" if n < len(confusion) else ""
+    axes.set(xlabel="predicted", ylabel="true", title=f"confusion matrix{subset}")
     names = _labels([class_names[k] for k in shown])
     axes.set_xticks(range(n), names, rotation=90)
     axes.set_yticks(range(n), names)
     counts = confusion[np.ix_(shown, shown)]
     for row, column in zip(*np.nonzero(counts), strict=True):
-        colour = "white" if part[row, column] > 0.5 else "black"
+        color = "white" if fraction[row, column] > 0.5 else "black"
         size = 8 if counts[row, column] < 1000 else 6
-        axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=size)
+        axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=size)
     return figure
 
 
 def _labels(class_names: Sequence[str]) -> list[str]:
-    """Class names as a plot takes them: short, and with no sign that matplotlib reads as a formula."""
+    """Class names shortened, with $ escaped: matplotlib would read it as a formula."""
     short = [name if len(name) <= 24 else f"{name[:23]}…" for name in class_names]
     return [printable(name).replace("$", r"\$") for name in short]

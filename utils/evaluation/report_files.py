@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: files of numbers, a page, and TensorBoard's view of it."""
+"""Output files of an evaluation: JSON, CSV, TensorBoard events; and the table for the terminal."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from utils.system.files import try_unlink, write_json, write_text
 from utils.system.text import printable
 
 EVENTS_FOLDER = "evaluation"
-"""Folder in a run's for TensorBoard's events of its evaluation."""
+"""Subfolder of a run for the TensorBoard events of its evaluation."""
 TOP = 5
-MOST_ROWS = 40
+"""Classes per image in `predictions.csv`."""
+MAX_ROWS = 40
+"""With more classes, only the `MAX_ROWS // 2` with the lowest F1 are printed."""
 
 
-def write_numbers(folder: Path, evaluation: Evaluation) -> None:
+def write_metrics(folder: Path, evaluation: Evaluation) -> None:
     """Write `metrics.json`, `predictions.csv` and `confusion_matrix.csv`."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", evaluation.metrics)
     names = evaluation.classifier.class_names
     header = ["true \\ predicted", *names]
@@ -35,20 +36,18 @@ def write_numbers(folder: Path, evaluation: Evaluation) -> None:
 
 
 def write_comparison(folder: Path, comparison: dict[str, Any], flipped: Sequence[Sequence[str]]) -> None:
-    """Write `comparison.json`, and the rows of `flipped.csv`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `comparison.json` and `flipped.csv`."""
     write_json(folder / "comparison.json", comparison)
     write_csv(folder / "flipped.csv", flipped)
 
 
 def prediction_rows(evaluation: Evaluation) -> list[list[str | float]]:
-    """The header and a row for each image: path, truth, prediction, its probability, margin to the next, loss,
-    then the next classes with their probabilities."""
+    """The rows of `predictions.csv`: the header, then one row per image."""
     scores, names = evaluation.scores, evaluation.classifier.class_names
     top = min(TOP, len(names))
     order = np.argsort(-scores.probabilities, axis=1, kind="stable")[:, :top]
     margin = margins(scores)
-    others = [f"{what}_{k}" for k in range(2, top + 1) for what in ("class", "probability")]
+    others = [f"{column}_{k}" for k in range(2, top + 1) for column in ("class", "probability")]
     rows: list[list[str | float]] = [["path", "truth", "prediction", "probability", "margin", "loss", *others]]
     for i, ranked in enumerate(order):
         probability = scores.probabilities[i]
@@ -60,21 +59,22 @@ def prediction_rows(evaluation: Evaluation) -> list[list[str | float]]:
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Write rows to a CSV; bytes of file names that are no UTF-8 as escapes."""
+    """Write rows to a CSV file; bytes in file names that are not UTF-8 are escaped."""
     table = io.StringIO(newline="")
     csv.writer(table).writerows(rows)
     write_text(path, table.getvalue())
 
 
 def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np.ndarray) -> None:
-    """Write for TensorBoard, in a folder of the run's: the confusion matrix, the worst mistakes, uint8 (n, height,
-    width, 3), and the settings with the figures. The events of an earlier evaluation make way."""
+    """Write TensorBoard events to a subfolder of the run, replacing those of an earlier evaluation.
+
+    They hold the confusion matrix, the worst mistakes, uint8 (n, height, width, 3), and the settings with the metrics.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     for earlier in (run / EVENTS_FOLDER).glob(f"{EVENTS}*"):
-        try_unlink(earlier, "TensorBoard shows both")
-    metrics = evaluation.metrics
-    figures = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        try_unlink(earlier, "TensorBoard will show both evaluations")
+    metrics = {f"evaluation/{name}": v for name, v in evaluation.metrics.items() if isinstance(v, float)}
     settings = {
         name: value if isinstance(value, int | float | str | bool) else str(value)
         for name, value in evaluation.classifier.config.items()
@@ -83,21 +83,21 @@ def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np
         writer.add_figure("confusion matrix", confusion)
         if len(worst):
             writer.add_images("worst mistakes", worst, dataformats="NHWC")
-        writer.add_hparams(settings, {f"evaluation/{name}": value for name, value in figures.items()}, run_name=".")
+        writer.add_hparams(settings, metrics, run_name=".")
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """The numbers of an evaluation as a table; of many classes those of lowest F1."""
+    """The metrics as a table for the terminal."""
     rows = metrics["per_class"]
     lines = [f"{'class':<24}{'precision':>10}{'recall':>10}{'F1':>10}{'support':>10}"]
-    if len(rows) > MOST_ROWS:
-        rows = sorted((row for row in rows if row["support"]), key=lambda row: row["f1"])[: MOST_ROWS // 2]
-        lines.insert(0, f"the {len(rows)} classes of lowest F1; all are in metrics.json")
+    if len(rows) > MAX_ROWS:
+        rows = sorted((row for row in rows if row["support"]), key=lambda row: row["f1"])[: MAX_ROWS // 2]
+        lines.insert(0, f"the {len(rows)} classes with the lowest F1; metrics.json has all")
     for row in rows:
-        shares = ["-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall", "f1")]
-        cells = "".join(f"{share:>10}" for share in shares)
+        values = ["-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall", "f1")]
+        cells = "".join(f"{value:>10}" for value in values)
         lines.append(f"{printable(row['class']):<24}{cells}{row['support']:>10}")
-    lines.append(f"{metrics['images']} images; in brackets intervals of 95 %")
+    lines.append(f"{metrics['images']} images; 95 % intervals in brackets")
     titles = {
         "top1": "top-1",
         "top5": "top-5",
@@ -105,27 +105,24 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         "macro_f1": "macro F1",
         "ece": "calibration error (ECE)",
     }
-    lines += [f"{title} {format_figure(metrics, key, percent=True)}" for key, title in titles.items() if key in metrics]
-    lines.append(f"log-loss {format_figure(metrics, 'log_loss', percent=False)}")
+    lines += [f"{title} {format_metric(metrics, key, percent=True)}" for key, title in titles.items() if key in metrics]
+    lines.append(f"log-loss {format_metric(metrics, 'log_loss', percent=False)}")
     if rejection := metrics["rejection"]:
+        error = "-" if rejection["error"] is None else f"{rejection['error']:.1%}"
         lines.append(
-            f"rejecting so that {rejection['max_error']:.0%} of the accepted would be wrong on validation: "
-            f"{1 - rejection['accepted']:.1%} rejected, {_percent(rejection['error'])} of the others wrong"
+            f"with rejection at max_error={rejection['max_error']:g}: {1 - rejection['accepted']:.1%} rejected, "
+            f"{error} of the accepted wrong"
         )
         if "ood" in rejection:
             lines.append(f"OOD images: {rejection['ood_rejected']:.1%} of {rejection['ood']} rejected")
     return "\n".join(lines)
 
 
-def _percent(part: float | None) -> str:
-    return "-" if part is None else f"{part:.1%}"
-
-
-def format_figure(metrics: dict[str, Any], key: str, percent: bool) -> str:
-    """A figure with its interval, such as `93.00% [91.20, 94.50]`; a dash where there is none."""
+def format_metric(metrics: dict[str, Any], key: str, percent: bool) -> str:
+    """A metric with its interval, such as `93.00% [91.20, 94.50]`, or a dash if it is None."""
     value, interval = metrics[key], metrics["intervals"].get(key)
     if value is None:
         return "-"
     factor, digits, sign = (100, 2, "%") if percent else (1, 3, "")
-    told = f"{factor * value:.{digits}f}{sign}"
-    return told if interval is None else f"{told} [{', '.join(f'{factor * end:.{digits}f}' for end in interval)}]"
+    text = f"{factor * value:.{digits}f}{sign}"
+    return text if interval is None else f"{text} [{', '.join(f'{factor * end:.{digits}f}' for end in interval)}]"

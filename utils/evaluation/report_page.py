@@ -1,4 +1,4 @@
-"""The page of an evaluation: what it shows, put together for `report_page.html`."""
+"""The report page of an evaluation: the data for the template `report_page.html`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.evaluation.mistakes import (
     worst_mistakes,
 )
 from utils.evaluation.plots import arrange_classes
-from utils.evaluation.report_files import format_figure
+from utils.evaluation.report_files import format_metric
 from utils.inference.fit_calibration import TrainEmbeddings
 from utils.inference.rejection import FAR
 from utils.metrics.intervals import wilson_interval
@@ -32,24 +32,38 @@ from utils.metrics.scores import expected_calibration_error, reliability
 from utils.runs.log import EPOCHS
 from utils.system.text import printable
 
-WORST, UNCERTAIN, LABELS, PAIRS, OF_A_PAIR = 24, 12, 24, 8, 3
-"""Images of each kind that are shown; pairs of classes, and images of each."""
+MAX_WORST, MAX_UNCERTAIN, MAX_LABEL_ERRORS = 24, 12, 24
+MAX_PAIRS, MAX_IMAGES_PER_PAIR = 8, 3
+"""How many images the page shows of each kind."""
+MAX_CLASS_ROWS = 1000
+MAX_PAIR_ROWS = 50
 ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
-MOST_CLASS_ROWS = 1000
-MOST_PAIR_ROWS = 50
+"""Allowed error rates in the table of rejection."""
+CARDS = (
+    ("top1", "Top-1 Accuracy", True, "predicted class is correct"),
+    ("top5", "Top-5 Accuracy", True, "correct class is among the five most likely"),
+    ("balanced_accuracy", "Balanced Accuracy", True, "mean recall over the classes"),
+    ("macro_f1", "Macro F1", True, "mean F1 over the classes"),
+    ("ece", "Calibration Error", True, "ECE, 15 bins; lower is better"),
+    ("log_loss", "Log-Loss", False, "in nats; lower is better"),
+    ("brier", "Brier Score", False, "0 to 2; lower is better"),
+    ("roc_auc", "ROC-AUC", False, "one class against the rest, mean"),
+    ("average_precision", "Average Precision", False, "one class against the rest, mean"),
+)
+"""The metrics at the top of the page: key, title, whether in percent, meaning."""
 
 
 def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
-    """The page, with everything in it.
+    """The page as one self-contained HTML file.
 
     Args:
-        evaluation: what it is about.
-        train: training images, to show the nearest of beside a mistake.
+        evaluation: the evaluation to show.
+        train: embeddings of training images, to show the nearest one beside a mistake.
     """
-    scores, metrics, names = evaluation.scores, evaluation.metrics, evaluation.classifier.class_names
+    scores, metrics, classifier = evaluation.scores, evaluation.metrics, evaluation.classifier
+    names = [printable(name) for name in classifier.class_names]
     gallery = Gallery(evaluation, train)
     pairs = confused_pairs(scores)
-    epochs = read_epochs(evaluation.checkpoint.parent)
     template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
@@ -57,94 +71,66 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
         metrics=metrics,
         checkpoint=printable(str(evaluation.checkpoint)),
         data=printable(evaluation.data),
-        names=[printable(name) for name in names],
+        names=names,
         notes=[printable(note) for note in metrics["notes"]],
-        cards=cards(metrics),
-        curves=curves(epochs, evaluation.classifier.config),
+        cards=metric_cards(metrics),
+        curves=learning_curves(read_epochs(evaluation.checkpoint.parent), classifier.config),
         confusion=confusion_cells(scores.confusion),
-        pairs=[
-            {"truth": pair.truth, "predicted": pair.predicted, "count": len(pair.images)}
-            for pair in pairs[:MOST_PAIR_ROWS]
-        ],
+        pairs=pairs[:MAX_PAIR_ROWS],
         num_pairs=len(pairs),
-        class_rows=list(enumerate(metrics["per_class"]))[:MOST_CLASS_ROWS],
+        class_rows=list(enumerate(metrics["per_class"]))[:MAX_CLASS_ROWS],
         reliability=reliability_plots(evaluation),
-        rejections=[evaluation.rejection(rate) for rate in ERROR_RATES] if evaluation.classifier.can_reject else [],
+        rejections=[evaluation.rejection(rate) for rate in ERROR_RATES] if classifier.can_reject else [],
         far=FAR,
-        calibrated_on=len(evaluation.classifier.calibration.correct) if evaluation.classifier.can_reject else 0,
-        worst=gallery.figures(worst_mistakes(scores, WORST), explained=True),
+        calibrated_on=len(classifier.calibration.correct) if classifier.can_reject else 0,
+        worst=gallery.figures(worst_mistakes(scores, MAX_WORST), explained=True),
         num_wrong=int((~scores.correct).sum()),
-        by_pair=[
-            {
-                "truth": printable(names[pair.truth]),
-                "predicted": printable(names[pair.predicted]),
-                "count": len(pair.images),
-                "figures": gallery.figures(pair.images[:OF_A_PAIR]),
-            }
-            for pair in pairs[:PAIRS]
-        ],
-        uncertain=[gallery.figure(i) for i in least_certain(scores, UNCERTAIN)],
+        by_pair=[(pair, gallery.figures(pair.images[:MAX_IMAGES_PER_PAIR])) for pair in pairs[:MAX_PAIRS]],
+        uncertain=[gallery.figure(i) for i in least_certain(scores, MAX_UNCERTAIN)],
         labels=label_gallery(gallery),
-        slices=slices(evaluation),
+        slices=slice_tables(evaluation),
         corruptions=corruption_rows(evaluation),
-        has_train=len(train.images) if train else 0,
+        num_train=len(train.images) if train else 0,
     )
 
 
 def label_gallery(gallery: Gallery) -> dict[str, Any]:
-    """The images whose label is likely wrong, and how many there are."""
-    found = label_errors(gallery.evaluation.scores)
-    return {"count": len(found), "figures": gallery.figures(found[:LABELS])}
+    """The number of likely label errors, and the first of them as figures."""
+    indices = label_errors(gallery.evaluation.scores)
+    return {"count": len(indices), "figures": gallery.figures(indices[:MAX_LABEL_ERRORS])}
 
 
-def cards(metrics: dict[str, Any]) -> list[dict[str, str]]:
-    """The figures at the top: name, value with its interval, and what it means."""
-    shown = [
-        ("top1", "Top-1", True, "of the images are named right"),
-        ("top5", "Top-5", True, "have their class among the five likeliest"),
-        ("balanced_accuracy", "Balanced accuracy", True, "every class counting alike"),
-        ("macro_f1", "Macro F1", True, "precision and recall, every class alike"),
-        ("ece", "Calibration error", True, "gap between claimed and actual accuracy (ECE, 15 bins)"),
-        ("log_loss", "Log-loss", False, "nats; lower is better"),
-        ("brier", "Brier score", False, "0 to 2; lower is better"),
-        ("roc_auc", "ROC-AUC", False, "one class against the rest, mean"),
-        ("average_precision", "Average precision", False, "one class against the rest, mean"),
-    ]
-    rows = []
-    for key, title, percent, meaning in shown:
+def metric_cards(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    """Title, value, interval and meaning of each of `CARDS` that this evaluation has."""
+    cards = []
+    for key, title, percent, meaning in CARDS:
         if metrics.get(key) is not None:
-            value, _, interval = format_figure(metrics, key, percent).partition(" ")
-            rows.append(
-                {
-                    "title": title,
-                    "value": value,
-                    "interval": interval.strip("[]").replace(", ", " to "),
-                    "meaning": meaning,
-                }
-            )
-    return rows
+            value, _, interval = format_metric(metrics, key, percent).partition(" ")
+            interval = interval.strip("[]").replace(", ", " to ")
+            cards.append({"title": title, "value": value, "interval": interval, "meaning": meaning})
+    return cards
 
 
 def read_epochs(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's epochs, as far as its folder has them."""
-    path = folder / EPOCHS
-    if not path.is_file():
-        return []
+    """The rows of a run's `epochs.csv`; none if the file is missing or malformed."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with (folder / EPOCHS).open(encoding="utf-8", newline="") as file:
             return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    except (ValueError, TypeError, KeyError, csv.Error):
+    except (FileNotFoundError, IsADirectoryError, ValueError, TypeError, csv.Error):
         return []
 
 
-def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[str, Any] | None:
-    """The learning curves as lines of points in a box of 100 by 100, and where the backbone was thawed."""
+def learning_curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[str, Any] | None:
+    """The learning curves as SVG polylines in a box of 100 by 100, with the best epoch and the end of the frozen stage.
+
+    None unless `epochs` is the complete history of a run with these settings: a folder may hold files of several runs.
+    """
     keys = ("epoch", "loss", "val_loss", "top1", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error")
     if len(epochs) < 2 or not all(key in row and math.isfinite(row[key]) for row in epochs for key in keys):
         return None
     try:
         settings = TrainConfig.from_dict(config)
-    except (KeyError, TypeError, ValueError):  # of an export, or of another version
+    except (KeyError, TypeError, ValueError):  # settings of an exported file or of another version
         return None
     last = epochs[-1]["epoch"]
     if [row["epoch"] for row in epochs] != list(range(1, len(epochs) + 1)) or last > settings.epochs:
@@ -167,32 +153,32 @@ def curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) -> dict[s
         "thaw_x": 100 * (thaw - 0.5) / (last - 1),
         "plots": [
             {"title": "Loss", "top": f"{top:.2f}", "lines": {kind: line(key, top) for kind, key in losses.items()}},
-            {"title": "Top-1", "top": "100 %", "lines": {"train": line("top1", 1), "val": line("val_top1", 1)}},
+            {"title": "Top-1", "top": "100%", "lines": {"train": line("top1", 1), "val": line("val_top1", 1)}},
         ],
     }
 
 
 def confusion_cells(confusion: np.ndarray) -> dict[str, Any]:
-    """Of the classes that are shown: their ids, and rows of counts with the part of the true class that each is."""
+    """The class ids to show, and rows of (count, fraction of the true class)."""
     order = arrange_classes(confusion)
-    part = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    rows = [[(int(confusion[i, j]), round(float(part[i, j]), 3)) for j in order] for i in order]
+    fraction = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    rows = [[(int(confusion[i, j]), round(float(fraction[i, j]), 3)) for j in order] for i in order]
     return {"order": order.tolist(), "rows": rows}
 
 
 def reliability_plots(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The bins of reliability, of the network and, where it is calibrated, with its temperature."""
-    sides = [("as the network gives them", evaluation.raw_scores)]
+    """Reliability diagrams before and, if the classifier is calibrated, after temperature scaling."""
+    variants = [("uncalibrated", evaluation.raw_scores)]
     if evaluation.classifier.can_reject:
-        sides.append((f"divided by the temperature {evaluation.classifier.temperature:.2f}", evaluation.scores))
+        variants.append((f"calibrated (temperature {evaluation.classifier.temperature:.2f})", evaluation.scores))
     plots = []
-    for title, scores in sides:
+    for title, scores in variants:
         bins = reliability(scores)
-        most = max(row["count"] for row in bins)
+        max_count = max(row["count"] for row in bins)
         plots.append(
             {
                 "title": title,
-                "bins": [row | {"share": row["count"] / most} for row in bins],
+                "bins": [row | {"share": row["count"] / max_count} for row in bins],
                 "ece": expected_calibration_error(scores),
                 "log_loss": float(scores.losses.mean()),
             }
@@ -200,15 +186,15 @@ def reliability_plots(evaluation: Evaluation) -> list[dict[str, Any]]:
     return plots
 
 
-def slices(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Accuracy by size, by aspect ratio and by brightness."""
+def slice_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Accuracy by image size, aspect ratio and brightness."""
     correct = evaluation.scores.correct
     sizes = read_sizes(evaluation.images, evaluation.classifier.preprocessing.max_pixels)
     long, short = sizes.max(axis=1), sizes.min(axis=1)
     tables = [
-        ("Short side in pixels", short, "{:.0f}"),
-        ("Long side to short side", long / short, "{:.2f}"),
-        ("Brightness, 0 to 1", evaluation.outputs.brightness.double().numpy(), "{:.2f}"),
+        ("Shorter Side (Pixels)", short, "{:.0f}"),
+        ("Aspect Ratio (Longer / Shorter Side)", long / short, "{:.2f}"),
+        ("Mean Brightness (0 to 1)", evaluation.outputs.brightness.double().numpy(), "{:.2f}"),
     ]
     return [
         {"title": title, "rows": [_slice_row(row, form) for row in accuracy_by(values, correct)]}
@@ -216,16 +202,15 @@ def slices(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def _slice_row(part: Slice, form: str) -> dict[str, Any]:
-    low, high = form.format(part.low), form.format(part.high)
-    told = low if low == high else f"{low} to {high}"
-    return {"range": told, "count": part.count, "accuracy": part.accuracy, "interval": part.interval}
+def _slice_row(row: Slice, form: str) -> dict[str, Any]:
+    low, high = form.format(row.low), form.format(row.high)
+    text = low if low == high else f"{low} to {high}"
+    return {"range": text, "count": row.count, "accuracy": row.accuracy, "interval": row.interval}
 
 
 def corruption_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Accuracy as it is, then under each corruption."""
-    rows = []
-    for name, (hits, count) in evaluation.corrupted.items():
-        told = "as they are" if name == "none" else name
-        rows.append({"name": told, "count": count, "accuracy": hits / count, "interval": wilson_interval(hits, count)})
-    return rows
+    """Accuracy without corruption, then under each corruption."""
+    return [
+        {"name": name, "count": n, "accuracy": correct / n, "interval": wilson_interval(correct, n)}
+        for name, (correct, n) in evaluation.corrupted.items()
+    ]

@@ -1,4 +1,4 @@
-"""A checkpoint in other formats, checked against the original, with a model card.
+"""Export of a checkpoint to other formats, checked against the original, with a model card.
 
 Imports `inference` and the floors below it.
 """

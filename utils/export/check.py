@@ -1,4 +1,4 @@
-"""Whether an exported file gives what the checkpoint gives, image for image."""
+"""Check that an exported file gives the same predictions as the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ from utils.inference.classifier import Classifier
 from utils.system.thread_map import MAX_AHEAD, map_parallel
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2}
-"""How far a probability may be off, by precision; int8 is judged by `MOST_LOST`. A fine-tuned DINOv2's are off by 0.006
-in fp16, and by 0.000005 in fp32."""
-MOST_LOST = 0.01
-"""The part of the images by which int8 may name fewer right."""
-WORST = 10
-"""Images with the largest differences that a report names."""
+"""Allowed difference of a probability, by precision. A fine-tuned DINOv2 has 0.006 in fp16 and 0.000005 in fp32."""
+INT8_MAX_LOSS = 0.01
+"""Allowed decrease of top-1 accuracy in int8, which is judged by that alone."""
+NUM_WORST = 10
+"""Images with the largest differences listed in a report."""
 
 Exported = Callable[[np.ndarray], np.ndarray]
-"""An exported file: an image uint8 (height, width, 3) to probabilities (classes,)."""
+"""An opened exported file: maps an image uint8 (height, width, 3) to probabilities (classes,)."""
 
 
 class ExportError(ValueError):
-    """The exported file doesn't give what the checkpoint gives."""
+    """The exported file gives other predictions than the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the checkpoint and the exported file make of the same n images, in memory.
+    """Probabilities of the checkpoint and of the exported file for the same n images.
 
     Attributes:
-        paths: of the images, n.
-        class_ids: (n,), the truth.
-        expected: (n, classes), the checkpoint's probabilities in fp32.
-        found: (n, classes), the exported file's.
-        unreadable: what is wrong with files that couldn't be read and are left out.
+        paths: the n image paths.
+        class_ids: (n,), the true classes.
+        expected: (n, classes), probabilities of the checkpoint in fp32.
+        found: (n, classes), probabilities of the exported file.
+        unreadable: the error of each image that was skipped because it can't be read.
     """
 
     paths: list[str]
@@ -50,54 +49,54 @@ class Comparison:
 
     @property
     def difference(self) -> np.ndarray:
-        """(n,), the largest difference of a probability; infinite where what was found isn't finite."""
-        off = np.abs(self.expected - self.found).max(axis=1)
-        return np.where(np.isfinite(off), off, np.inf)
+        """(n,), the largest difference of a probability per image; infinite if `found` isn't finite."""
+        difference = np.abs(self.expected - self.found).max(axis=1)
+        return np.where(np.isfinite(difference), difference, np.inf)
 
     @property
     def same_top1(self) -> np.ndarray:
-        """Bool (n,), whether both name the same class."""
+        """Bool (n,), whether both predict the same class."""
         return self.expected.argmax(axis=1) == self.found.argmax(axis=1)
 
     @property
     def accuracy(self) -> tuple[float, float]:
-        """The part (0 to 1) that the checkpoint and the exported file name right."""
+        """Top-1 accuracy of the checkpoint and of the exported file."""
         before, after = ((of.argmax(axis=1) == self.class_ids).mean() for of in (self.expected, self.found))
         return float(before), float(after)
 
     def fault(self, precision: str) -> str:
-        """What is wrong with an export in "fp32", "fp16" or "int8"; empty if nothing is."""
+        """Why an export in `precision` fails the check; "" if it passes."""
         before, after = self.accuracy
         if not np.isfinite(self.difference).all():
-            return "some of its probabilities aren't finite numbers"
+            return "some of its probabilities aren't finite"
         if precision == "int8":
-            lost = before - after > MOST_LOST + 1e-9
-            return f"it names {after:.1%} of the images right, the checkpoint {before:.1%}" if lost else ""
-        told = []
-        if others := int((~self.same_top1).sum()):
-            told.append(f"it names another class for {others} of {len(self.paths)} images")
-        if (off := self.difference.max()) > TOLERANCE[precision]:
-            told.append(f"a probability is off by {off:.2g}, and {TOLERANCE[precision]:.0e} is allowed")
-        return "; ".join(told)
+            failed = before - after > INT8_MAX_LOSS + 1e-9
+            return f"its top-1 accuracy is {after:.1%}, the checkpoint's {before:.1%}" if failed else ""
+        faults = []
+        if changed := int((~self.same_top1).sum()):
+            faults.append(f"the predicted class differs for {changed} of {len(self.paths)} images")
+        if (difference := self.difference.max()) > TOLERANCE[precision]:
+            faults.append(f"a probability differs by {difference:.2g}, more than {TOLERANCE[precision]:.0e}")
+        return "; ".join(faults)
 
     def worst(self) -> list[tuple[str, float]]:
-        """The images that differ most, other classes first, with the difference."""
-        order = np.lexsort((-self.difference, self.same_top1))[:WORST]
+        """The paths and differences of the images that differ most; those with another predicted class come first."""
+        order = np.lexsort((-self.difference, self.same_top1))[:NUM_WORST]
         return [(self.paths[i], float(self.difference[i])) for i in order if self.difference[i] > 0]
 
     def as_dict(self, precision: str) -> dict[str, Any]:
-        """The report, as plain types."""
+        """The report as plain types."""
         before, after = self.accuracy
-        off = self.difference
-        finite = np.isfinite(off).all()
+        difference = self.difference
+        finite = np.isfinite(difference).all()
         return {
             "passed": not self.fault(precision),
             "fault": self.fault(precision),
             "images": len(self.paths),
             "unreadable": self.unreadable,
             "same_top1": int(self.same_top1.sum()),
-            "largest_difference": float(off.max()) if finite else None,
-            "mean_difference": float(off.mean()) if finite else None,
+            "largest_difference": float(difference.max()) if finite else None,
+            "mean_difference": float(difference.mean()) if finite else None,
             "top1_checkpoint": before,
             "top1_exported": after,
             "worst": [
@@ -107,7 +106,7 @@ class Comparison:
 
 
 def compare(classifier: Classifier, exported: Exported, images: ImageList) -> Comparison:
-    """Put the same images, read into memory once, through both.
+    """Run the checkpoint and the exported file on the same images; unreadable ones are skipped.
 
     Raises:
         ValueError: none of the images can be read.
@@ -139,6 +138,6 @@ def compare(classifier: Classifier, exported: Exported, images: ImageList) -> Co
 
 
 def by_checkpoint(classifier: Classifier, pixels: np.ndarray) -> np.ndarray:
-    """Probabilities (classes,) of an image uint8 (height, width, 3), as evaluation prepares it."""
-    shown = classifier.transform(Image.fromarray(pixels))
-    return classifier.probabilities(shown[None])[0].numpy()
+    """The checkpoint's probabilities (classes,) for an image uint8 (height, width, 3)."""
+    transformed = classifier.transform(Image.fromarray(pixels))
+    return classifier.probabilities(transformed[None])[0].numpy()

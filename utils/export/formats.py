@@ -1,4 +1,4 @@
-"""The formats that a classifier is exported in: how each is written, and opened again to be checked."""
+"""Export formats: how to write each, and how to open it again for the check."""
 
 from __future__ import annotations
 
@@ -29,13 +29,7 @@ STEMS = {"fp32": "model", "fp16": "model_fp16", "int8": "model_int8"}
 
 
 class Format(NamedTuple):
-    """A format.
-
-    Attributes:
-        suffix: of its files.
-        write: writes a classifier that is in fp32 on the CPU to an open file.
-        open: opens such a file, by its path, to compare it with the classifier.
-    """
+    """How to write a classifier, which must be in fp32 on the CPU, and how to open the file for the check."""
 
     suffix: str
     write: Callable[[Classifier, ExportFacts, BinaryIO], None]
@@ -43,7 +37,7 @@ class Format(NamedTuple):
 
 
 def describe_export(classifier: Classifier, checkpoint: Path, precision: str) -> ExportFacts:
-    """What the file says of itself that a checkpoint is exported to now."""
+    """The metadata of an exported file, including its provenance."""
     provenance = {
         "checkpoint": checkpoint.name,
         "checkpoint_sha256": digest_file(checkpoint),
@@ -57,38 +51,38 @@ def describe_export(classifier: Classifier, checkpoint: Path, precision: str) ->
 
 
 def write_onnx(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
-    """One file of ONNX, in the precision that `facts` has.
+    """Write an ONNX file in the precision of `facts`.
 
     Raises:
-        ValueError: it would be larger than such a file can be.
+        ValueError: the weights exceed the maximum size of an ONNX file.
     """
     precision = facts.provenance["precision"]
     size = sum(p.numel() for p in classifier.network.parameters()) * (2 if precision == "fp16" else 4)
     if size > MAX_BYTES:
-        remedy = "--format pt2" if precision == "fp16" else "--precision fp16, which takes half, or --format pt2"
+        remedy = "--format pt2" if precision == "fp16" else "--precision fp16 (half the size) or --format pt2"
         raise ValueError(
-            f"format=onnx: the weights take {format_bytes(size)}, and one file of ONNX holds "
-            f"{format_bytes(MAX_BYTES)}: take {remedy}"
+            f"format=onnx: the weights are {format_bytes(size)}, an ONNX file can have {format_bytes(MAX_BYTES)}; "
+            f"use {remedy}"
         )
     file.write(make_onnx(trace(classifier), facts))
 
 
-def run_onnx(path: Path, classifier: Classifier) -> Exported:
-    """Such a file in ONNX Runtime, on the processor."""
+def open_onnx_file(path: Path, classifier: Classifier) -> Exported:
+    """Open an ONNX file in ONNX Runtime on the CPU."""
     exported = open_onnx(path)
     return lambda pixels: exported.probabilities(pixels[None])[0]
 
 
 def write_pt2(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
-    """A file of `torch.export`, with what it says of itself as its extra files."""
+    """Write a `torch.export` file, with the metadata as its extra files."""
     with warnings.catch_warnings():
-        # Of weights that are views of one tensor; that all of them arrive is what the check is for.
+        # A warning about weights that are views of one tensor; the check shows that they are saved correctly.
         warnings.filterwarnings("ignore", "No complete tensor found")
         torch.export.save(trace(classifier), file, extra_files=facts.as_strings())
 
 
-def run_pt2(path: Path, classifier: Classifier) -> Exported:
-    """Such a file in torch."""
+def open_pt2(path: Path, classifier: Classifier) -> Exported:
+    """Open a `torch.export` file."""
     with path.open("rb") as file:
         network = torch.export.load(file).module()
 
@@ -100,8 +94,10 @@ def run_pt2(path: Path, classifier: Classifier) -> Exported:
 
 
 def write_safetensors(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
-    """The weights alone, in the precision that `facts` has, which `model_path` of train.py and predict.py takes; its
-    header holds what builds their network."""
+    """Write the weights in the precision of `facts`, for `model_path` of train.py and predict.py.
+
+    The header has the metadata, which includes the arguments that build the network.
+    """
     dtype = torch.float16 if facts.provenance["precision"] == "fp16" else torch.float32
     weights = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
@@ -110,8 +106,8 @@ def write_safetensors(classifier: Classifier, facts: ExportFacts, file: BinaryIO
     file.write(safetensors.torch.save(weights, facts.as_strings()))
 
 
-def run_safetensors(path: Path, classifier: Classifier) -> Exported:
-    """The weights as train.py and predict.py read them, in a new network."""
+def open_safetensors(path: Path, classifier: Classifier) -> Exported:
+    """Load the weights into a new network, as predict.py does."""
     content = read_exported(path)
     model = restore_model(content["model"], content["weights"])
     network = PixelNetwork(model, classifier.preprocessing, classifier.device).eval().requires_grad_(False)
@@ -120,13 +116,13 @@ def run_safetensors(path: Path, classifier: Classifier) -> Exported:
 
 
 def write_card(path: Path, facts: ExportFacts) -> None:
-    """The JSON card beside a file of weights: all that there is to know besides them."""
+    """Write the JSON card beside a weights file: the metadata and the file's digest."""
     card = facts.as_dict() | {"weights": path.name, "weights_sha256": digest_file(path)}
     write_json(path.with_suffix(".json"), card)
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(".onnx", write_onnx, run_onnx),
-    "pt2": Format(".pt2", write_pt2, run_pt2),
-    "safetensors": Format(WEIGHTS_SUFFIX, write_safetensors, run_safetensors),
+    "onnx": Format(".onnx", write_onnx, open_onnx_file),
+    "pt2": Format(".pt2", write_pt2, open_pt2),
+    "safetensors": Format(WEIGHTS_SUFFIX, write_safetensors, open_safetensors),
 }

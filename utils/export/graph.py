@@ -1,4 +1,4 @@
-"""What is exported: an image's pixels in, probabilities out, with nothing left to do outside."""
+"""The exported graph: from an image's pixels to probabilities, preprocessing included."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from utils.inference.exported_metadata import INPUT
 
 
 class PixelClassifier(nn.Module):
-    """Images (B, height, width, 3), uint8 RGB of any size, to probabilities (B, classes), fp32.
+    """Maps RGB images uint8 (B, height, width, 3) of any size to probabilities fp32 (B, classes).
 
-    What `Classifier.transform` does to images in memory, then the network, the temperature and the softmax.
+    Preprocesses as `Classifier.transform` does images in memory, then applies network, temperature and softmax.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -29,11 +29,11 @@ class PixelClassifier(nn.Module):
 
 
 def trace(classifier: Classifier) -> ExportedProgram:
-    """The graph of a classifier that is in fp32 on the CPU; number, height and width of the images stay open."""
+    """Trace a classifier, which must be in fp32 on the CPU, with dynamic batch size, height and width."""
     assert (classifier.device.type, classifier.precision) == ("cpu", "fp32")
-    example = torch.zeros(2, 37, 41, 3, dtype=torch.uint8)  # sizes that no side of a network has
+    example = torch.zeros(2, 37, 41, 3, dtype=torch.uint8)  # differs from all network sizes: none is specialized
     sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
     program = torch.export.export(PixelClassifier(classifier).eval(), (example,), dynamic_shapes={INPUT: sizes})
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it names the folders of this machine
+        node.meta.pop("stack_trace", None)  # contains local paths
     return program

@@ -1,4 +1,4 @@
-"""A graph becomes one ONNX file, with weights in fp32, fp16 or int8."""
+"""Conversion of a traced graph to ONNX, with weights in fp32, fp16 or int8."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ OPSET = 18
 
 
 def make_onnx(program: ExportedProgram, facts: ExportFacts) -> bytes:
-    """The ONNX file of a graph from `utils.export.graph.trace`, in the precision that `facts` has: "fp32", "fp16" or
-    "int8"."""
+    """The bytes of an ONNX file from a graph of `utils.export.graph.trace`, in the precision of `facts`."""
     model = convert(program)
     strip_traces(model)
     precision = facts.provenance["precision"]
     if precision == "fp16":
         halve_weights(model)
     elif precision == "int8":
-        model = quantise(model)
+        model = quantize(model)
     for name, value in facts.as_strings().items():
         model.metadata_props.add(key=name, value=value)
     model.metadata_props.add(key=DIGEST, value=digest(model))
@@ -37,15 +36,15 @@ def make_onnx(program: ExportedProgram, facts: ExportFacts) -> bytes:
 
 
 def convert(program: ExportedProgram) -> onnx.ModelProto:
-    """The same graph in ONNX's operations, in fp32."""
-    made = torch.onnx.export(
+    """The graph as an fp32 ONNX model."""
+    exported = torch.onnx.export(
         program, dynamo=True, input_names=[INPUT], output_names=[OUTPUT], opset_version=OPSET, verbose=False
     )
-    return made.model_proto
+    return exported.model_proto
 
 
 def strip_traces(model: onnx.ModelProto) -> None:
-    """Take out what the exporter notes of the code that it went through: it names the folders of this machine."""
+    """Remove the exporter's notes about source code, which contain local paths."""
     graph = model.graph
     assert not model.functions
     del model.metadata_props[:], graph.metadata_props[:]
@@ -55,11 +54,11 @@ def strip_traces(model: onnx.ModelProto) -> None:
 
 
 def halve_weights(model: onnx.ModelProto) -> None:
-    """Keep matrices in fp16 and cast them back when they are used, so that all arithmetic stays fp32.
+    """Store matrices in fp16 and cast them to fp32 for computation.
 
-    ONNX Runtime casts them once, when it opens the file. Arithmetic in fp16 would gain nothing on a processor, where it
-    has few kernels for it, and lose digits. Biases, norms and the convolution that takes the image are small, and
-    rounding them costs more than rounding all else does.
+    ONNX Runtime casts them once, at load. On a CPU, fp16 computation would not be faster (few kernels exist) but less
+    accurate. Biases, norms and the first convolution stay fp32: they are small, and rounding them costs more accuracy
+    than rounding everything else.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -75,28 +74,29 @@ def halve_weights(model: onnx.ModelProto) -> None:
     model.graph.node.extend(nodes)
 
 
-def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Weights of matrix products and convolutions in 8 bits, a scale for each column or channel; what they are
-    multiplied by is brought to 8 bits while it runs. The convolution that takes the image stays as it is: it is
-    small, and all that follows rests on it."""
+def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Quantize the weights of matrix products and convolutions to int8 per channel, and activations dynamically.
+
+    The first convolution stays fp32: it is small, and everything after it depends on it.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     kernels = {tensor.name for tensor in model.graph.initializer if takes_image(tensor)}
     first = [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] in kernels]
-    del model.graph.value_info[:]  # shapes between the operations, which change
-    logging.disable(logging.WARNING)  # it recommends a step that torch's exporter has done
+    del model.graph.value_info[:]  # intermediate shapes, which change
+    logging.disable(logging.WARNING)  # recommends a step that torch's exporter already did
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")
-            # Only constant weights: the resize's products, whose weights are computed, are not among them.
+            # Only constant weights: the resize multiplies by computed ones.
             quantize_dynamic(
                 model,
                 path,
                 op_types_to_quantize=["MatMul", "Conv"],
                 nodes_to_exclude=first,
                 per_channel=True,
-                weight_type=QuantType.QUInt8,  # signed ones make convolutions four times as slow
+                weight_type=QuantType.QUInt8,  # signed weights make convolutions four times slower
                 extra_options={"MatMulConstBOnly": True},
             )
             return onnx.load(path)
@@ -105,5 +105,5 @@ def quantise(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def takes_image(weights: onnx.TensorProto) -> bool:
-    """Whether weights are those of a convolution of three colours."""
+    """Whether these are the weights of a convolution with three input channels, the first layer."""
     return len(weights.dims) == 4 and weights.dims[1] == 3

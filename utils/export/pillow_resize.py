@@ -1,9 +1,9 @@
-"""Pillow's resize as a module of plain tensor operations, so that an exported file prepares its images by itself.
+"""Pillow's resize as tensor operations: preprocessing becomes part of the exported graph.
 
-What `EvalTransform` does to an image in memory is two matrix products here, one across and one down, whose weights are
-computed from the image's size. Pillow's arithmetic (its `Resample.c`) is followed to the bit: weights are whole
-numbers of 22 bits, and levels are rounded to whole numbers after each product. So that fp32 adds up without rounding, a
-weight is split into two of 11 bits; then neither the order of the sums nor TF32 changes a pixel.
+`EvalTransform` on an image in memory becomes two matrix products, one per axis, whose weights are computed from the
+image's size. Results are bit-identical to Pillow's `Resample.c`: weights are 22-bit fixed-point numbers, and values are
+rounded to integers after each product. Each weight is split into two of 11 bits, which makes fp32 sums exact: neither
+the order of summation nor TF32 changes a pixel.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import SUPPORT
 
 FIXED_POINT = float(1 << 22)
-"""Pillow's weights are whole numbers, of which these are 1."""
-HALF_OF_THE_BITS = float(1 << 11)
+"""The fixed-point representation of 1 in Pillow's weights."""
+HALF_BITS = float(1 << 11)
 
 
 class Span(NamedTuple):
-    """What becomes of one axis: of the pixels of the image, `extent` from `start` on become `count` pixels of the
-    result, from `first` on. All are scalars of float64, the first two fractions of pixels."""
+    """The mapping along one axis: `extent` input pixels from `start` become `count` output pixels from `first`.
+
+    All are float64 scalars; `start` and `extent` may be fractional.
+    """
 
     start: Tensor
     extent: Tensor
@@ -33,8 +35,8 @@ class Span(NamedTuple):
 
 
 class PixelResize(nn.Module):
-    """Images uint8 (B, height, width, 3) of any size to what `EvalTransform` makes of them: levels (B, 3,
-    *input_shape), whole numbers from 0 to 255 in fp32."""
+    """Maps images uint8 (B, height, width, 3) of any size to the output of `EvalTransform`: integers from 0 to 255 in
+    fp32 (B, 3, *input_shape)."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -44,24 +46,24 @@ class PixelResize(nn.Module):
         self.interpolation = preprocessing.interpolation
 
     def forward(self, images: Tensor) -> Tensor:
-        # Both products are dense though most weights are zero: 12 megapixels still take but 0.2 s on two cores.
+        # Dense products, though most weights are zero: 12 megapixels take only 0.2 s on two cores.
         height, width = images.shape[1], images.shape[2]
         down, across = self._spans(_scalar(height), _scalar(width))
         to_width = filter_weights(across, width, self.size[1], self.interpolation)  # (2 w, width)
         to_height = filter_weights(down, height, self.size[0], self.interpolation)  # (2 h, height)
-        levels = images.permute(0, 3, 1, 2).float()  # (B, 3, height, width)
-        levels = _add_up(levels @ to_width.T, dim=3)  # (B, 3, height, w)
-        levels = _add_up(to_height @ levels, dim=2)  # (B, 3, h, w)
+        values = images.permute(0, 3, 1, 2).float()  # (B, 3, height, width)
+        values = _add_up(values @ to_width.T, dim=3)  # (B, 3, height, w)
+        values = _add_up(to_height @ values, dim=2)  # (B, 3, h, w)
         if not self.letterbox:
-            return levels
+            return values
         filled = _inside(down, self.size[0])[:, None] & _inside(across, self.size[1])  # (h, w)
-        return torch.where(filled, levels, torch.tensor(GREY, dtype=torch.float32).view(3, 1, 1))
+        return torch.where(filled, values, torch.tensor(GREY, dtype=torch.float32).view(3, 1, 1))
 
     def _spans(self, height: Tensor, width: Tensor) -> tuple[Span, Span]:
-        """What becomes of the height and of the width, scalars of float64."""
+        """The spans of height and width, which are float64 scalars."""
         if self.letterbox:
             return self._letterbox_spans(height, width)
-        # As EvalTransform.choose_box; Pillow takes the box in single precision.
+        # As EvalTransform.choose_box. Pillow stores the box in single precision.
         scale = self.crop * torch.minimum(height / self.size[0], width / self.size[1])
         spans = []
         for length, size in ((height, self.size[0]), (width, self.size[1])):
@@ -73,7 +75,7 @@ class PixelResize(nn.Module):
         return spans[0], spans[1]
 
     def _letterbox_spans(self, height: Tensor, width: Tensor) -> tuple[Span, Span]:
-        """As EvalTransform and ImageOps.pad: all of it, as large as fits, in the middle."""
+        """The whole image, as large as fits, centered, as in EvalTransform and ImageOps.pad."""
         ratio, wanted = width / height, self.size[1] / self.size[0]
         rows = torch.where(ratio > wanted, (height / width * self.size[1]).round().clamp_min(1), float(self.size[0]))
         columns = torch.where(ratio < wanted, (width / height * self.size[0]).round().clamp_min(1), float(self.size[1]))
@@ -85,29 +87,29 @@ class PixelResize(nn.Module):
 
 
 def filter_weights(span: Span, length: int, size: int, interpolation: str) -> Tensor:
-    """What each of the `length` pixels on an axis of an image weighs in each of the `size` pixels of the result.
+    """The weight of each of `length` input pixels for each of `size` output pixels, along one axis.
 
     Returns:
-        fp32 (2 * size, length): the upper half of the bits of all weights, then the lower one. Rows of pixels outside
-        the span mean nothing.
+        fp32 (2 * size, length): the upper 11 bits of all weights, then the lower 11 bits. Rows of output pixels outside
+        the span are meaningless.
     """
-    scale = span.extent / span.count  # pixels of the image to one of the result
-    stretch = scale.clamp_min(1)  # an enlarged image is interpolated, a reduced one averaged
+    scale = span.extent / span.count  # input pixels per output pixel
+    stretch = scale.clamp_min(1)  # interpolation when enlarging, averaging when reducing
     reach = SUPPORT[interpolation] * stretch
     index = torch.arange(size, dtype=torch.float64) - span.first
-    centre = (span.start + (index + 0.5) * scale)[:, None]  # (size, 1)
+    center = (span.start + (index + 0.5) * scale)[:, None]  # (size, 1)
     pixel = torch.arange(length, dtype=torch.float64)  # (length,)
-    within = (pixel >= (centre - reach + 0.5).floor()) & (pixel < (centre + reach + 0.5).floor())
-    weights = torch.where(within, _filter((pixel - centre + 0.5) / stretch, interpolation), 0.0)
+    within = (pixel >= (center - reach + 0.5).floor()) & (pixel < (center + reach + 0.5).floor())
+    weights = torch.where(within, _filter((pixel - center + 0.5) / stretch, interpolation), 0.0)
     total = weights.sum(dim=1, keepdim=True)
     weights = weights / torch.where(total == 0, 1.0, total) * FIXED_POINT
     fixed = weights.sign() * (weights.abs() + 0.5).floor()
-    upper = (fixed / HALF_OF_THE_BITS).floor()
-    return torch.cat([upper, fixed - upper * HALF_OF_THE_BITS]).float()
+    upper = (fixed / HALF_BITS).floor()
+    return torch.cat([upper, fixed - upper * HALF_BITS]).float()
 
 
 def _filter(x: Tensor, interpolation: str) -> Tensor:
-    """The filter's value at a distance of `x` pixels."""
+    """The interpolation filter at distance `x`."""
     x = x.abs()
     if interpolation == "bilinear":
         return (1 - x).clamp_min(0)
@@ -118,13 +120,13 @@ def _filter(x: Tensor, interpolation: str) -> Tensor:
 
 
 def _add_up(sums: Tensor, dim: int) -> Tensor:
-    """Levels from the sums of both halves of the bits, one after the other in `dim`; halves of a level go up."""
+    """Pixel values from the sums of upper and lower bits, concatenated along `dim`; halves round up."""
     upper, lower = sums.double().chunk(2, dim)
-    return ((upper * HALF_OF_THE_BITS + lower) / FIXED_POINT + 0.5).floor().clamp(0, 255).float()
+    return ((upper * HALF_BITS + lower) / FIXED_POINT + 0.5).floor().clamp(0, 255).float()
 
 
 def _inside(span: Span, size: int) -> Tensor:
-    """Bool (size,): which pixels of the result show the image."""
+    """Bool (size,): which output pixels are part of the image."""
     index = torch.arange(size, dtype=torch.float64)
     return (index >= span.first) & (index < span.first + span.count)
 
