@@ -12,7 +12,7 @@ from utils.export.check import Comparison, ExportError, compare
 from utils.export.formats import FORMATS, STEMS, describe_export, write_card
 from utils.export.model_card import CHECKED, check_card, write_model_card
 from utils.inference.classifier import Classifier, load_classifier
-from utils.inference.exported_metadata import ExportFacts
+from utils.inference.exported_metadata import ExportedMetadata
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import read_run_list
 from utils.system import cli
@@ -96,7 +96,7 @@ def images_to_check(checkpoint: Path, classifier: Classifier, data: str, classes
     return read_images(listed, classes_path, names)
 
 
-def export(classifier: Classifier, facts: ExportFacts, format: str, images: ImageList, path: Path) -> None:
+def export(classifier: Classifier, facts: ExportedMetadata, format: str, images: ImageList, path: Path) -> None:
     """Write a classifier to `path`, which gets the name only if it gives what the classifier gives, and a report beside
     it. If it doesn't, the report is called `.failed.json`, and what had the name before is as it was.
 

@@ -19,7 +19,7 @@ from utils.export.check import Exported, by_checkpoint
 from utils.export.graph import trace
 from utils.export.onnx_write import make_onnx
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, read_exported
-from utils.inference.exported_metadata import ExportFacts
+from utils.inference.exported_metadata import ExportedMetadata
 from utils.inference.onnx_classifier import open_onnx
 from utils.inference.onnx_file import MAX_BYTES
 from utils.modeling.pixel_network import PixelNetwork
@@ -38,11 +38,11 @@ class Format(NamedTuple):
     """
 
     suffix: str
-    write: Callable[[Classifier, ExportFacts, BinaryIO], None]
+    write: Callable[[Classifier, ExportedMetadata, BinaryIO], None]
     open: Callable[[Path, Classifier], Exported]
 
 
-def describe_export(classifier: Classifier, checkpoint: Path, precision: str) -> ExportFacts:
+def describe_export(classifier: Classifier, checkpoint: Path, precision: str) -> ExportedMetadata:
     """What the file says of itself that a checkpoint is exported to now."""
     provenance = {
         "checkpoint": checkpoint.name,
@@ -53,10 +53,10 @@ def describe_export(classifier: Classifier, checkpoint: Path, precision: str) ->
         "precision": precision,
     }
     model = classifier.network.model.arguments
-    return ExportFacts(classifier.class_names, classifier.preprocessing, classifier.temperature, provenance, model)
+    return ExportedMetadata(classifier.class_names, classifier.preprocessing, classifier.temperature, provenance, model)
 
 
-def write_onnx(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
+def write_onnx(classifier: Classifier, facts: ExportedMetadata, file: BinaryIO) -> None:
     """One file of ONNX, in the precision that `facts` has.
 
     Raises:
@@ -79,7 +79,7 @@ def run_onnx(path: Path, classifier: Classifier) -> Exported:
     return lambda pixels: exported.probabilities(pixels[None])[0]
 
 
-def write_pt2(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
+def write_pt2(classifier: Classifier, facts: ExportedMetadata, file: BinaryIO) -> None:
     """A file of `torch.export`, with what it says of itself as its extra files."""
     with warnings.catch_warnings():
         # Of weights that are views of one tensor; that all of them arrive is what the check is for.
@@ -99,7 +99,7 @@ def run_pt2(path: Path, classifier: Classifier) -> Exported:
     return run
 
 
-def write_safetensors(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
+def write_safetensors(classifier: Classifier, facts: ExportedMetadata, file: BinaryIO) -> None:
     """The weights alone, in the precision that `facts` has, which `model_path` of train.py and predict.py takes; its
     header holds what builds their network."""
     dtype = torch.float16 if facts.provenance["precision"] == "fp16" else torch.float32
@@ -119,7 +119,7 @@ def run_safetensors(path: Path, classifier: Classifier) -> Exported:
     return lambda pixels: by_checkpoint(reloaded, pixels)
 
 
-def write_card(path: Path, facts: ExportFacts) -> None:
+def write_card(path: Path, facts: ExportedMetadata) -> None:
     """The JSON card beside a file of weights: all that there is to know besides them."""
     card = facts.as_dict() | {"weights": path.name, "weights_sha256": digest_file(path)}
     write_json(path.with_suffix(".json"), card)

@@ -12,7 +12,7 @@ import numpy as np
 from nets.weights.seal import digest_file
 from utils.export.formats import FORMATS, STEMS
 from utils.inference.classifier import Classifier
-from utils.inference.exported_metadata import ExportFacts
+from utils.inference.exported_metadata import ExportedMetadata
 from utils.runs.folder import METRICS_OUT, read_run_list
 from utils.system.files import format_bytes, write_bytes
 from utils.system.text import printable
@@ -32,7 +32,7 @@ FIGURES = {
 """The figures of metrics.json that a card shows, and their names."""
 
 
-def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, facts: ExportFacts) -> Path:
+def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, facts: ExportedMetadata) -> Path:
     """Write a card for a checkpoint, and for its exported files in `folder`, beside them.
 
     What stands in it comes from the checkpoint, from the lists in its run's folder, and from what eval.py wrote.
@@ -71,7 +71,7 @@ def check_card(folder: Path) -> None:
         raise ValueError(f"{path} is no model card, and would be overwritten: move it, or name a folder with --out")
 
 
-def exported_files(folder: Path, facts: ExportFacts) -> list[Path]:
+def exported_files(folder: Path, facts: ExportedMetadata) -> list[Path]:
     """The files in `folder` that passed the check as exports of this checkpoint, and are as they were then.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from utils.inference.exported_metadata import INPUT, OUTPUT, ExportFacts
+from utils.inference.exported_metadata import INPUT, OUTPUT, ExportedMetadata
 from utils.inference.onnx_file import DIGEST, digest
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OPSET = 18
 
 
-def make_onnx(program: ExportedProgram, facts: ExportFacts) -> bytes:
+def make_onnx(program: ExportedProgram, facts: ExportedMetadata) -> bytes:
     """The ONNX file of a graph from `utils.export.graph.trace`, in the precision that `facts` has: "fp32", "fp16" or
     "int8"."""
     model = convert(program)
