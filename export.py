@@ -12,7 +12,7 @@ from utils.export.check import Comparison, ExportError, compare
 from utils.export.formats import FORMATS, STEMS, describe_export, write_card
 from utils.export.model_card import CHECKED, check_card, write_model_card
 from utils.inference.classifier import Classifier, load_classifier
-from utils.inference.exported_metadata import ExportFacts
+from utils.inference.exported_metadata import ExportedMetadata
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import read_run_list
 from utils.system import cli
@@ -51,18 +51,18 @@ def main(
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")
     images = images_to_check(checkpoint, classifier, data, classes_path)
     images = select(images, sample_indices(images, check_images, seed=0, by_class=True))
-    facts = describe_export(classifier, checkpoint, precision)
+    metadata = describe_export(classifier, checkpoint, precision)
     path = Path(out or checkpoint.parent / "export", STEMS[precision] + FORMATS[format].suffix)
     path.parent.mkdir(parents=True, exist_ok=True)
     if card:
         check_card(path.parent)
     print(f"checkpoint {checkpoint}, to {path}")
-    export(classifier, facts, format, images, path)
+    export(classifier, metadata, format, images, path)
     if format == "safetensors":
-        write_card(path, facts)
+        write_card(path, metadata)
     print(f"written to {path}, {format_bytes(path.stat().st_size)}")
     if card:
-        print(f"written to {write_model_card(path.parent, checkpoint, classifier, facts)}")
+        print(f"written to {write_model_card(path.parent, checkpoint, classifier, metadata)}")
 
 
 def check_options(format: str, precision: str, check_images: int, out: str) -> None:
@@ -98,21 +98,21 @@ def images_to_check(checkpoint: Path, classifier: Classifier, data: str, classes
     return read_images(path, classes_path, names)
 
 
-def export(classifier: Classifier, facts: ExportFacts, format: str, images: ImageList, path: Path) -> None:
+def export(classifier: Classifier, metadata: ExportedMetadata, format: str, images: ImageList, path: Path) -> None:
     """Write the exported file to `path` if it passes the check on `images`, and a report of the check beside it.
 
     Raises:
         ExportError: the check failed: the report is `<path>.failed.json`, and an existing file at `path` is unchanged.
     """
-    precision = facts.provenance["precision"]
+    precision = metadata.provenance["precision"]
     failed = path.with_name(f"{path.name}.failed.json")
     with write_whole(path) as file:
-        FORMATS[format].write(classifier, facts, file)
+        FORMATS[format].write(classifier, metadata, file)
         file.flush()
         unfinished = Path(file.name)
         comparison = compare(classifier, FORMATS[format].open(unfinished, classifier), images)
         report = {"file": path.name, "sha256": digest_file(unfinished), "format": format}
-        report |= facts.provenance | comparison.as_dict(precision)
+        report |= metadata.provenance | comparison.as_dict(precision)
         print(format_comparison(comparison))
         if fault := comparison.fault(precision):
             write_json(failed, report)

@@ -1,4 +1,4 @@
-"""Name what is in images: `python predict.py PATH ...`, see `--help`."""
+"""Classify images: `python predict.py PATH ...`, see `--help`."""
 
 from __future__ import annotations
 
@@ -19,32 +19,20 @@ from nets.weights.pretrained import BUNDLED_WEIGHTS
 from utils.annotation.folder_scan import find_images, is_demo
 from utils.config.train_config import Device
 from utils.data.image_io import open_image
-from utils.inference.classifier import BATCH, WEIGHTS_SUFFIX, Classifier, load_classifier
-from utils.inference.onnx_classifier import SUFFIX, OnnxClassifier, is_onnx, open_onnx
-from utils.inference.prediction import (
-    Answer,
-    Failure,
-    Prediction,
-    csv_header,
-    display_width,
-    shorten,
-    to_bars,
-    to_csv,
-    to_json,
-    to_line,
-    to_row,
-)
+from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifier
+from utils.inference.onnx_classifier import ONNX_SUFFIX, is_onnx, open_onnx
+from utils.inference.output_formats import csv_header, display_width, shorten, to_bars, to_csv, to_json, to_line, to_row
+from utils.inference.prediction import Failure, Prediction
+from utils.inference.predictor import BATCH, Predictor
 from utils.inference.rejection import UNKNOWN, Rejection
-from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, save_labelled
+from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, save_labeled
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import CONFIG_FILE
 from utils.system import cli
 from utils.system.text import printable
 
-Model = Classifier | OnnxClassifier
-
 EXPLAINED = "explained"
-"""Where images go that are to be explained, if `--save` names no folder."""
+"""The folder for `--explain` without `--save`."""
 
 
 def main(
@@ -62,67 +50,69 @@ def main(
     raw: bool = False,
     device: Device = "auto",
 ) -> int:
-    """Name what is in images.
+    """Classify images.
 
     Args:
-        paths: files, folders (with all below them) and globs; "-": paths from the standard input, one a line, many
-            at a time; none: ask for one after the other. If the first is a file of export.py, it is the model.
-        model_path: a checkpoint, a run's folder, a folder of runs, of which the newest counts, or an .onnx or
-            .safetensors file of export.py; empty: logs/, before there is a run the network that comes with Thaw, for
-            ten kinds of things.
-        top_k: how many classes to give.
-        json_lines: print one JSON object a line, with path, label and predictions, or error.
-        csv_lines: print a table of comma-separated values.
-        save: folder that gets the images with their labels written below them.
-        explain: save them (in "explained" if save names no folder) with maps of what the network looked at beside them.
-        sort_into: folder that gets a copy of each image in a folder named after its class; nothing is overwritten.
-        reject_below: answer "unknown" where the probability is below this (0 to 1), or the image is unlike all
-            classes. "auto": below what validation showed to be needed for max_error.
-        max_error: with reject_below=auto, the part of the accepted answers that may be wrong.
-        tta: average over several views of each image: five to ten times the time, sometimes a little better.
-        raw: give probabilities as the network does, without the temperature fitted after training.
+        paths: files, folders (searched recursively) and globs. "-": read paths from standard input, one per line, and
+            classify in batches. None: ask for one path after another. If the first is an exported file, it is the
+            model.
+        model_path: a checkpoint, a run folder, a folder of runs (the newest is used), or an .onnx or .safetensors file
+            of export.py. Default: logs/, or the bundled weights (ten classes) if there is no run yet.
+        top_k: number of classes to print.
+        json_lines: print one JSON object per line, with path, label and predictions, or error.
+        csv_lines: print comma-separated values.
+        save: folder for copies of the images with their labels below.
+        explain: save the images (in "explained" without save) with Grad-CAM and attention maps beside them.
+        sort_into: folder for copies of the images, in one folder per class; nothing is overwritten.
+        reject_below: print "unknown" if the probability is below this number, 0 to 1, or the image is unlike all
+            classes. "auto": choose the number on the validation images, see max_error.
+        max_error: with reject_below=auto, the error rate allowed among the accepted predictions.
+        tta: average over test-time augmentation views: five to ten times as slow, sometimes slightly more accurate.
+        raw: ignore the temperature that was fitted after training.
         device: auto, cuda, cpu or mps.
 
     Returns:
-        The exit status: 1 if an image has no answer, mostly since it can't be read.
+        The exit status: 1 if there is an image without a prediction.
     """
-    check(top_k, json_lines, csv_lines, save, sort_into)
+    check_arguments(top_k, json_lines, csv_lines, save, sort_into)
     model_path, paths = choose_model(model_path, paths)
-    classifier = open_model(model_path, device, raw, tta, explain, reject_below)
-    rejection = choose_rejection(classifier, reject_below, max_error, tta)
-    top_k = min(top_k, len(classifier.class_names))
-    given = list(expand(paths)) if paths and "-" not in paths else None
-    images = given if given is not None else expand(paths or ask_for_paths())
-    format_answer = choose_format(classifier, json_lines, csv_lines, top_k, single=not paths or len(given or ()) == 1)
+    model = open_model(model_path, device, raw, tta, explain, reject_below)
+    rejection = choose_rejection(model, reject_below, max_error, tta)
+    save = save or (EXPLAINED if explain else "")
+    top_k = min(top_k, len(model.class_names))
+
+    images = list(expand(paths)) if paths and "-" not in paths else expand(paths or ask_for_paths())
+    total = len(images) if isinstance(images, list) else None
+    show_bar = bool(paths) and (total is None or total > BATCH)
+    to_text = choose_format(model, json_lines, csv_lines, top_k, single=not paths or total == 1)
     if csv_lines:
         print(csv_header(top_k))
-    save = save or (EXPLAINED if explain else "")
-    folders = folder_names([*classifier.class_names, UNKNOWN])
-    counts: Counter[str] = Counter()
-    answers = classifier.stream(images, top_k, BATCH if paths else 1, tta, rejection)
-    many = len(given) > BATCH if given is not None else bool(paths)
-    with tqdm(total=len(given) if given else None, unit="image", leave=False, disable=None if many else True) as bar:
-        for answer in answers:
-            tqdm.write(format_answer(answer), file=sys.stdout)
-            sys.stdout.flush()
-            bar.update()
-            if isinstance(answer, Failure):
-                counts[""] += 1
-                continue
-            counts[answer.label] += 1
-            if save:
-                keep(classifier, answer, Path(save), explain)
-            if sort_into:
-                copy_into(answer.path, Path(sort_into, folders[answer.label]))
-    if sum(counts.values()) > 1:
-        print(summarise(counts), file=sys.stderr)
+
+    folders = folder_names([*model.class_names, UNKNOWN])
+    labels: Counter[str] = Counter()
+    num_failures = 0
+    results = model.stream(images, top_k, BATCH if paths else 1, tta, rejection)
+    # disable=None shows the bar in terminals only.
+    for result in tqdm(results, total=total, unit="image", leave=False, disable=None if show_bar else True):
+        tqdm.write(to_text(result), file=sys.stdout)
+        sys.stdout.flush()
+        if isinstance(result, Failure):
+            num_failures += 1
+            continue
+        labels[result.label] += 1
+        if save:
+            save_image(model, result, Path(save), explain)
+        if sort_into:
+            copy_into(result.path, Path(sort_into, folders[result.label]))
+    if labels.total() + num_failures > 1:
+        print(summarize(labels, num_failures), file=sys.stderr)
     for folder in filter(None, (save, sort_into)):
-        print(f"written to {folder}/: {sum(counts.values()) - counts['']} images", file=sys.stderr)
-    return 1 if counts[""] else 0
+        print(f"written to {folder}/: {labels.total()} images", file=sys.stderr)
+    return 1 if num_failures else 0
 
 
-def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: str) -> None:
-    """Raise a ValueError that names what can't work."""
+def check_arguments(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: str) -> None:
+    """Raise a ValueError for invalid values."""
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: give a whole number from 1 up")
     if json_lines and csv_lines:
@@ -132,46 +122,38 @@ def check(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: s
 
 
 def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Which model, and the paths of the images: an exported file among these, which comes first, is the model."""
-    if not paths or not paths[0].lower().endswith((SUFFIX, WEIGHTS_SUFFIX)):
+    """The path of the model and those of the images: an exported file that comes first in `paths` is the model."""
+    if not paths or not paths[0].lower().endswith((ONNX_SUFFIX, WEIGHTS_SUFFIX)):
         return model_path, paths
     if model_path:
-        raise ValueError(
-            f"there are two models, {model_path} and {paths[0]}: leave model_path off, or give images only"
-        )
+        raise ValueError(f"there are two models, {model_path} and {paths[0]}: remove model_path or the first path")
     return paths[0], paths[1:]
 
 
-def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: bool, reject_below: str) -> Model:
-    """Open a checkpoint or an exported file, and say which.
-
-    Raises:
-        ValueError: something is asked of an exported file that takes a checkpoint.
-    """
+def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: bool, reject_below: str) -> Predictor:
+    """Open a checkpoint or an exported file, and print its path."""
     if not is_onnx(model_path):
         checkpoint = find_model(model_path)
         print(f"checkpoint {checkpoint}", file=sys.stderr)
         return load_classifier(checkpoint, device, raw)
-    asked = {
+    needs_checkpoint = {
         "explain": explain,
         "raw": raw,
         "tta": tta,
         "reject_below=auto": reject_below == "auto",
         f"device={device}": device not in ("auto", "cpu"),
     }
-    if wrong := [name for name, is_asked in asked.items() if is_asked]:
-        raise ValueError(
-            f"{', '.join(wrong)}: {model_path} is an exported file and can't; take its checkpoint for that"
-        )
+    if options := [name for name, is_set in needs_checkpoint.items() if is_set]:
+        raise ValueError(f"{', '.join(options)}: not available for the ONNX file {model_path}; take its checkpoint")
     print(f"exported file {model_path}", file=sys.stderr)
     return open_onnx(model_path)
 
 
 def find_model(model_path: str) -> Path:
-    """The checkpoint that `model_path` means; if it is empty and no run was ever begun, the network in the box.
+    """The checkpoint at `model_path`; the bundled weights if it is empty and there is no run in logs/.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no checkpoint.
     """
     try:
         return find_checkpoint(model_path)
@@ -182,28 +164,18 @@ def find_model(model_path: str) -> Path:
             raise FileNotFoundError(
                 "no run in logs/ has a checkpoint yet: wait for the first epoch, or give --model-path"
             ) from None
-        print("there is no run in logs/ yet, so the network that comes with Thaw answers", file=sys.stderr)
+        print("there is no run in logs/ yet; using the bundled weights", file=sys.stderr)
         return BUNDLED_WEIGHTS
 
 
-def choose_rejection(classifier: Model, reject_below: str, max_error: float, tta: bool) -> Rejection | None:
-    """Which answers to reject, and what that costs, which is printed; None: none.
-
-    Raises:
-        ValueError: it isn't "auto" or a number from 0 to 1, or "auto" can't be had.
-    """
+def choose_rejection(model: Predictor, reject_below: str, max_error: float, tta: bool) -> Rejection | None:
+    """Choose which predictions to reject, and print the effect on the validation images; None: reject none."""
     if not reject_below:
         return None
-    calibration = classifier.calibration
-    if UNKNOWN in classifier.class_names:
-        raise ValueError(f"reject_below: there is a class called {UNKNOWN}, which a rejected answer would be taken for")
+    if UNKNOWN in model.class_names:
+        raise ValueError(f"reject_below: a class has the name {UNKNOWN}, which is the label of rejected predictions")
     if reject_below == "auto":
-        if not 0 <= max_error < 1:
-            raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
-        if not classifier.can_reject:
-            why = "raw is set" if classifier.raw else "only the best one of a finished run is"
-            raise ValueError(f"reject_below=auto needs a calibrated checkpoint, and {why}; or give a number, 0 to 1")
-        rejection = calibration.choose_rejection(max_error)
+        rejection = choose_automatically(model, max_error)
     else:
         try:
             least = float(reject_below)
@@ -211,101 +183,114 @@ def choose_rejection(classifier: Model, reject_below: str, max_error: float, tta
             least = -1.0
         if not 0 <= least <= 1:
             raise ValueError(f"reject_below={reject_below!r}: give auto, or a number from 0 to 1")
-        rejection = Rejection(least, calibration.farthest if classifier.can_reject else float("inf"))
-    told = f"rejected below {min(rejection.least_probability, 1):.1%}"
-    if not classifier.can_reject:
-        needed = "leave raw off" if classifier.raw else "that takes a calibrated checkpoint"
-        told += f"; nothing is known of distances and of what this costs: {needed}"
+        rejection = Rejection(least, model.calibration.farthest) if model.can_reject else Rejection(least)
+    message = f"rejected below {min(rejection.least_probability, 1):.1%}"
+    if model.can_reject:
+        cost = rejection.format_cost(model.calibration)
+        message += f", or farther than {rejection.farthest:.0f}° from all classes: {cost}"
+        message += "; with --tta probabilities are lower, so fewer are accepted" if tta else ""
     else:
-        told += f", or farther than {rejection.farthest:.0f}° from all classes: {rejection.format_cost(calibration)}"
-        told += "; with --tta probabilities are lower, so that fewer are accepted" if tta else ""
-    print(told, file=sys.stderr)
+        needed = "leave raw off" if model.raw else "this needs a calibrated checkpoint"
+        message += f"; images unlike all classes are not detected: {needed}"
+    print(message, file=sys.stderr)
     return rejection
 
 
+def choose_automatically(model: Predictor, max_error: float) -> Rejection:
+    """The rejection that allows `max_error` on the validation images."""
+    if not 0 <= max_error < 1:
+        raise ValueError(f"max_error={max_error}: give a number from 0 to below 1")
+    if not model.can_reject:
+        reason = "raw is set" if model.raw else "only the best one of a finished run is"
+        raise ValueError(f"reject_below=auto needs a calibrated checkpoint, and {reason}; or give a number, 0 to 1")
+    return model.calibration.choose_rejection(max_error)
+
+
 def choose_format(
-    classifier: Model, json_lines: bool, csv_lines: bool, top_k: int, single: bool
-) -> Callable[[Answer], str]:
-    """How answers are printed: in a terminal as bars for one image and as a table that fits its width for many."""
+    model: Predictor, json_lines: bool, csv_lines: bool, top_k: int, single: bool
+) -> Callable[[Prediction | Failure], str]:
+    """The function that formats results; in a terminal, bars for a single image and table rows for several."""
     if json_lines:
         return to_json
     if csv_lines:
-        return lambda answer: to_csv(answer, top_k)
+        return lambda result: to_csv(result, top_k)
     if not sys.stdout.isatty():
         return to_line
     width = shutil.get_terminal_size().columns
     if single:
-        return lambda answer: to_bars(answer, width)
-    longest = max(display_width(printable(name)) for name in (*classifier.class_names, UNKNOWN))
-    return lambda answer: to_row(answer, width, min(longest, width // 3))
+        return lambda result: to_bars(result, width)
+    longest = max(display_width(printable(name)) for name in (*model.class_names, UNKNOWN))
+    return lambda result: to_row(result, width, min(longest, width // 3))
 
 
 def expand(paths: Iterable[str]) -> Iterator[str]:
-    """Files as they are, the images in folders and below, and what globs match, sorted; for "-" those that the
-    standard input names.
+    """Yield files, the images below folders, and the matches of globs, sorted; for "-", those of standard input.
 
-    The built-in digits are passed over in a folder that has other images. A path that is none of these, and a folder
-    without images, come out as they are: reading them gives the error.
+    The built-in digits are skipped in a folder that has other images. A path that doesn't exist and a folder without
+    images are yielded as they are, so that reading them fails with a message.
     """
     for path in paths:
         if path == "-":
             yield from expand(line for line in read_lines() if line != "-")
             continue
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]
-        walked: tuple[str, ...] = ()  # "**" matches a folder and what is in it
+        searched: tuple[str, ...] = ()  # "**" matches a folder and also what is in it
         for match in matches:
-            if match.startswith(walked):
+            if match.startswith(searched):
                 continue
             if os.path.isdir(match):
-                walked += (os.path.join(match, ""),)
-                found = find_images(match, skipped := Counter())
+                searched += (os.path.join(match, ""),)
+                images = find_images(match, skipped := Counter())
                 for reason, count in skipped.items():
-                    print(f"passed over in {match}: {count} {reason}", file=sys.stderr)
-                yield from [path for path in found if not is_demo(path)] or found or [match]
+                    print(f"skipped in {match}: {count} {reason}", file=sys.stderr)
+                yield from [path for path in images if not is_demo(path)] or images or [match]
             else:
                 yield match
 
 
 def read_lines() -> Iterator[str]:
-    """The lines of the standard input that aren't empty; bytes that are no UTF-8 as file names have them, on Windows
-    in the code page of its console."""
+    """Yield the non-empty lines of standard input, decoded as file names.
+
+    Raises:
+        ValueError: on Windows, a line isn't UTF-8.
+    """
     for line in sys.stdin.buffer:
-        if name := line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8):  # PowerShell writes one
+        if name := line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8):  # PowerShell writes a BOM
             try:
                 yield os.fsdecode(name)
-            except UnicodeDecodeError:  # there is this on Windows only, and so is the codec
-                yield name.decode("oem", "replace")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"standard input: {name!r} isn't UTF-8; run chcp 65001 first") from error
 
 
 def ask_for_paths() -> Iterator[str]:
-    """Paths typed in, until the input ends or a line is empty; quotes around one are taken off."""
+    """Yield typed paths, without quotes around them, until an empty line or the end of the input."""
     while True:
-        print("image (empty line to leave): ", end="", file=sys.stderr, flush=True)
+        print("image (empty line to quit): ", end="", file=sys.stderr, flush=True)
         path = sys.stdin.readline().strip()
         if not path:
             return
         yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
 
 
-def keep(classifier: Model, answer: Prediction, folder: Path, explained: bool) -> None:
-    """Save an image with its label, and with maps of what the network looked at if it is to be explained."""
-    image = open_image(answer.path, classifier.preprocessing.max_pixels, classifier.preprocessing.allow_truncated)
+def save_image(model: Predictor, prediction: Prediction, folder: Path, explain: bool) -> None:
+    """Save an image with its label and, with `explain`, with explanation maps."""
+    image = open_image(prediction.path, model.preprocessing.max_pixels, model.preprocessing.allow_truncated)
     maps = {}
-    if explained:
+    if explain:
         from utils.inference.explain import explain_one  # slow to import
 
-        likeliest = classifier.class_names.index(answer.classes[0][0])
-        maps = explain_one(classifier, classifier.load(answer.path), likeliest, MIN_SIDE)
-    save_labelled(image, answer, folder, maps)
+        assert isinstance(model, Classifier), "open_model rejects explain for other models"
+        class_id = model.class_names.index(prediction.classes[0][0])
+        maps = explain_one(model, model.load(prediction.path), class_id, MIN_SIDE)
+    save_labeled(image, prediction, folder, maps)
 
 
-def summarise(counts: Counter[str]) -> str:
-    """How many images got which label."""
-    failed = counts[""]
-    labels = ", ".join(f"{count} as {shorten(printable(name), 40)}" for name, count in counts.most_common(9) if name)
-    more = len(counts) > 9
-    told = f"{sum(counts.values())} images: {labels}{', ...' if more else ''}"
-    return told + (f"; {failed} without an answer" if failed else "")
+def summarize(labels: Counter[str], num_failures: int) -> str:
+    """A line with the number of images per label."""
+    counts = ", ".join(f"{count} as {shorten(printable(name), 40)}" for name, count in labels.most_common(9))
+    more = ", ..." if len(labels) > 9 else ""
+    failures = f"; {num_failures} failed" if num_failures else ""
+    return f"{labels.total() + num_failures} images: {counts}{more}{failures}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.export.formats import write_onnx
 from utils.inference.classifier import Classifier
-from utils.inference.exported_metadata import ExportFacts
+from utils.inference.exported_metadata import ExportedMetadata
 from utils.inference.onnx_classifier import open_onnx
 from utils.modeling.pixel_network import PixelNetwork, cast_for_inference
 from utils.modeling.precision import choose_precision
@@ -62,9 +62,9 @@ def onnx_work(name: str, precision: str, pixels: np.ndarray, folder: str) -> tup
     path = Path(folder, f"{name}_{precision}.onnx")
     classifier = make_classifier(name, "fp32")
     provenance = {"precision": precision}
-    facts = ExportFacts(classifier.class_names, classifier.preprocessing, 1.0, provenance, {"name": name})
+    metadata = ExportedMetadata(classifier.class_names, classifier.preprocessing, 1.0, provenance, {"name": name})
     with path.open("wb") as file:
-        write_onnx(classifier, facts, file)
+        write_onnx(classifier, metadata, file)
     exported = open_onnx(path)
     return lambda: len(exported.probabilities(pixels[None])), path.stat().st_size
 

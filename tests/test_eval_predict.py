@@ -1,6 +1,5 @@
 """eval.py and predict.py on a trained checkpoint, as commands and as functions."""
 
-import codecs
 import copy
 import csv
 import io
@@ -30,7 +29,7 @@ from utils.evaluation.corruptions import CORRUPTIONS
 from utils.inference.classifier import load_classifier
 from utils.inference.outputs import compute_outputs
 from utils.inference.prediction import Prediction
-from utils.inference.save_predictions import save_labelled
+from utils.inference.save_predictions import save_labeled
 from utils.modeling.pixel_network import cast_for_inference
 from utils.runs.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.system import cli
@@ -161,7 +160,7 @@ def test_what_cannot_be_written_to_is_known_first(trained, tmp_path, monkeypatch
             evaluation.main(out=str(tmp_path / "file" / "out"), **options)
 
 
-def test_an_answer_that_is_no_number_is_none(trained, tmp_path, capsys):
+def test_nan_logits_are_a_failure(trained, tmp_path, capsys):
     content = load_checkpoint(find_checkpoint(""))
     weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in content["weights"].items()}
     content = {key: value for key, value in content.items() if key != "format_version"}
@@ -214,7 +213,7 @@ def test_predict_asks_for_images(trained, command):
     assert result.returncode == 1
 
 
-def test_asked_for_images_are_answered_one_by_one(trained, monkeypatch, capsys):
+def test_typed_paths_are_classified_one_by_one(trained, monkeypatch, capsys):
     printed = []
 
     def ask_for_paths():
@@ -243,8 +242,8 @@ def test_folders_globs_and_hidden_files(here):
     assert list(predict.expand(["c", "none*.png", "a/notes.txt"])) == ["c", "none*.png", "a/notes.txt"]
 
 
-def test_a_folder_below_that_cannot_be_opened(here, monkeypatch, capsys):
-    """Whoever runs the tests may be allowed to open any."""
+def test_a_subfolder_that_cannot_be_opened_is_skipped(here, monkeypatch, capsys):
+    """`os.scandir` is patched, since the user of the tests may have permission to open any folder."""
     for name in ("a/1.png", "a/b/2.png", "c/3.png"):
         write_image(here / name)
     scandir = os.scandir
@@ -256,51 +255,47 @@ def test_a_folder_below_that_cannot_be_opened(here, monkeypatch, capsys):
 
     monkeypatch.setattr("os.scandir", refuse)
     assert list(predict.expand(["a"])) == ["a/1.png"]
-    assert "passed over in a: 1 a folder that can't be opened" in capsys.readouterr().err
-    assert list(predict.expand(["c"])) == ["c"]  # which reading then fails with
-    assert "passed over in c: 1 a folder that can't be opened" in capsys.readouterr().err
+    assert "skipped in a: 1 a folder that can't be opened" in capsys.readouterr().err
+    assert list(predict.expand(["c"])) == ["c"]  # reading it then fails
+    assert "skipped in c: 1 a folder that can't be opened" in capsys.readouterr().err
 
 
-def test_names_that_a_windows_console_pipes(monkeypatch):
-    def fsdecode(name: bytes) -> str:
-        return name.decode("utf-8", "surrogatepass")
-
-    monkeypatch.setattr("os.fsdecode", fsdecode)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Jürgen.png\r\n".encode("cp850") + "ä.png".encode())))
-    codecs.register(find_oem := lambda name: codecs.lookup("cp850") if name == "oem" else None)
-    try:
-        assert list(predict.read_lines()) == ["Jürgen.png", "ä.png"]
-    finally:
-        codecs.unregister(find_oem)
+def test_standard_input_that_is_not_utf_8_on_windows(monkeypatch):
+    monkeypatch.setattr("os.fsdecode", lambda name: name.decode("utf-8", "surrogatepass"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("ä.png\r\n".encode() + "Jürgen.png".encode("cp850"))))
+    lines = predict.read_lines()
+    assert next(lines) == "ä.png"
+    with pytest.raises(ValueError, match=r"standard input: b'J\\x81rgen\.png' isn't UTF-8; run chcp 65001 first"):
+        next(lines)
 
 
-def test_asking_ends_with_the_input(monkeypatch):
+def test_typed_paths_end_with_the_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("a.jpg\nb.jpg"))
     assert list(predict.ask_for_paths()) == ["a.jpg", "b.jpg"]
 
 
-def test_saved_images_carry_a_label_and_overwrite_nothing(trained, tmp_path):
+def test_saved_images_have_a_label_and_overwrite_nothing(trained, tmp_path):
     before = {path: path.read_bytes() for path in Path("datasets").rglob("*.png")}
     for _ in range(2):
         predict.main(("datasets/test/dark/00.png", "datasets/test/light/00.png"), save=str(tmp_path / "out"))
     saved = sorted((tmp_path / "out").iterdir())
     assert [path.name for path in saved] == ["00.png", "00_2.png", "00_3.png", "00_4.png"]
     assert before == {path: path.read_bytes() for path in Path("datasets").rglob("*.png")}
-    labelled = np.asarray(Image.open(saved[0]))
+    labeled = np.asarray(Image.open(saved[0]))
     original = np.asarray(open_image("datasets/test/dark/00.png"))
-    scale = labelled.shape[1] // original.shape[1]
-    assert np.array_equal(labelled[: original.shape[0] * scale : scale, ::scale], original)
-    bar = labelled[original.shape[0] * scale :]
+    scale = labeled.shape[1] // original.shape[1]
+    assert np.array_equal(labeled[: original.shape[0] * scale : scale, ::scale], original)
+    bar = labeled[original.shape[0] * scale :]
     assert bar.min() == 0
     assert bar.max() == 255
-    assert labelled.shape[1] >= 224
+    assert labeled.shape[1] >= 224
 
 
 @pytest.mark.parametrize("name", ["猫", "Tomato leaf with yellow curl virus, early", "\udcff"])
-def test_labels_fit_and_tell_classes_apart(here, name):
+def test_labels_fit_their_bar_and_differ(here, name):
     image = Image.new("RGB", (224, 224), "white")
     for label in (name, "other"):
-        save_labelled(image, Prediction(f"{label}.png", label, 0.5, ((label, 0.5),)), here)
+        save_labeled(image, Prediction(f"{label}.png", label, 0.5, ((label, 0.5),)), here)
     bars = [np.asarray(Image.open(path))[224:] for path in sorted(here.iterdir())]
     assert not np.array_equal(*bars)
     assert all(bar[:, -4:].max() == 0 for bar in bars)
@@ -336,7 +331,7 @@ def test_no_such_data_and_a_file_to_save_in(trained, tmp_path):
         predict.main(("datasets/test/dark/00.png",), save="cls_val.txt")
 
 
-def test_a_reader_that_has_seen_enough(trained):
+def test_a_closed_pipe_has_no_traceback(trained):
     command = f"{sys.executable} {ROOT / 'predict.py'} datasets/train datasets/train datasets/train | head -1"
     result = subprocess.run(
         command, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -345,7 +340,7 @@ def test_a_reader_that_has_seen_enough(trained):
     assert "Traceback" not in result.stderr
 
 
-def test_a_classifier_from_a_runs_folder(trained):
+def test_load_classifier_from_a_run_folder(trained):
     assert load_classifier(next(Path("logs").iterdir()), "cpu").class_names == ["dark", "light"]
 
 
@@ -369,7 +364,7 @@ def test_eval_names_what_it_passes_over(trained, tmp_path, capsys):
     assert "skipped: 1 outside the class folders" in told
 
 
-def test_names_that_the_terminal_cannot_show(trained, tmp_path):
+def test_paths_that_the_terminal_cannot_encode(trained, tmp_path):
     shutil.copy("datasets/test/dark/00.png", tmp_path / "猫.png")
     result = run("predict.py", str(tmp_path / "猫.png"), env={"PYTHONIOENCODING": "cp1252"})
     assert result.returncode == 0, result.stderr
@@ -382,7 +377,7 @@ def test_top_k_is_checked(trained):
     assert predict.main(("datasets/test/dark/00.png",), top_k=50) == 0
 
 
-def test_many_images_come_back_in_order(trained, capsys):
+def test_predictions_are_in_the_order_of_the_paths(trained, capsys):
     paths = tuple(f"datasets/train/{name}/{i:02d}.png" for i in range(16) for name in ("light", "dark")) * 2 + (
         "no.png",
     )
@@ -390,7 +385,7 @@ def test_many_images_come_back_in_order(trained, capsys):
     assert [json.loads(line)["path"] for line in capsys.readouterr().out.splitlines()] == list(paths)
 
 
-def test_predicting_imports_nothing_that_it_does_not_need(trained):
+def test_predict_imports_no_slow_package(trained):
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import predict; predict.main(('datasets/test/dark/00.png',))\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
@@ -414,7 +409,7 @@ def test_predicting_imports_nothing_that_it_does_not_need(trained):
     assert unneeded.isdisjoint(modules.split())
 
 
-def test_weights_cast_beforehand_give_what_autocast_gives(trained):
+def test_cast_weights_give_the_same_logits_as_autocast(trained):
     checkpoint, *_ = Path("logs").glob(f"*/{BEST}")
     pixels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     plain = load_classifier(checkpoint, "cpu")
@@ -427,7 +422,7 @@ def test_weights_cast_beforehand_give_what_autocast_gives(trained):
 
 
 @pytest.mark.parametrize("names", [["a", "a"], ["\ud800", "b"], [1, 2], ["a"]])
-def test_class_names_that_cannot_be(trained, tmp_path, names):
+def test_invalid_class_names_are_refused(trained, tmp_path, names):
     content = load_checkpoint(find_checkpoint("")) | {"class_names": names}
     del content["format_version"]
     save_checkpoint(tmp_path / "w.pth", content)
@@ -436,7 +431,7 @@ def test_class_names_that_cannot_be(trained, tmp_path, names):
 
 
 @pytest.mark.parametrize("change", [{"input_shape": [10**5, 10**5]}, {"max_pixels": -1}, {"eval_crop": "x"}])
-def test_preprocessing_that_cannot_be(trained, tmp_path, change):
+def test_invalid_preprocessing_is_refused(trained, tmp_path, change):
     content = load_checkpoint(find_checkpoint(""))
     del content["format_version"]
     content["preprocessing"] |= change

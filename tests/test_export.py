@@ -30,7 +30,7 @@ from utils.export import check, formats
 from utils.export.check import Comparison, ExportError
 from utils.export.formats import describe_export
 from utils.inference.classifier import Classifier, load_classifier
-from utils.inference.exported_metadata import ExportFacts
+from utils.inference.exported_metadata import ExportedMetadata
 from utils.inference.onnx_classifier import OnnxClassifier, open_onnx
 from utils.inference.onnx_file import DIGEST, digest
 from utils.modeling.build import build_network
@@ -126,7 +126,7 @@ def test_exported_weights_with_integer_tensors(tmp_path):
     torch.manual_seed(0)
     model = build_model("swin_transformer_tiny", 2, (32, 32))
     preprocessing = Preprocessing.of(settings(input_shape=(32, 32)))
-    facts = ExportFacts(NAMES, preprocessing, 1.5, {"precision": "fp16"}, model.arguments)
+    facts = ExportedMetadata(NAMES, preprocessing, 1.5, {"precision": "fp16"}, model.arguments)
     of_model = Classifier(
         PixelNetwork(model, preprocessing, torch.device("cpu")).eval(),
         *(preprocessing, EvalTransform(preprocessing), NAMES, torch.device("cpu"), "fp32"),
@@ -351,9 +351,9 @@ def test_size_limit_is_checked_before_the_export(classifier, tmp_path, monkeypat
 HOSTILE_NAMES = ["a|b", "two\nlines", "<script>alert(1)</script>", "\x1b[31mred", "\udcff", "猫", "`x`", "[a](b)"]
 
 
-def test_class_names_survive_in_metadata(classifier):
-    facts = ExportFacts(HOSTILE_NAMES, classifier.preprocessing, 1.5, {"precision": "fp32"}, {})
-    again = ExportFacts.from_strings(facts.as_strings(), "x")
+def test_class_names_go_through_metadata(classifier):
+    facts = ExportedMetadata(HOSTILE_NAMES, classifier.preprocessing, 1.5, {"precision": "fp32"}, {})
+    again = ExportedMetadata.from_strings(facts.as_strings(), "x")
     assert again == facts
     for value in facts.as_strings().values():
         value.encode("ascii")
@@ -457,7 +457,7 @@ def test_external_weights_are_rejected(exported, tmp_path):
         point_elsewhere(model.graph.initializer[0])
 
     for change in (in_the_graph, in_a_nested_graph):
-        with pytest.raises(ValueError, match="weights lie in other files"):
+        with pytest.raises(ValueError, match="weights are in other files"):
             open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", change))
 
 
@@ -473,7 +473,7 @@ def test_foreign_files_and_graphs_are_rejected(exported, tmp_path):
 
     for change, message in (
         (no_metadata, "none of Thaw's exports"),
-        (another_input, "its graph isn't one|can't be opened by ONNX Runtime"),
+        (another_input, "its graph doesn't map images|can't be opened by ONNX Runtime"),
         (unknown_operation, "can't be opened by ONNX Runtime"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -487,8 +487,8 @@ def test_invalid_probabilities_are_rejected(exported):
         def run(self, *_):
             return [np.full((1, 2), np.nan, np.float32)]
 
-    with pytest.raises(ValueError, match="gives no probabilities"):
-        OnnxClassifier(model.path, Session(), model.facts).probabilities(np.zeros((1, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="output is not probabilities"):
+        OnnxClassifier(model.path, Session(), model.metadata).probabilities(np.zeros((1, 4, 4, 3), np.uint8))
 
 
 def test_class_names_come_from_the_checkpoint(trained, tmp_path):

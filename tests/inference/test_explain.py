@@ -1,5 +1,4 @@
-"""utils/inference/explain.py against another library's Grad-CAM, timm's attention, and an image whose place is
-known."""
+"""utils/inference/explain.py against the package grad-cam, timm's attention, and images with a known decisive patch."""
 
 import numpy as np
 import pytest
@@ -50,7 +49,7 @@ def swin(shape: tuple[int, int]) -> nn.Module:
     ("make", "shape", "expected_grid"),
     [(vit, SHAPE, (8, 12)), (resnet, (128, 160), (4, 5)), (swin, (128, 160), (4, 5))],
 )
-def test_the_map_of_a_class_is_that_of_grad_cam(make, shape, expected_grid):
+def test_grad_cam_agrees_with_the_package(make, shape, expected_grid):
     model = make(shape).eval()
     classifier = make_classifier(model, shape)
     batch, class_ids = pixels(shape=shape), torch.tensor([2, 0])
@@ -63,9 +62,9 @@ def test_the_map_of_a_class_is_that_of_grad_cam(make, shape, expected_grid):
             return x.permute(0, 3, 1, 2)
         return x if x.ndim == 4 else x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
 
-    with GradCAM(model, [model.map_layer], reshape_transform=to_map) as peer:
-        normalised = classifier.network.normalize(batch)
-        expected = peer(normalised, [ClassifierOutputTarget(int(k)) for k in class_ids])  # (B, height, width)
+    with GradCAM(model, [model.map_layer], reshape_transform=to_map) as reference:
+        normalized = classifier.network.normalize(batch)
+        expected = reference(normalized, [ClassifierOutputTarget(int(k)) for k in class_ids])  # (B, height, width)
     ours = np.stack(
         [np.asarray(torch.nn.functional.interpolate(m[None, None], shape, mode="bilinear")[0, 0]) for m in maps.cam]
     )
@@ -73,9 +72,9 @@ def test_the_map_of_a_class_is_that_of_grad_cam(make, shape, expected_grid):
     assert (maps.rollout is None) == (make is not vit)
 
 
-def test_a_map_of_one_place_speaks_for_the_class_or_not():
-    """A resnet at 32 x 32 has a last map of one place. Its features there are 0 or more, so with positive weights all
-    of them speak for a class, with negative ones none."""
+def test_grad_cam_with_a_single_position():
+    """At 32 x 32, a resnet's last map has one position. Its features are not negative, so positive weights make it
+    evidence for a class, and negative ones don't."""
     model = resnet((32, 32)).eval()
     model.head.weight.data[0], model.head.weight.data[1] = 0.1, -0.1
     classifier = make_classifier(model, (32, 32))
@@ -85,21 +84,20 @@ def test_a_map_of_one_place_speaks_for_the_class_or_not():
         assert maps.cam.tolist() == [[[expected]]] * 2
 
 
-def test_rollout_is_that_of_timms_attention():
-    """timm's blocks keep their attention weights when told to take the products apart; the product is taken here with
-    numpy."""
+def test_rollout_agrees_with_timms_attention():
+    """With `fused_attn` = False, timm computes attention weights that a hook can record."""
     model = vit().eval()
     classifier = make_classifier(model)
-    peer = timm.create_model(
+    timm_model = timm.create_model(
         "vit_tiny_patch16_224", img_size=SHAPE, patch_size=4, depth=6, num_classes=3, act_layer=lambda: nn.GELU("tanh")
     ).eval()
-    peer.load_state_dict(model.state_dict())
+    timm_model.load_state_dict(model.state_dict())
     weights = []
-    for block in peer.blocks:
+    for block in timm_model.blocks:
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_hook(lambda _, __, output: weights.append(output.detach().numpy()))
     batch = pixels()
-    peer(classifier.network.normalize(batch))
+    timm_model(classifier.network.normalize(batch))
     rolled = np.eye(97)
     for w in weights:
         mixed = 0.5 * w.mean(axis=1) + 0.5 * np.eye(97)
@@ -111,13 +109,13 @@ def test_rollout_is_that_of_timms_attention():
 
 
 def test_rollout_by_hand():
-    """Two tokens; in each of two blocks the first attends to the second only, and that to itself."""
+    """Two tokens and two blocks; both tokens attend to the second one only."""
     weights = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
     assert attention_rollout([weights, weights]).tolist() == [[[0.25, 0.75], [0.0, 1.0]]]
 
 
-def test_the_map_points_to_what_decides():
-    """A network that has learned to tell by one bright patch whether it is there looks at that patch."""
+def test_rollout_finds_the_decisive_patch():
+    """A network that learned to detect one bright patch attends to it."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model = build_model("vit_of_the_tests", 2, (16, 16), drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0)
@@ -125,11 +123,11 @@ def test_the_map_points_to_what_decides():
 
     def batch(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         images = torch.randint(0, 60, (n, 3, 16, 16), dtype=torch.uint8, generator=generator)
-        class_ids, places = torch.arange(n) % 2, torch.randint(16, (n,), generator=generator)
+        class_ids, patches = torch.arange(n) % 2, torch.randint(16, (n,), generator=generator)
         for i in torch.nonzero(class_ids).flatten().tolist():
-            row, column = divmod(int(places[i]), 4)
+            row, column = divmod(int(patches[i]), 4)
             images[i, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 250
-        return images, class_ids, places
+        return images, class_ids, patches
 
     optimizer = torch.optim.AdamW(model.parameters(), 5e-4)
     model.train()
@@ -139,24 +137,24 @@ def test_the_map_points_to_what_decides():
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    images, class_ids, places = batch(64)
+    images, class_ids, patches = batch(64)
     bright = class_ids == 1
     assert (classifier.network(images).argmax(1) == class_ids).float().mean() > 0.95
     maps = explain(classifier, images[bright], class_ids[bright])
-    found = maps.rollout.flatten(1).argmax(1) == places[bright]
-    assert found.float().mean() > 0.6  # by chance 1 in 16
+    correct = maps.rollout.flatten(1).argmax(1) == patches[bright]
+    assert correct.float().mean() > 0.6  # chance is 1 in 16
 
 
-def test_overlays_are_images_of_what_was_shown():
+def test_overlays_have_the_size_and_colors_of_the_map():
     image = pixels(1)[0]
     assert shown(image, 96).size == (96, 64)
-    laid = overlay(image, torch.eye(8, 12), 96)
-    assert laid.size == (96, 64)
-    red, blue = (np.asarray(laid, float)[..., c] for c in (0, 2))
+    blended = overlay(image, torch.eye(8, 12), 96)
+    assert blended.size == (96, 64)
+    red, blue = (np.asarray(blended, float)[..., c] for c in (0, 2))
     assert red[4, 4] > red[60, 10] or blue[4, 4] < blue[60, 10]
 
 
-def test_hooks_leave_nothing_behind():
+def test_hooks_and_gradients_are_removed():
     model = vit().eval()
     explain(make_classifier(model), pixels(), torch.tensor([0, 1]))
     assert not any(module._forward_hooks for module in model.modules())

@@ -1,4 +1,4 @@
-"""Daily use: predict.py's ways in and out, the library's `predict`, and how answers are told."""
+"""predict.py's inputs and outputs, `Classifier.predict` and `stream`, and the output formats."""
 
 import csv
 import io
@@ -20,19 +20,12 @@ import predict
 from tests.conftest import write_image
 from utils.data.image_io import ImageError, open_image
 from utils.inference.classifier import Classifier, load_classifier
-from utils.inference.prediction import (
-    Failure,
-    Prediction,
-    display_width,
-    shorten,
-    to_bars,
-    to_csv,
-    to_json,
-    to_line,
-    to_row,
-)
-from utils.inference.rejection import UNKNOWN, Calibration
+from utils.inference.output_formats import display_width, shorten, to_bars, to_csv, to_json, to_line, to_row
+from utils.inference.prediction import Failure, Prediction
+from utils.inference.predictor import read_region
+from utils.inference.rejection import UNKNOWN, Calibration, Rejection
 from utils.inference.save_predictions import copy_into, folder_names
+from utils.inference.tta_views import TTAViews
 from utils.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,44 +37,46 @@ def classifier(trained):
     return load_classifier(find_checkpoint(""), "cpu")
 
 
-def test_paths_images_and_arrays_are_alike(classifier):
+def test_paths_images_and_arrays_give_the_same_prediction(classifier):
     image = open_image(DARK)
     inputs = [DARK, Path(DARK), image, np.asarray(image), np.asarray(image)[..., 0]]
-    answers = classifier.predict(inputs)
-    assert [answer.label for answer in answers] == ["dark"] * 5
-    assert [answer.path for answer in answers] == [DARK, DARK, "", "", ""]
-    assert [answer.probability for answer in answers[:4]] == pytest.approx([answers[0].probability] * 4, abs=1e-6)
+    predictions = classifier.predict(inputs)
+    assert [prediction.label for prediction in predictions] == ["dark"] * 5
+    assert [prediction.path for prediction in predictions] == [DARK, DARK, "", "", ""]
+    assert [prediction.probability for prediction in predictions[:4]] == pytest.approx(
+        [predictions[0].probability] * 4, abs=1e-6
+    )
     (alone,) = classifier.predict(DARK)
-    assert dict(alone.classes) == pytest.approx(dict(answers[0].classes), abs=1e-6)
-    assert sum(p for _, p in answers[0].classes) == pytest.approx(1)
+    assert dict(alone.classes) == pytest.approx(dict(predictions[0].classes), abs=1e-6)
+    assert sum(p for _, p in predictions[0].classes) == pytest.approx(1)
     assert len(classifier.predict(DARK, top_k=1)[0].classes) == 1
     assert classifier.predict([]) == []
 
 
-def test_a_image_on_its_side_is_turned_and_left_as_it_was(classifier, tmp_path):
+def test_exif_orientation_is_applied_without_changing_the_image(classifier, tmp_path):
     image = open_image(DARK)
     exif = Image.Exif()
     exif[274] = 6
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.png", exif=exif)
-    with Image.open(tmp_path / "side.png") as lying:
-        size = lying.size
-        (answer,) = classifier.predict(lying)
-        assert lying.size == size
-    assert answer.probability == pytest.approx(classifier.predict(image)[0].probability, abs=1e-6)
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "rotated.png", exif=exif)
+    with Image.open(tmp_path / "rotated.png") as rotated:
+        size = rotated.size
+        (prediction,) = classifier.predict(rotated)
+        assert rotated.size == size
+    assert prediction.probability == pytest.approx(classifier.predict(image)[0].probability, abs=1e-6)
 
 
 @pytest.mark.parametrize(
     "array",
     [np.zeros((4, 4, 3)), np.zeros((4, 4, 4), np.uint8), np.zeros((2, 4, 4, 3), np.uint8), np.zeros((0, 4), np.uint8)],
 )
-def test_arrays_that_mean_something_else_are_refused(classifier, array):
+def test_arrays_of_another_dtype_or_shape_are_refused(classifier, array):
     with pytest.raises(ValueError, match=r"give uint8 from 0 to 255, \(height, width, 3\) in RGB or \(height, width\)"):
         classifier.predict(array)
 
 
-def test_what_is_no_image_and_numbers_that_cannot_be(classifier, tmp_path):
+def test_invalid_inputs_and_arguments(classifier, tmp_path):
     for wrong in ([5], [None], [torch.zeros(3, 4, 4)]):
-        with pytest.raises(ValueError, match="give a path, an Pillow image, or a numpy array"):
+        with pytest.raises(ValueError, match=r"give a path, an? Pillow image, or a numpy array"):
             classifier.predict(wrong)
     for wrong in ({"batch_size": 0}, {"top_k": 0}):
         with pytest.raises(ValueError, match="whole numbers from 1 up"):
@@ -93,13 +88,13 @@ def test_what_is_no_image_and_numbers_that_cannot_be(classifier, tmp_path):
     assert second.label == "light"
 
 
-def test_views_are_judged_by_the_distance_of_their_own_image(classifier, monkeypatch):
-    """Brightness stands in for the network, and for the distance."""
-    told = []
+def test_rejection_of_tta_views_uses_the_distance_of_the_first_view(classifier, monkeypatch):
+    """Brightness takes the place of embedding and distance."""
+    distances = []
 
-    class Noting:
+    class RecordingRejection:
         def reason(self, probability, distance):
-            told.append(distance)
+            distances.append(distance)
             return ""
 
     def brightness(_, pixels):
@@ -107,11 +102,11 @@ def test_views_are_judged_by_the_distance_of_their_own_image(classifier, monkeyp
 
     monkeypatch.setattr(Classifier, "forward", brightness)
     monkeypatch.setattr(Calibration, "distances", lambda _, embeddings: embeddings[:, 0])
-    classifier.predict([DARK, LIGHT, DARK], tta=True, rejection=Noting())
-    assert told == pytest.approx([60, 190, 60], abs=10)
+    classifier.predict([DARK, LIGHT, DARK], tta=True, rejection=RecordingRejection())
+    assert distances == pytest.approx([60, 190, 60], abs=10)
 
 
-def test_an_unreadable_file_is_an_error_or_a_failure(classifier, tmp_path):
+def test_predict_raises_and_stream_yields_a_failure_for_an_unreadable_file(classifier, tmp_path):
     (tmp_path / "broken.jpg").write_text("no image")
     with pytest.raises(ImageError, match=r"broken\.jpg can't be read"):
         classifier.predict([DARK, tmp_path / "broken.jpg"])
@@ -120,49 +115,52 @@ def test_an_unreadable_file_is_an_error_or_a_failure(classifier, tmp_path):
     assert isinstance(second, Failure) and second.path.endswith("broken.jpg")
 
 
-def test_views_are_averaged(classifier):
-    from utils.inference.tta_views import TTAViews
-
-    (answer,) = classifier.predict(LIGHT, tta=True)
+def test_tta_averages_probabilities(classifier):
+    (prediction,) = classifier.predict(LIGHT, tta=True)
     views = TTAViews(classifier.preprocessing, mirror=True)
-    pixels = classifier._read(LIGHT, views)
+    pixels = views.resize(read_region(LIGHT, classifier.preprocessing, views))
     expected = classifier.probabilities(pixels).mean(dim=0)
-    assert dict(answer.classes) == pytest.approx(dict(zip(["dark", "light"], expected.tolist(), strict=True)), abs=1e-6)
+    assert dict(prediction.classes) == pytest.approx(
+        dict(zip(["dark", "light"], expected.tolist(), strict=True)), abs=1e-6
+    )
 
 
-def test_answers_are_rejected_with_the_reason(classifier):
-    from utils.inference.rejection import Rejection
-
-    (answer,) = classifier.predict(DARK, rejection=Rejection(1.0))
-    assert answer.label == UNKNOWN and answer.rejected
-    assert answer.reason.startswith("not sure enough: ")
-    assert answer.classes[0][0] == "dark"
-    (answer,) = classifier.predict(DARK, rejection=Rejection(0.0, farthest=-1.0))
-    assert answer.reason.startswith("unlike all classes: ")
-    (answer,) = classifier.predict(DARK, rejection=Rejection(0.0))
-    assert answer.label == "dark" and not answer.rejected
+def test_rejected_predictions_have_a_reason(classifier):
+    (prediction,) = classifier.predict(DARK, rejection=Rejection(1.0))
+    assert prediction.label == UNKNOWN and prediction.rejected
+    assert prediction.reason.startswith("low probability: ")
+    assert prediction.classes[0][0] == "dark"
+    (prediction,) = classifier.predict(DARK, rejection=Rejection(0.0, farthest=-1.0))
+    assert prediction.reason.startswith("unlike all classes: ")
+    (prediction,) = classifier.predict(DARK, rejection=Rejection(0.0))
+    assert prediction.label == "dark" and not prediction.rejected
 
 
-def test_what_is_printed_steers_no_terminal():
-    answer = Prediction("a\x1b]0;x\x07.jpg", "\x1b[31mbee", 0.9, (("\x1b[31mbee", 0.9), ("ant", 0.1)))
-    told = [to_line(answer), to_line(Failure(answer.path, "\x07")), to_bars(answer, 60), to_line(answer)]
-    told.append(predict.summarise(Counter([answer.label, "ant"])))
-    assert not any(sign in line for line in told for sign in "\x1b\x07")
+def test_control_characters_are_escaped():
+    prediction = Prediction("a\x1b]0;x\x07.jpg", "\x1b[31mbee", 0.9, (("\x1b[31mbee", 0.9), ("ant", 0.1)))
+    lines = [
+        to_line(prediction),
+        to_line(Failure(prediction.path, "\x07")),
+        to_bars(prediction, 60),
+        to_row(prediction, 60, 20),
+    ]
+    lines.append(predict.summarize(Counter([prediction.label, "ant"]), 0))
+    assert not any(character in line for line in lines for character in "\x1b\x07")
 
 
-def test_how_an_answer_is_told():
-    answer = Prediction("a b.png", "cat", 0.9, (("cat", 0.9), ("dog, big", 0.1)))
-    assert to_line(answer) == "a b.png: cat 90.0%  (dog, big 10.0%)"
-    assert json.loads(to_json(answer)) == {
+def test_lines_json_and_csv():
+    prediction = Prediction("a b.png", "cat", 0.9, (("cat", 0.9), ("dog, big", 0.1)))
+    assert to_line(prediction) == "a b.png: cat 90.0%  (dog, big 10.0%)"
+    assert json.loads(to_json(prediction)) == {
         "path": "a b.png",
         "label": "cat",
         "predictions": [{"class": "cat", "probability": 0.9}, {"class": "dog, big", "probability": 0.1}],
     }
-    rejected = Prediction("x.png", UNKNOWN, 0.6, (("cat", 0.6),), "not sure enough")
-    assert to_line(rejected) == "x.png: unknown, not sure enough  (else cat 60.0%)"
-    assert json.loads(to_json(rejected))["reason"] == "not sure enough"
+    rejected = Prediction("x.png", UNKNOWN, 0.6, (("cat", 0.6),), "low probability")
+    assert to_line(rejected) == "x.png: unknown, low probability  (else cat 60.0%)"
+    assert json.loads(to_json(rejected))["reason"] == "low probability"
     assert to_line(Failure("x", "x is broken")) == "x: error: x is broken"
-    row = next(csv.reader(io.StringIO(to_csv(answer, 3))))
+    row = next(csv.reader(io.StringIO(to_csv(prediction, 3))))
     assert row == ["a b.png", "cat", "cat", "0.900000", "dog, big", "0.100000", "", "", ""]
     assert next(csv.reader(io.StringIO(to_csv(Failure("x", "no, it is broken"), 1)))) == [
         "x",
@@ -176,26 +174,26 @@ def test_how_an_answer_is_told():
 @pytest.mark.parametrize("width", [40, 80, 200])
 @pytest.mark.parametrize("name", ["cat", "a class with a name that is far too long for any table", "猫" * 30, "é"])
 def test_tables_and_bars_fit_the_terminal(width, name):
-    answer = Prediction("a/very/long/path/" * 6 + "end.png", name, 0.87, ((name, 0.87), ("other", 0.13)))
-    lines = [*to_bars(answer, width).splitlines(), to_row(answer, width, min(24, width // 3))]
+    prediction = Prediction("a/very/long/path/" * 6 + "end.png", name, 0.87, ((name, 0.87), ("other", 0.13)))
+    lines = [*to_bars(prediction, width).splitlines(), to_row(prediction, width, min(24, width // 3))]
     assert max(map(display_width, lines)) <= width
     assert lines[-1].endswith("end.png")
     likely, unlikely = (line.count("█") for line in lines[1:3])
     assert likely > 4 * unlikely
-    rejected = Prediction("p.png", UNKNOWN, 0.6, ((name, 0.6),), "not sure enough")
+    rejected = Prediction("p.png", UNKNOWN, 0.6, ((name, 0.6),), "low probability")
     assert "unknown?" in to_row(rejected, width, 10) and display_width(to_row(rejected, width, 10)) <= width
     failure = Failure("x.png", "x.png can't be read as an image " * 5)
     assert display_width(to_row(failure, width, 10)) <= width
 
 
-def test_text_is_shortened_to_columns():
+def test_shorten_counts_terminal_columns():
     assert shorten("abcdef", 4) == "abc…"
     assert shorten("abcdef", 4, keep_end=True) == "…def"
     assert shorten("猫犬鳥", 4) == "猫…"
     assert shorten("abc", 3) == "abc"
 
 
-def test_csv_and_a_list_on_standard_input(trained, command):
+def test_csv_of_paths_from_standard_input(trained, command):
     result = command("predict.py", "--csv", "-", input=f"{DARK}\ndatasets/test/light\n\nnone.png\n")
     assert result.returncode == 1
     rows = list(csv.DictReader(io.StringIO(result.stdout)))
@@ -203,21 +201,21 @@ def test_csv_and_a_list_on_standard_input(trained, command):
     assert [row["label"] for row in rows] == ["dark"] + ["light"] * 5 + [""]
     assert rows[0]["class_1"] == "dark" and rows[0]["class_2"] == "light"
     assert "no such file" in rows[-1]["note"]
-    assert "7 images: 5 as light, 1 as dark; 1 without an answer" in result.stderr
+    assert "7 images: 5 as light, 1 as dark; 1 failed" in result.stderr
 
 
-def test_standard_input_beside_other_paths(trained, command):
+def test_standard_input_between_other_paths(trained, command):
     result = command("predict.py", "--json", LIGHT, "-", DARK, input="datasets/test/dark/01.png\n-\n")
     labels = [(json.loads(line)["path"], json.loads(line)["label"]) for line in result.stdout.splitlines()]
     assert labels == [(LIGHT, "light"), ("datasets/test/dark/01.png", "dark"), (DARK, "dark")]
 
 
-def test_a_name_with_a_line_break_is_one_row_of_csv():
+def test_a_path_with_a_line_break_is_one_csv_row():
     rows = list(csv.reader(io.StringIO(to_csv(Failure("a\nb.png", "broken"), 1))))
     assert rows == [["a\nb.png", "", "", "", "broken"]]
 
 
-def test_names_on_standard_input_may_be_any_bytes(trained, tmp_path):
+def test_paths_on_standard_input_may_be_any_bytes(trained, tmp_path):
     name = os.fsencode(tmp_path) + b"/\xff.png"
     shutil.copy(DARK, name)
     command = [sys.executable, ROOT / "predict.py", "--json", "-"]
@@ -228,7 +226,7 @@ def test_names_on_standard_input_may_be_any_bytes(trained, tmp_path):
     assert json.loads(result.stdout)["label"] == "dark"
 
 
-def test_a_terminal_gets_a_table_and_bars(trained, tmp_path):
+def test_terminal_output_is_a_table_or_bars(trained, tmp_path):
     def in_terminal(*args: str) -> str:
         main, terminal = pty.openpty()
         process = subprocess.Popen(
@@ -240,9 +238,9 @@ def test_a_terminal_gets_a_table_and_bars(trained, tmp_path):
         os.close(terminal)
         output = b""
         try:
-            while part := os.read(main, 4096):
-                output += part
-        except OSError:  # how a terminal says that it's over
+            while chunk := os.read(main, 4096):
+                output += chunk
+        except OSError:  # the end of a pseudo-terminal
             pass
         assert process.wait(60) == 0
         return output.decode()
@@ -259,13 +257,13 @@ def test_a_terminal_gets_a_table_and_bars(trained, tmp_path):
     assert [bar.split()[0] for bar in bars[1:]] == ["dark", "light"]
 
 
-def test_sorting_copies_and_never_overwrites(trained, tmp_path):
+def test_sort_into_never_overwrites(trained, tmp_path):
     images = tmp_path / "in"
     for folder, source in (("a", DARK), ("b", "datasets/test/dark/01.png"), ("c", LIGHT)):
         (images / folder).mkdir(parents=True)
         shutil.copy(source, images / folder / "same.png")
     out = tmp_path / "out"
-    for _ in range(2):  # a second time changes nothing
+    for _ in range(2):  # the second run changes nothing
         assert predict.main((str(images),), sort_into=str(out)) == 0
         assert sorted(str(path.relative_to(out)) for path in out.rglob("*.png")) == [
             "dark/same.png",
@@ -277,34 +275,17 @@ def test_sorting_copies_and_never_overwrites(trained, tmp_path):
     assert len(list(images.rglob("*.png"))) == 3
 
 
-def test_what_is_rejected_is_sorted_into_unknown(trained, tmp_path, capsys):
+def test_rejected_images_are_sorted_into_unknown(trained, tmp_path, capsys):
     assert predict.main((DARK,), sort_into=str(tmp_path), reject_below="1") == 0
     assert [path.parent.name for path in tmp_path.rglob("*.png")] == [UNKNOWN]
-    assert "unknown, not sure enough" in capsys.readouterr().out
+    assert "unknown, low probability" in capsys.readouterr().out
 
 
-def test_a_class_name_leads_nowhere_else(tmp_path):
-    labels = [
-        "../../up",
-        "/etc",
-        "..",
-        "a\\b",
-        "a/b",
-        "a_b",
-        "A_B",
-        "C:",
-        "",
-        "x" * 300,
-        "x\x00",
-        "猫" * 200,
-        ".",
-        "con",
-        "aux.a",
-    ]
+def test_folder_names_are_unique_and_stay_in_their_folder(tmp_path):
+    labels = ["../../up", "/etc", "..", "a\\b", "a/b", "a_b", "A_B", "C:", "", "x" * 300, "x\x00", "猫" * 200, "."]
     names = folder_names([*labels, "dark"])
     assert names["dark"] == "dark" and names.keys() == {*labels, "dark"}
     assert len({name.casefold() for name in names.values()}) == len(names)
-    assert names["con"] != "con"
     (tmp_path / "p.png").write_bytes(b"1")
     for name in names.values():
         copy = copy_into(str(tmp_path / "p.png"), tmp_path / "out" / name)
@@ -312,30 +293,30 @@ def test_a_class_name_leads_nowhere_else(tmp_path):
         assert copy.read_bytes() == b"1"
 
 
-def test_a_class_called_unknown_cannot_be_told_from_a_rejection(trained, tmp_path):
+def test_a_class_called_unknown_excludes_rejection(trained, tmp_path):
     content = load_checkpoint(find_checkpoint(""))
     del content["format_version"]
     save_checkpoint(tmp_path / "model.pth", content | {"class_names": ["dark", UNKNOWN]})
-    with pytest.raises(ValueError, match="there is a class called unknown"):
+    with pytest.raises(ValueError, match="a class has the name unknown"):
         predict.main((DARK,), model_path=str(tmp_path / "model.pth"), reject_below="0.5")
     assert predict.main((DARK,), model_path=str(tmp_path / "model.pth")) == 0
 
 
-def test_images_are_explained(trained, tmp_path):
+def test_explain_adds_maps_to_saved_images(trained, tmp_path):
     predict.main((DARK, LIGHT), save=str(tmp_path / "plain"))
     predict.main((DARK, LIGHT), save=str(tmp_path / "explained"), explain=True)
     plain, explained = (Image.open(tmp_path / folder / "00.png") for folder in ("plain", "explained"))
     assert explained.height == plain.height
     assert np.array_equal(np.asarray(explained)[:224, : plain.width], np.asarray(plain)[:224])
     side = open_image(DARK).height * (plain.width // open_image(DARK).width)
-    assert explained.width == plain.width + 2 * side  # two square maps beside it
+    assert explained.width == plain.width + 2 * side  # two square maps on the right
     bars = np.asarray(explained)[side:]
-    for left in (0, plain.width, plain.width + side):  # each has its title
+    for left in (0, plain.width, plain.width + side):  # each has a title
         assert bars[:, left : left + side].max() > 200
     assert len(list((tmp_path / "explained").iterdir())) == 2
 
 
-def test_to_be_explained_is_to_be_saved(trained, tmp_path, monkeypatch):
+def test_explain_without_save_has_a_default_folder(trained, tmp_path, monkeypatch):
     copy = shutil.copy(find_checkpoint(""), tmp_path / "model.pth")
     shutil.copy(DARK, tmp_path / "dark.png")
     monkeypatch.chdir(tmp_path)
@@ -343,18 +324,18 @@ def test_to_be_explained_is_to_be_saved(trained, tmp_path, monkeypatch):
     assert (tmp_path / predict.EXPLAINED / "dark.png").is_file()
 
 
-def test_rejection_auto_says_what_it_costs(trained, tmp_path, capsys):
+def test_rejection_auto_prints_its_cost(trained, tmp_path, capsys):
     predict.main((DARK,), reject_below="auto")
-    told = capsys.readouterr().err
-    assert "of 4 validation images" in told and "° from all classes" in told
+    message = capsys.readouterr().err
+    assert "of 4 validation images" in message and "° from all classes" in message
     predict.main((DARK,), reject_below="auto", tta=True)
     assert "with --tta probabilities are lower" in capsys.readouterr().err
     write_image(tmp_path / "black.png", 0)
     for rejected, raw in ((True, False), (False, True)):
         predict.main((str(tmp_path / "black.png"),), reject_below="0.1", raw=raw)
-        answer, told = capsys.readouterr()
-        assert ("unknown" in answer) == rejected
-        assert ("° from all classes" in told, "nothing is known of distances" in told) == (rejected, raw)
+        printed, message = capsys.readouterr()
+        assert ("unknown" in printed) == rejected
+        assert ("° from all classes" in message, "unlike all classes are not detected" in message) == (rejected, raw)
 
 
 def test_rejection_needs_a_number_or_a_finished_run(trained, tmp_path, capsys):
@@ -371,32 +352,32 @@ def test_rejection_needs_a_number_or_a_finished_run(trained, tmp_path, capsys):
     with pytest.raises(ValueError, match="only the best one of a finished run is"):
         predict.main((DARK,), model_path=str(tmp_path / "stopped.pth"), reject_below="auto")
     predict.main((DARK,), model_path=str(tmp_path / "stopped.pth"), reject_below="0.5")
-    assert "nothing is known of distances" in capsys.readouterr().err
+    assert "unlike all classes are not detected" in capsys.readouterr().err
 
 
-def test_flags_that_contradict_each_other(trained):
+def test_contradictory_flags(trained):
     with pytest.raises(ValueError, match="choose one"):
         predict.main((DARK,), json_lines=True, csv_lines=True)
     with pytest.raises(ValueError, match=r"sort_into='cls_val\.txt': it is a file"):
         predict.main((DARK,), sort_into="cls_val.txt")
 
 
-def test_reading_goes_on_while_thousands_are_answered(classifier, tmp_path):
-    """Answers come before all images have been asked for."""
-    asked = []
+def test_stream_requests_images_lazily(classifier, tmp_path):
+    """Results are yielded before all images have been requested."""
+    requested = []
 
     def paths():
         for i in range(500):
-            asked.append(i)
+            requested.append(i)
             yield DARK if i % 2 else LIGHT
 
-    answers = classifier.stream(paths(), batch_size=8)
-    first = next(answers)
-    assert first.label == "light" and len(asked) < 50
-    assert [answer.label for answer in answers] == ["dark", "light"] * 249 + ["dark"]
+    predictions = classifier.stream(paths(), batch_size=8)
+    first = next(predictions)
+    assert first.label == "light" and len(requested) < 50
+    assert [prediction.label for prediction in predictions] == ["dark", "light"] * 249 + ["dark"]
 
 
-def test_library_results_do_not_depend_on_the_batch(classifier):
+def test_predictions_do_not_depend_on_the_batch_size(classifier):
     paths = [write_image(Path(f"images/{i}.png"), 40 + 20 * i, seed=i) for i in range(9)]
     one, many = (classifier.predict(paths, batch_size=size) for size in (1, 4))
     torch.testing.assert_close(
@@ -404,8 +385,8 @@ def test_library_results_do_not_depend_on_the_batch(classifier):
     )
 
 
-def test_copies_go_where_times_and_permissions_are_refused(here, monkeypatch):
-    """As on a stick, or a share."""
+def test_copies_are_made_where_times_and_permissions_cannot_be_set(here, monkeypatch):
+    """As on some USB drives and network shares."""
 
     def refuse(*arguments: object) -> None:
         raise PermissionError(1, "Operation not permitted")

@@ -1,4 +1,4 @@
-"""utils/inference/rejection.py against scipy, against scikit-learn, and on images that are of no class."""
+"""utils/inference/rejection.py and temperature scaling against scipy, scikit-learn, and on OOD images."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 
 
 def overconfident(n: int, factor: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `factor` times too large, and classes drawn from what they should have said."""
+    """Logits `factor` times too large, and classes drawn from the correct probabilities."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(n, 5, generator=generator) * 1.5
     return logits * factor, logits.softmax(1).multinomial(1, generator=generator)[:, 0]
@@ -45,7 +45,7 @@ def fitted(n: int = 60, m: int = 90, width: int = 6) -> Calibration:
     return fit_calibration(logits, embeddings, class_ids, train_embeddings, train_ids)
 
 
-def test_the_temperature_is_the_one_that_scipy_finds():
+def test_the_temperature_equals_scipys_optimum():
     logits, class_ids = overconfident(500)
 
     def loss(log_temperature):
@@ -57,47 +57,45 @@ def test_the_temperature_is_the_one_that_scipy_finds():
     assert fit_temperature(logits, class_ids) == pytest.approx(expected, rel=1e-4)
 
 
-def test_many_images_outweigh_the_prior():
+def test_the_prior_is_negligible_with_many_images():
     assert fit_temperature(*overconfident(20_000)) == pytest.approx(3.0, rel=0.03)
 
 
-def test_a_handful_named_right_do_not_ask_for_certainty():
+def test_the_prior_bounds_the_temperature_when_all_are_correct():
     temperature = fit_temperature(torch.eye(3) * 2, torch.arange(3))
     assert 0.2 < temperature < 1
     assert fit_temperature(torch.eye(3).repeat(2000, 1) * 2, torch.arange(3).repeat(2000)) < temperature
 
 
-def test_a_worthless_network_gets_a_high_temperature():
+def test_random_logits_have_a_high_temperature():
     logits = torch.randn(400, 4, generator=torch.Generator().manual_seed(0)) * 10
     assert 10 < fit_temperature(logits, torch.arange(400) % 4) < 1e4
 
 
-def test_the_calibrated_loss_does_not_mind_how_sure_a_network_is_of_itself():
+def test_the_calibrated_loss_does_not_depend_on_the_scale_of_logits():
     logits, class_ids = overconfident(2_000)
     loss, error = calibrated_loss(logits, class_ids)
-    of_each = torch.nn.functional.cross_entropy(
-        logits / fit_temperature(logits, class_ids), class_ids, reduction="none"
-    )
-    assert (loss, error) == pytest.approx((of_each.mean().item(), sem(of_each, ddof=0)))
+    losses = torch.nn.functional.cross_entropy(logits / fit_temperature(logits, class_ids), class_ids, reduction="none")
+    assert (loss, error) == pytest.approx((losses.mean().item(), sem(losses, ddof=0)))
     assert loss < torch.nn.functional.cross_entropy(logits, class_ids)
     assert calibrated_loss(5 * logits, class_ids) == pytest.approx((loss, error), rel=2e-3)
     assert calibrated_loss(logits[:1], class_ids[:1])[1] == 0.0
 
 
-def test_distances_are_angles_under_the_shrunk_covariance_of_scikit_learn():
+def test_distances_are_angles_under_scikit_learns_shrunk_covariance():
     generator = torch.Generator().manual_seed(2)
     x, class_ids = torch.randn(50, 8, generator=generator) * torch.arange(1.0, 9.0), torch.arange(50) % 2
     calibration = fit_calibration(torch.randn(50, 2, generator=generator), x, class_ids, x, class_ids)
     means = np.stack([x[class_ids == k].double().numpy().mean(0) for k in (0, 1)])
     covariance = LedoitWolf(assume_centered=True).fit(x.double().numpy() - means[class_ids])
-    seen, towards = x.double().numpy() - means.mean(0), means - means.mean(0)
-    inner = seen @ covariance.precision_ @ towards.T
-    lengths = [np.sqrt(np.einsum("nc,cd,nd->n", v, covariance.precision_, v)) for v in (seen, towards)]
+    deviations, directions = x.double().numpy() - means.mean(0), means - means.mean(0)
+    inner = deviations @ covariance.precision_ @ directions.T
+    lengths = [np.sqrt(np.einsum("nc,cd,nd->n", v, covariance.precision_, v)) for v in (deviations, directions)]
     angles = np.degrees(np.arccos(inner / np.outer(*lengths)))
     assert np.allclose(calibration.distance, angles.min(axis=1), atol=1e-2)
 
 
-def test_equal_embeddings_and_absent_classes_are_no_trouble():
+def test_fit_with_equal_embeddings_and_absent_classes():
     class_ids = torch.tensor([0, 0, 3, 3])
     x = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
     calibration = fit_calibration(torch.zeros(4, 5), x, class_ids, x, class_ids)
@@ -108,36 +106,36 @@ def test_equal_embeddings_and_absent_classes_are_no_trouble():
 def test_rejection_by_hand():
     probability = torch.tensor([0.95, 0.9, 0.9, 0.8, 0.7, 0.6, 0.99])
     correct = torch.tensor([True, True, False, True, True, False, False])
-    distance = torch.tensor([1.0, 1, 1, 1, 1, 1, 9])  # the last is too far, so it doesn't count
+    distance = torch.tensor([1.0, 1, 1, 1, 1, 1, 9])  # the last is too far, so it is excluded
     calibration = Calibration(1.0, torch.zeros(2), torch.eye(2), torch.eye(2), probability, correct, distance)
-    # sorted: 1/1, then the two of 0.9 together 2/3, 3/4, 4/5, 4/6 right
+    # sorted: 1/1, then both with 0.9 2/3, 3/4, 4/5, 4/6 correct
     for max_error, expected in ((0.0, 0.95), (0.19, 0.95), (0.2, 0.7), (0.3, 0.7), (0.34, 0.6)):
         assert calibration.choose_rejection(max_error).least_probability == pytest.approx(expected)
     rejection = calibration.choose_rejection(0.2)
     assert rejection.accepts(probability, distance).tolist() == [True] * 5 + [False] * 2
-    assert "71.4% are accepted, 20.0% of them wrong; since" in rejection.format_cost(calibration)
+    assert "71.4% are accepted, 20.0% of them wrong; expect" in rejection.format_cost(calibration)
     assert rejection.reason(0.95, 1) == ""
-    assert rejection.reason(0.65, 1) == "not sure enough: 65.0% is below 70.0%"
-    assert rejection.reason(0.99, 9).startswith("unlike all classes: 9° from the nearest, where 95% of the")
+    assert rejection.reason(0.65, 1) == "low probability: 65.0% is below 70.0%"
+    assert rejection.reason(0.99, 9).startswith("unlike all classes: 9° from the nearest class; 95% of the")
 
 
-def test_what_cannot_be_had_is_said():
+def test_an_unreachable_error_rate_rejects_everything():
     calibration = Calibration(
         *(1.0, torch.zeros(2), torch.eye(2), torch.eye(2)),
         *(torch.tensor([0.9, 0.8]), torch.tensor([False, True]), torch.ones(2)),
     )
     rejection = calibration.choose_rejection(0.05)
     assert math.isinf(rejection.least_probability)
-    assert rejection.reason(1.0, 1) == "not sure enough: 100.0% is below any"
+    assert rejection.reason(1.0, 1) == "low probability: 100.0% is below any"
     assert "none of the 2 validation images is accepted" in rejection.format_cost(calibration)
 
 
-def test_the_part_that_is_far_is_the_one_that_is_stated():
+def test_farthest_is_the_stated_quantile():
     calibration = fitted(n=1000)
     assert (calibration.distance > calibration.farthest).float().mean() == pytest.approx(1 - FAR, abs=0.002)
 
 
-def test_a_calibration_goes_through_a_checkpoint_and_damage_is_seen():
+def test_from_dict_restores_a_calibration_and_refuses_invalid_ones():
     calibration = fitted()
     again = Calibration.from_dict(copy.deepcopy(calibration.as_dict()))
     assert again.temperature == calibration.temperature
@@ -180,8 +178,8 @@ def test_a_finished_run_is_calibrated(trained):
     assert torch.allclose(classifier.probabilities(pixels), tempered, atol=1e-6)
 
 
-def test_a_state_of_its_own_gets_no_other_ones_calibration(here, monkeypatch):
-    """The last state is calibrated only if it is the best one."""
+def test_the_last_checkpoint_has_no_calibration_of_the_best(here, monkeypatch):
+    """The last checkpoint is calibrated only if it is the best."""
     write_two_classes(here / "datasets")
     annotate("datasets")
     losses = count(0.5, 0.1)
@@ -192,11 +190,11 @@ def test_a_state_of_its_own_gets_no_other_ones_calibration(here, monkeypatch):
     assert best["step"] < last["step"]
     assert best["calibration"] and not last["calibration"]
     assert last["finished"] and best["finished"]
-    assert last["optimizer"] and not best["optimizer"]  # to be handed on
+    assert last["optimizer"] and not best["optimizer"]
 
 
-def test_unreadable_images_are_left_out_of_calibration(two_classes, capsys):
-    """All validation images of a class and some training images break after training."""
+def test_calibration_skips_unreadable_images(two_classes, capsys):
+    """All validation images of a class and a training image become unreadable after training."""
     train.main(settings(**TINY | {"unfreeze_epoch": 1}))
     (run,) = Path("logs").iterdir()
     train_images, val_images = read_list("cls_train.txt", 2), read_list("cls_val.txt", 2)
@@ -214,7 +212,7 @@ def test_unreadable_images_are_left_out_of_calibration(two_classes, capsys):
     assert calibrate_checkpoint(run / BEST, train_images, val_images, settings(**TINY)) == {}
 
 
-def test_rare_classes_are_drawn_too():
+def test_draw_by_class_includes_rare_classes():
     class_ids = [0] * 900 + [1] * 90 + [2] * 5
     images = list_in_memory((k, f"{i}.png") for i, k in enumerate(class_ids))
     drawn = sample_indices(images, 60, seed=1, by_class=True)
@@ -228,7 +226,7 @@ def test_rare_classes_are_drawn_too():
     assert [some.path(i) for i in range(60)] == [f"{i}.png" for i in drawn]
 
 
-def test_embeddings_of_training_images_are_kept(trained, tmp_path, capsys):
+def test_embeddings_of_training_images_are_saved(trained, tmp_path, capsys):
     (run,) = trained.glob("logs/*")
     train_images = read_list("cls_train.txt", 2)
     calibration = load_classifier(run, "cpu").calibration
@@ -236,20 +234,19 @@ def test_embeddings_of_training_images_are_kept(trained, tmp_path, capsys):
     assert [kept.images.path(i) for i in range(len(train_images))] == [train_images.path(i) for i in range(36)]
     outputs = compute_outputs(load_classifier(run, "cpu"), train_images, num_workers=0)
     torch.testing.assert_close(kept.embeddings, outputs.embeddings, atol=2e-3, rtol=2e-3)
-    assert read_embeddings(run / BEST, fitted(), 2) is None  # of another checkpoint
+    assert read_embeddings(run / BEST, fitted(), 2) is None  # another calibration
     assert read_embeddings(run / BEST, None, 2) is None
     assert read_embeddings(tmp_path / BEST, calibration, 2) is None
     assert capsys.readouterr().out == ""
-    assert read_embeddings(run / BEST, calibration, 1) is None  # ids of classes that there aren't
+    assert read_embeddings(run / BEST, calibration, 1) is None  # a class id out of range
     assert "no training images are shown" in capsys.readouterr().out
     (tmp_path / EMBEDDINGS).write_bytes((run / EMBEDDINGS).read_bytes()[:1000])
     assert read_embeddings(tmp_path / BEST, calibration, 2) is None
     assert "no training images are shown" in capsys.readouterr().out
 
 
-def test_a_class_left_out_of_training_is_rejected_far_more_often(here):
-    """Two classes are trained; images of a third, of a brightness between theirs, are held against new ones of the
-    two."""
+def test_an_unseen_class_is_rejected_far_more_often(here):
+    """The unseen class has a brightness between those of the two trained classes."""
     for name, level in (("dark", 60), ("light", 190)):
         for i in range(120):
             write_image(here / "datasets" / "train" / name / f"{i:02d}.png", level, seed=i)
@@ -271,7 +268,7 @@ def test_a_class_left_out_of_training_is_rejected_far_more_often(here):
 
 
 @pytest.mark.slow
-def test_a_digit_left_out_of_training_is_rejected_far_more_often(here):
+def test_an_unseen_digit_is_rejected_far_more_often(here):
     write_demo(here / "datasets")
     for split in ("train", "test"):
         shutil.move(here / "datasets" / split / "4", here / f"four_{split}")
@@ -288,6 +285,6 @@ def test_a_digit_left_out_of_training_is_rejected_far_more_often(here):
 
     known = rejected(sorted((here / "datasets" / "test").rglob("*.png")))
     unknown = rejected(sorted((here / "four_test").iterdir()))
-    print(f"rejected: {known:.1%} of known digits, {unknown:.1%} of those left out")
+    print(f"rejected: {known:.1%} of known digits, {unknown:.1%} of the unseen one")
     assert known < 0.12
     assert unknown > max(0.4, 4 * known)

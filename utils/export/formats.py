@@ -19,7 +19,7 @@ from utils.export.check import Exported, by_checkpoint
 from utils.export.graph import trace
 from utils.export.onnx_write import make_onnx
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, read_exported
-from utils.inference.exported_metadata import ExportFacts
+from utils.inference.exported_metadata import ExportedMetadata
 from utils.inference.onnx_classifier import open_onnx
 from utils.inference.onnx_file import MAX_BYTES
 from utils.modeling.pixel_network import PixelNetwork
@@ -32,11 +32,11 @@ class Format(NamedTuple):
     """How to write a classifier, which must be in fp32 on the CPU, and how to open the file for the check."""
 
     suffix: str
-    write: Callable[[Classifier, ExportFacts, BinaryIO], None]
+    write: Callable[[Classifier, ExportedMetadata, BinaryIO], None]
     open: Callable[[Path, Classifier], Exported]
 
 
-def describe_export(classifier: Classifier, checkpoint: Path, precision: str) -> ExportFacts:
+def describe_export(classifier: Classifier, checkpoint: Path, precision: str) -> ExportedMetadata:
     """The metadata of an exported file, including its provenance."""
     provenance = {
         "checkpoint": checkpoint.name,
@@ -47,16 +47,16 @@ def describe_export(classifier: Classifier, checkpoint: Path, precision: str) ->
         "precision": precision,
     }
     model = classifier.network.model.arguments
-    return ExportFacts(classifier.class_names, classifier.preprocessing, classifier.temperature, provenance, model)
+    return ExportedMetadata(classifier.class_names, classifier.preprocessing, classifier.temperature, provenance, model)
 
 
-def write_onnx(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
-    """Write an ONNX file in the precision of `facts`.
+def write_onnx(classifier: Classifier, metadata: ExportedMetadata, file: BinaryIO) -> None:
+    """Write an ONNX file in the precision of `metadata`.
 
     Raises:
         ValueError: the weights exceed the maximum size of an ONNX file.
     """
-    precision = facts.provenance["precision"]
+    precision = metadata.provenance["precision"]
     size = sum(p.numel() for p in classifier.network.parameters()) * (2 if precision == "fp16" else 4)
     if size > MAX_BYTES:
         remedy = "--format pt2" if precision == "fp16" else "--precision fp16 (half the size) or --format pt2"
@@ -64,7 +64,7 @@ def write_onnx(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> No
             f"format=onnx: the weights are {format_bytes(size)}, an ONNX file can have {format_bytes(MAX_BYTES)}; "
             f"use {remedy}"
         )
-    file.write(make_onnx(trace(classifier), facts))
+    file.write(make_onnx(trace(classifier), metadata))
 
 
 def open_onnx_file(path: Path, classifier: Classifier) -> Exported:
@@ -73,12 +73,12 @@ def open_onnx_file(path: Path, classifier: Classifier) -> Exported:
     return lambda pixels: exported.probabilities(pixels[None])[0]
 
 
-def write_pt2(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
+def write_pt2(classifier: Classifier, metadata: ExportedMetadata, file: BinaryIO) -> None:
     """Write a `torch.export` file, with the metadata as its extra files."""
     with warnings.catch_warnings():
         # A warning about weights that are views of one tensor; the check shows that they are saved correctly.
         warnings.filterwarnings("ignore", "No complete tensor found")
-        torch.export.save(trace(classifier), file, extra_files=facts.as_strings())
+        torch.export.save(trace(classifier), file, extra_files=metadata.as_strings())
 
 
 def open_pt2(path: Path, classifier: Classifier) -> Exported:
@@ -93,17 +93,17 @@ def open_pt2(path: Path, classifier: Classifier) -> Exported:
     return run
 
 
-def write_safetensors(classifier: Classifier, facts: ExportFacts, file: BinaryIO) -> None:
-    """Write the weights in the precision of `facts`, for `model_path` of train.py and predict.py.
+def write_safetensors(classifier: Classifier, metadata: ExportedMetadata, file: BinaryIO) -> None:
+    """Write the weights in the precision of `metadata`, for `model_path` of train.py and predict.py.
 
     The header has the metadata, which includes the arguments that build the network.
     """
-    dtype = torch.float16 if facts.provenance["precision"] == "fp16" else torch.float32
+    dtype = torch.float16 if metadata.provenance["precision"] == "fp16" else torch.float32
     weights = {
         name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
         for name, tensor in classifier.network.model.state_dict().items()
     }
-    file.write(safetensors.torch.save(weights, facts.as_strings()))
+    file.write(safetensors.torch.save(weights, metadata.as_strings()))
 
 
 def open_safetensors(path: Path, classifier: Classifier) -> Exported:
@@ -115,9 +115,9 @@ def open_safetensors(path: Path, classifier: Classifier) -> Exported:
     return lambda pixels: by_checkpoint(reloaded, pixels)
 
 
-def write_card(path: Path, facts: ExportFacts) -> None:
+def write_card(path: Path, metadata: ExportedMetadata) -> None:
     """Write the JSON card beside a weights file: the metadata and the file's digest."""
-    card = facts.as_dict() | {"weights": path.name, "weights_sha256": digest_file(path)}
+    card = metadata.as_dict() | {"weights": path.name, "weights_sha256": digest_file(path)}
     write_json(path.with_suffix(".json"), card)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from nets.weights.seal import digest_file
 from utils.export.formats import FORMATS, STEMS
 from utils.inference.classifier import Classifier
-from utils.inference.exported_metadata import ExportFacts
+from utils.inference.exported_metadata import ExportedMetadata
 from utils.runs.folder import METRICS_OUT, read_run_list
 from utils.system.files import format_bytes, read_json, write_text
 from utils.system.text import printable
@@ -31,7 +31,7 @@ METRICS = {
 """Keys of metrics.json shown in the card, with their titles."""
 
 
-def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, facts: ExportFacts) -> Path:
+def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, metadata: ExportedMetadata) -> Path:
     """Write the card of a checkpoint and its exported files in `folder`, and return its path.
 
     The card is made from the checkpoint, the lists in its run's folder, and the metrics.json of eval.py.
@@ -44,15 +44,16 @@ def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, fac
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["text"] = escape
-    files = exported_files(folder, facts)
+    files = exported_files(folder, metadata)
     page = environment.from_string(template).render(
-        facts=facts,
+        metadata=metadata,
         origin=classifier.origin,
         letterbox=classifier.preprocessing.letterbox_image,
         shape=classifier.preprocessing.input_shape,
         counts=count_images(checkpoint, classifier),
-        calibrated=classifier.calibration is not None or facts.temperature != 1,  # exported weights have no calibration
-        metrics=read_metrics(checkpoint, facts.provenance["checkpoint_sha256"]),
+        calibrated=classifier.calibration is not None
+        or metadata.temperature != 1,  # exported weights have no calibration
+        metrics=read_metrics(checkpoint, metadata.provenance["checkpoint_sha256"]),
         files=[(path.name, format_bytes(path.stat().st_size), digest_file(path)) for path in files],
         onnx=next((path.name for path in files if path.suffix == ".onnx"), ""),
     )
@@ -69,7 +70,7 @@ def check_card(folder: Path) -> None:
         )
 
 
-def exported_files(folder: Path, facts: ExportFacts) -> list[Path]:
+def exported_files(folder: Path, metadata: ExportedMetadata) -> list[Path]:
     """The files in `folder` that passed the check as exports of this checkpoint and have not changed since.
 
     Raises:
@@ -83,7 +84,7 @@ def exported_files(folder: Path, facts: ExportFacts) -> list[Path]:
         report = read_json(path)
         if not {"checkpoint_sha256", "sha256"} <= report.keys():
             raise ValueError(f"{path} is malformed: delete it, or export again")
-        same_checkpoint = report["checkpoint_sha256"] == facts.provenance["checkpoint_sha256"]
+        same_checkpoint = report["checkpoint_sha256"] == metadata.provenance["checkpoint_sha256"]
         if same_checkpoint and file.is_file() and report["sha256"] == digest_file(file):
             files.append(file)
     return files

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 
-from utils.inference.exported_metadata import INPUT, OUTPUT, ExportFacts
+from utils.inference.exported_metadata import INPUT, OUTPUT, ExportedMetadata
 from utils.inference.onnx_file import DIGEST, digest
 
 if TYPE_CHECKING:
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 OPSET = 18
 
 
-def make_onnx(program: ExportedProgram, facts: ExportFacts) -> bytes:
-    """The bytes of an ONNX file from a graph of `utils.export.graph.trace`, in the precision of `facts`."""
+def make_onnx(program: ExportedProgram, metadata: ExportedMetadata) -> bytes:
+    """The bytes of an ONNX file from a graph of `utils.export.graph.trace`, in the precision of `metadata`."""
     model = convert(program)
     strip_traces(model)
-    precision = facts.provenance["precision"]
+    precision = metadata.provenance["precision"]
     if precision == "fp16":
         halve_weights(model)
     elif precision == "int8":
         model = quantize(model)
-    for name, value in facts.as_strings().items():
+    for name, value in metadata.as_strings().items():
         model.metadata_props.add(key=name, value=value)
     model.metadata_props.add(key=DIGEST, value=digest(model))
     return model.SerializeToString()

@@ -1,4 +1,4 @@
-"""From a checkpoint to predictions: classifier, rejection, explanations, exported files read back.
+"""Inference: classifiers from checkpoints and ONNX files, predictions, rejection, explanations.
 
 Imports `runs` and the floors below it.
 """

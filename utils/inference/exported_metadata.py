@@ -1,4 +1,4 @@
-"""What an exported file says of itself: enough to use it without its run, and never taken on trust."""
+"""The metadata inside exported files: enough to use one without its run, and validated on reading."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from utils.config.train_config import TrainConfig
 from utils.data.preprocessing import Preprocessing
 
 FORMAT_VERSION = 1
-MARK = "thaw_export"
-"""The key under which the version stands; what lacks it is none of Thaw's exports."""
+VERSION_KEY = "thaw_export"
+"""The metadata key of the format version, present in every export of Thaw."""
 
 INPUT, OUTPUT = "images", "probabilities"
 INPUT_DESCRIPTION = {
     "name": INPUT,
     "dtype": "uint8",
     "shape": ["batch", "height", "width", 3],
-    "content": "upright RGB images of any size, those of a batch of one size, white where they were transparent; "
-    "nothing else is to be done to them",
+    "content": "upright RGB images of any size, the same within a batch, with white in place of transparency; "
+    "no other preprocessing is needed",
 }
 OUTPUT_DESCRIPTION = {
     "name": OUTPUT,
@@ -33,21 +33,20 @@ OUTPUT_DESCRIPTION = {
 }
 
 MAX_CLASSES = 1_000_000
-MAX_NUMBER = 1e9
 MAX_INPUT_PIXELS = 1 << 24
-"""Of what an image is resized to: 4096 x 4096."""
+"""The largest input shape, 4096 x 4096, by its area."""
 
 
 @dataclass(frozen=True)
-class ExportFacts:
-    """What an exported file says of itself.
+class ExportedMetadata:
+    """The metadata of an exported file.
 
     Attributes:
-        class_names: name of each class id.
-        preprocessing: how images are prepared; all but reading files is inside the file.
-        temperature: what logits are divided by, inside the file too.
-        provenance: where it comes from: `checkpoint`, `checkpoint_sha256`, `run`, `torch`, `date`, `precision`.
-        model: what `nets.factory.build_model` needs to build the network.
+        class_names: the name of each class id.
+        preprocessing: how images are prepared; part of the exported graph, except for reading files.
+        temperature: what logits are divided by; also part of the graph.
+        provenance: `checkpoint`, `checkpoint_sha256`, `run`, `torch`, `date` and `precision`.
+        model: the arguments of `nets.factory.build_model`.
     """
 
     class_names: list[str]
@@ -57,9 +56,9 @@ class ExportFacts:
     model: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain types, as a JSON card has them."""
+        """The content of the JSON file beside an export, as plain types."""
         return {
-            MARK: FORMAT_VERSION,
+            VERSION_KEY: FORMAT_VERSION,
             "class_names": self.class_names,
             "input": INPUT_DESCRIPTION,
             "output": OUTPUT_DESCRIPTION,
@@ -70,22 +69,21 @@ class ExportFacts:
         }
 
     def as_strings(self) -> dict[str, str]:
-        """The same with each value as JSON, as the metadata of ONNX and torch has it."""
+        """`as_dict` with each value encoded as JSON, for the metadata of ONNX and torch files."""
         return {name: json.dumps(value) for name, value in self.as_dict().items()}
 
     @staticmethod
-    def from_strings(strings: Mapping[str, str], source: str | Path) -> ExportFacts:
-        """What `as_strings` gave, from a file that isn't trusted.
+    def from_strings(strings: Mapping[str, str], source: str | Path) -> ExportedMetadata:
+        """Parse and validate the result of `as_strings`, read from the file `source`.
 
         Raises:
-            ValueError: it isn't an export of Thaw's of this version, or something in it can't be; names `source`.
+            ValueError: `source` isn't an export of Thaw, has another version, or contains an invalid value.
         """
-        if MARK not in strings:
-            raise ValueError(f"{source} is none of Thaw's exports: python export.py makes one of a checkpoint")
-        if strings[MARK] != str(FORMAT_VERSION):
-            raise ValueError(
-                f"{source} has export format {strings[MARK]:.20}, this is for {FORMAT_VERSION}: export it anew"
-            )
+        if VERSION_KEY not in strings:
+            raise ValueError(f"{source} is none of Thaw's exports: create one with python export.py")
+        if strings[VERSION_KEY] != str(FORMAT_VERSION):
+            version = strings[VERSION_KEY]
+            raise ValueError(f"{source} has export format {version:.20}, not {FORMAT_VERSION}: export it again")
         try:
             names, values, temperature, provenance, model = (
                 json.loads(strings[key])
@@ -94,40 +92,34 @@ class ExportFacts:
             preprocessing = Preprocessing.from_dict(values)
         except (KeyError, TypeError, RecursionError, OverflowError, ValueError) as error:
             raise ValueError(f"{source} can't be used: its metadata can't be read ({error!r:.80})") from error
-        wrong = [
-            name
-            for name, fits in {
-                "class_names": are_names(names),
-                "preprocessing": is_preprocessing(preprocessing),
-                "temperature": _is_number(temperature) and 1e-6 < temperature < 1e6,
-                "provenance": isinstance(provenance, dict) and all(isinstance(v, str) for v in provenance.values()),
-                "model": isinstance(model, dict),
-            }.items()
-            if not fits
-        ]
-        if wrong:
-            raise ValueError(f"{source} can't be used: in its metadata {', '.join(wrong)} can't be right")
-        return ExportFacts(names, preprocessing, float(temperature), provenance, model)
+        valid = {
+            "class_names": valid_class_names(names),
+            "preprocessing": valid_preprocessing(preprocessing),
+            "temperature": type(temperature) in (int, float) and 1e-6 < temperature < 1e6,
+            "provenance": isinstance(provenance, dict) and all(isinstance(v, str) for v in provenance.values()),
+            "model": isinstance(model, dict),
+        }
+        if invalid := [name for name, is_valid in valid.items() if not is_valid]:
+            raise ValueError(f"{source} can't be used: in its metadata {', '.join(invalid)} can't be right")
+        return ExportedMetadata(names, preprocessing, float(temperature), provenance, model)
 
 
-def are_names(names: Any) -> bool:
-    """Whether these can be the names of classes: two or more, each once, and each to be written to a file."""
-    fits = isinstance(names, list) and 2 <= len(names) <= MAX_CLASSES
-    fits = fits and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+def valid_class_names(names: Any) -> bool:
+    """Whether `names` is a list of two or more distinct strings that can be written to a file."""
+    if not isinstance(names, list) or not 2 <= len(names) <= MAX_CLASSES:
+        return False
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        return False
     try:
-        return fits and bool("".join(names).encode("utf-8", "surrogateescape"))
+        return bool("".join(names).encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
         return False
 
 
-def is_preprocessing(values: Preprocessing) -> bool:
-    """Whether these can be settings of a run, and don't ask for more memory than an image may take."""
+def valid_preprocessing(preprocessing: Preprocessing) -> bool:
+    """Whether the values are valid settings and the input shape doesn't take too much memory."""
     try:
-        TrainConfig(**dataclasses.asdict(values))
-    except (ValueError, OverflowError):  # the second of a whole number beyond all floats
+        TrainConfig(**dataclasses.asdict(preprocessing))
+    except (ValueError, OverflowError):  # OverflowError: an integer too large for a float
         return False
-    return math.prod(values.input_shape) <= MAX_INPUT_PIXELS
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER
+    return math.prod(preprocessing.input_shape) <= MAX_INPUT_PIXELS

@@ -1,4 +1,4 @@
-"""What is done once, after training: its best checkpoint is calibrated, and the embeddings for that are kept."""
+"""Calibrate the best checkpoint after training, and save the embeddings of training images."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from utils.system.files import write_bytes
 
 EMBEDDINGS = "train_embeddings.safetensors"
 MAX_EMBEDDINGS, MIN_PER_CLASS = 5000, 5
-"""Training images whose embeddings are computed after training, at most, but so many of each class where there are
-too many classes for that: means need no more."""
+"""Number of training images whose embeddings are computed: at most the first, or the second times the number of
+classes if that is more. The class means need no more."""
 
 
 class TrainEmbeddings(NamedTuple):
-    """Training images, and what the head is given of them, (n, C)."""
+    """Training images and their embeddings (n, C)."""
 
     images: ImageList
     embeddings: Tensor
@@ -34,40 +34,37 @@ class TrainEmbeddings(NamedTuple):
 def calibrate_checkpoint(
     checkpoint: Path, train_images: ImageList, val_images: ImageList, config: TrainConfig
 ) -> dict[str, Any]:
-    """Fit what tells whether the answers of `checkpoint` can be believed; see `utils.inference.rejection`.
+    """Fit a `utils.inference.rejection.Calibration` for `checkpoint`.
 
-    The embeddings of training images that go into it are kept beside the checkpoint: `eval.py` shows the nearest
-    beside a mistake.
+    The embeddings of training images are saved beside the checkpoint. `eval.py` uses them to show the nearest training
+    image of each mistake.
 
     Returns:
-        What the checkpoint is to hold of it.
+        `Calibration.as_dict()`; empty if no image can be read.
     """
     classifier = load_classifier(checkpoint, config.device)
-    most = max(MAX_EMBEDDINGS, MIN_PER_CLASS * len(classifier.class_names))
-    drawn = select(train_images, sample_indices(train_images, most, config.seed, by_class=True))
-    of_train = compute_outputs(classifier, drawn, config.num_workers, skip_unreadable=True, title="embedding")
-    of_val = compute_outputs(classifier, val_images, config.num_workers, skip_unreadable=True, title="calibrating")
-    if not len(of_val.indices) or not len(of_train.indices):
-        print("warning: no image could be read to calibrate on; probabilities stay the network's own")
+    max_embeddings = max(MAX_EMBEDDINGS, MIN_PER_CLASS * len(classifier.class_names))
+    sample = select(train_images, sample_indices(train_images, max_embeddings, config.seed, by_class=True))
+    train = compute_outputs(classifier, sample, config.num_workers, skip_unreadable=True, title="embedding")
+    val = compute_outputs(classifier, val_images, config.num_workers, skip_unreadable=True, title="calibrating")
+    if not len(val.indices) or not len(train.indices):
+        print("warning: not calibrated, since no image could be read; probabilities are those of the network")
         return {}
-    calibration = fit_calibration(
-        of_val.logits, of_val.embeddings, of_val.class_ids, of_train.embeddings, of_train.class_ids
-    )
-    train = TrainEmbeddings(select(drawn, of_train.indices.numpy()), of_train.embeddings)
-    write_embeddings(checkpoint, train, calibration)
-    print(f"calibrated on {len(of_val.indices)} validation images: temperature {calibration.temperature:.2f}")
+    calibration = fit_calibration(val.logits, val.embeddings, val.class_ids, train.embeddings, train.class_ids)
+    train_images = select(sample, train.indices.numpy())
+    write_embeddings(checkpoint, TrainEmbeddings(train_images, train.embeddings), calibration)
+    print(f"calibrated on {len(val.indices)} validation images: temperature {calibration.temperature:.2f}")
     return calibration.as_dict()
 
 
 def write_embeddings(checkpoint: Path, train: TrainEmbeddings, calibration: Calibration) -> None:
-    """Write what a checkpoint makes of training images to a file beside it, in fp16."""
+    """Write embeddings of training images to a file beside the checkpoint, in fp16."""
     tensors = {"embeddings": train.embeddings.half(), "list": torch.from_numpy(train.images.buffer.copy())}
     write_bytes(checkpoint.with_name(EMBEDDINGS), safetensors.torch.save(tensors, {"of": _digest(calibration)}))
 
 
 def read_embeddings(checkpoint: Path, calibration: Calibration | None, num_classes: int) -> TrainEmbeddings | None:
-    """What `write_embeddings` wrote for a checkpoint with this calibration; None if there is nothing, or nothing that
-    can be used, which is printed."""
+    """Read the file of `write_embeddings`; None if it is missing, damaged or of another calibration."""
     path = checkpoint.with_name(EMBEDDINGS)
     if calibration is None or not path.is_file():
         return None
@@ -79,13 +76,13 @@ def read_embeddings(checkpoint: Path, calibration: Calibration | None, num_class
         images = parse_list(entries.numpy(), path)
         fits = embeddings.shape == (len(images), len(calibration.centre)) and embeddings.isfinite().all()
         if not fits or images.class_ids.max(initial=0) >= num_classes:
-            raise ValueError("its parts don't fit together")
+            raise ValueError("its contents are inconsistent")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        print(f"warning: {path} can't be used ({error}); no training images are shown beside mistakes")
+        print(f"warning: {path} can't be used ({error}); no training images are shown with mistakes")
         return None
     return TrainEmbeddings(images, embeddings.float())
 
 
 def _digest(calibration: Calibration) -> str:
-    """What no other checkpoint has."""
+    """A digest that differs between checkpoints."""
     return hashlib.sha256(calibration.directions.numpy().tobytes()).hexdigest()

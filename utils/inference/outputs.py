@@ -1,4 +1,4 @@
-"""What a classifier makes of all images of a list."""
+"""Outputs of a classifier for all images of a list."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from utils.inference.classifier import BATCH, Classifier
 
 
 class Outputs(NamedTuple):
-    """Of images of a list, in its order, on the CPU.
+    """Outputs for the images of a list, in its order, on the CPU.
 
     Attributes:
         logits: (N, classes), fp32.
-        embeddings: (N, C), fp32, what the head takes.
-        class_ids: (N,), the truth.
-        brightness: (N,), the mean level of what the network was shown, 0 to 1.
-        indices: (N,), which images of the list they are: all, unless unreadable ones were left out.
+        embeddings: (N, C), fp32, the input of the head.
+        class_ids: (N,), the true classes.
+        brightness: (N,), the mean of the preprocessed pixels, 0 to 1.
+        indices: (N,), positions in the list: all, unless unreadable images were skipped.
     """
 
     logits: Tensor
@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
 
 
 class LenientDataset(ImageDataset):
-    """Images of which any may be unreadable: it is marked in `unreadable`, and a black one comes in its place."""
+    """A dataset that returns black pixels for unreadable images and marks them in `unreadable`."""
 
     def _read_another(self, key: Key, error: ImageError) -> Tensor:
         return torch.zeros(3, *self.transform.size, dtype=torch.uint8)
@@ -49,18 +49,18 @@ def compute_outputs(
     skip_unreadable: bool = False,
     title: str = "evaluating",
 ) -> Outputs:
-    """What `classifier` makes of the images of a list.
+    """Run `classifier` on the images of a list.
 
     Raises:
-        ImageError: an image can't be read, and `skip_unreadable` doesn't leave such out.
+        ImageError: an image can't be read and `skip_unreadable` is False.
     """
     source = FileSource(images, classifier.preprocessing)
-    kind, allowed = (LenientDataset, 1.0) if skip_unreadable else (ImageDataset, None)
-    dataset = kind(source, classifier.transform, seed=0, max_bad_fraction=allowed)
+    dataset_class, max_bad = (LenientDataset, 1.0) if skip_unreadable else (ImageDataset, None)
+    dataset = dataset_class(source, classifier.transform, seed=0, max_bad_fraction=max_bad)
     loader = eval_loader(dataset, batch_size, num_workers)
-    parts = []
+    batches = []
     for pixels, class_ids in tqdm(fetch(loader), title, len(loader), unit="batch", leave=False, disable=None):
         embeddings, logits = classifier.forward(pixels)
-        parts.append((logits, embeddings, class_ids, pixels.float().mean(dim=(1, 2, 3)) / 255))
+        batches.append((logits, embeddings, class_ids, pixels.float().mean(dim=(1, 2, 3)) / 255))
     readable = ~dataset.unreadable
-    return Outputs(*(torch.cat(part)[readable] for part in zip(*parts, strict=True)), readable.nonzero()[:, 0])
+    return Outputs(*(torch.cat(tensors)[readable] for tensors in zip(*batches, strict=True)), readable.nonzero()[:, 0])

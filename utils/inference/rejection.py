@@ -1,7 +1,7 @@
-"""Whether an answer can be believed: probabilities that mean what they say, and images that are of no class.
+"""Decide which predictions to reject: those of low probability, and those of out-of-distribution (OOD) images.
 
-All of it is fitted after training, on the validation images and on the embeddings of training images, and stored in
-the checkpoint. An embedding is what the network's head takes.
+Everything is fitted after training, on the validation images and on embeddings (the input of the network's head) of
+training images, and stored in the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor
 from utils.metrics.temperature import fit_temperature
 
 UNKNOWN = "unknown"
-"""The label of an image whose answer is rejected."""
+"""The label of a rejected prediction."""
 
 FAR = 0.95
-"""The part of the validation images that is near enough to a class. The rest is the price of rejecting others."""
+"""The quantile of the validation images' distances beyond which an image counts as OOD. So 5 % of the images that do
+belong to a class are rejected."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the validation images told of a network.
+    """What is fitted to a trained network.
 
     Attributes:
-        temperature: what its logits are divided by.
+        temperature: logits are divided by it.
         centre: (C,), the mean of the classes' mean embeddings.
-        whitening: (C, C), makes the deviations of embeddings from their class's mean uncorrelated and of variance 1.
-        directions: (classes with training images, C), from the centre to the mean of each class, whitened, of length
-            1.
-        probability: (n,) of each validation image's likeliest class.
-        correct: (n,) bool, whether that was its class.
-        distance: (n,) to the nearest class, in degrees, see `distances`.
+        whitening: (C, C), makes deviations from the class means uncorrelated with variance 1.
+        directions: (classes with training images, C), whitened unit vectors from the center to the class means.
+        probability: (n,), of the predicted class of each validation image.
+        correct: (n,) bool, whether that class is the true one.
+        distance: (n,), to the nearest class in degrees, see `distances`.
     """
 
     temperature: float
@@ -47,71 +47,75 @@ class Calibration:
     distance: Tensor
 
     def as_dict(self) -> dict[str, Any]:
-        """As a checkpoint holds it."""
+        """The attributes, for a checkpoint."""
         return dict(vars(self))
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Calibration | None:
-        """What `as_dict` gave; None for {}: the run has not come to its end.
+        """The inverse of `as_dict`; None for {}, which the checkpoints of an unfinished run contain.
 
         Raises:
-            TypeError: something in it can't be used.
+            TypeError: a value is invalid.
         """
         if not values:
             return None
         names = [field.name for field in fields(Calibration)]
         tensors = [values.get(name) for name in names[1:]]
         temperature = values.get("temperature")
-        usable = isinstance(temperature, float) and 1e-6 < temperature < 1e6
-        kinds = [torch.float32] * 4 + [torch.bool, torch.float32]
-        if not usable or not all(
-            isinstance(tensor, Tensor) and tensor.dtype == kind and tensor.isfinite().all()
-            for tensor, kind in zip(tensors, kinds, strict=True)
+        dtypes = [torch.float32] * 4 + [torch.bool, torch.float32]
+        valid = isinstance(temperature, float) and 1e-6 < temperature < 1e6
+        if not valid or not all(
+            isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.isfinite().all()
+            for tensor, dtype in zip(tensors, dtypes, strict=True)
         ):
-            raise TypeError("its calibration isn't one")
-        centre, whitening, directions, *of_validation = tensors
-        width = centre.numel()
-        fits = (centre.shape, whitening.shape, directions.shape[1:]) == ((width,), (width, width), (width,))
-        if not fits or not len(directions) or {t.shape for t in of_validation} != {(len(of_validation[0]),)}:
-            raise TypeError("the parts of its calibration don't fit together")
+            raise TypeError("invalid calibration")
+        centre, whitening, directions, *per_image = tensors
+        c = centre.numel()
+        consistent = (centre.shape, whitening.shape, directions.shape[1:]) == ((c,), (c, c), (c,))
+        if not consistent or not len(directions) or {t.shape for t in per_image} != {(len(per_image[0]),)}:
+            raise TypeError("invalid calibration: its tensors have inconsistent shapes")
         return Calibration(**{name: values[name] for name in names})
 
     def distances(self, embeddings: Tensor) -> Tensor:
-        """How far (B,) embeddings (B, C) are from the nearest class: the angle in degrees, 0 to 180, between them and
-        its mean, seen from the centre.
+        """Distances (B,) of embeddings (B, C) to the nearest class, in degrees from 0 to 180.
 
-        One covariance for all classes, as in Lee et al., 2018, https://arxiv.org/abs/1807.03888. Their distance itself
-        tells little: what is of no class lies near the centre, and so no farther from the means than what is of one.
+        The distance is the angle at the center between the embedding and the class mean, after whitening with one
+        covariance for all classes, as in Lee et al., 2018, https://arxiv.org/abs/1807.03888. Their Mahalanobis
+        distance separates OOD images poorly here: these lie near the center, no farther from the class means than
+        images of the classes do.
         """
-        seen = F.normalize((embeddings.float() - self.centre) @ self.whitening, dim=1)
-        return (seen @ self.directions.T).amax(dim=1).clamp(-1, 1).acos().rad2deg()
+        whitened = F.normalize((embeddings.float() - self.centre) @ self.whitening, dim=1)
+        return (whitened @ self.directions.T).amax(dim=1).clamp(-1, 1).acos().rad2deg()
 
     @property
     def farthest(self) -> float:
-        """The distance beyond which an image is unlike all classes."""
+        """The distance beyond which an image counts as OOD."""
         return self.distance.quantile(FAR).item() if len(self.distance) else math.inf
 
     def choose_rejection(self, max_error: float) -> Rejection:
-        """The lowest probability to accept so that, of the accepted validation images, at most the part `max_error`
-        is wrong. Those too far from all classes are not accepted in any case."""
+        """Choose the lowest probability to accept for an error rate of at most `max_error`, 0 to 1.
+
+        The error rate is that of the accepted validation images; those that are too far from all classes are rejected
+        in any case.
+        """
         near = self.distance <= self.farthest
         order = self.probability[near].argsort(descending=True)
         probability, correct = self.probability[near][order], self.correct[near][order]
         errors = (~correct).cumsum(0) / torch.arange(1, len(correct) + 1)
+        # Images of equal probability can only be accepted together.
         last_of_equal = torch.cat([probability[1:] < probability[:-1], torch.ones(1, dtype=torch.bool)])
         allowed = torch.nonzero((errors <= max_error) & last_of_equal[: len(errors)]).flatten()
-        if not len(allowed):
-            return Rejection(math.inf, self.farthest)
-        return Rejection(probability[allowed[-1]].item(), self.farthest)
+        least = probability[allowed[-1]].item() if len(allowed) else math.inf
+        return Rejection(least, self.farthest)
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """Which answers are rejected.
+    """Which predictions are rejected.
 
     Attributes:
-        least_probability: that is accepted; infinite: none is.
-        farthest: largest distance to the nearest class, in degrees, that is accepted; infinite: all are.
+        least_probability: the lowest probability that is accepted; infinite: none is.
+        farthest: the largest distance to the nearest class, in degrees, that is accepted; infinite: all are.
     """
 
     least_probability: float
@@ -122,41 +126,37 @@ class Rejection:
         return (probability >= self.least_probability) & (distance <= self.farthest)
 
     def reason(self, probability: float, distance: float) -> str:
-        """Why an answer is rejected; empty if it isn't."""
+        """Why a prediction is rejected; empty if it isn't."""
         if distance > self.farthest:
             return (
-                f"unlike all classes: {distance:.0f}° from the nearest, where {FAR:.0%} of the validation images are "
+                f"unlike all classes: {distance:.0f}° from the nearest class; {FAR:.0%} of the validation images are "
                 f"within {self.farthest:.0f}°"
             )
         if probability < self.least_probability:
             least = "any" if math.isinf(self.least_probability) else f"{self.least_probability:.1%}"
-            return f"not sure enough: {probability:.1%} is below {least}"
+            return f"low probability: {probability:.1%} is below {least}"
         return ""
 
     def format_cost(self, calibration: Calibration) -> str:
-        """What it did to the validation images, in words."""
+        """A sentence on how many validation images are accepted, and how many of those are wrong."""
         n = len(calibration.correct)
         accepted = self.accepts(calibration.probability, calibration.distance)
         count, wrong = int(accepted.sum()), int((accepted & ~calibration.correct).sum())
         if not count:
-            return f"none of the {n} validation images is accepted: no threshold gives so few errors"
+            return f"none of the {n} validation images is accepted: no threshold has so few errors"
         return (
-            f"of {n} validation images {count / n:.1%} are accepted, {wrong / count:.1%} of them wrong; since these "
-            f"images chose the threshold, of new ones a little more: eval.py shows it on test images"
+            f"of {n} validation images {count / n:.1%} are accepted, {wrong / count:.1%} of them wrong; expect a few "
+            f"more errors on new images, since the threshold was chosen on these; eval.py measures it on test images"
         )
 
 
 def fit_calibration(
     logits: Tensor, embeddings: Tensor, class_ids: Tensor, train_embeddings: Tensor, train_class_ids: Tensor
 ) -> Calibration:
-    """Fit all of it.
+    """Fit a calibration to validation images and, for the distances, to training images.
 
-    Args:
-        logits: (n, classes) of the validation images.
-        embeddings: (n, C) of them.
-        class_ids: (n,) of them.
-        train_embeddings: (m, C) of training images, seen as in evaluation.
-        train_class_ids: (m,) of them.
+    Shapes: (n, classes), (n, C), (n,) of the validation images; (m, C), (m,) of training images, preprocessed as in
+    evaluation.
     """
     temperature = fit_temperature(logits, class_ids)
     distance = _fit_distance(train_embeddings, train_class_ids)
@@ -166,11 +166,11 @@ def fit_calibration(
 
 
 def _fit_distance(embeddings: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre, whitening and directions, see `Calibration`, of embeddings (m, C).
+    """Center, whitening and directions, see `Calibration`, of embeddings (m, C).
 
-    There may be fewer images than dimensions, so the covariance is Ledoit and Wolf's shrunk one.
+    The covariance is shrunk as by Ledoit and Wolf, since there may be fewer images than dimensions.
     """
-    from sklearn.covariance import ledoit_wolf  # predicting goes without
+    from sklearn.covariance import ledoit_wolf  # slow to import, and prediction doesn't need it
 
     present, rows = class_ids.unique(return_inverse=True)
     x = embeddings.double()
@@ -179,5 +179,5 @@ def _fit_distance(embeddings: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor
     covariance = torch.from_numpy(ledoit_wolf((x - means[rows]).numpy(), assume_centered=True)[0])
     variances, axes = torch.linalg.eigh(covariance)
     whitening = axes / variances.clamp_min(max(1e-6 * variances.max().item(), 1e-12)).sqrt()
-    centre = means.mean(dim=0)
-    return centre.float(), whitening.float(), F.normalize((means - centre) @ whitening, dim=1).float()
+    center = means.mean(dim=0)
+    return center.float(), whitening.float(), F.normalize((means - center) @ whitening, dim=1).float()

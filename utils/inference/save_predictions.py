@@ -1,4 +1,4 @@
-"""What `predict.py` leaves in folders: images with their label below, and copies sorted by class."""
+"""Write the output folders of predict.py: labeled images, and copies sorted by class."""
 
 from __future__ import annotations
 
@@ -17,77 +17,67 @@ from utils.inference.prediction import Prediction
 from utils.system.text import printable
 
 MIN_SIDE = 224
-"""Tiny images are enlarged to this many pixels, so that a label can be read;"""
-MOST_SIDE = 2048
-"""large ones are shrunk to this many."""
+MAX_SIDE = 2048
+"""Labeled images are scaled to between these sides in pixels, so that labels are readable and files small."""
 
 MAX_BYTES = 240
-"""Of a file's name, so that a number still fits."""
-RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(10))}
-"""What no file can be called on Windows."""
+"""The longest name of a folder, in bytes; file systems allow 255, and a number may be appended."""
 
 
-def save_labelled(
+def save_labeled(
     image: Image.Image, prediction: Prediction, folder: Path, maps: Mapping[str, Image.Image] | None = None
 ) -> Path:
-    """Save `image` in `folder` with its label in a bar below it, and beside it `maps` with their titles.
+    """Save `image` with its label in a bar below, and with `maps` (title -> image) on its right.
 
-    A name that is taken gets a number, so that nothing is overwritten.
+    If the file name exists, a number is appended, so that nothing is overwritten.
 
     Returns:
         The file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    image = _readable(image)
     label = printable(f"{prediction.label}  {prediction.probability:.1%}")
-    sheet = _side_by_side({label: image} | dict(maps or {}))
+    sheet = _side_by_side({label: _scale(image)} | dict(maps or {}))
     for name in _numbered(Path(prediction.path).stem):
-        target = folder / f"{name}.png"
-        try:
-            with target.open("xb") as file:
-                sheet.save(file, "PNG")
-        except FileExistsError:
-            continue
-        return target
-    raise AssertionError("names never end")
+        with suppress(FileExistsError), (folder / f"{name}.png").open("xb") as file:
+            sheet.save(file, "PNG")
+            return Path(file.name)
+    raise AssertionError("_numbered is infinite")
 
 
-def _readable(image: Image.Image) -> Image.Image:
-    """An image at a size at which a label can be read."""
-    if max(image.size) > MOST_SIDE:
+def _scale(image: Image.Image) -> Image.Image:
+    """Shrink or enlarge an image to sides between `MIN_SIDE` and `MAX_SIDE`."""
+    if max(image.size) > MAX_SIDE:
         image = image.copy()
-        image.thumbnail((MOST_SIDE, MOST_SIDE))
-    scale = max(1, min(-(-MIN_SIDE // min(image.size)), MOST_SIDE // max(image.size)))
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
+    scale = max(1, min(-(-MIN_SIDE // min(image.size)), MAX_SIDE // max(image.size)))
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
 
 def _side_by_side(images: Mapping[str, Image.Image]) -> Image.Image:
-    """Images, as high as the first, each with its title in a bar below."""
-    from utils.system.fonts import label_font  # brings matplotlib, which nothing else here needs
+    """Join images at the height of the first, each with its title in a bar below."""
+    from utils.system.fonts import label_font  # imports matplotlib
 
     (first, *_) = images.values()
-    size = max(14, first.width // 24)
-    parts = {
-        title: part.resize((max(1, round(part.width * first.height / part.height)), first.height))
-        for title, part in images.items()
+    font_size = max(14, first.width // 24)
+    resized = {
+        title: image.resize((max(1, round(image.width * first.height / image.height)), first.height))
+        for title, image in images.items()
     }
-    sheet = Image.new("RGB", (sum(part.width for part in parts.values()), first.height + 2 * size))
+    sheet = Image.new("RGB", (sum(image.width for image in resized.values()), first.height + 2 * font_size))
     left = 0
-    for title, part in parts.items():
-        sheet.paste(part, (left, 0))
-        font = label_font(title, size, part.width - size)
-        ImageDraw.Draw(sheet).text((left + size // 2, first.height + size), title, "white", font, anchor="lm")
-        left += part.width
+    for title, image in resized.items():
+        sheet.paste(image, (left, 0))
+        font = label_font(title, font_size, image.width - font_size)
+        position = (left + font_size // 2, first.height + font_size)
+        ImageDraw.Draw(sheet).text(position, title, "white", font, anchor="lm")
+        left += image.width
     return sheet
 
 
 def copy_into(path: str, folder: Path) -> Path:
-    """Copy a file into a folder.
+    """Copy a file into a folder and return the copy.
 
-    What has its name there already stays: if it is the same file, nothing is done, else the copy gets a number.
-
-    Returns:
-        The copy.
+    If the file name exists there with the same content, that file is returned; otherwise a number is appended.
     """
     source = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,32 +93,32 @@ def copy_into(path: str, folder: Path) -> Path:
         except FileExistsError:
             continue
         except BaseException:
-            target.unlink(missing_ok=True)  # no half copy
+            target.unlink(missing_ok=True)  # no partial copy
             raise
-        with suppress(OSError):  # sticks and network shares may refuse times and permissions
+        with suppress(OSError):  # some USB drives and network shares don't support times and permissions
             shutil.copystat(source, target)
         return target
-    raise AssertionError("names never end")
+    raise AssertionError("_numbered is infinite")
 
 
 def _numbered(name: str) -> Iterator[str]:
-    """The name, then the name with 2, 3 and so on."""
+    """Yield name, name_2, name_3 and so on."""
     yield name
     yield from (f"{name}_{number}" for number in itertools.count(2))
 
 
 def folder_names(labels: Sequence[str]) -> dict[str, str]:
-    """Labels as names of folders, whatever a checkpoint calls its classes: nothing in a name leads elsewhere, each is a
-    name on any system, and no two are taken for one another."""
+    """Map each label to a valid, unique folder name that stays within its parent folder.
+
+    Class names come from a checkpoint and may contain any characters.
+    """
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    used: set[str] = set()
     for label in dict.fromkeys(labels):
-        plain = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ") or "_"
-        if plain.partition(".")[0].upper() in RESERVED:
-            plain = f"_{plain}"
-        plain = plain[:MAX_BYTES]
-        while len(os.fsencode(plain)) > MAX_BYTES:
-            plain = plain[:-1]
-        names[label] = next(name for name in _numbered(plain) if name.casefold() not in taken)
-        taken.add(names[label].casefold())
+        name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ") or "_"
+        name = name[:MAX_BYTES]
+        while len(os.fsencode(name)) > MAX_BYTES:
+            name = name[:-1]
+        names[label] = next(candidate for candidate in _numbered(name) if candidate.casefold() not in used)
+        used.add(names[label].casefold())
     return names

@@ -1,4 +1,4 @@
-"""Several views of an image, whose answers are averaged: test-time augmentation."""
+"""Test-time augmentation (TTA): views of an image whose probabilities are averaged."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from utils.data.image_io import Box, Region
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, Transform
 
-PART = 0.875
-"""The part of each side of what evaluation shows that the views at its corners show, where it shows all there is."""
+UNCROPPED_SCALE = 0.875
+"""With `eval_crop` = 1, the side of a corner view as a fraction of the center view's, so that views differ."""
 
 
 class TTAViews(Transform):
-    """An image to uint8 (views, 3, height, width): the part that evaluation shows, then parts of its size at the
-    corners of the image, after Krizhevsky et al., 2012; each also mirrored if training mirrored.
+    """An image to uint8 (views, 3, height, width): the crop of evaluation, then crops of the same size at the corners.
 
-    With `letterbox_image` there is one part, all of it.
+    As in Krizhevsky et al., 2012. With `mirror`, each view is also flipped. With `letterbox_image`, there is one crop:
+    the whole image.
     """
 
     def __init__(self, preprocessing: Preprocessing, mirror: bool) -> None:
-        self.centre = EvalTransform(preprocessing)
+        self.center = EvalTransform(preprocessing)
         self.size = preprocessing.input_shape
         self.mirror = mirror
 
     def choose_box(self, width: int, height: int) -> Box:
-        """All of it."""
+        """The whole image."""
         return 0, 0, width, height
 
     def resize(self, region: Region) -> Tensor:
-        """All views."""
-        views = torch.stack([self.centre.resize(Region(region.pixels, box)) for box in self.boxes(region)])
+        """All views, resized."""
+        views = torch.stack([self.center.resize(Region(region.pixels, box)) for box in self.boxes(region)])
         return torch.cat([views, views.flip(-1)]) if self.mirror else views
 
     def boxes(self, region: Region) -> list[Box]:
-        """The parts."""
+        """The crop of each view, without flips."""
         height, width = region.pixels.shape[:2]
-        left, top, right, bottom = self.centre.choose_box(width, height)
-        if self.centre.letterbox:
+        left, top, right, bottom = self.center.choose_box(width, height)
+        if self.center.letterbox:
             return [(left, top, right, bottom)]
-        across, down = right - left, bottom - top
-        if self.centre.crop == 1:
-            across, down = PART * across, PART * down
-        corners = [(x, y) for y in (0, height - down) for x in (0, width - across)]
-        return [(left, top, right, bottom), *((x, y, x + across, y + down) for x, y in corners)]
+        crop_width, crop_height = right - left, bottom - top
+        if self.center.crop == 1:
+            crop_width, crop_height = UNCROPPED_SCALE * crop_width, UNCROPPED_SCALE * crop_height
+        corners = [(x, y) for y in (0, height - crop_height) for x in (0, width - crop_width)]
+        return [(left, top, right, bottom), *((x, y, x + crop_width, y + crop_height) for x, y in corners)]

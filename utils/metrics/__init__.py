@@ -1,4 +1,4 @@
-"""Figures of logits and targets, as plain functions: accuracy, calibration, intervals.
+"""Metrics as plain functions of logits and targets: accuracy, calibration, confidence intervals.
 
 Imports no other package of Thaw.
 """

@@ -1,6 +1,6 @@
-"""Logits and class ids to plain numbers, with intervals that say how sure they are.
+"""Classification metrics with confidence intervals.
 
-scikit-learn, slow to import, is imported where it is used: training goes without.
+scikit-learn is imported inside functions, since it is slow to import and training doesn't need it.
 """
 
 from __future__ import annotations
@@ -25,35 +25,30 @@ def cross_entropy(logits: Tensor, class_ids: Tensor) -> float:
 
 
 def true_ranks(values: Tensor, class_ids: Tensor) -> Tensor:
-    """How many classes come before the true one (N,), by logits or probabilities (N, classes); of equal ones the lower
-    id is first."""
-    of_truth = values.gather(1, class_ids[:, None])  # (N, 1)
+    """Ranks (N,) of the true classes, from 0, by logits or probabilities (N, classes); ties go to the lower id."""
+    true_values = values.gather(1, class_ids[:, None])  # (N, 1)
     lower_id = torch.arange(values.shape[1]) < class_ids[:, None]  # (N, classes)
-    return ((values > of_truth) | ((values == of_truth) & lower_id)).sum(dim=1)
+    return ((values > true_values) | ((values == true_values) & lower_id)).sum(dim=1)
 
 
 def top_k_accuracy(logits: Tensor, class_ids: Tensor, k: int) -> float:
-    """The part of the images, 0 to 1, whose class is among the `k` of highest logit."""
+    """Fraction of images whose class is among the `k` with the highest logits."""
     return (true_ranks(logits, class_ids) < k).double().mean().item()
 
 
 def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
-    """What `metrics.json` holds of the images; its keys are described in the README.
+    """Compute the metrics of `metrics.json`; the README documents the keys.
 
-    Precision of a class that was never predicted counts as 0. Means over classes are taken over those that have
-    images; a class without any has no figures of its own (None) and is named under `absent_classes`.
-
-    Args:
-        scores: of the images.
-        class_names: name of each class id.
+    The precision of a class that was never predicted is 0. Classes without images are listed in `absent_classes`,
+    have None for their own metrics, and are excluded from means over classes.
     """
     n, support = len(scores), scores.support
     ranks = true_ranks(torch.from_numpy(scores.probabilities), torch.from_numpy(scores.class_ids))
     top = {f"top{k}": int((ranks < k).sum()) for k in (1, 5) if k == 1 or len(class_names) > k}
-    by_class = class_figures(scores)
+    by_class = class_metrics(scores)
     precision, recall, f1, roc_auc, average_precision = (by_class[name] for name in CLASS_METRICS)
     present = support > 0
-    spread, f1_intervals = bootstrap_intervals(scores)
+    intervals, f1_intervals = bootstrap_intervals(scores)
     return {
         "images": n,
         **{name: hits / n for name, hits in top.items()},
@@ -66,8 +61,8 @@ def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, 
         "ece": float(expected_calibration_error(scores)),
         "roc_auc": _mean(roc_auc),
         "average_precision": _mean(average_precision),
-        "intervals": {name: list(wilson_interval(hits, n)) for name, hits in top.items()} | spread,
-        "absent_classes": [name for name, there in zip(class_names, present, strict=True) if not there],
+        "intervals": {name: list(wilson_interval(hits, n)) for name, hits in top.items()} | intervals,
+        "absent_classes": [name for name, has_images in zip(class_names, present, strict=True) if not has_images],
         "per_class": [
             {"class": name, "support": int(support[k])} | _class_row(scores, by_class, f1_intervals, k)
             for k, name in enumerate(class_names)
@@ -75,9 +70,11 @@ def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, 
     }
 
 
-def class_figures(scores: Scores) -> dict[str, np.ndarray]:
-    """Each of `CLASS_METRICS`, (classes,); the areas are those of a class against the rest, NaN where there are no
-    images of it or of no other."""
+def class_metrics(scores: Scores) -> dict[str, np.ndarray]:
+    """Each of `CLASS_METRICS` as (classes,).
+
+    ROC-AUC and average precision are one-vs-rest, and NaN for a class that has no image or all of them.
+    """
     from sklearn.metrics import average_precision_score, precision_recall_fscore_support, roc_auc_score
 
     precision, recall, f1, support = precision_recall_fscore_support(
@@ -94,7 +91,7 @@ def class_figures(scores: Scores) -> dict[str, np.ndarray]:
 def _class_row(
     scores: Scores, by_class: dict[str, np.ndarray], f1_intervals: list[list[float] | None], k: int
 ) -> dict[str, float | list[float] | None]:
-    """The figures of class `k`; all None if it has no images."""
+    """The metrics of class `k`; None, except for `predicted`, if it has no images."""
     confusion = scores.confusion
     hits, support, predicted = (int(count) for count in (confusion[k, k], confusion[k].sum(), confusion[:, k].sum()))
     row: dict[str, Any] = {"predicted": predicted}

@@ -1,4 +1,4 @@
-"""What the probabilities say of each image, and so what all metrics are made of."""
+"""Predictions and losses of each image, from which all metrics are computed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ECE_BINS = 15
-"""Bins of the expected calibration error: 15, as Guo et al., 2017, have it."""
+"""Bins of the expected calibration error, as in Guo et al., 2017."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """N images and what was said of them.
+    """Predictions for N images.
 
     Attributes:
-        class_ids: (N,), the truth.
+        class_ids: (N,), the true classes.
         probabilities: (N, classes), float64.
-        predicted: (N,), the likeliest class; of equal ones the lower id.
+        predicted: (N,), the most probable class; ties go to the lower id.
         losses: (N,), cross-entropy in nats.
     """
 
@@ -31,16 +31,17 @@ class Scores:
 
     @staticmethod
     def of(logits: Tensor, class_ids: Tensor, temperature: float = 1.0) -> Scores:
-        """From logits (N, classes), class ids (N,), and what the logits are divided by.
+        """Compute scores from logits (N, classes) / temperature and class ids (N,).
 
         Raises:
             ValueError: there are no images, or a logit isn't finite.
         """
         if not len(class_ids):
             raise ValueError("there are no images to evaluate")
-        bad = int((~logits.isfinite().all(dim=1)).sum())
-        if bad:
-            raise ValueError(f"the network's outputs for {bad} of {len(logits)} images aren't finite; train it anew")
+        if num_bad := int((~logits.isfinite().all(dim=1)).sum()):
+            raise ValueError(
+                f"the network's outputs for {num_bad} of {len(logits)} images aren't finite; train it again"
+            )
         scaled = logits.double() / temperature
         probabilities = scaled.softmax(dim=1).numpy()
         return Scores(
@@ -55,12 +56,12 @@ class Scores:
 
     @property
     def num_classes(self) -> int:
-        """Classes of the classifier, with images or without."""
+        """Number of classes of the classifier, including those without images."""
         return self.probabilities.shape[1]
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """(N,) bool."""
+        """(N,) bool, whether the prediction is correct."""
         return self.predicted == self.class_ids
 
     @cached_property
@@ -70,29 +71,29 @@ class Scores:
 
     @cached_property
     def support(self) -> np.ndarray:
-        """(classes,), the images of each."""
+        """(classes,), the number of images of each class."""
         return np.bincount(self.class_ids, minlength=self.num_classes)
 
     @cached_property
     def confusion(self) -> np.ndarray:
-        """Counts (classes, classes): row the true class, column the predicted one."""
-        from sklearn.metrics import confusion_matrix  # slow to import, and predicting goes without
+        """Counts (classes, classes): rows are true classes, columns predicted ones."""
+        from sklearn.metrics import confusion_matrix  # slow to import
 
         return confusion_matrix(self.class_ids, self.predicted, labels=range(self.num_classes))
 
     @cached_property
     def briers(self) -> np.ndarray:
         """(N,), the squared error of the probabilities, summed over the classes: 0 to 2 (Brier, 1950)."""
-        of_truth = self.probabilities[np.arange(len(self)), self.class_ids]
-        return (self.probabilities**2).sum(axis=1) - 2 * of_truth + 1
+        true_probabilities = self.probabilities[np.arange(len(self)), self.class_ids]
+        return (self.probabilities**2).sum(axis=1) - 2 * true_probabilities + 1
 
     def bins(self) -> np.ndarray:
-        """(N,), which of `ECE_BINS` bins of equal width, open below and closed above, the confidence falls into."""
+        """(N,), the index of the confidence among `ECE_BINS` bins of equal width; a bin includes its upper end."""
         return np.clip(np.ceil(self.confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
 
 
 def reliability(scores: Scores) -> list[dict[str, float]]:
-    """For each bin of confidence that has images: `count`, mean `confidence`, and `accuracy`."""
+    """`count`, mean `confidence` and `accuracy` of each confidence bin that has images."""
     bins = scores.bins()
     counts = np.bincount(bins, minlength=ECE_BINS)
     confidence, hits = (np.bincount(bins, values, ECE_BINS) for values in (scores.confidence, scores.correct))
@@ -103,5 +104,5 @@ def reliability(scores: Scores) -> list[dict[str, float]]:
 
 
 def expected_calibration_error(scores: Scores) -> float:
-    """The mean gap, over the images, between the accuracy and the mean confidence of their bin (ECE)."""
+    """Expected calibration error (ECE): the gap between accuracy and confidence of a bin, averaged over the images."""
     return sum(row["count"] * abs(row["confidence"] - row["accuracy"]) for row in reliability(scores)) / len(scores)

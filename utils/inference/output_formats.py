@@ -1,0 +1,116 @@
+"""Predictions as text: JSON and CSV for programs; lines, table rows and bars for people."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from utils.inference.prediction import Failure, Prediction
+from utils.inference.rejection import UNKNOWN
+from utils.system.text import printable
+
+
+def to_json(result: Prediction | Failure) -> str:
+    """A line of `predict.py --json`."""
+    content: dict[str, Any] = {"path": result.path}
+    if isinstance(result, Failure):
+        return json.dumps(content | {"error": result.error})
+    content["label"] = result.label
+    if result.rejected:
+        content["reason"] = result.reason
+    content["predictions"] = [{"class": name, "probability": p} for name, p in result.classes]
+    return json.dumps(content, allow_nan=False)
+
+
+def csv_header(top_k: int) -> str:
+    """The first line of `predict.py --csv`."""
+    columns = [f"{column}_{k}" for k in range(1, top_k + 1) for column in ("class", "probability")]
+    return _csv_line(["path", "label", *columns, "note"])
+
+
+def to_csv(result: Prediction | Failure, top_k: int) -> str:
+    """A row of `predict.py --csv`; `note` is why the prediction is rejected, or why the image can't be read."""
+    empty = [""] * (2 * top_k)
+    if isinstance(result, Failure):
+        return _csv_line([result.path, "", *empty, result.error])
+    cells = [cell for name, p in result.classes for cell in (name, f"{p:.6f}")]
+    return _csv_line([result.path, result.label, *cells, *empty[len(cells) :], result.reason])
+
+
+def _csv_line(cells: Sequence[str]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerow(cells)
+    return file.getvalue()[:-1]
+
+
+def to_line(result: Prediction | Failure) -> str:
+    """A line with path, label, probability and the next classes."""
+    if isinstance(result, Failure):
+        return printable(f"{result.path}: error: {result.error}")
+    best, *others = (f"{name} {p:.1%}" for name, p in result.classes)
+    if result.rejected:
+        return printable(f"{result.path}: {UNKNOWN}, {result.reason}  (else {', '.join([best, *others])})")
+    return printable(f"{result.path}: {best}" + (f"  ({', '.join(others)})" if others else ""))
+
+
+def to_bars(result: Prediction | Failure, width: int) -> str:
+    """The most probable classes as bars, for a terminal of `width` columns."""
+    if isinstance(result, Failure):
+        return to_line(result)
+    if result.rejected:
+        title = printable(f"{result.path}: {UNKNOWN}, {result.reason}")
+    else:
+        title = shorten(printable(result.path), width)
+    names = [shorten(printable(name), width // 3) for name, _ in result.classes]
+    name_width = max(map(display_width, names))
+    max_length = max(4, width - name_width - 12)
+    bars = ["█" * round(p * max_length) or "▏" for _, p in result.classes]
+    rows = zip(names, result.classes, bars, strict=True)
+    return "\n".join([title, *(f"  {pad(name, name_width)} {p:>6.1%} {bar}" for name, (_, p), bar in rows)])
+
+
+def to_row(result: Prediction | Failure, width: int, label_width: int) -> str:
+    """A table row for a terminal of `width` columns, at least 40: class, probability, bar, path.
+
+    For a rejected prediction, "unknown?" replaces the bar.
+    """
+    if isinstance(result, Failure):
+        return shorten(f"{pad('-', label_width)}  no answer    {printable(result.error)}", width)
+    name, p = result.classes[0]
+    label = pad(shorten(printable(name), label_width), label_width)
+    bar = UNKNOWN + "?" if result.rejected else "█" * round(8 * p)
+    start = f"{label}  {p:>6.1%} {bar:<8}  "
+    return start + shorten(printable(result.path), max(8, width - display_width(start)), keep_end=True)
+
+
+def display_width(text: str) -> int:
+    """Columns that `text` takes in a terminal: two for each wide (Chinese, Japanese, Korean) character."""
+    return sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def shorten(text: str, width: int, keep_end: bool = False) -> str:
+    """`text` in at most `width` columns, with … in place of its end, or of its beginning with `keep_end`."""
+    if display_width(text) <= width:
+        return text
+    kept, used = [], 1
+    for character in reversed(text) if keep_end else text:
+        used += _columns(character)
+        if used > width:
+            break
+        kept.append(character)
+    return "…" + "".join(reversed(kept)) if keep_end else "".join(kept) + "…"
+
+
+def pad(text: str, width: int) -> str:
+    """`text` with spaces appended up to `width` columns."""
+    return text + " " * (width - display_width(text))
