@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,10 @@ from utils.runs.checkpoint import KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])
-OTHER_PAGES = [ROOT / "CONTRIBUTING.md", *(ROOT / name / "README.md" for name in ("benchmarks", "datasets", "img"))]
+OTHER_PAGES = [
+    *(ROOT / "CONTRIBUTING.md", ROOT / "model_data/vit_xs_4.md"),
+    *(ROOT / name / "README.md" for name in ("benchmarks", "datasets", "img", "logs", "model_data")),
+]
 MAINS = {
     "train.py": train.main,
     "eval.py": eval.main,
@@ -49,6 +53,9 @@ NUMBERED = {f"{name}_{k}" for name in ("class", "probability") for k in range(1,
 """Columns of predictions."""
 FIELDS = {field.name for kind in (TrainConfig, StageConfig) for field in dataclasses.fields(kind)}
 PARAMETERS = {name for main in MAINS.values() for name in inspect.signature(main).parameters}
+CONFIG_FILES = [file.read_text(encoding="utf-8") for file in (ROOT / "utils/config").glob("*.py")]
+"""Their functions' parameters, too, are set in the text."""
+PARAMETERS |= {node.arg for text in CONFIG_FILES for node in ast.walk(ast.parse(text)) if isinstance(node, ast.arg)}
 
 
 def page_name(path: Path) -> str:
@@ -60,8 +67,8 @@ each_page = pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=page_nam
 
 def split_code(text: str) -> tuple[str, list[tuple[str, str]]]:
     """The text without its fenced blocks, and each block's language and content."""
-    fence = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.M | re.S)
-    return fence.sub("", text), fence.findall(text)
+    fence = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", flags=re.M | re.S)
+    return fence.sub("", text), [(language, textwrap.dedent(content)) for language, content in fence.findall(text)]
 
 
 def read_page(page: Path) -> tuple[str, list[tuple[str, str]]]:
@@ -118,7 +125,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     """The words of each `python ...` command in blocks and in inline code, up to a redirection, pipe or comment."""
     _, blocks = read_page(page)
     lines = [line for language, content in blocks if not language for line in content.splitlines()]
-    for line in [*lines, *inline_code(page)]:
+    for line in [*lines, *(" ".join(code.split()) for code in inline_code(page))]:
         for part in re.split(r"\s&&\s|\s\|\s", re.sub(r"<[^>]*>", PLACEHOLDER, re.sub(r"\s+#\s.*", "", line))):
             match = re.match(r"(?:[A-Z_]+=\S+ |\$env:\S+; )*(python .+)", part.strip())
             if match:
@@ -231,6 +238,12 @@ def test_the_packages_of_the_architecture_are_the_folders():
 
 def test_the_keys_of_a_checkpoint():
     assert sorted(first_cells(section("docs/architecture.md", "Checkpoint format"))) == sorted(KEYS)
+
+
+def test_every_field_of_the_recipe_is_in_its_page():
+    known = {field.name: field.metadata.get("setting") for field in dataclasses.fields(TrainConfig)}
+    by_recipe = {name for name, setting in known.items() if setting and setting.by_recipe}
+    assert by_recipe <= set(first_cells((ROOT / "docs/recipe.md").read_text(encoding="utf-8"))) | {"freeze_epoch"}
 
 
 @pytest.fixture
