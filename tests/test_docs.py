@@ -45,8 +45,8 @@ MAINS = {
 }
 PLACEHOLDER = "X"
 """Takes the place of `<...>` in commands."""
-OTHER_FLAGS = {"--index-url", "--field", "--no-field"}
-"""Of pip, and those that stand for any."""
+OTHER_FLAGS = {"--index-url", "--logdir", "--field", "--no-field"}
+"""Flags of pip and TensorBoard, and placeholders."""
 OTHER_NAMES = {"field", "weights_only", "HF_ENDPOINT", "val_report"}
 """What is neither a field nor in the code: placeholders, names of other libraries, a folder of an example."""
 NUMBERED = {f"{name}_{k}" for name in ("class", "probability") for k in range(1, 6)}
@@ -238,6 +238,10 @@ def test_the_packages_of_the_architecture_are_the_folders():
 
 def test_the_keys_of_a_checkpoint():
     assert sorted(first_cells(section("docs/architecture.md", "Checkpoint format"))) == sorted(KEYS)
+
+
+def test_every_backbone_is_in_its_table():
+    assert set(BACKBONES) <= set(first_cells(section("docs/weights.md", "Backbones")))
 
 
 def test_every_field_of_the_recipe_is_in_its_page():
