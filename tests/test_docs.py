@@ -27,6 +27,7 @@ import predict
 import train
 from nets.factory import BACKBONES
 from utils.annotation.annotate import annotate
+from utils.annotation.audit import SIMILAR_BY_NATURE
 from utils.config.train_config import StageConfig, TrainConfig
 from utils.runs.checkpoint import KEYS
 
@@ -248,6 +249,15 @@ def test_every_field_of_the_recipe_is_in_its_page():
     known = {field.name: field.metadata.get("setting") for field in dataclasses.fields(TrainConfig)}
     by_recipe = {name for name, setting in known.items() if setting and setting.by_recipe}
     assert by_recipe <= set(first_cells((ROOT / "docs/recipe.md").read_text(encoding="utf-8"))) | {"freeze_epoch"}
+
+
+def test_the_kinds_of_findings_of_the_audit():
+    tree = ast.parse((ROOT / "utils/annotation/audit.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding"]
+    kinds = {node.args[0].value for node in calls if isinstance(node.args[0], ast.Constant)} | {SIMILAR_BY_NATURE}
+    places = ("across classes", "across splits", "within a class")
+    kinds |= {f"{kind} {place}" for kind in ("duplicate", "near-duplicate") for place in places}
+    assert set(first_cells(section("docs/data.md", "Audit"))) == kinds
 
 
 @pytest.fixture
