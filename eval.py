@@ -23,7 +23,7 @@ from utils.inference.fit_calibration import read_embeddings
 from utils.inference.outputs import Outputs, compute_outputs
 from utils.metrics.scores import Scores
 from utils.runs.checkpoint import find_checkpoint
-from utils.runs.folder import METRICS_OUT, is_run, results_folder
+from utils.runs.folder import METRICS_FOLDER, is_run, results_folder
 from utils.system import cli
 from utils.system.files import read_json, write_text
 
@@ -68,7 +68,7 @@ def main(
         checkpoints = [find_checkpoint(path) for path in compare]
         classifiers = [load_classifier(path, device, raw) for path in checkpoints]
         images = read_images(data, classes_path, classifiers[0].class_names)
-        folder = make_writable(Path(out) if out else METRICS_OUT)
+        folder = make_writable(Path(out) if out else METRICS_FOLDER)
         compare_classifiers(checkpoints, classifiers, images, data, folder, num_workers, batch_size)
         return
 
@@ -170,8 +170,8 @@ def compare_classifiers(
     outputs_a = infer(a, images, num_workers, batch_size, "A")
     outputs_b = infer(b, images, num_workers, batch_size, "B")
     reordered = outputs_b.logits[:, [b.class_names.index(name) for name in names]]
-    scores_a = Scores.of(outputs_a.logits, outputs_a.class_ids, a.temperature)
-    scores_b = Scores.of(reordered, outputs_b.class_ids, b.temperature)
+    scores_a = Scores.from_logits(outputs_a.logits, outputs_a.class_ids, a.temperature)
+    scores_b = Scores.from_logits(reordered, outputs_b.class_ids, b.temperature)
     overlaps = tuple(count_overlap(path, of, images) for path, of in zip(checkpoints, classifiers, strict=True))
     comparison = {"a": str(checkpoints[0]), "b": str(checkpoints[1]), "data": data}
     comparison |= compare_scores(scores_a, scores_b, overlaps)

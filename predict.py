@@ -16,7 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from nets.weights.pretrained import BUNDLED_WEIGHTS
-from utils.annotation.folder_scan import find_images, is_demo
+from utils.annotation.folder_scan import find_images, is_builtin_digit
 from utils.config.train_config import Device
 from utils.data.image_io import open_image
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifier
@@ -183,11 +183,11 @@ def choose_rejection(model: Predictor, reject_below: str, max_error: float, tta:
             least = -1.0
         if not 0 <= least <= 1:
             raise ValueError(f"reject_below={reject_below!r}: give auto, or a number from 0 to 1")
-        rejection = Rejection(least, model.calibration.farthest) if model.can_reject else Rejection(least)
-    message = f"rejected below {min(rejection.least_probability, 1):.1%}"
+        rejection = Rejection(least, model.calibration.max_distance) if model.can_reject else Rejection(least)
+    message = f"rejected below {min(rejection.min_probability, 1):.1%}"
     if model.can_reject:
         cost = rejection.format_cost(model.calibration)
-        message += f", or farther than {rejection.farthest:.0f}° from all classes: {cost}"
+        message += f", or farther than {rejection.max_distance:.0f}° from all classes: {cost}"
         message += "; with --tta probabilities are lower, so fewer are accepted" if tta else ""
     else:
         needed = "leave raw off" if model.raw else "this needs a calibrated checkpoint"
@@ -243,7 +243,7 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
                 images = find_images(match, skipped := Counter())
                 for reason, count in skipped.items():
                     print(f"skipped in {match}: {count} {reason}", file=sys.stderr)
-                yield from [path for path in images if not is_demo(path)] or images or [match]
+                yield from [path for path in images if not is_builtin_digit(path)] or images or [match]
             else:
                 yield match
 

@@ -36,7 +36,7 @@ def write_checkpoint(path: Path) -> None:
         "model": model.arguments,
         "weights": model.state_dict(),
         "class_names": [f"class {i}" for i in range(10)],
-        "preprocessing": Preprocessing.of(config).as_dict(),
+        "preprocessing": Preprocessing.from_config(config).as_dict(),
         "config": config.as_dict(),
         "calibration": {},
         "origin": {},

@@ -44,7 +44,7 @@ EXPORTS = ("fp32", "fp16", "int8")
 def make_classifier(name: str, precision: str) -> Classifier:
     """A classifier with random weights, the same in every precision, as `load_classifier` puts it together."""
     torch.manual_seed(0)
-    preprocessing = Preprocessing.of(CONFIG)
+    preprocessing = Preprocessing.from_config(CONFIG)
     model = build_model(name, CLASSES, CONFIG.input_shape)
     network = cast_for_inference(PixelNetwork(model, preprocessing, CPU), precision).eval()
     names = [str(i) for i in range(CLASSES)]

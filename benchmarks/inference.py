@@ -34,7 +34,7 @@ CONFIG = TrainConfig(activation="gelu").with_defaults()
 
 def thaw(batch_size: int) -> Callable[[], int]:
     """A batch through Thaw's classifier, as `load_classifier` puts it together."""
-    preprocessing = Preprocessing.of(CONFIG)
+    preprocessing = Preprocessing.from_config(CONFIG)
     model = build_model("vit_b_16", CLASSES, CONFIG.input_shape, activation=CONFIG.activation)
     network = cast_for_inference(PixelNetwork(model, preprocessing, DEVICE), PRECISION).eval()
     names = [str(i) for i in range(CLASSES)]

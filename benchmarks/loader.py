@@ -61,7 +61,7 @@ class PeerDataset(Dataset):
 
 def thaw_loader(paths: list[str]) -> DataLoader:
     """Thaw's training loader, with its defaults."""
-    source = FileSource(list_in_memory((0, path) for path in paths), Preprocessing.of(CONFIG))
+    source = FileSource(list_in_memory((0, path) for path in paths), Preprocessing.from_config(CONFIG))
     return train_loader(ImageDataset(source, TrainTransform(CONFIG), seed=0), BATCH, num_workers=0)
 
 

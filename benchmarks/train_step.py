@@ -53,7 +53,7 @@ def thaw(frozen: int | str | None) -> tuple[nn.Module, Trainer, torch.optim.Opti
     model = build_model("vit_b_16", CLASSES, CONFIG.input_shape, activation=CONFIG.activation, **rates)
     if frozen is not None:
         model.freeze_backbone(frozen)
-    network = PixelNetwork(model, Preprocessing.of(CONFIG), DEVICE)
+    network = PixelNetwork(model, Preprocessing.from_config(CONFIG), DEVICE)
     return network, Trainer(network, DEVICE, PRECISION, seed=0), build_optimizer(model, CONFIG, 1e-4)
 
 

@@ -13,7 +13,7 @@ from nets.timm_networks import TIMM, build_timm, published_by_timm
 from nets.torchvision_networks import TORCHVISION, build_torchvision, published_by_torchvision
 from nets.vit import SIZES
 from nets.vit import vit as build_vit
-from nets.wrapped import RATES
+from nets.wrapped import DROP_RATES
 
 BACKBONES: tuple[str, ...] = (*SIZES, *TORCHVISION)
 """Names of the built-in backbones; `timm/<name>` selects any network of timm."""
@@ -36,9 +36,9 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
         return build_vit(input_shape, False, num_classes, name=name, **options)
     if name not in TORCHVISION and not name.startswith(TIMM):
         raise ValueError(f"backbone={name!r}: unknown name; choose one of {', '.join(BACKBONES)}, or {TIMM}<name>")
-    if unsupported := options.keys() - set(RATES):
+    if unsupported := options.keys() - set(DROP_RATES):
         raise ValueError(f"backbone={name!r} has no {', '.join(sorted(unsupported))}: only vit_... backbones do")
-    rates = dict.fromkeys(RATES, 0.1) | options
+    rates = dict.fromkeys(DROP_RATES, 0.1) | options
     if name in TORCHVISION:
         model = build_torchvision(name, num_classes, **rates)
     else:

@@ -81,7 +81,7 @@ class FreezableNetwork(nn.Module):
         """Return a state dict that fits the network after `resize`; only position embeddings change."""
         return state
 
-    def rename_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the tensors of a published state dict to the names used here."""
         return state
 
@@ -97,12 +97,12 @@ class FreezableNetwork(nn.Module):
 
     @property
     @abstractmethod
-    def map_layer(self) -> nn.Module:
+    def feature_map_layer(self) -> nn.Module:
         """The last module whose output has spatial positions; used for class activation maps."""
 
     @abstractmethod
-    def to_map(self, x: Tensor) -> Tensor:
-        """Reshape the output of `map_layer` to a feature map (B, C, rows, columns)."""
+    def to_feature_map(self, x: Tensor) -> Tensor:
+        """Reshape the output of `feature_map_layer` to a feature map (B, C, rows, columns)."""
 
     def layers(self) -> dict[str, int]:
         """Return the part index of each parameter by name; the head has the index of the last part."""

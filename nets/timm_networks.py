@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nets.network import Part
-from nets.wrapped import OWN, WrappedNetwork
+from nets.wrapped import NETWORK_PREFIX, WrappedNetwork
 
 TIMM = "timm/"
 """Prefix of backbone names that select a network of timm."""
@@ -34,7 +34,7 @@ class TimmNetwork(WrappedNetwork):
             )
         super().resize(input_shape)
 
-    def to_map(self, x: Tensor) -> Tensor:
+    def to_feature_map(self, x: Tensor) -> Tensor:
         if x.ndim == 3:  # tokens (B, N, C)
             x = x[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)
             side = math.isqrt(x.shape[2])
@@ -42,12 +42,12 @@ class TimmNetwork(WrappedNetwork):
             return x.unflatten(2, grid if math.prod(grid) == x.shape[2] else (1, -1))
         return x.permute(0, 3, 1, 2) if getattr(self.network, "output_fmt", "") == "NHWC" else x
 
-    def rename_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename tensors; timm's own filter also updates names of older files and resamples position embeddings."""
         timm_filter = getattr(sys.modules[type(self.network).__module__], "checkpoint_filter_fn", None)
-        if timm_filter and not any(name.startswith(OWN) for name in state):
+        if timm_filter and not any(name.startswith(NETWORK_PREFIX) for name in state):
             state = timm_filter(state, self.network)
-        return super().rename_state(state)
+        return super().to_own_names(state)
 
 
 class Features(nn.Module):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nets.network import Part
-from nets.wrapped import RATES, WrappedNetwork
+from nets.wrapped import DROP_RATES, WrappedNetwork
 
 Chain = list[list[nn.Module]]
 """The modules of each part, in forward order, from the stem to the pooling."""
@@ -19,7 +19,7 @@ Chain = list[list[nn.Module]]
 class SwinNetwork(WrappedNetwork):
     """A Swin transformer, with feature maps (B, rows, columns, C)."""
 
-    def to_map(self, x: Tensor) -> Tensor:
+    def to_feature_map(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2)
 
 
@@ -136,7 +136,7 @@ def build_torchvision(name: str, num_classes: int, **rates: float) -> WrappedNet
     if row.has_drop_path:
         _set_drop_path(network, rates["drop_path_rate"])
     supported = {"drop_rate", *row.rates} | ({"drop_path_rate"} if row.has_drop_path else set())
-    ignored = tuple(rate for rate in RATES if rate not in supported)
+    ignored = tuple(rate for rate in DROP_RATES if rate not in supported)
     drop_rate = 0.0 if "drop_rate" in row.rates else rates["drop_rate"]
     chain = row.take_apart(network)
     parts = [Part(nn.Sequential(*modules), tuple(modules)) for modules in chain]

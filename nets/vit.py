@@ -296,11 +296,11 @@ class VisionTransformer(FreezableNetwork):
         ]
 
     @property
-    def map_layer(self) -> nn.Module:
+    def feature_map_layer(self) -> nn.Module:
         """The last module whose output covers all patches."""
         return self.blocks[-1].norm1
 
-    def to_map(self, x: Tensor) -> Tensor:
+    def to_feature_map(self, x: Tensor) -> Tensor:
         """Reshape tokens (B, N, C) to a feature map (B, C, rows, columns) of the patches."""
         return x[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid)
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from nets.network import FreezableNetwork, Part
 
-RATES = ("drop_rate", "attn_drop_rate", "drop_path_rate")
-OWN = "network."
+DROP_RATES = ("drop_rate", "attn_drop_rate", "drop_path_rate")
+NETWORK_PREFIX = "network."
 """Prefix of a wrapped network's parameter names, except the head's."""
 
 
@@ -19,17 +19,17 @@ class WrappedNetwork(FreezableNetwork):
     Args:
         network: the library's network, without its head.
         parts: see `FreezableNetwork.parts`.
-        map_layer: see `FreezableNetwork.map_layer`.
+        feature_map_layer: see `FreezableNetwork.feature_map_layer`.
         head_name: name of the head in the library's state dict.
         drop_rate: dropout before the head.
-        ignored_rates: which of `RATES` the network does not support.
+        ignored_rates: which of `DROP_RATES` the network does not support.
     """
 
     def __init__(
         self,
         network: nn.Module,
         parts: Sequence[Part],
-        map_layer: nn.Module,
+        feature_map_layer: nn.Module,
         head: nn.Linear,
         head_name: str,
         drop_rate: float = 0.0,
@@ -40,25 +40,25 @@ class WrappedNetwork(FreezableNetwork):
         self.head = head
         self.ignored_rates = ignored_rates
         self._parts = list(parts)
-        self._map_layer = (map_layer,)  # in a tuple, so that it isn't registered twice
+        self._feature_map_layer = (feature_map_layer,)  # in a tuple, so that it isn't registered twice
         self._head_name = head_name
 
     def parts(self) -> list[Part]:
         return self._parts
 
     @property
-    def map_layer(self) -> nn.Module:
-        return self._map_layer[0]
+    def feature_map_layer(self) -> nn.Module:
+        return self._feature_map_layer[0]
 
-    def to_map(self, x: Tensor) -> Tensor:
+    def to_feature_map(self, x: Tensor) -> Tensor:
         return x
 
-    def rename_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the tensors of the library's state dict; a state dict with our names is returned unchanged."""
-        if any(name.startswith(OWN) for name in state):
+        if any(name.startswith(NETWORK_PREFIX) for name in state):
             return state
         head = self._head_name + "."
         return {
-            "head." + name.removeprefix(head) if name.startswith(head) else OWN + name: tensor
+            "head." + name.removeprefix(head) if name.startswith(head) else NETWORK_PREFIX + name: tensor
             for name, tensor in state.items()
         }

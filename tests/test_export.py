@@ -125,7 +125,7 @@ def test_exported_weights_with_integer_tensors(tmp_path):
     """torchvision's Swin has the indices of its relative positions in its state dict."""
     torch.manual_seed(0)
     model = build_model("swin_transformer_tiny", 2, (32, 32))
-    preprocessing = Preprocessing.of(settings(input_shape=(32, 32)))
+    preprocessing = Preprocessing.from_config(settings(input_shape=(32, 32)))
     facts = ExportedMetadata(NAMES, preprocessing, 1.5, {"precision": "fp16"}, model.arguments)
     of_model = Classifier(
         PixelNetwork(model, preprocessing, torch.device("cpu")).eval(),

@@ -67,7 +67,7 @@ class Weights:
         return (side, side)
 
 
-LAYOUT_FILE = "vit-patch_16.pth"
+BUBBLIIIING_FILE = "vit-patch_16.pth"
 """The file of bubbliiiing's classification-pytorch, trained with the tanh GELU. Its tensors have timm's names, so it is
 recognized by its file name."""
 
@@ -103,13 +103,13 @@ def read_weights(file: str | Path | WeightsFile, of_vit: bool = True) -> Weights
     except (ValueError, IndexError, RuntimeError) as error:  # tensors may have unexpected shapes
         raise ValueError(f"{path} can't be used: {error}") from error
     variant = dict(source.variant)
-    if path.name == LAYOUT_FILE:
+    if path.name == BUBBLIIIING_FILE:
         variant["activation"] = "gelu_tanh"
     if "reg_token" in state:
         variant["num_registers"] = state["reg_token"].shape[1]
     return Weights(
         path,
-        source.name if path.name != LAYOUT_FILE else f"bubbliiiing's {LAYOUT_FILE}",
+        source.name if path.name != BUBBLIIIING_FILE else f"bubbliiiing's {BUBBLIIIING_FILE}",
         state,
         variant | described_variant,
         dict(source.preprocessing) | described_preprocessing,
@@ -200,7 +200,7 @@ def load_weights(model: FreezableNetwork, weights: Weights, class_names: Sequenc
     Raises:
         ValueError: names or shapes differ; the message lists the first differences.
     """
-    own, state = model.state_dict(), model.rename_state(dict(weights.state))
+    own, state = model.state_dict(), model.to_own_names(dict(weights.state))
     variant = ", ".join(f"{name} {value}" for name, value in weights.variant.items())
     print(f"{weights.path}: {weights.source}{f' ({variant})' if variant else ''}")
     # This counter is not used here, and files from before torch 0.4.1 don't have it.

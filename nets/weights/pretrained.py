@@ -8,7 +8,7 @@ from pathlib import Path
 from nets.timm_networks import TIMM, published_by_timm
 from nets.torchvision_networks import TORCHVISION, published_by_torchvision
 from nets.weights.hub import WeightsFile, download_from_hub, download_from_url
-from nets.weights.load import LAYOUT_FILE
+from nets.weights.load import BUBBLIIIING_FILE
 
 # timm's weights on the Hugging Face hub. Names include the training data: ImageNet-21k (in21k), in most cases followed
 # by ImageNet-1k (ft_in1k); DINO and DINOv2 are self-supervised.
@@ -32,7 +32,7 @@ BUNDLED_WEIGHTS = BUNDLED_FOLDER / "vit_xs_4.safetensors"
 """The bundled weights: a small ViT for images of 32 x 32 pixels, see `recipes/cifar10.py`."""
 
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
-LAYOUT_FILES: dict[str, str] = {"vit_b_16": LAYOUT_FILE}
+BUBBLIIIING_FILES: dict[str, str] = {"vit_b_16": BUBBLIIIING_FILE}
 
 
 def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "model_data") -> WeightsFile:
@@ -55,7 +55,7 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
         return _find_named(wanted, folder)
     stem = name.removeprefix(TIMM)
     for place, file in product(
-        (folder, BUNDLED_FOLDER), (LAYOUT_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")
+        (folder, BUNDLED_FOLDER), (BUBBLIIIING_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")
     ):
         if file and (place / file).is_file():
             return WeightsFile(place / file)

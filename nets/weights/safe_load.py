@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nets.weights.seal import check_seal, is_sealed
+from nets.weights.seal import has_checksum, verify_checksum
 
 if torch.torch_version.TorchVersion(torch.__version__) < (2, 10):
     # Older versions could run code or corrupt memory despite weights_only=True: CVE-2025-32434, CVE-2026-24747.
@@ -93,8 +93,8 @@ def open_safely(path: str | Path) -> Any:
 def _check_archive(path: Path) -> None:
     """Raise a ValueError if a zip archive is damaged, is a zip bomb, or hides a second archive."""
     size = path.stat().st_size
-    if sealed := is_sealed(path):
-        check_seal(path)
+    if sealed := has_checksum(path):
+        verify_checksum(path)
     # torch reads a file that starts otherwise in its old format, with pickles that the scan of the archive misses.
     if not _starts_as_archive(path):
         raise ValueError(f"{path} can't be opened as weights: there is other data before its archive")

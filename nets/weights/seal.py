@@ -27,7 +27,7 @@ def seal(file: BinaryIO, note: dict[str, Any]) -> None:
     file.write(_sha256(file, file.tell()))
 
 
-def check_seal(path: Path) -> None:
+def verify_checksum(path: Path) -> None:
     """Raise a ValueError if a file is not sealed or its checksum doesn't match, so damage is found before loading."""
     with path.open("rb") as file:
         body, mark, digest = _parts(file)
@@ -37,7 +37,7 @@ def check_seal(path: Path) -> None:
             raise ValueError(f"{path} is damaged: its checksum doesn't match")
 
 
-def is_sealed(path: Path) -> bool:
+def has_checksum(path: Path) -> bool:
     """Return whether a file ends with a checksum, valid or not."""
     with path.open("rb") as file:
         return _parts(file)[1] == MARK

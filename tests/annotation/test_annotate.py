@@ -202,10 +202,10 @@ def test_existing_lists_are_not_overwritten(two_classes):
 
 
 def test_links_to_class_folders_are_followed_and_loops_are_not(two_classes):
-    os.symlink(two_classes / "train" / "dark", two_classes / "train" / "linked")
+    os.symlink(two_classes / "train" / "dark", two_classes / "train" / "grouped_images")
     os.symlink(two_classes, two_classes / "train" / "light" / "loop")
     scan = scan_datasets("datasets")
-    assert scan.count("train", "linked") == 24
+    assert scan.count("train", "grouped_images") == 24
     assert scan.count("train", "light") == 16
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance
 from tests.conftest import write_image, write_scene
 from utils.annotation import fingerprints, near_duplicates
 from utils.annotation.annotate import annotate
-from utils.annotation.audit import AuditedImage, find_faults
+from utils.annotation.audit import AuditedImage, audit_images
 from utils.annotation.audit_report import format_findings, write_audit
 from utils.annotation.fingerprints import Fingerprint, Fingerprints, take_fingerprint
 from utils.annotation.near_duplicates import MAX_BITS, _candidates, near_duplicate_groups
@@ -263,7 +263,7 @@ def images_of(counts: dict[str, int], make) -> list[AuditedImage]:
 
 
 def kinds(images, names=("a", "b", "c")):
-    return {finding.kind: finding.message for finding in find_faults(images, names)}
+    return {finding.kind: finding.message for finding in audit_images(images, names)}
 
 
 def test_format_shortcut():
@@ -433,7 +433,7 @@ def test_names_are_escaped_in_the_report(here):
     name = "<script>alert(1)<"
     path = str(write_image(Path("datasets", f"{name} \udcff.png")))
     image = AuditedImage(path, "train", name, Fingerprint(error="<b>broken</b>"))
-    found = find_faults([image], [name])
+    found = audit_images([image], [name])
     write_audit("audit", found, [image], Fingerprints("prints"))
     page = Path("audit/audit.html").read_text(encoding="utf-8")
     assert "<script" not in page

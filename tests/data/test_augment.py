@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, v2
 
-from utils.data.augment import GREY, OPERATIONS, POLICY, AutoAugment, magnitude, random_box
+from utils.data.augment import GRAY, OPERATIONS, POLICY, AutoAugment, magnitude, random_box
 
-GIVEN = {"interpolation": InterpolationMode.NEAREST, "fill": v2.AutoAugment(fill=list(GREY))._fill}
+GIVEN = {"interpolation": InterpolationMode.NEAREST, "fill": v2.AutoAugment(fill=list(GRAY))._fill}
 MAGNITUDES = {
     "ShearX": (0.3, -0.1),
     "Rotate": (30.0, -3.3),

@@ -53,7 +53,7 @@ def test_cached_photos_are_close_to_their_files(shared, here, shape):
     paths = sorted(map(str, (shared / "data" / "trashnet" / "test").rglob("*.jpg")))[::20]
     photos = list_in_memory((0, path) for path in paths)
     config = dataclasses.replace(CONFIG, input_shape=shape)
-    files, source = FileSource(photos, Preprocessing.of(config)), open_cache(photos, config)
+    files, source = FileSource(photos, Preprocessing.from_config(config)), open_cache(photos, config)
     plain = torch.cat([batch(files, config, epoch)[0] for epoch in range(8)])
     from_cache = torch.cat([batch(source, config, epoch)[0] for epoch in range(8)])
     assert (from_cache - plain).abs().mean() < 3  # of 255 levels
@@ -66,7 +66,7 @@ def test_small_images_are_cached_unchanged(here):
     write_image(here / "a.png", size=(30, 20))
     source = open_cache(list_in_memory([(0, "a.png")]), CONFIG)
     assert cached_size(20, 30, CONFIG) == (20, 30)
-    plain, _ = batch(FileSource(source.images, Preprocessing.of(CONFIG)))
+    plain, _ = batch(FileSource(source.images, Preprocessing.from_config(CONFIG)))
     assert torch.equal(batch(source)[0], plain)
 
 
@@ -108,7 +108,7 @@ def test_cache_is_written_again_after_a_change(images, cached, monkeypatch, chan
         config = dataclasses.replace(CONFIG, train_crop=0.9)
     fresh, _ = batch(open_cache(images, config), config)
     assert len(cached) == 24
-    plain, _ = batch(FileSource(images, Preprocessing.of(config)), config)
+    plain, _ = batch(FileSource(images, Preprocessing.from_config(config)), config)
     assert (fresh - plain).abs().mean() < 12
     assert torch.equal(batch(first)[0], before)  # open caches are unaffected
     assert len(list(Path(CONFIG.cache_dir).glob("*.bin"))) == (2 if change == "shape" else 1)

@@ -19,7 +19,7 @@ from utils.system.seeds import derive_seed
 from utils.training.loss import balanced_class_weights
 
 CONFIG = settings(input_shape=(16, 16))
-PREPROCESSING = Preprocessing.of(CONFIG)
+PREPROCESSING = Preprocessing.from_config(CONFIG)
 
 
 @pytest.fixture

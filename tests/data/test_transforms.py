@@ -177,15 +177,15 @@ def test_preprocessing_round_trip():
 
 def test_center_box_of_a_shape_that_is_not_square():
     """Computed by hand, for a tall image and a wide shape."""
-    preprocessing = Preprocessing.of(settings(input_shape=(8, 16), eval_crop=1.0))
+    preprocessing = Preprocessing.from_config(settings(input_shape=(8, 16), eval_crop=1.0))
     assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((0, 7.5, 10, 12.5))
-    preprocessing = Preprocessing.of(settings(input_shape=(8, 16), eval_crop=0.5))
+    preprocessing = Preprocessing.from_config(settings(input_shape=(8, 16), eval_crop=0.5))
     assert EvalTransform(preprocessing).choose_box(width=10, height=20) == pytest.approx((2.5, 8.75, 7.5, 11.25))
 
 
 @pytest.mark.parametrize("size", [(900, 2), (2, 900)])
 def test_letterbox_keeps_one_line_of_a_strip(size):
-    transform = EvalTransform(Preprocessing.of(settings(input_shape=(32, 32), letterbox_image=True)))
+    transform = EvalTransform(Preprocessing.from_config(settings(input_shape=(32, 32), letterbox_image=True)))
     pixels = transform(Image.new("RGB", size, "white"))
     assert (pixels == 255).sum().item() == 3 * 32
     assert (pixels == 128).sum().item() == 3 * 32 * 31

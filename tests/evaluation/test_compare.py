@@ -26,7 +26,7 @@ BOTH_UNSEEN = (UNSEEN, UNSEEN)
 
 
 def scores(predicted: list[int], class_ids: list[int]) -> Scores:
-    return Scores.of(3 * torch.eye(3)[predicted] + torch.rand(len(predicted), 3) / 9, torch.tensor(class_ids))
+    return Scores.from_logits(3 * torch.eye(3)[predicted] + torch.rand(len(predicted), 3) / 9, torch.tensor(class_ids))
 
 
 def test_mcnemar_by_hand():

@@ -30,7 +30,7 @@ P = torch.tensor(
         [0.60, 0.00001, 0.39999],  # 1 as 0, highest loss
     ]
 )
-SCORES = Scores.of(P.log(), torch.tensor([0, 0, 0, 1, 1, 1]))
+SCORES = Scores.from_logits(P.log(), torch.tensor([0, 0, 0, 1, 1, 1]))
 
 
 def test_selection_by_hand():
@@ -43,7 +43,7 @@ def test_selection_by_hand():
 
 
 def test_no_mistakes():
-    right = Scores.of(3 * torch.eye(3), torch.arange(3))
+    right = Scores.from_logits(3 * torch.eye(3), torch.arange(3))
     assert worst_mistakes(right, 5) == [] and confused_pairs(right) == []
 
 
@@ -54,11 +54,11 @@ def test_planted_label_errors_are_found():
     wrong = torch.randperm(400, generator=generator)[:20]
     labels = class_ids.clone()
     labels[wrong] = (labels[wrong] + 1) % 4
-    indices = label_errors(Scores.of(logits, labels))
+    indices = label_errors(Scores.from_logits(logits, labels))
     assert len(set(indices) & set(wrong.tolist())) >= 15
     assert len(indices) <= 40
     assert set(indices[:10]) <= set(wrong.tolist())
-    assert label_errors(Scores.of(logits[:5], torch.zeros(5, dtype=torch.int64))) == []
+    assert label_errors(Scores.from_logits(logits[:5], torch.zeros(5, dtype=torch.int64))) == []
 
 
 def test_nearest_by_cosine_similarity():

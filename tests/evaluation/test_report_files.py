@@ -59,7 +59,7 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
     """An evaluation of `n` images from `files` files, with random logits."""
     generator = torch.Generator().manual_seed(0)
     config = settings(input_shape=(16, 16), eval_crop=1.0, freeze_epoch=3, unfreeze_epoch=8)
-    preprocessing = Preprocessing.of(config)
+    preprocessing = Preprocessing.from_config(config)
     model = build_model("vit_xs_4", len(names), (16, 16))
     class_ids = torch.arange(n) % len(names)
     paths = [write_image(folder / "images" / f"<b>{i}&.png", 20 * (i % 12), (20 + i, 16), i) for i in range(files)]

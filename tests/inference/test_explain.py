@@ -21,7 +21,7 @@ SHAPE = (32, 48)
 
 
 def make_classifier(model: nn.Module, shape: tuple[int, int] = SHAPE) -> Classifier:
-    preprocessing = Preprocessing.of(settings(input_shape=shape))
+    preprocessing = Preprocessing.from_config(settings(input_shape=shape))
     network = PixelNetwork(model, preprocessing, CPU).eval()
     return Classifier(network, preprocessing, EvalTransform(preprocessing), ["a", "b", "c"], CPU, "fp32")
 
@@ -57,12 +57,12 @@ def test_grad_cam_agrees_with_the_package(make, shape, expected_grid):
     grid = tuple(maps.cam.shape[1:])
     assert grid == expected_grid
 
-    def to_map(x: torch.Tensor) -> torch.Tensor:
+    def to_feature_map(x: torch.Tensor) -> torch.Tensor:
         if make is swin:
             return x.permute(0, 3, 1, 2)
         return x if x.ndim == 4 else x[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
 
-    with GradCAM(model, [model.map_layer], reshape_transform=to_map) as reference:
+    with GradCAM(model, [model.feature_map_layer], reshape_transform=to_feature_map) as reference:
         normalized = classifier.network.normalize(batch)
         expected = reference(normalized, [ClassifierOutputTarget(int(k)) for k in class_ids])  # (B, height, width)
     ours = np.stack(

@@ -130,7 +130,7 @@ def test_rejected_predictions_have_a_reason(classifier):
     assert prediction.label == UNKNOWN and prediction.rejected
     assert prediction.reason.startswith("low probability: ")
     assert prediction.classes[0][0] == "dark"
-    (prediction,) = classifier.predict(DARK, rejection=Rejection(0.0, farthest=-1.0))
+    (prediction,) = classifier.predict(DARK, rejection=Rejection(0.0, max_distance=-1.0))
     assert prediction.reason.startswith("unlike all classes: ")
     (prediction,) = classifier.predict(DARK, rejection=Rejection(0.0))
     assert prediction.label == "dark" and not prediction.rejected

@@ -22,7 +22,7 @@ from utils.data.image_list import list_in_memory, read_list, sample_indices, sel
 from utils.inference.classifier import load_classifier
 from utils.inference.fit_calibration import EMBEDDINGS, calibrate_checkpoint, read_embeddings
 from utils.inference.outputs import compute_outputs
-from utils.inference.rejection import FAR, Calibration, fit_calibration
+from utils.inference.rejection import DISTANCE_QUANTILE, Calibration, fit_calibration
 from utils.metrics.temperature import calibrated_loss, fit_temperature
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 
@@ -110,7 +110,7 @@ def test_rejection_by_hand():
     calibration = Calibration(1.0, torch.zeros(2), torch.eye(2), torch.eye(2), probability, correct, distance)
     # sorted: 1/1, then both with 0.9 2/3, 3/4, 4/5, 4/6 correct
     for max_error, expected in ((0.0, 0.95), (0.19, 0.95), (0.2, 0.7), (0.3, 0.7), (0.34, 0.6)):
-        assert calibration.choose_rejection(max_error).least_probability == pytest.approx(expected)
+        assert calibration.choose_rejection(max_error).min_probability == pytest.approx(expected)
     rejection = calibration.choose_rejection(0.2)
     assert rejection.accepts(probability, distance).tolist() == [True] * 5 + [False] * 2
     assert "71.4% are accepted, 20.0% of them wrong; expect" in rejection.format_cost(calibration)
@@ -125,14 +125,16 @@ def test_an_unreachable_error_rate_rejects_everything():
         *(torch.tensor([0.9, 0.8]), torch.tensor([False, True]), torch.ones(2)),
     )
     rejection = calibration.choose_rejection(0.05)
-    assert math.isinf(rejection.least_probability)
+    assert math.isinf(rejection.min_probability)
     assert rejection.reason(1.0, 1) == "low probability: 100.0% is below any"
     assert "none of the 2 validation images is accepted" in rejection.format_cost(calibration)
 
 
 def test_farthest_is_the_stated_quantile():
     calibration = fitted(n=1000)
-    assert (calibration.distance > calibration.farthest).float().mean() == pytest.approx(1 - FAR, abs=0.002)
+    assert (calibration.distance > calibration.max_distance).float().mean() == pytest.approx(
+        1 - DISTANCE_QUANTILE, abs=0.002
+    )
 
 
 def test_from_dict_restores_a_calibration_and_refuses_invalid_ones():
@@ -148,7 +150,7 @@ def test_from_dict_restores_a_calibration_and_refuses_invalid_ones():
         {"whitening": torch.zeros(6, 5)},
         {"directions": torch.zeros(3, 5)},
         {"directions": torch.zeros(0, 6)},
-        {"centre": torch.zeros(5)},
+        {"center": torch.zeros(5)},
         {"distance": torch.zeros(3)},
         {"probability": torch.full((60,), math.nan)},
         {"correct": None},

@@ -13,7 +13,7 @@ from utils.inference.tta_views import TTAViews
 
 
 def preprocessing(**fields) -> Preprocessing:
-    return Preprocessing.of(settings(**{"input_shape": (8, 8), "eval_crop": 0.5} | fields))
+    return Preprocessing.from_config(settings(**{"input_shape": (8, 8), "eval_crop": 0.5} | fields))
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (16, 32, 3)).astype(np.uint8)

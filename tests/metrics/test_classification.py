@@ -23,7 +23,7 @@ NAMES = ["a", "b", "c", "d"]
 
 def evaluate(logits: torch.Tensor, class_ids: torch.Tensor, temperature: float = 1.0) -> dict:
     names = [str(k) for k in range(logits.shape[1])]
-    return evaluation_metrics(Scores.of(logits, class_ids, temperature), names)
+    return evaluation_metrics(Scores.from_logits(logits, class_ids, temperature), names)
 
 
 def random_case(n: int = 300, classes: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def random_case(n: int = 300, classes: int = 7, seed: int = 0) -> tuple[torch.Te
 
 
 def test_worked_example():
-    metrics = evaluation_metrics(Scores.of(LOGITS, CLASS_IDS), NAMES)
+    metrics = evaluation_metrics(Scores.from_logits(LOGITS, CLASS_IDS), NAMES)
     assert metrics["images"] == 6
     assert metrics["top1"] == pytest.approx(4 / 6)
     assert "top5" not in metrics
@@ -56,7 +56,7 @@ def test_worked_example():
 
 
 def test_rows_of_the_confusion_matrix_are_true_classes():
-    confusion = Scores.of(LOGITS, CLASS_IDS).confusion
+    confusion = Scores.from_logits(LOGITS, CLASS_IDS).confusion
     assert confusion.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
 
 
@@ -97,7 +97,7 @@ def test_metrics_equal_those_of_scikit_learn(temperature):
 def test_reliability_bins_by_hand():
     """Confidences 0.6 (correct), 0.65 (wrong) and 0.95 (correct); 0.6 is the upper end of the bin from 8/15."""
     p = torch.tensor([[0.6, 0.4], [0.35, 0.65], [0.95, 0.05]], dtype=torch.float64)
-    bins = reliability(Scores.of(p.log(), torch.tensor([0, 0, 0])))
+    bins = reliability(Scores.from_logits(p.log(), torch.tensor([0, 0, 0])))
     assert [row["count"] for row in bins] == [1, 1, 1]
     assert [row["accuracy"] for row in bins] == [1, 0, 1]
     assert [row["confidence"] for row in bins] == pytest.approx([0.6, 0.65, 0.95])
@@ -136,10 +136,10 @@ def test_all_correct_and_all_wrong():
 
 def test_no_images_and_nan_are_refused():
     with pytest.raises(ValueError, match="no images"):
-        Scores.of(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+        Scores.from_logits(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="outputs for 1 of 2 images aren't finite"):
-            Scores.of(torch.tensor([[0.0, bad], [0, 0]]), torch.tensor([0, 1]))
+            Scores.from_logits(torch.tensor([[0.0, bad], [0, 0]]), torch.tensor([0, 1]))
 
 
 @given(st.integers(0, 500), st.integers(1, 500))
@@ -181,7 +181,7 @@ def test_the_interval_of_a_small_calibration_error_contains_it():
 
 def test_resampled_rank_metrics_equal_those_of_scikit_learn():
     logits, class_ids = random_case(n=80, classes=4)
-    scores = Scores.of(logits, class_ids)
+    scores = Scores.from_logits(logits, class_ids)
     weights = np.random.default_rng(0).integers(0, 4, (5, 80)).astype(np.float32)
     auc, ap = resampled_rank_metrics(scores, weights)
     for row, w in enumerate(weights):
@@ -194,7 +194,7 @@ def test_resampled_rank_metrics_equal_those_of_scikit_learn():
 def test_bootstrap_intervals_of_means_are_nearly_normal():
     """For means over images, the bootstrap agrees with the normal approximation."""
     logits, class_ids = random_case(n=2000)
-    scores = Scores.of(logits, class_ids)
+    scores = Scores.from_logits(logits, class_ids)
     intervals, _ = bootstrap_intervals(scores)
     for name, values in (("log_loss", scores.losses), ("brier", scores.briers)):
         half = 1.96 * values.std() / math.sqrt(len(values))

@@ -137,7 +137,7 @@ def test_every_torchvision_network_builds_and_freezes(name):
         peer = torchvision.models.get_model(TORCHVISION[name].name, num_classes=5)
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in peer.parameters())
     assert {n: t.shape for n, t in model.state_dict().items()} == {
-        n: t.shape for n, t in model.rename_state(peer.state_dict()).items()
+        n: t.shape for n, t in model.to_own_names(peer.state_dict()).items()
     }
     model.freeze_backbone("all")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.weight", "head.bias"}
@@ -179,7 +179,9 @@ def test_embedding_is_the_input_of_the_head():
 def test_feature_maps_are_spatial(name):
     model = build(name, (64, 96)).eval()
     found = []
-    handle = model.map_layer.register_forward_hook(lambda _, __, output: found.append(model.to_map(output)))
+    handle = model.feature_map_layer.register_forward_hook(
+        lambda _, __, output: found.append(model.to_feature_map(output))
+    )
     model(images(shape=(64, 96)))
     handle.remove()
     (features,) = found
@@ -206,7 +208,7 @@ def test_one_frozen_and_one_thawed_step(name):
     cpu = torch.device("cpu")
     config = settings(**SMALL | {"backbone": name, "input_shape": (SIDE, SIDE), "layer_decay": 0.8})
     model = build(name, drop_rate=0.1, drop_path_rate=0.1)
-    network = PixelNetwork(model, Preprocessing.of(config), cpu)
+    network = PixelNetwork(model, Preprocessing.from_config(config), cpu)
     pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
     for part in ("all" if name == "timm/test_vit" else 1, "nothing"):
         Stage(0, 1, part, 4, (64, 64), 1e-3, 1e-5, 1, "cos").freeze(model)
@@ -456,7 +458,7 @@ def test_in_place_modules_work_and_own_dropout_is_disabled(name):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias)
     model = build_model(f"timm/{name}", 3, (64, 64))
-    model.load_state_dict(model.rename_state(peer.state_dict()))
+    model.load_state_dict(model.to_own_names(peer.state_dict()))
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images), peer(images), rtol=1e-5, atol=0)

@@ -326,7 +326,7 @@ def test_norm_and_activation_are_arguments():
 
 
 def test_registers_are_between_class_token_and_patches():
-    """`to_map` depends on the order of the tokens."""
+    """`to_feature_map` depends on the order of the tokens."""
     torch.manual_seed(0)
     model = build_model("vit_xs_4", 3, (8, 12), num_registers=2).eval()
     with torch.no_grad():
@@ -335,4 +335,4 @@ def test_registers_are_between_class_token_and_patches():
         assert torch.equal(tokens[:, 0], model.cls_token[:, 0] + model.pos_embed[:, 0])
         assert torch.equal(tokens[:, 1:3], model.reg_token)
         assert torch.equal(tokens[:, 3:], patches)
-        assert torch.equal(model.to_map(tokens), patches.transpose(1, 2).unflatten(2, (2, 3)))
+        assert torch.equal(model.to_feature_map(tokens), patches.transpose(1, 2).unflatten(2, (2, 3)))

@@ -73,7 +73,7 @@ def test_code_in_a_checkpoint_is_not_run(here):
         (lambda: torch.save(content(format_version=99), "a.pth"), "format 99"),
         (
             lambda: torch.save({"format_version": FORMAT_VERSION, "weights": {}}, "a.pth"),
-            "can't be used: it lacks arithmetic, best_val_loss",
+            "can't be used: it lacks best_val_loss, calibration",
         ),
     ],
 )

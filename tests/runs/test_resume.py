@@ -94,7 +94,7 @@ def test_what_may_change_is_said(cut_off, untrained, capsys):
     assert runs() == [cut_off]
 
 
-def test_other_arithmetic_is_said(cut_off, untrained, capsys):
+def test_another_environment_is_reported(cut_off, untrained, capsys):
     torch.set_num_threads(2)
     try:
         train.main(settings(**SMALL))
@@ -316,7 +316,7 @@ def test_a_lock_dies_with_its_process_but_not_before(here):
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_killed_before_the_last_of_all_saves(trained, cut_off, rounds):
-    """The farthest checkpoint becomes the last: the run is at its end, and the next start begins another."""
+    """The max_distance checkpoint becomes the last: the run is at its end, and the next start begins another."""
     (source,) = (trained / "logs").iterdir()
     for farther in (*source.glob("ep004-*"), source / BEST):
         shutil.copy(farther, cut_off)

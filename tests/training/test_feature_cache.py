@@ -26,7 +26,7 @@ from utils.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 CONFIG = settings(**SMALL | {"freeze_batch_size": 5, "init_lr": 0.05})
-PREPROCESSING = Preprocessing.of(CONFIG)
+PREPROCESSING = Preprocessing.from_config(CONFIG)
 
 
 def make_network(blocks=4, seed=0):

@@ -35,7 +35,7 @@ def network(device=CPU, drop_rate=0.0, **freeze) -> PixelNetwork:
     model = build_model("vit_xs_4", 3, (8, 8), **rates)
     if freeze:
         model.freeze_backbone(**freeze)
-    return PixelNetwork(model, Preprocessing.of(CONFIG), device)
+    return PixelNetwork(model, Preprocessing.from_config(CONFIG), device)
 
 
 def batch(size=6, seed=1):
@@ -281,7 +281,7 @@ def test_evaluation_is_in_the_precision_asked_for(way):
     def logits(precision):
         if way == "loader":
             return predict_logits(own, Batches([(pixels, targets)]), CPU, precision)[0].log_softmax(1)
-        preprocessing = Preprocessing.of(settings())
+        preprocessing = Preprocessing.from_config(settings())
         transform = EvalTransform(preprocessing)
         return Classifier(own, preprocessing, transform, ["a", "b", "c"], CPU, precision).probabilities(pixels).log()
 
@@ -305,7 +305,7 @@ def test_the_loss_scaler_is_restored():
 
 
 def test_only_convolutional_networks_have_their_channels_last():
-    preprocessing = Preprocessing.of(CONFIG)
+    preprocessing = Preprocessing.from_config(CONFIG)
     for name, channels_last in (("vit_xs_4", False), ("resnet18", True), ("timm/convnext_atto", True)):
         model = PixelNetwork(build_model(name, 2, (64, 64)), preprocessing, CPU).model
         weight = next(module.weight for module in model.modules() if isinstance(module, nn.Conv2d))

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.annotation import demo_digits
-from utils.annotation.audit import AuditedImage, Finding, find_faults, linked
+from utils.annotation.audit import AuditedImage, Finding, audit_images, grouped_images
 from utils.annotation.audit_report import format_findings, write_audit
 from utils.annotation.fingerprints import Fingerprints
-from utils.annotation.folder_scan import HIDDEN, SPLIT_NAMES, SPLITS, Scan, is_demo, scan_datasets
+from utils.annotation.folder_scan import HIDDEN, SPLIT_NAMES, SPLITS, Scan, is_builtin_digit, scan_datasets
 from utils.annotation.split import group_by_name, split_validation
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import read_classes, read_first_path, write_classes, write_excluded, write_list
@@ -32,7 +32,7 @@ def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
     if path.is_file():
         names = read_classes(path)
         names_digits = names == list(demo_digits.CLASSES)
-        if set(names) & set(folders) and not (names_digits and scan.demo_excluded):
+        if set(names) & set(folders) and not (names_digits and scan.digits_excluded):
             return names
         if folders and not names_digits:
             raise ValueError(
@@ -103,10 +103,10 @@ def annotate(
     names = choose_classes(scan, classes_path)
     groups = group_by_name(scan.paths(), group_regex)
     findings = None
-    if audit and not all(map(is_demo, scan.paths())):
+    if audit and not all(map(is_builtin_digit, scan.paths())):
         fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
         findings = audit_scan(scan, names, groups, fingerprints, audit_path)
-        groups += linked(findings)
+        groups += grouped_images(findings)
     reasons = exclude(scan, findings or []) if fix else {}
     if not test_fraction:
         check_test_list(scan, test_annotation_path)
@@ -197,7 +197,7 @@ def audit_scan(
     placed = [(path, split, name) for split in SPLITS for name in names for path in scan.images[split].get(name, ())]
     prints = fingerprints.read([path for path, *_ in placed])
     images = [AuditedImage(*place, fingerprint) for place, fingerprint in zip(placed, prints, strict=True)]
-    findings = find_faults(images, names, groups)
+    findings = audit_images(images, names, groups)
     write_audit(audit_path, findings, images, fingerprints)
     return findings
 
@@ -271,7 +271,7 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
     fields = ("train_annotation_path", "val_annotation_path")
     if any(getattr(config, field) != getattr(TrainConfig, field) for field in fields):
         return
-    lists_are_demo = is_demo(read_first_path(config.train_annotation_path) or "")
+    lists_are_demo = is_builtin_digit(read_first_path(config.train_annotation_path) or "")
     if Path(config.train_annotation_path).is_file() and not lists_are_demo:
         return
     root = Path(datasets_path)
@@ -280,7 +280,7 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
         print(f"{root}/ is empty: writing the built-in handwritten digits")
         print("  for your own images, put one folder per class there, see README.md")
         demo_digits.write_demo(root)
-    elif lists_are_demo and all(map(is_demo, scan_datasets(root).paths())):
+    elif lists_are_demo and all(map(is_builtin_digit, scan_datasets(root).paths())):
         return
     else:
         print(f"creating lists of the images in {root}/")

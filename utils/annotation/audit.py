@@ -54,7 +54,7 @@ class Finding:
     excluded: list[AuditedImage] = field(default_factory=list)
 
 
-def find_faults(
+def audit_images(
     images: Sequence[AuditedImage], class_names: Sequence[str], groups: Sequence[Sequence[str]] = ()
 ) -> list[Finding]:
     """Return all problems of a dataset, the most serious first.
@@ -81,7 +81,7 @@ def find_faults(
     ]
 
 
-def linked(findings: Iterable[Finding]) -> list[list[str]]:
+def grouped_images(findings: Iterable[Finding]) -> list[list[str]]:
     """Return groups of paths in `findings` that must be in one split.
 
     Images that are similar by nature are omitted: a class that is one group can't be split.

@@ -24,7 +24,7 @@ def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) 
     """Format findings for the terminal, with some paths of each.
 
     Args:
-        findings: from `utils.annotation.audit.find_faults`.
+        findings: from `utils.annotation.audit.audit_images`.
         folder: the folder of the reports.
         fix: whether images were excluded from the lists.
     """

@@ -24,12 +24,12 @@ class Scan:
     Attributes:
         images: split -> class -> sorted paths; only classes with images.
         skipped: class -> reason -> number of files; class "": files outside class folders.
-        demo_excluded: whether the built-in digits were skipped because there are other images.
+        digits_excluded: whether the built-in digits were skipped because there are other images.
     """
 
     images: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {split: {} for split in SPLITS})
     skipped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    demo_excluded: bool = False
+    digits_excluded: bool = False
 
     def count(self, split: str, name: str) -> int:
         """Return the number of images of a class in a split."""
@@ -64,7 +64,7 @@ def scan_datasets(root: str | Path) -> Scan:
     # Splits with only the built-in digits don't count if other folders have images. These, usually none, are checked
     # first, to avoid scanning train twice.
     demo_replaced = (
-        bool(splits) and any(not _holds_only_demo(entry) for entry in others) and all(map(_holds_only_demo, splits))
+        bool(splits) and any(not _holds_only_digits(entry) for entry in others) and all(map(_holds_only_digits, splits))
     )
     if splits and not demo_replaced:
         for entry, split in splits.items():
@@ -75,8 +75,8 @@ def scan_datasets(root: str | Path) -> Scan:
         _count_loose(root, scan)
     else:
         scan_classes(root, scan, "train", ignore=set(splits))
-        scan.demo_excluded = bool(splits)
-    exclude_demo(scan)
+        scan.digits_excluded = bool(splits)
+    exclude_digits(scan)
     return scan
 
 
@@ -151,24 +151,24 @@ def _count_loose(folder: Path, scan: Scan) -> None:
             scan.skipped[""]["outside the class folders"] += 1
 
 
-def is_demo(path: str) -> bool:
+def is_builtin_digit(path: str) -> bool:
     """Return whether an image is one of the built-in digits."""
     return os.path.basename(path).startswith(demo_digits.PREFIX)
 
 
-def _holds_only_demo(folder: Path) -> bool:
-    return all(map(is_demo, find_images(folder, Counter())))
+def _holds_only_digits(folder: Path) -> bool:
+    return all(map(is_builtin_digit, find_images(folder, Counter())))
 
 
-def exclude_demo(scan: Scan) -> None:
+def exclude_digits(scan: Scan) -> None:
     """Remove the built-in digits from `scan` if there are other images."""
-    if all(map(is_demo, scan.paths())):
+    if all(map(is_builtin_digit, scan.paths())):
         return
     for classes in scan.images.values():
         for name, paths in list(classes.items()):
-            own = [path for path in paths if not is_demo(path)]
+            own = [path for path in paths if not is_builtin_digit(path)]
             if len(own) < len(paths):
-                scan.demo_excluded = True
+                scan.digits_excluded = True
                 scan.skipped[""]["built-in digits"] += len(paths) - len(own)
             if own:
                 classes[name] = own

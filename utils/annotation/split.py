@@ -52,9 +52,9 @@ def join_groups(paths: Iterable[str], groups: Iterable[Sequence[str]]) -> list[l
 
     units = DisjointSet(paths)
     for group in groups:
-        linked = [path for path in group if path in units]
-        for path in linked[1:]:
-            units.merge(linked[0], path)
+        grouped_images = [path for path in group if path in units]
+        for path in grouped_images[1:]:
+            units.merge(grouped_images[0], path)
     return [sorted(unit) for unit in units.subsets()]
 
 

@@ -16,7 +16,7 @@ cv2.setNumThreads(1)  # parallelism comes from the loader's workers
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 """Range of the aspect ratio (width / height) of a random crop."""
-GREY = (128, 128, 128)
+GRAY = (128, 128, 128)
 """Fill color for the corners of rotated images and for letterbox bars."""
 
 LEVELS = np.arange(256)
@@ -55,11 +55,11 @@ def build_augmentation(color_jitter: float, augmentation: str, random_erasing: f
 
         others = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide, "augmix": v2.AugMix}
         if augmentation in others:
-            steps.append(others[augmentation](fill=list(GREY)))
+            steps.append(others[augmentation](fill=list(GRAY)))
         if color_jitter:
             steps.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter))
         if random_erasing:
-            steps.append(v2.RandomErasing(random_erasing, value=list(GREY)))
+            steps.append(v2.RandomErasing(random_erasing, value=list(GRAY)))
     return nn.Sequential(*steps)
 
 
@@ -110,7 +110,7 @@ def _shear_x(pixels: np.ndarray, slope: float) -> np.ndarray:
 
 def _warp(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     size = pixels.shape[1::-1]
-    return cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_NEAREST, borderValue=GREY)
+    return cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_NEAREST, borderValue=GRAY)
 
 
 def _color(pixels: np.ndarray, strength: float) -> np.ndarray:

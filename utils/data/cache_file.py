@@ -31,7 +31,7 @@ def describe_files(images: ImageList, packages: tuple[str, ...]) -> Iterator[str
             yield "missing"
 
 
-def check_room(size: int, folder: Path, remedy: str) -> None:
+def check_disk_space(size: int, folder: Path, remedy: str) -> None:
     """Raise a ValueError that suggests `remedy` unless `folder` has space for a file of `size` bytes."""
     free = free_bytes(folder)
     if size > 0.95 * free:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.config.train_config import TrainConfig
-from utils.data.cache_file import check_room, describe_files, replace_cache
+from utils.data.cache_file import check_disk_space, describe_files, replace_cache
 from utils.data.image_io import Box, ImageError, Region, open_to_decode, read_size, scale_box
 from utils.data.image_list import ImageList
 from utils.system.digests import IMAGE_CODE, digest
@@ -90,7 +90,7 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
     if not _is_complete(path, len(images)):
         expected = _expected_size(images, config)
         print(f"cache_images: writing {len(images)} images to {path}, about {format_bytes(expected)}")
-        check_room(expected, folder, "cache_images to False")
+        check_disk_space(expected, folder, "cache_images to False")
         with replace_cache(path, replaces=f"images-{list_digest}-*.bin") as file:
             _write(images, config, file)
     cache = ImageCache(images, path)

@@ -40,7 +40,7 @@ def eval_loader(dataset: ImageDataset | FeatureDataset, batch_size: int, num_wor
     return _loader(dataset, batch_size, num_workers, None)
 
 
-def fetch(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+def iterate_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of `loader`.
 
     Raises:

@@ -55,7 +55,7 @@ class Preprocessing:
         return Preprocessing(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()})
 
     @staticmethod
-    def of(config: TrainConfig) -> Preprocessing:
+    def from_config(config: TrainConfig) -> Preprocessing:
         """Return the preprocessing of a run with this config."""
         return Preprocessing.from_dict({name: getattr(config, name) for name in PREPROCESSING_FIELDS})
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from utils.config.train_config import TrainConfig
-from utils.data.augment import GREY, build_augmentation, random_box
+from utils.data.augment import GRAY, build_augmentation, random_box
 from utils.data.image_io import Box, Region
 from utils.data.preprocessing import Preprocessing
 
@@ -68,7 +68,7 @@ class TrainTransform(Transform):
 
     def __init__(self, config: TrainConfig) -> None:
         self.size = config.input_shape
-        self.interpolation = Preprocessing.of(config).interpolation
+        self.interpolation = Preprocessing.from_config(config).interpolation
         self.min_area = config.train_crop
         self.horizontal_flip = config.horizontal_flip
         self.augmentation = build_augmentation(config.color_jitter, config.augmentation, config.random_erasing)
@@ -119,7 +119,7 @@ class EvalTransform(Transform):
         if self.letterbox:
             height, width = region.pixels.shape[:2]
             fitted = self._resize(Region(region.pixels, (0, 0, width, height)), self._fitted(width, height))
-            image = ImageOps.pad(fitted, size, color=GREY)
+            image = ImageOps.pad(fitted, size, color=GRAY)
         else:
             image = self._resize(region, size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

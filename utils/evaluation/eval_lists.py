@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.annotation.folder_scan import SPLIT_NAMES, Scan, exclude_demo, find_images, scan_classes
+from utils.annotation.folder_scan import SPLIT_NAMES, Scan, exclude_digits, find_images, scan_classes
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, list_in_memory, read_classes, read_list
 from utils.inference.classifier import Classifier
@@ -111,7 +111,7 @@ def list_folder(folder: str, class_names: list[str]) -> ImageList:
     """
     scan = Scan()
     scan_classes(Path(folder), scan, "test")
-    exclude_demo(scan)
+    exclude_digits(scan)
     images = scan.images["test"]
     if images.keys() <= SPLIT_NAMES.keys() - set(class_names):
         such_as = f", such as {folder}/test" if Path(folder, "test").is_dir() else ""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_list import ImageList, sample_indices, select
-from utils.data.loader import eval_loader, fetch
+from utils.data.loader import eval_loader, iterate_batches
 from utils.evaluation.corruptions import CORRUPTIONS, corrupt
 from utils.evaluation.eval_lists import count_overlap
 from utils.inference.classifier import Classifier
@@ -53,12 +53,12 @@ class Evaluation:
     @cached_property
     def scores(self) -> Scores:
         """Scores of the calibrated probabilities."""
-        return Scores.of(self.outputs.logits, self.outputs.class_ids, self.classifier.temperature)
+        return Scores.from_logits(self.outputs.logits, self.outputs.class_ids, self.classifier.temperature)
 
     @cached_property
     def raw_scores(self) -> Scores:
         """Scores of the probabilities without temperature scaling."""
-        return Scores.of(self.outputs.logits, self.outputs.class_ids)
+        return Scores.from_logits(self.outputs.logits, self.outputs.class_ids)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -102,8 +102,8 @@ class Evaluation:
         n, count, wrong = len(accepted), int(accepted.sum()), int((accepted & ~self.scores.correct).sum())
         row: dict[str, Any] = {
             "max_error": max_error,
-            "min_probability": None if math.isinf(rejection.least_probability) else rejection.least_probability,
-            "max_distance": rejection.farthest,
+            "min_probability": None if math.isinf(rejection.min_probability) else rejection.min_probability,
+            "max_distance": rejection.max_distance,
             "accepted": count / n,
             "error": wrong / count if count else None,
             "error_interval": list(wilson_interval(wrong, count)),
@@ -139,7 +139,7 @@ def evaluate_corrupted(
     correct = {"none": int(unchanged)} | dict.fromkeys(CORRUPTIONS, 0)
     source = FileSource(select(images, drawn), classifier.preprocessing)
     loader = eval_loader(ImageDataset(source, classifier.transform, seed=0), batch_size, num_workers)
-    bar = tqdm(fetch(loader), "corrupting", len(loader), unit="batch", leave=False, disable=None)
+    bar = tqdm(iterate_batches(loader), "corrupting", len(loader), unit="batch", leave=False, disable=None)
     for batch, (pixels, class_ids) in enumerate(bar):
         for name, corruption in CORRUPTIONS.items():
             _, logits = classifier.forward(corrupt(pixels, corruption, seed=batch))

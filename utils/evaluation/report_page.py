@@ -26,7 +26,7 @@ from utils.evaluation.mistakes import (
 from utils.evaluation.plots import arrange_classes
 from utils.evaluation.report_files import format_metric
 from utils.inference.fit_calibration import TrainEmbeddings
-from utils.inference.rejection import FAR
+from utils.inference.rejection import DISTANCE_QUANTILE
 from utils.metrics.intervals import wilson_interval
 from utils.metrics.scores import expected_calibration_error, reliability
 from utils.runs.log import EPOCHS
@@ -81,7 +81,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
         class_rows=list(enumerate(metrics["per_class"]))[:MAX_CLASS_ROWS],
         reliability=reliability_plots(evaluation),
         rejections=[evaluation.rejection(rate) for rate in ERROR_RATES] if classifier.can_reject else [],
-        far=FAR,
+        far=DISTANCE_QUANTILE,
         calibrated_on=len(classifier.calibration.correct) if classifier.can_reject else 0,
         worst=gallery.figures(worst_mistakes(scores, MAX_WORST), explained=True),
         num_wrong=int((~scores.correct).sum()),

@@ -12,7 +12,7 @@ from nets.weights.seal import digest_file
 from utils.export.formats import FORMATS, STEMS
 from utils.inference.classifier import Classifier
 from utils.inference.exported_metadata import ExportedMetadata
-from utils.runs.folder import METRICS_OUT, read_run_list
+from utils.runs.folder import METRICS_FOLDER, read_run_list
 from utils.system.files import format_bytes, read_json, write_text
 from utils.system.text import printable
 
@@ -114,7 +114,7 @@ def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | N
     Raises:
         ValueError: a metrics.json is malformed.
     """
-    for path in (checkpoint.with_name("metrics.json"), METRICS_OUT / "metrics.json"):
+    for path in (checkpoint.with_name("metrics.json"), METRICS_FOLDER / "metrics.json"):
         if not path.is_file():
             continue
         metrics = read_json(path)

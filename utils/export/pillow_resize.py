@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.data.augment import GREY
+from utils.data.augment import GRAY
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import SUPPORT
 
@@ -57,7 +57,7 @@ class PixelResize(nn.Module):
         if not self.letterbox:
             return values
         filled = _inside(down, self.size[0])[:, None] & _inside(across, self.size[1])  # (h, w)
-        return torch.where(filled, values, torch.tensor(GREY, dtype=torch.float32).view(3, 1, 1))
+        return torch.where(filled, values, torch.tensor(GRAY, dtype=torch.float32).view(3, 1, 1))
 
     def _spans(self, height: Tensor, width: Tensor) -> tuple[Span, Span]:
         """The spans of height and width, which are float64 scalars."""

@@ -34,10 +34,10 @@ class Maps(NamedTuple):
 def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
     """Compute the maps of preprocessed images (B, 3, height, width), uint8.
 
-    Grad-CAM (Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391): the features of `model.map_layer`, the last
-    layer with spatial positions, weighted by the mean gradient of the class's logit. Rollout (Abnar and Zuidema, 2020,
-    https://arxiv.org/abs/2005.00928): the product over the blocks of the attention weights, averaged over the heads
-    and then with the identity for the residual connection. Grad-CAM is for the classes in `class_ids` (B,).
+    Grad-CAM (Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391): the features of `model.feature_map_layer`, the
+    last layer with spatial positions, weighted by the mean gradient of the class's logit. Rollout (Abnar and Zuidema,
+    2020, https://arxiv.org/abs/2005.00928): the product over the blocks of the attention weights, averaged over the
+    heads and then with the identity for the residual connection. Grad-CAM is for the classes in `class_ids` (B,).
     """
     model = classifier.network.model
     blocks = getattr(model, "blocks", [])
@@ -48,7 +48,7 @@ def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
         features.append(output.detach().requires_grad_())
         return features[0]
 
-    hooks = [(model.map_layer, start_graph)]
+    hooks = [(model.feature_map_layer, start_graph)]
     hooks += [(block.attn.qkv, lambda _, __, output: qkvs.append(output.detach().float())) for block in blocks]
     with ExitStack() as stack, torch.enable_grad(), autocast(classifier.device, classifier.precision):
         for module, hook in hooks:
@@ -66,8 +66,8 @@ def explain(classifier: Classifier, pixels: Tensor, class_ids: Tensor) -> Maps:
 
 
 def _grad_cam(features: Tensor, gradient: Tensor, model: nn.Module) -> Tensor:
-    """The map (B, rows, columns) from the output of `model.map_layer` and its gradient."""
-    features, gradient = model.to_map(features), model.to_map(gradient)  # (B, C, rows, columns)
+    """The map (B, rows, columns) from the output of `model.feature_map_layer` and its gradient."""
+    features, gradient = model.to_feature_map(features), model.to_feature_map(gradient)  # (B, C, rows, columns)
     cam = (features * gradient.mean(dim=(2, 3), keepdim=True)).sum(dim=1).relu()  # (B, rows, columns)
     return (cam / cam.amax(dim=(1, 2), keepdim=True).clamp_min(1e-12)).cpu()
 

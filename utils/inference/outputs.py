@@ -11,7 +11,7 @@ from tqdm import tqdm
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_io import ImageError
 from utils.data.image_list import ImageList
-from utils.data.loader import eval_loader, fetch
+from utils.data.loader import eval_loader, iterate_batches
 from utils.data.sampler import Key
 from utils.inference.classifier import BATCH, Classifier
 
@@ -59,7 +59,7 @@ def compute_outputs(
     dataset = dataset_class(source, classifier.transform, seed=0, max_bad_fraction=max_bad)
     loader = eval_loader(dataset, batch_size, num_workers)
     batches = []
-    for pixels, class_ids in tqdm(fetch(loader), title, len(loader), unit="batch", leave=False, disable=None):
+    for pixels, class_ids in tqdm(iterate_batches(loader), title, len(loader), unit="batch", leave=False, disable=None):
         embeddings, logits = classifier.forward(pixels)
         batches.append((logits, embeddings, class_ids, pixels.float().mean(dim=(1, 2, 3)) / 255))
     readable = ~dataset.unreadable

@@ -19,7 +19,7 @@ from utils.metrics.temperature import fit_temperature
 UNKNOWN = "unknown"
 """The label of a rejected prediction."""
 
-FAR = 0.95
+DISTANCE_QUANTILE = 0.95
 """The quantile of the validation images' distances beyond which an image counts as OOD. So 5 % of the images that do
 belong to a class are rejected."""
 
@@ -30,7 +30,7 @@ class Calibration:
 
     Attributes:
         temperature: logits are divided by it.
-        centre: (C,), the mean of the classes' mean embeddings.
+        center: (C,), the mean of the classes' mean embeddings.
         whitening: (C, C), makes deviations from the class means uncorrelated with variance 1.
         directions: (classes with training images, C), whitened unit vectors from the center to the class means.
         probability: (n,), of the predicted class of each validation image.
@@ -39,7 +39,7 @@ class Calibration:
     """
 
     temperature: float
-    centre: Tensor
+    center: Tensor
     whitening: Tensor
     directions: Tensor
     probability: Tensor
@@ -69,9 +69,9 @@ class Calibration:
             for tensor, dtype in zip(tensors, dtypes, strict=True)
         ):
             raise TypeError("invalid calibration")
-        centre, whitening, directions, *per_image = tensors
-        c = centre.numel()
-        consistent = (centre.shape, whitening.shape, directions.shape[1:]) == ((c,), (c, c), (c,))
+        center, whitening, directions, *per_image = tensors
+        c = center.numel()
+        consistent = (center.shape, whitening.shape, directions.shape[1:]) == ((c,), (c, c), (c,))
         if not consistent or not len(directions) or {t.shape for t in per_image} != {(len(per_image[0]),)}:
             raise TypeError("invalid calibration: its tensors have inconsistent shapes")
         return Calibration(**{name: values[name] for name in names})
@@ -84,13 +84,13 @@ class Calibration:
         distance separates OOD images poorly here: these lie near the center, no farther from the class means than
         images of the classes do.
         """
-        whitened = F.normalize((embeddings.float() - self.centre) @ self.whitening, dim=1)
+        whitened = F.normalize((embeddings.float() - self.center) @ self.whitening, dim=1)
         return (whitened @ self.directions.T).amax(dim=1).clamp(-1, 1).acos().rad2deg()
 
     @property
-    def farthest(self) -> float:
+    def max_distance(self) -> float:
         """The distance beyond which an image counts as OOD."""
-        return self.distance.quantile(FAR).item() if len(self.distance) else math.inf
+        return self.distance.quantile(DISTANCE_QUANTILE).item() if len(self.distance) else math.inf
 
     def choose_rejection(self, max_error: float) -> Rejection:
         """Choose the lowest probability to accept for an error rate of at most `max_error`, 0 to 1.
@@ -98,7 +98,7 @@ class Calibration:
         The error rate is that of the accepted validation images; those that are too far from all classes are rejected
         in any case.
         """
-        near = self.distance <= self.farthest
+        near = self.distance <= self.max_distance
         order = self.probability[near].argsort(descending=True)
         probability, correct = self.probability[near][order], self.correct[near][order]
         errors = (~correct).cumsum(0) / torch.arange(1, len(correct) + 1)
@@ -106,7 +106,7 @@ class Calibration:
         last_of_equal = torch.cat([probability[1:] < probability[:-1], torch.ones(1, dtype=torch.bool)])
         allowed = torch.nonzero((errors <= max_error) & last_of_equal[: len(errors)]).flatten()
         least = probability[allowed[-1]].item() if len(allowed) else math.inf
-        return Rejection(least, self.farthest)
+        return Rejection(least, self.max_distance)
 
 
 @dataclass(frozen=True)
@@ -114,26 +114,26 @@ class Rejection:
     """Which predictions are rejected.
 
     Attributes:
-        least_probability: the lowest probability that is accepted; infinite: none is.
-        farthest: the largest distance to the nearest class, in degrees, that is accepted; infinite: all are.
+        min_probability: the lowest probability that is accepted; infinite: none is.
+        max_distance: the largest distance to the nearest class, in degrees, that is accepted; infinite: all are.
     """
 
-    least_probability: float
-    farthest: float = math.inf
+    min_probability: float
+    max_distance: float = math.inf
 
     def accepts(self, probability: Tensor, distance: Tensor) -> Tensor:
         """Bool (n,), for probabilities and distances (n,)."""
-        return (probability >= self.least_probability) & (distance <= self.farthest)
+        return (probability >= self.min_probability) & (distance <= self.max_distance)
 
     def reason(self, probability: float, distance: float) -> str:
         """Why a prediction is rejected; empty if it isn't."""
-        if distance > self.farthest:
+        if distance > self.max_distance:
             return (
-                f"unlike all classes: {distance:.0f}° from the nearest class; {FAR:.0%} of the validation images are "
-                f"within {self.farthest:.0f}°"
+                f"unlike all classes: {distance:.0f}° from the nearest class; {DISTANCE_QUANTILE:.0%} of the "
+                f"validation images are within {self.max_distance:.0f}°"
             )
-        if probability < self.least_probability:
-            least = "any" if math.isinf(self.least_probability) else f"{self.least_probability:.1%}"
+        if probability < self.min_probability:
+            least = "any" if math.isinf(self.min_probability) else f"{self.min_probability:.1%}"
             return f"low probability: {probability:.1%} is below {least}"
         return ""
 

@@ -30,7 +30,7 @@ class Scores:
     losses: np.ndarray
 
     @staticmethod
-    def of(logits: Tensor, class_ids: Tensor, temperature: float = 1.0) -> Scores:
+    def from_logits(logits: Tensor, class_ids: Tensor, temperature: float = 1.0) -> Scores:
         """Compute scores from logits (N, classes) / temperature and class ids (N,).
 
         Raises:

@@ -13,7 +13,7 @@ from nets.network import FreezableNetwork
 from nets.vit import SIZES
 from nets.weights.load import Weights, load_weights, read_weights
 from nets.weights.pretrained import find_pretrained
-from nets.wrapped import RATES
+from nets.wrapped import DROP_RATES
 from utils.config.frozen import Frozen
 from utils.config.recipe import Choice
 from utils.config.train_config import TrainConfig
@@ -77,7 +77,7 @@ def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str
         **(weights.variant if weights else {}),
         **_activation(config),
     }
-    rates = {rate: getattr(config, rate) for rate in RATES}
+    rates = {rate: getattr(config, rate) for rate in DROP_RATES}
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_model(**(resumed["model"] if resumed else arguments), **rates)
     choices += [Choice(rate, 0.0, f"{config.backbone} doesn't have it") for rate in model.ignored_rates if rates[rate]]

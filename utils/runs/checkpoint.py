@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nets.weights.safe_load import open_safely
-from nets.weights.seal import check_seal, is_sealed, read_note, seal
+from nets.weights.seal import has_checksum, read_note, seal, verify_checksum
 from utils.system.files import format_bytes, free_bytes, try_unlink, write_whole
 
 FORMAT_VERSION = 4
@@ -40,7 +40,7 @@ TRAINING_KEYS: dict[str, type] = {
     "history": list,
     "finished": bool,
     "lists": dict,
-    "arithmetic": dict,
+    "environment": dict,
 }
 KEYS = MODEL_KEYS | TRAINING_KEYS
 """What a checkpoint holds: what the network is and what goes with it, and how far its training has come."""
@@ -120,17 +120,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path} has checkpoint format {content['format_version']}, this is for {FORMAT_VERSION}: use the version "
             f"of Thaw that wrote it"
         )
+    if "arithmetic" in content:  # its name in earlier versions
+        content["environment"] = content.pop("arithmetic")
     wrong = [name for name, kind in KEYS.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise ValueError(f"{path} can't be used: it lacks {', '.join(sorted(wrong))}")
-    if not is_sealed(Path(path)):
+    if not has_checksum(Path(path)):
         raise ValueError(f"{path} is damaged: it doesn't end with a checksum, so it was cut off or changed")
     return content
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint in a run's folder that is farthest and whole, of those that the run wrote; None if there is none.
-    What is wrong with those that claim to be farther is printed."""
+    """The checkpoint in a run's folder that is newest and whole, of those that the run wrote; None if there is
+    none. What is wrong with those that claim to be farther is printed."""
 
     def steps(path: Path) -> tuple[float, bool]:
         progress = read_progress(path)
@@ -152,7 +154,7 @@ def prune_periodic(folder: Path, keep: int) -> None:
     if not surplus:
         return
     try:
-        check_seal(folder / LAST)
+        verify_checksum(folder / LAST)
     except (OSError, ValueError) as error:
         print(f"warning: {error}; no other checkpoint is deleted")
         return

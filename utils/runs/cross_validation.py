@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from utils.annotation.audit import SIMILAR_BY_NATURE, AuditedImage, find_duplicates, linked
+from utils.annotation.audit import SIMILAR_BY_NATURE, AuditedImage, find_duplicates, grouped_images
 from utils.annotation.fingerprints import Fingerprints
-from utils.annotation.folder_scan import is_demo
+from utils.annotation.folder_scan import is_builtin_digit
 from utils.annotation.split import group_by_name, join_groups
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, list_in_memory, write_list
@@ -110,12 +110,12 @@ def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex
 
     paths = [images.path(i) for i in range(len(images))]
     groups = group_by_name(paths, group_regex)
-    if not all(map(is_demo, paths)):
+    if not all(map(is_builtin_digit, paths)):
         cache = Fingerprints(Path(config.cache_dir, "fingerprints.sqlite"), config.max_pixels, config.allow_truncated)
         places = zip(paths, map(str, images.class_ids), cache.read(paths), strict=True)
         audited = [AuditedImage(path, "train", name, found) for path, name, found in places if not found.error]
         findings = list(find_duplicates(audited))
-        groups += linked(findings)
+        groups += grouped_images(findings)
         for finding in findings:
             if finding.kind == SIMILAR_BY_NATURE:
                 print(f"warning: {finding.message}")

@@ -21,7 +21,7 @@ ASKED_FILE = "asked.json"
 EVENTS = "events.out.tfevents."
 """What the names of TensorBoard's files begin with."""
 LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
-METRICS_OUT = Path("metrics_out")
+METRICS_FOLDER = Path("metrics_out")
 """Folder for what eval.py finds of a checkpoint that lies in no run's."""
 
 
@@ -67,7 +67,7 @@ def is_run(folder: Path) -> bool:
 
 def results_folder(checkpoint: Path) -> Path:
     """Where eval.py's findings of a checkpoint go, unless told."""
-    return checkpoint.parent if is_run(checkpoint.parent) else METRICS_OUT
+    return checkpoint.parent if is_run(checkpoint.parent) else METRICS_FOLDER
 
 
 def write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:

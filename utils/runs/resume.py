@@ -205,8 +205,8 @@ def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
 
 
 def _open_folder(path: Path) -> tuple[RunFolder | None, Path | None]:
-    """A run that was begun, and the file of its farthest checkpoint; no run if none is whole, though it came farther
-    than its beginning."""
+    """A run that was begun, and the file of its newest checkpoint; no run if none is whole, though it came
+    farther than its beginning."""
     lock = FolderLock(path)
     found = load_newest(path)
     if found:
@@ -218,7 +218,8 @@ def _open_folder(path: Path) -> tuple[RunFolder | None, Path | None]:
 
 
 def _prepare_resume(run: RunFolder, newest: Path | None, config: TrainConfig, lists: Mapping[str, ImageList]) -> None:
-    """Make the run's folder what it goes on from: its farthest checkpoint, `newest`, the last one, with these lists.
+    """Make the run's folder what it goes on from: its newest checkpoint, `newest`, the last one, with these
+    lists.
 
     Raises:
         ValueError: see `check_lists`; nothing has been touched then.
@@ -227,9 +228,9 @@ def _prepare_resume(run: RunFolder, newest: Path | None, config: TrainConfig, li
     if newest:
         # A full disk may be why it was cut off. The newest of them may be what it goes on from.
         prune_periodic(run.path, max(1, config.keep_periodic))
-        if newest.name != LAST:  # it is the farthest, so it is the last
-            with write_whole(run.path / LAST) as file, newest.open("rb") as farthest:
-                shutil.copyfileobj(farthest, file)
+        if newest.name != LAST:  # it is the max_distance, so it is the last
+            with write_whole(run.path / LAST) as file, newest.open("rb") as max_distance:
+                shutil.copyfileobj(max_distance, file)
     if changed:  # known to the checkpoint first: copies that it doesn't know would be taken for somebody's change
         digests = {key: images.digest() for key, images in lists.items()}
         save_checkpoint(run.path / LAST, run.checkpoint | {"lists": digests})

@@ -123,7 +123,7 @@ class Run:
             **self.identity,
             **self.trainer.state_dict(),
             "model": self.model.arguments,
-            "preprocessing": Preprocessing.of(at_current_size(self.config, self.model)).as_dict(),
+            "preprocessing": Preprocessing.from_config(at_current_size(self.config, self.model)).as_dict(),
             "weights": weights,
             "weights_in_training": in_training,
             "optimizer": self.optimizer.state_dict() if self.optimizer else {},

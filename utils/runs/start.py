@@ -51,7 +51,7 @@ def describe(
         "config": built.config.as_dict(),
         "origin": dict(built.origin),
         "lists": {key: images.digest() for key, images in lists.items()},
-        "arithmetic": {
+        "environment": {
             "torch": str(torch.__version__),
             "device": trainer.device.type,
             "precision": trainer.precision,
@@ -72,9 +72,9 @@ def _report_resume(run: Run, checkpoint: dict[str, Any]) -> None:
         before, value = checkpoint["config"].get(name), getattr(config, name)
         if before != value:
             print(f"{name}: {before} -> {value}")
-    for name, value in run.identity["arithmetic"].items():
-        if checkpoint["arithmetic"].get(name) != value:
+    for name, value in run.identity["environment"].items():
+        if checkpoint["environment"].get(name) != value:
             print(
-                f"warning: {name} was {checkpoint['arithmetic'].get(name)} and is {value}; the result won't be bit for "
-                f"bit that of an uninterrupted run"
+                f"warning: {name} was {checkpoint['environment'].get(name)} and is {value}; the result won't be bit "
+                f"for bit that of an uninterrupted run"
             )

@@ -40,7 +40,7 @@ def load_data(config: TrainConfig) -> Data:
 
 def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
     """The training images, augmented, and the validation images."""
-    preprocessing = Preprocessing.of(config)
+    preprocessing = Preprocessing.from_config(config)
     files, val_files = FileSource(data.train_images, preprocessing), FileSource(data.val_images, preprocessing)
     source = open_cache(data.train_images, config) if config.cache_images else files
     train_set = ImageDataset(source, TrainTransform(config), config.seed, config.max_bad_fraction)

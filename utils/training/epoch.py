@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.data.loader import fetch
+from utils.data.loader import iterate_batches
 
 SHOW_EVERY = 10
 """Steps between two updates of the progress bar's numbers: each makes the CPU wait for the device."""
@@ -71,7 +71,7 @@ class Epoch:
             leave=False,
             disable=None,
         ) as bar:
-            for batch in fetch(self.loader):
+            for batch in iterate_batches(self.loader):
                 yield batch
                 if self.done % SHOW_EVERY == 0 and not bar.disable:
                     bar.set_postfix(loss=f"{self.mean_loss():.3f}")

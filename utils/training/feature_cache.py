@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.config.train_config import IMAGE_FIELDS, TrainConfig
-from utils.data.cache_file import check_room, describe_files, replace_cache
+from utils.data.cache_file import check_disk_space, describe_files, replace_cache
 from utils.data.dataset import ImageDataset
 from utils.data.feature_dataset import FeatureDataset
-from utils.data.loader import eval_loader, fetch
+from utils.data.loader import eval_loader, iterate_batches
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.modeling.pixel_network import PixelNetwork
@@ -77,7 +77,7 @@ class FeatureCache:
         if missing:
             Path(self.config.cache_dir).mkdir(parents=True, exist_ok=True)
             remedy = "feature_views to fewer, or cache_features to False"
-            check_room(len(missing) * size, Path(self.config.cache_dir), remedy)
+            check_disk_space(len(missing) * size, Path(self.config.cache_dir), remedy)
         views = []
         for view, (path, older) in enumerate(places):
             if view in missing:
@@ -92,11 +92,11 @@ class FeatureCache:
 
     def _write(self, dataset: ImageDataset, view: int, num_views: int, file: BinaryIO) -> None:
         """Write the features of one view, then a byte an image: 1 if it couldn't be read."""
-        plain = dataset.with_transform(EvalTransform(Preprocessing.of(self.config)))
+        plain = dataset.with_transform(EvalTransform(Preprocessing.from_config(self.config)))
         loader = eval_loader(dataset if view else plain, self._batch_size, self.config.num_workers)
         loader.sampler.epoch = view
         title = f"features, view {view + 1} of {num_views}"
-        for pixels, _ in tqdm(fetch(loader), title, len(loader), unit="batch", leave=False, disable=None):
+        for pixels, _ in tqdm(iterate_batches(loader), title, len(loader), unit="batch", leave=False, disable=None):
             # A smaller batch would go through other kernels, which differ in the last bits from a whole one's.
             whole = pixels[torch.arange(loader.batch_size) % len(pixels)]
             file.write(self._compute(whole)[: len(pixels)].contiguous().view(torch.uint8).numpy())

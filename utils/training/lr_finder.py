@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from utils.config.train_config import TrainConfig
-from utils.data.loader import fetch, train_loader
+from utils.data.loader import iterate_batches, train_loader
 from utils.training.datasets import Data, StageInputs, make_datasets
 from utils.training.linear_probe import init_head
 from utils.training.optimizer import batch_scale, build_optimizer, rate_limits, set_learning_rate
@@ -125,7 +125,7 @@ def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     epoch = 0
     while True:
         loader.sampler.epoch, loader.sampler.start = epoch, 0
-        yield from fetch(loader)
+        yield from iterate_batches(loader)
         epoch += 1
 
 

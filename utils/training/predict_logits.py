@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils.data.loader import fetch
+from utils.data.loader import iterate_batches
 from utils.modeling.precision import autocast
 
 
@@ -24,7 +24,7 @@ def predict_logits(
     split into `micro_batches`."""
     network.eval()
     logits, targets = [], []
-    bar = tqdm(fetch(loader), desc=title, total=len(loader), unit="batch", leave=False, disable=None)
+    bar = tqdm(iterate_batches(loader), desc=title, total=len(loader), unit="batch", leave=False, disable=None)
     for inputs, batch_targets in bar:
         for part in inputs.to(device, non_blocking=True).tensor_split(min(micro_batches, len(inputs))):
             with autocast(device, precision):

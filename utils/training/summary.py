@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nets.wrapped import OWN
+from nets.wrapped import NETWORK_PREFIX
 from utils.config.recipe import Choice
 from utils.config.train_config import SETTINGS, TrainConfig
 from utils.data.image_io import ImageError, read_size
@@ -72,7 +72,7 @@ def format_model(model: nn.Module, stages: Sequence[Stage]) -> str:
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        parts.setdefault(name.removeprefix(OWN).split(".")[0], []).append(parameter)
+        parts.setdefault(name.removeprefix(NETWORK_PREFIX).split(".")[0], []).append(parameter)
     table = {"parameters": [sum(p.numel() for p in part) for part in parts.values()]}
     for number, stage in enumerate(stages, start=1):
         stage.frozen.apply(model)

@@ -195,7 +195,7 @@ def build_trainer(
     """
     built = build_network(config, data.class_names, resumed)
     config, model = built.config, built.model
-    network = PixelNetwork(model, Preprocessing.of(config), device)
+    network = PixelNetwork(model, Preprocessing.from_config(config), device)
     class_ids = data.train_images.class_ids
     weights = balanced_class_weights(class_ids, len(data.class_names)) if config.class_weights == "balanced" else None
     loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix)
