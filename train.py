@@ -13,7 +13,7 @@ import tyro
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from utils.config.train_config import TrainConfig
+from utils.config.train_config import OPTIONAL_SWITCHES, TrainConfig
 from utils.data.image_cache import open_cache
 from utils.data.image_list import read_first_path
 from utils.data.loader import train_loader
@@ -213,4 +213,4 @@ def print_next_commands(run: Run, setup: Setup) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, optional_switches=["freeze_train"])
+    cli.run(main, OPTIONAL_SWITCHES)

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 import train
-from utils.config.train_config import StageConfig, TrainConfig
+from utils.config.train_config import OPTIONAL_SWITCHES, StageConfig, TrainConfig
 from utils.system import cli
 
 CONFIG = TrainConfig(
@@ -54,4 +54,4 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, OPTIONAL_SWITCHES)

@@ -28,8 +28,9 @@ import train
 from nets.factory import BACKBONES
 from utils.annotation.annotate import annotate
 from utils.annotation.audit import SIMILAR_BY_NATURE
-from utils.config.train_config import StageConfig, TrainConfig
+from utils.config.train_config import OPTIONAL_SWITCHES, StageConfig, TrainConfig
 from utils.runs.checkpoint import KEYS
+from utils.system.cli import expand_switches
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])
@@ -158,6 +159,7 @@ def test_commands_name_scripts_and_their_flags(page):
             assert all((ROOT / path).exists() for path in paths), f"{line}: no such test"
         elif program != f"benchmarks/{PLACEHOLDER}.py":
             assert (ROOT / program).is_file(), f"{line}: no such script"
+            arguments = expand_switches(arguments, OPTIONAL_SWITCHES)
             flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
             assert flags <= known_flags(program), f"{line}: no such flag"
             if program in MAINS and "--help" not in flags:

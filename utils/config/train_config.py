@@ -467,6 +467,8 @@ SETTINGS: dict[str, Setting] = {
 """What is known of each field, by name."""
 PLAIN_DEFAULTS = {name: known.plain for name, known in SETTINGS.items() if known.by_recipe}
 """The values of the fields that a recipe may choose if there is no recipe."""
+OPTIONAL_SWITCHES = [name for name, plain in PLAIN_DEFAULTS.items() if isinstance(plain, bool)]
+"""Fields of the type `bool | None`, see `utils.system.cli.expand_switches`."""
 RESUMABLE_FIELDS = frozenset(name for name, known in SETTINGS.items() if known.resumable)
 IMAGE_FIELDS = tuple(name for name, known in SETTINGS.items() if known.shapes_images)
 

@@ -30,7 +30,7 @@ class Calibration:
 
     Attributes:
         temperature: logits are divided by it.
-        center: (C,), the mean of the classes' mean embeddings.
+        centre: (C,), the mean of the classes' mean embeddings.
         whitening: (C, C), makes deviations from the class means uncorrelated with variance 1.
         directions: (classes with training images, C), whitened unit vectors from the center to the class means.
         probability: (n,), of the predicted class of each validation image.
@@ -39,7 +39,7 @@ class Calibration:
     """
 
     temperature: float
-    center: Tensor
+    centre: Tensor
     whitening: Tensor
     directions: Tensor
     probability: Tensor
@@ -84,7 +84,7 @@ class Calibration:
         distance separates OOD images poorly here: these lie near the center, no farther from the class means than
         images of the classes do.
         """
-        whitened = F.normalize((embeddings.float() - self.center) @ self.whitening, dim=1)
+        whitened = F.normalize((embeddings.float() - self.centre) @ self.whitening, dim=1)
         return (whitened @ self.directions.T).amax(dim=1).clamp(-1, 1).acos().rad2deg()
 
     @property
