@@ -135,7 +135,7 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number, to_group, again,
         assert not [pid for pid in children if is_alive(pid)]
         _, content = load_newest(run_folder(folder))
         if not again:
-            assert f"is saved at step {content['step']}; the same command goes on" in told
+            assert f"is saved at step {content['step']}; the same command resumes it" in told
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_a_worker_that_is_killed_is_named_within_10_seconds(tmp_path, round_numb
     told = (folder / "output.log").read_text()
     assert f"DataLoader worker (pid {victim}) is killed by signal: Killed" in told or f"(pid(s) {victim})" in told
     assert "usually run out of memory: lower num_workers" in told
-    assert "WorkerDied" in told and "the same command goes on" in told
+    assert "WorkerDied" in told and "the same command resumes it" in told
     assert not [pid for pid in workers if is_alive(pid)]
     assert load_newest(run_folder(folder))[1]["step"] == last_step(folder) + 1
 
@@ -196,13 +196,13 @@ def nan_at_step(monkeypatch):
     """Make the loss of these steps a NaN."""
 
     def plant(*steps: int) -> None:
-        backward = Trainer._backward
+        accumulate = Trainer._accumulate_gradients
 
-        def poisoned(self, part, batch_size):
-            loss, hits = backward(self, part, batch_size)
+        def poisoned(self, batch):
+            loss, hits = accumulate(self, batch)
             return (loss * math.nan if self.step in steps else loss), hits
 
-        monkeypatch.setattr(Trainer, "_backward", poisoned)
+        monkeypatch.setattr(Trainer, "_accumulate_gradients", poisoned)
 
     return plant
 
@@ -305,14 +305,14 @@ def test_a_run_that_stopped_at_a_nan_goes_on_without_it(two_classes, nan_at_step
 
 def test_a_clock_that_was_set_back_overwrites_nothing(two_classes):
     """What is there comes from the future."""
-    settings = TINY | {"unfreeze_epoch": 1}
-    train.main(settings(**settings))
+    changes = TINY | {"unfreeze_epoch": 1}
+    train.main(settings(**changes))
     first = only_run()
     ahead = first.rename(first.with_name("2099-01-01_00-00-00"))
     for path in ahead.iterdir():
         os.utime(path, (4e9, 4e9))
     before = {path: path.read_bytes() for path in ahead.iterdir()}
-    train.main(settings(**settings))
-    train.main(settings(**settings, seed=12))
+    train.main(settings(**changes))
+    train.main(settings(**changes, seed=12))
     assert len(list(Path("logs").iterdir())) == 3
     assert {path: path.read_bytes() for path in ahead.iterdir()} == before

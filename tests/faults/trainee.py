@@ -40,7 +40,7 @@ def train_in(folder: Path, settings: dict[str, Any], fault: str = "", number: in
     if fault:
         plant(fault, number)
     try:
-        train.main(settings(**settings))
+        train.main(TrainConfig(**settings))
     except Stopped as stopped:
         sys.exit(stopped.status)
 
