@@ -28,7 +28,7 @@ import train
 from nets.factory import BACKBONES
 from utils.annotation.annotate import annotate
 from utils.annotation.audit import SIMILAR_BY_NATURE
-from utils.config.train_config import OPTIONAL_SWITCHES, StageConfig, TrainConfig
+from utils.config.train_config import OPTIONAL_SWITCHES, SETTINGS, StageConfig, TrainConfig
 from utils.runs.checkpoint import KEYS
 from utils.system.cli import expand_switches
 
@@ -49,7 +49,8 @@ PLACEHOLDER = "X"
 """Takes the place of `<...>` in commands."""
 OTHER_FLAGS = {"--index-url", "--logdir", "--field", "--no-field"}
 """Flags of pip and TensorBoard, and placeholders."""
-OTHER_NAMES = {"field", "weights_only", "HF_ENDPOINT", "val_report"}
+OTHER_NAMES = {"field", "weights_only", "val_report"}
+OTHER_NAMES |= {"HF_ENDPOINT", "HF_HUB_DISABLE_XET", "CUDA_VISIBLE_DEVICES"}
 """What is neither a field nor in the code: placeholders, names of other libraries, a folder of an example."""
 NUMBERED = {f"{name}_{k}" for name in ("class", "probability") for k in range(1, 6)}
 """Columns of predictions."""
@@ -228,6 +229,24 @@ def test_the_front_page_is_short():
 def test_every_page_is_linked_from_the_front_page():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert {page_name(page) for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"\]\((docs/\w+\.md)", text))
+
+
+def test_the_chinese_pages_are_linked_and_link_their_originals():
+    front = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    assert len(front.splitlines()) < 200
+    for page in (ROOT / "docs/zh-CN").glob("*.md"):
+        assert f"]({page_name(page)})" in front
+        assert f"[English](../{page.name})" in page.read_text(encoding="utf-8")
+    assert "[English](README.md)" in front
+    assert "[中文](README.zh-CN.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_chinese_table_of_settings():
+    text = (ROOT / "docs/zh-CN/settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` ?(\S*) \| `(.*?)` \| .+ \|$", text, flags=re.M)  # three columns, two of code
+    marks = {name: "ᴿ" * known.by_recipe + "ᶜ" * known.resumable for name, known in SETTINGS.items()}
+    plain = {name: json.dumps(p) if isinstance(p := known.plain, str) else str(p) for name, known in SETTINGS.items()}
+    assert rows == [(name, marks[name], plain[name]) for name in SETTINGS]
 
 
 def test_the_packages_of_the_architecture_are_the_folders():
