@@ -229,7 +229,7 @@ NAN = TINY | {"ema_decay": 0.9, "cache_features": False}
 
 def test_a_nan_at_a_step_stops_the_run(two_classes, nan_at_step):
     nan_at_step(12)
-    with pytest.raises(NonFiniteLoss, match=r"at step 13 \(learning rate about .*; its images: .*\.png.*on_nan=skip"):
+    with pytest.raises(NonFiniteLoss, match=r"at step 13 \(learning rate about .*; images: .*\.png.*on_nan=skip"):
         train.main(settings(**NAN))
     assert all_finite(only_run())
 
@@ -239,7 +239,7 @@ def test_steps_with_a_nan_are_left_out_and_counted(two_classes, nan_at_step, cap
     train.main(settings(**NAN, on_nan="skip"))
     told = capsys.readouterr().out
     assert "isn't finite at step 13 " in told and "isn't finite at step 15 " in told
-    assert "; 2 steps left out" in told
+    assert "; 2 steps skipped" in told
     history = load_checkpoint(only_run() / LAST)["history"]
     assert [row["skipped"] for row in history] == [0, 0, 2, 0]
     assert all(math.isfinite(value) for row in history for value in row.values())

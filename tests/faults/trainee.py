@@ -14,6 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import train
+from utils.config.train_config import TrainConfig
 from utils.data.loader import batch_paths
 from utils.runs import checkpoint, saving
 from utils.system import files

@@ -99,8 +99,8 @@ class TrainConfig:
     backbone: str = "vit_b_16"
     """For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32, vit_h_14; with DINOv2 weights
     vit_s_14, vit_b_14, vit_l_14; for fine detail, and slow, vit_s_8, vit_b_8. Others: resnet18, 34, 50, 101, 152;
-    mobilenetv2; vgg11, 13, 16, also with _bn; swin_transformer_tiny, _small, _base; timm/<name>: any timm network with
-    a linear head. For images of 16 to 64 pixels: vit_xs_4, vit_t_4, vit_s_4. Larger networks are slower, and more
+    mobilenetv2; vgg11, 13, 16, also with _bn; swin_transformer_tiny, _small, _base; `timm/<name>`: any timm network
+    with a linear head. For images of 16 to 64 pixels: vit_xs_4, vit_t_4, vit_s_4. Larger networks are slower, and more
     accurate if there are enough images."""
 
     input_shape: tuple[int, int] = setting((224, 224), SIZE, shapes_images=True)
