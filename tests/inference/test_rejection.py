@@ -150,7 +150,7 @@ def test_from_dict_restores_a_calibration_and_refuses_invalid_ones():
         {"whitening": torch.zeros(6, 5)},
         {"directions": torch.zeros(3, 5)},
         {"directions": torch.zeros(0, 6)},
-        {"center": torch.zeros(5)},
+        {"centre": torch.zeros(5)},
         {"distance": torch.zeros(3)},
         {"probability": torch.full((60,), math.nan)},
         {"correct": None},

@@ -37,7 +37,7 @@ class Outputs(NamedTuple):
 class LenientDataset(ImageDataset):
     """A dataset that returns black pixels for unreadable images and marks them in `unreadable`."""
 
-    def _read_another(self, key: Key, error: ImageError) -> Tensor:
+    def _read_replacement(self, key: Key, error: ImageError) -> Tensor:
         return torch.zeros(3, *self.transform.size, dtype=torch.uint8)
 
 
