@@ -29,20 +29,20 @@ from utils.training.optimizer import build_optimizer, set_learning_rate
 from utils.training.stages import Stage
 from utils.training.summary import count_parameters, format_model, format_settings, format_stages
 
-# For the built-in handwritten digits: the bundled weights, trained on CIFAR-10, learn to read them in a minute or two.
-# For photos, "Your own images" in README.md has another CONFIG to paste here.
+# For the built-in handwritten digits: the bundled weights, trained on CIFAR-10, learn them in a minute or two.
+# For photos, paste the CONFIG of "Your own images" in README.md.
 CONFIG = TrainConfig(
     # network
     backbone="vit_xs_4",  # 6 blocks, patches of 4 x 4 pixels
     input_shape=(32, 32),  # height and width
-    pretrained=True,  # with few images nothing helps as much
-    model_path="",  # weights of your own to start from
+    pretrained=True,  # what helps most with few images
+    model_path="",  # start from your own weights instead
     drop_rate=0.0,
     attn_drop_rate=0.0,
     drop_path_rate=0.0,
     # stages
     freeze_train=True,
-    freeze_epoch=3,  # the backbone is thawed when the new head has learned something
+    freeze_epoch=3,  # epochs for the new head before the backbone is thawed
     freeze_blocks=4,  # of 6
     freeze_batch_size=32,
     unfreeze_epoch=14,
@@ -53,10 +53,10 @@ CONFIG = TrainConfig(
     min_lr=4e-5,
     weight_decay=0.05,
     # images
-    train_crop=0.6,  # digits fill their frame: no small crops,
+    train_crop=0.6,  # digits fill their frame: no small crops
     eval_crop=1.0,
-    horizontal_flip=0.0,  # no mirroring
-    augmentation="none",  # and no rotation
+    horizontal_flip=0.0,  # a mirrored digit is no digit
+    augmentation="none",  # it would rotate them
     num_workers=0,  # tiny images load fast
 )
 
@@ -74,14 +74,14 @@ def main(
     Args:
         config: the settings.
         summary: print all settings, the network and the stages, and exit.
-        find_lr: try rising learning rates, plot the losses, suggest an init_lr, and exit.
-        cross_validate: train this many runs instead, each validated on another part of the images.
-        group_regex: with cross_validate, as in txt_annotation.py: one patient, video or burst stays in one part.
+        find_lr: test rising learning rates, plot the losses, suggest an init_lr, and exit.
+        cross_validate: number of folds; train a run for each, validated on that fold.
+        group_regex: with cross_validate, as in txt_annotation.py: one patient, video or burst stays in one fold.
     """
     if group_regex and not cross_validate:
-        raise ValueError("group_regex: it is for cross_validate here; for a single split give it to txt_annotation.py")
+        raise ValueError("group_regex: it needs cross_validate; for a single split use it with txt_annotation.py")
     if cross_validate and (summary or find_lr):
-        raise ValueError("cross_validate: it trains; give it without summary and find_lr")
+        raise ValueError("cross_validate: it can't be combined with summary or find_lr; use one of them")
     setup = prepare(config)
     if cross_validate:
         train_folds(setup, cross_validate, group_regex)
@@ -103,16 +103,16 @@ def main(
 
 
 def train(run: Run, setup: Setup) -> None:
-    """Train a run through the stages that are left of it, saving after every epoch and as the settings ask.
+    """Train a run through its remaining stages, calibrate the best checkpoint, and mark the run as finished.
 
     Raises:
-        NonFiniteLoss: a loss isn't finite; the run stays as it was saved before.
-        SaveError: a checkpoint can't be written; the run stays as it was saved before.
+        NonFiniteLoss: a loss isn't finite; the last saved state remains.
+        SaveError: a checkpoint can't be written; the last saved state remains.
         WorkerDied: a process that loads images died; the run is saved.
     """
     trainer = run.trainer
     with closing(run), run.saved_when_stopped():
-        inputs = start(run, setup)
+        inputs = start_run(run, setup)
         for stage in setup.stages:
             if run.is_past(stage):
                 continue
@@ -121,31 +121,32 @@ def train(run: Run, setup: Setup) -> None:
                 epoch = trainer.start_epoch(loader, run.epoch)
                 for images, class_ids in epoch.batches():
                     with defer_signals():  # a signal takes effect after the step
-                        rate = stage.learning_rate(epoch.position)
-                        set_learning_rate(optimizer, rate)
+                        lr = stage.learning_rate(epoch.position)
+                        set_learning_rate(optimizer, lr)
                         loss, hits = trainer.train_step(images, class_ids, optimizer)
                         epoch.record(loss, hits)
-                        trainer.non_finite.check(epoch, trainer.step, rate)
+                        trainer.non_finite.check(epoch, trainer.step, lr)
                         run.save_if_due()
-                rate = stage.learning_rate(epoch.last_position)
-                set_learning_rate(optimizer, rate)  # the last step may have been in an earlier process
-                numbers = epoch.summary() | {"learning_rate": rate} | trainer.validate(val_loader)
-                run.finish_epoch(numbers)
+                lr = stage.learning_rate(epoch.last_position)
+                set_learning_rate(optimizer, lr)  # if the last step was in an earlier process
+                metrics = epoch.summary() | {"learning_rate": lr}
+                metrics |= trainer.validate(val_loader)
+                run.finish_epoch(metrics)
                 inputs.report_unreadable()
-        if run.epoch < run.config.epochs and not run.finished:
+        if run.finished:
+            return
+        if run.epoch < run.config.epochs:
             print(f"patience: the calibrated validation loss hasn't fallen for {run.config.patience} epochs")
-        if not run.finished:
-            data = setup.data
-            run.finish(calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, run.config))
+        data = setup.data
+        run.finish(calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, run.config))
 
 
-def start(run: Run, setup: Setup) -> StageInputs:
-    """The images of a run; a new one gets its initial head, and is saved."""
-    config, trainer = run.config, run.trainer
-    if config.cache_images:  # of all sizes now, so that a full disk is known before training
+def start_run(run: Run, setup: Setup) -> StageInputs:
+    """Open the images of a run; initialize the head of a new run and save it."""
+    config, trainer, network = run.config, run.trainer, run.trainer.network
+    if config.cache_images:  # for all input shapes now: a full disk is an error before training
         for shape in dict.fromkeys(config.epoch_shapes[run.epoch :]):
             open_cache(setup.data.train_images, dataclasses.replace(config, input_shape=shape))
-    network = trainer.network
     inputs = StageInputs(config, setup.data, network, trainer.device, trainer.precision)
     if run.is_new:
         if config.head_init == "probe":
@@ -154,14 +155,14 @@ def start(run: Run, setup: Setup) -> StageInputs:
             init_head(run.model, inputs.cache, inputs.train_set, inputs.val_set, config)
             if trainer.ema:
                 trainer.ema.load(run.model.state_dict())
-        run.save()  # a folder that can't be written to is known before training
+        run.save()  # a folder that can't be written to is an error before training
     first_images, _ = next(iter(train_loader(inputs.train_set, min(16, len(inputs.train_set)), num_workers=0)))
     run.log.log_images(network, first_images)
     return inputs
 
 
 def start_stage(run: Run, stage: Stage, inputs: StageInputs) -> tuple[StageInputs, Optimizer, DataLoader, DataLoader]:
-    """Resize and freeze the network for a stage; its images, optimizer, and training and validation batches."""
+    """Resize and freeze the network for a stage; return its inputs, optimizer, training and validation loaders."""
     model, trainer = run.model, run.trainer
     if tuple(model.arguments["input_shape"]) != tuple(stage.input_shape):
         if trainer.ema:
@@ -178,7 +179,7 @@ def start_stage(run: Run, stage: Stage, inputs: StageInputs) -> tuple[StageInput
 
 
 def train_folds(setup: Setup, num_folds: int, group_regex: str) -> None:
-    """Train a run for each fold that has none yet, and report them together."""
+    """Train a run for each fold that has none, and report them together."""
     from utils.runs.cross_validation import make_folds, report_folds  # imports scikit-learn
 
     folds = make_folds(setup.config, setup.data, num_folds, group_regex)
@@ -191,7 +192,7 @@ def train_folds(setup: Setup, num_folds: int, group_regex: str) -> None:
 
 
 def describe(setup: Setup) -> str:
-    """What is going to be trained, in lines for people."""
+    """Format data, network and stages for printing."""
     config, data, network = setup.config, setup.data, setup.network
     lists = f"{config.train_annotation_path}, {config.val_annotation_path}"
     return (
@@ -204,12 +205,12 @@ def describe(setup: Setup) -> str:
 
 
 def print_next_commands(run: Run, setup: Setup) -> None:
-    """Print how to evaluate the run and predict with it."""
+    """Print the commands that evaluate the run and predict with it."""
     model = [] if run.config.save_dir == TrainConfig.save_dir else ["--model-path", str(run.folder)]
     example = read_first_path("cls_test.txt") or setup.data.val_images.path(0)
     print(f"done, the run is in {run.folder}. Next:")
-    for words in (["eval.py", *model], ["predict.py", *model, example]):
-        print(f"  {cli.command('python', *words)}")
+    for arguments in (["eval.py", *model], ["predict.py", *model, example]):
+        print(f"  {cli.command('python', *arguments)}")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,20 @@
-"""Attention by explicit matrix products, these with recomputed weights, and torch's fused function, in turn, by type.
+"""Compare attention by matrix products, the same with recomputed weights, and torch's fused function.
 
     python benchmarks/attention.py [--batch 16 --heads 12 --tokens 197 --width 64]
 
-`nets.vit.attention` chooses by what this shows. The last line is JSON.
+The choice in `nets.vit.attention` follows these results. The functions take turns. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import sys
-import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 import tyro
+from measure import DEVICE, medians, take_turns
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -26,58 +23,52 @@ from utils.modeling.precision import DTYPES, choose_precision
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """By matrix products."""
     return explicit_attention(q, k, v, q.shape[-1] ** -0.5)
 
 
 def recomputed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same, with the weights not kept for the gradient but computed again."""
+    """Recompute the attention weights in the backward pass instead of storing them."""
     return checkpoint(explicit, q, k, v, use_reentrant=False, preserve_rng_state=False)
 
 
-def milliseconds(function, inputs: list[Tensor], backward: bool) -> float:
-    """Of one call on the inputs."""
-    cuda = inputs[0].is_cuda
-    started = time.perf_counter()
+def call(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> int:
+    """Call a function once."""
     out = function(*inputs)
     if backward:
         out.sum().backward()
-    if cuda:
+    if out.is_cuda:
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1000
+    return 1
 
 
 def main(batch: int = 16, heads: int = 12, tokens: int = 197, width: int = 64, repeats: int = 20) -> None:
-    """Compare the two on this machine's GPU if it has one, else on its processor."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Compare the functions on the GPU, or on the CPU if there is none."""
+    functions = {"explicit": explicit, "recomputed": recomputed, "fused": F.scaled_dot_product_attention}
     results = {}
     for name, dtype in DTYPES.items():
-        if choose_precision(name, torch.device(device))[0] != name or (device, name) == ("cpu", "fp16"):
+        if choose_precision(name, DEVICE)[0] != name or (DEVICE.type, name) == ("cpu", "fp16"):
             continue
-        # In the order of memory that they have in the network.
-        inputs = [torch.randn(batch, tokens, heads, width, device=device, dtype=dtype) for _ in range(3)]
+        # In the memory order that they have in the network.
+        inputs = [torch.randn(batch, tokens, heads, width, device=DEVICE, dtype=dtype) for _ in range(3)]
         inputs = [tensor.transpose(1, 2) for tensor in inputs]
         for backward in (False, True):
             for tensor in inputs:
                 tensor.requires_grad_(backward)
-            kinds = {"explicit": explicit, "recomputed": recomputed, "fused": F.scaled_dot_product_attention}
-            times: dict[str, list[float]] = {kind: [] for kind in kinds}
-            for i in range(repeats + 3):
-                for kind, function in kinds.items():
-                    elapsed = milliseconds(function, inputs, backward)
-                    if i >= 3:  # the first are warming up
-                        times[kind].append(elapsed)
+            tasks = {key: partial(call, function, inputs, backward) for key, function in functions.items()}
+            times = {
+                key: [1000 * seconds for seconds in values]
+                for key, values in take_turns(tasks, repeats, warm_ups=3).items()
+            }
             title = f"{name} {'forward and backward' if backward else 'forward'}"
-            medians = {kind: statistics.median(values) for kind, values in times.items()}
-            told = ", ".join(f"{k} {medians[k]:7.2f} ms ({min(t):.2f} to {max(t):.2f})" for k, t in times.items())
-            print(f"{device} {title:<26}{told}", flush=True)
-            results[title] = medians
+            results[title] = medians(times)
+            parts = (f"{k} {results[title][k]:7.2f} ms ({min(t):.2f} to {max(t):.2f})" for k, t in times.items())
+            print(f"{DEVICE.type} {title:<26}{', '.join(parts)}", flush=True)
     ratios = {
-        f"{title} fused_vs_{kind}": round(found["fused"] / found[kind], 2)
-        for title, found in results.items()
-        for kind in ("explicit", "recomputed")
+        f"{title} fused_vs_{key}": round(result["fused"] / result[key], 2)
+        for title, result in results.items()
+        for key in ("explicit", "recomputed")
     }
-    print(json.dumps({"benchmark": "attention", "device": device, "ratios": ratios}))
+    print(json.dumps({"benchmark": "attention", "device": DEVICE.type, "ratios": ratios}))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_more_folds_than_there_are_images_or_groups(noise, folds, regex):
 
 
 def test_groups_are_for_cross_validation():
-    with pytest.raises(ValueError, match="group_regex: it is for cross_validate"):
+    with pytest.raises(ValueError, match="group_regex: it needs cross_validate"):
         train.main(settings(**TINY), group_regex="x")
 
 

@@ -16,10 +16,10 @@ class Freezable(Protocol):
 
 @dataclass(frozen=True)
 class Frozen:
-    """How much of a backbone is frozen, from what people write.
+    """How much of a backbone is frozen.
 
     Attributes:
-        written: a number of blocks, counted from the first, besides the stem or embeddings; "all": everything but the
+        written: the setting: number of blocks from the first, besides the stem or embeddings; "all": everything but the
             head; "nothing".
     """
 
@@ -27,7 +27,7 @@ class Frozen:
 
     @staticmethod
     def is_valid(written: Any) -> bool:
-        """Whether this can be written."""
+        """Whether `written` is a valid setting."""
         return written in ("all", "nothing") or (type(written) is int and written >= 0)
 
     def __bool__(self) -> bool:

@@ -1,4 +1,4 @@
-"""What `recipe="auto"` chooses: settings from what is known before training, each with its reason."""
+"""`recipe="auto"`: chooses settings from what is known before training, each with a reason."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 from utils.config.train_config import PLAIN_DEFAULTS, TrainConfig
 
 UNBALANCED = 10
-"""Ratio of the largest to the smallest class from which classes are sampled equally often."""
+"""Ratio of the largest to the smallest class from which the sampler is balanced."""
 MIN_EPOCHS, MAX_EPOCHS, MAX_EPOCHS_CPU = 30, 300, 100
-"""For training from scratch."""
+"""Limits for training from scratch."""
 IMAGES_FROM_SCRATCH = 600_000
-"""Images that a network from scratch sees in all, within these numbers of epochs."""
+"""Images to train on from scratch, over all epochs, within these limits."""
 SMALL_BATCH_UP_TO = 5_000
-"""Training images up to which batches are small, so that there are enough steps."""
+"""Training images below which batches are small, for more steps."""
 
 DROP_PATH_RATES = ((15, 0.0), (50, 0.05), (200, 0.2), (450, 0.45))
 """Stochastic depth of a transformer from scratch, by its size in million parameters; 0.6 for larger ones. The rates of
@@ -31,10 +31,10 @@ class Known(NamedTuple):
     Attributes:
         class_counts: training images of each class.
         pretrained: whether the run starts from weights.
-        transformer: whether the network is one.
+        transformer: whether the network is a transformer.
         layers: layers of the backbone that can have learning rates of their own.
-        parameters: of the network.
-        on_cpu: whether it is trained there.
+        parameters: number of parameters of the network.
+        on_cpu: whether the device is a CPU.
     """
 
     class_counts: np.ndarray
@@ -54,7 +54,7 @@ class Choice(NamedTuple):
 
 
 def choose(config: TrainConfig, known: Known) -> list[Choice]:
-    """What the recipe chooses for a run: also for fields that `config` sets, whose own values are to be obeyed."""
+    """The choices of the recipe, also for fields that `config` sets, which take precedence."""
     by_start = _for_pretrained if known.pretrained else _from_scratch
     choices = [*_for_all(config, known), *by_start(config, known)]
     chosen = {choice.field: choice.value for choice in choices}
@@ -75,7 +75,7 @@ def _for_all(config: TrainConfig, known: Known) -> list[Choice]:
 
 
 def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
-    """Fine-tuning: few and careful steps."""
+    """For fine-tuning: few steps, small changes."""
     few = known.on_cpu or known.class_counts.sum() < SMALL_BATCH_UP_TO
     probed = config.head_init != "random"
     choices = [
@@ -100,14 +100,14 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
 
 
 def _from_scratch(config: TrainConfig, known: Known) -> list[Choice]:
-    """Many epochs, and regularization against overfitting."""
+    """For training from scratch: many epochs, and regularization against overfitting."""
     count = int(known.class_counts.sum())
-    most = MAX_EPOCHS_CPU if known.on_cpu else MAX_EPOCHS
-    epochs = int(np.clip(round(IMAGES_FROM_SCRATCH / count), MIN_EPOCHS, most))
+    upper = MAX_EPOCHS_CPU if known.on_cpu else MAX_EPOCHS
+    epochs = int(np.clip(round(IMAGES_FROM_SCRATCH / count), MIN_EPOCHS, upper))
     small = count < SMALL_BATCH_UP_TO
     choices = [
         Choice("freeze_train", False, "an untrained backbone has nothing to keep"),
-        Choice("unfreeze_epoch", epochs, f"{count * epochs} images in all; {MIN_EPOCHS} to {most} epochs are usual"),
+        Choice("unfreeze_epoch", epochs, f"{count * epochs} images in all; {MIN_EPOCHS} to {upper} epochs are usual"),
         Choice("unfreeze_batch_size", *((32, "more steps") if small else (128, "enough images for larger batches"))),
         Choice("ema_decay", 0.999, "an average of the last thousand steps is better than the last step"),
         Choice("label_smoothing", 0.1, "long runs become overconfident"),

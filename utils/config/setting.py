@@ -1,4 +1,4 @@
-"""What is known of one field of the config, declared where the field is."""
+"""Metadata of a field of the config, declared at the field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Valid:
-    """A test of a value, and what to do if it fails."""
+    """A test of a value, and the remedy if it fails."""
 
     test: Callable[[Any], bool]
     remedy: str
@@ -29,14 +29,14 @@ SIZE = Valid(lambda value: min(value) > 0, "give height and width in pixels")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a field besides its type, default and docstring.
+    """Metadata of a field besides its type, default and docstring.
 
     Attributes:
-        valid: which of the values of its type can work; None: all of them.
-        plain: its value if nobody sets it and there is no recipe.
+        valid: test of its values; None: all values of its type are valid.
+        plain: its default without a recipe.
         by_recipe: whether a recipe may choose it; it is None until somebody sets it.
-        resumable: whether a resumed run may have another value than before; all others decide what the run becomes.
-        shapes_images: whether the pixels that the network sees depend on it, and so cached features do.
+        resumable: whether a resumed run may change it; the other fields affect the result of the run.
+        shapes_images: whether the pixels that the network sees depend on it, and therefore cached features too.
     """
 
     valid: Valid | None
@@ -54,28 +54,28 @@ def setting(
     resumable: bool = False,
     shapes_images: bool = False,
 ) -> Any:
-    """A field of the config with this default; see `Setting`."""
+    """Declare a field of the config with this default; see `Setting`."""
     known = Setting(valid, default, by_recipe, resumable, shapes_images)
     return dataclasses.field(default=None if by_recipe else default, metadata={"setting": known})
 
 
 def lists_to_tuples(config: Any) -> None:
-    """Turn the fields of a frozen dataclass that are lists, as JSON has them, into tuples."""
+    """Turn lists (from JSON) in the fields of a frozen dataclass into tuples."""
     for field in dataclasses.fields(config):
         if isinstance(value := getattr(config, field.name), list):
             object.__setattr__(config, field.name, tuple(value))
 
 
 def to_plain(value: Any) -> Any:
-    """Nested dicts and tuples as JSON has them: tuples become lists."""
+    """Convert tuples in nested dicts and tuples into lists, as in JSON."""
     if isinstance(value, dict):
         return {name: to_plain(item) for name, item in value.items()}
     return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def has_type(value: object, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`. Whole numbers pass for floats and lists for tuples; NaN and infinity do
-    not pass for floats."""
+    """Whether `value` has the type `hint`. Integers count as floats, lists as tuples; NaN and infinity don't count as
+    floats."""
     args = get_args(hint)
     if get_origin(hint) is Literal:
         return value in args

@@ -1,4 +1,4 @@
-"""The table of settings in docs/settings.md, made from `TrainConfig`: `python -m utils.config.settings_table`."""
+"""Writes the tables in docs/settings.md from `TrainConfig`: `python -m utils.config.settings_table`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 
 
 def make_tables() -> str:
-    """A table for each group of fields, in the order of the class."""
+    """One table for each group of fields, in the order of the class."""
     source = inspect.getsource(TrainConfig)
     headings = [(match.start(), match[1]) for match in re.finditer(r"^    # (.+)$", source, flags=re.M)]
     meanings = _docstrings(source)
@@ -38,7 +38,7 @@ def _row(field: dataclasses.Field, meaning: str) -> str:
 
 
 def _docstrings(source: str) -> dict[str, str]:
-    """The docstring below each field, in one line."""
+    """The docstring of each field, on one line."""
     body = ast.parse(source).body[0].body
     return {
         node.target.id: re.sub(r"\s+", " ", after.value.value).replace("|", "\\|").strip()
@@ -48,7 +48,7 @@ def _docstrings(source: str) -> dict[str, str]:
 
 
 def insert(page: str) -> str:
-    """A page with the tables between its markers."""
+    """Insert the tables between the markers of a page."""
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{make_tables()}\n{END}{after}"
@@ -56,4 +56,4 @@ def insert(page: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(insert(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"written: {PAGE}")
+    print(f"wrote {PAGE}")

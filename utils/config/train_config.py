@@ -1,4 +1,4 @@
-"""The settings of a training run, each with its meaning, its range, and what depends on it."""
+"""The settings of a training run, each with its meaning, valid values, and what depends on it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class StageConfig:
 
     Attributes:
         epochs: number of epochs, 1 or more.
-        frozen: number of blocks that are frozen, counted from the first, besides the stem or embeddings; "all":
-            everything but the head; "nothing".
+        frozen: number of frozen blocks, from the first, besides the stem or embeddings; "all": everything but the head;
+            "nothing".
         batch_size: images per step.
         input_shape: height and width in pixels; None: the run's. Smaller images take less time. The position embedding
             of a ViT is resampled from stage to stage. The last stage must have the run's shape, and only its epochs can
@@ -44,7 +44,7 @@ class StageConfig:
     Each stage starts with a new optimizer state, see `TrainConfig.thaw_warmup`.
 
     Raises:
-        ValueError: a value can't work.
+        ValueError: a value is invalid.
     """
 
     epochs: int
@@ -73,7 +73,7 @@ class TrainConfig:
     A field that a recipe may choose is None until somebody sets it. `with_defaults` or the recipe gives it a value.
 
     Raises:
-        ValueError: a value can't work; the message has the field, the value and the remedy.
+        ValueError: a value is invalid; the message has the field, the value and the remedy.
     """
 
     # Data
@@ -236,7 +236,7 @@ class TrainConfig:
     on_nan: Literal["stop", "skip"] = setting("stop", resumable=True)
     """What happens when the loss or gradient of a step isn't finite. `stop`: the run stops and lists the images.
     `skip`: the step is skipped, reported and counted; every step then waits for the device, which costs speed on a
-        GPU."""
+    GPU."""
 
     # Images
 
@@ -378,7 +378,7 @@ class TrainConfig:
             raise ValueError(f"{field}={getattr(self, field)!r}: {remedy}")
 
     def _check_pairs(self) -> None:
-        """Check the values that can't work together; what nobody has set yet is checked once it has a value."""
+        """Check combinations of values; fields that are still None are checked once they have a value."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if self.recipe == "none":
             given = PLAIN_DEFAULTS | given
@@ -402,13 +402,13 @@ class TrainConfig:
         )
 
     def with_defaults(self, **chosen: Any) -> TrainConfig:
-        """This config with `chosen`, and the plain default in every field that nobody has set."""
+        """A copy with `chosen`, and the plain default in every field that is None."""
         unset = {name: value for name, value in PLAIN_DEFAULTS.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset | {"recipe": "none"} | chosen)
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:
-        """The stages in order, those of `stages` or the two; each has an input shape and one epoch or more."""
+        """The stages in order, `stages` or frozen and thawed; each has an input shape and at least one epoch."""
         if self.stages:
             return tuple(
                 dataclasses.replace(stage, input_shape=stage.input_shape or self.input_shape) for stage in self.stages
@@ -427,12 +427,11 @@ class TrainConfig:
 
     def best_epoch(self, history: Sequence[Mapping[str, float]]) -> int:
         """The best epoch so far, counted from 0: the latest whose calibrated validation loss is within one standard
-        error of the lowest, among the last epochs with one image size (losses at other sizes don't compare).
+        error of the lowest, among the last epochs with the same input shape (other losses aren't comparable).
 
-        Learning rates fall, so later epochs are mostly better. The rule of one standard error is from Breiman et al.,
-        Classification and Regression Trees, 1984, section 3.4.3; they take the simplest tree within it, this takes the
-        latest epoch. The loss is that of calibrated probabilities: a network goes on learning to separate classes when
-        it is already overconfident, and overconfidence raises only the plain loss.
+        The one-standard-error rule is from Breiman et al., Classification and Regression Trees, 1984, section 3.4.3;
+        they take the simplest tree, this takes the latest epoch, since the learning rate falls. The loss is calibrated,
+        since overconfidence raises the plain loss while the network still learns to separate the classes.
         """
         shapes = self.epoch_shapes[: len(history)]
         first = max((i + 1 for i, shape in enumerate(shapes) if shape != shapes[-1]), default=0)
@@ -447,10 +446,10 @@ class TrainConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-        """The config that `as_dict` was called on.
+        """The config from a dict of `as_dict`.
 
         Raises:
-            ValueError, TypeError, KeyError: `values` are something else.
+            ValueError, TypeError, KeyError: `values` isn't such a dict.
         """
         stages = tuple(StageConfig(**stage) for stage in values["stages"])
         return TrainConfig(**upgrade(values) | {"stages": stages})
@@ -464,9 +463,9 @@ SETTINGS: dict[str, Setting] = {
     field.name: field.metadata.get("setting", Setting(None, field.default, False, False, False))
     for field in dataclasses.fields(TrainConfig)
 }
-"""What is known of each field, by name."""
+"""The metadata of each field, by name."""
 PLAIN_DEFAULTS = {name: known.plain for name, known in SETTINGS.items() if known.by_recipe}
-"""The values of the fields that a recipe may choose if there is no recipe."""
+"""The defaults, without a recipe, of the fields that a recipe may choose."""
 OPTIONAL_SWITCHES = [name for name, plain in PLAIN_DEFAULTS.items() if isinstance(plain, bool)]
 """Fields of the type `bool | None`, see `utils.system.cli.expand_switches`."""
 RESUMABLE_FIELDS = frozenset(name for name, known in SETTINGS.items() if known.resumable)
@@ -480,7 +479,7 @@ def field_types() -> dict[str, Any]:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The values of a `Literal`, or of one that may also be None; () for other types."""
+    """The values of a `Literal` or an optional `Literal`; () for other types."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
@@ -488,9 +487,9 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as an earlier version stored them, in today's fields.
+    """Convert settings that an earlier version saved.
 
-    Fields at their default once counted as not set, except those listed in `keep`.
+    There, fields at their default counted as not set, except those listed in `keep`.
     """
     values = dict(values)
     kept = values.pop("keep", None)

@@ -1,4 +1,4 @@
-"""The network that a run trains: planned on the meta device, then built with the weights that it starts from."""
+"""Builds the network of a run: first on the meta device to check the settings, then with its weights."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from utils.system.seeds import derive_seed
 
 
 def build_meta_network(config: TrainConfig, num_classes: int) -> FreezableNetwork:
-    """The network without its weights, on the meta device, where nothing is computed.
+    """The network on the meta device, where nothing is computed.
 
     Raises:
-        ValueError: it can't be built, or takes no images of this shape.
+        ValueError: it can't be built, or can't take images of this shape.
     """
     return build_meta_model(config.backbone, num_classes, config.input_shape, **_activation(config))
 
 
 def check_network(network: FreezableNetwork, config: TrainConfig) -> None:
-    """Raise a ValueError if `network`, from `build_meta_network`, can't be trained as `config` says."""
+    """Raise a ValueError if `network`, from `build_meta_network`, can't be trained with `config`."""
     if config.optimizer_type == "muon" and not network.transformer:
-        raise ValueError(f"optimizer_type='muon': it is for transformers, {config.backbone} isn't one; choose another")
+        raise ValueError(f"optimizer_type='muon': {config.backbone} isn't a transformer; choose another optimizer")
     for stage in config.all_stages:
         if stage.input_shape != config.input_shape:
             small = build_meta_model(config.backbone, 2, stage.input_shape, **_activation(config))
@@ -47,13 +47,13 @@ def _activation(config: TrainConfig) -> dict[str, str]:
 
 
 class BuiltNetwork(NamedTuple):
-    """A network with weights, and what follows from them.
+    """A network with its weights.
 
     Attributes:
         config: the settings, with the preprocessing that the weights expect.
         model: the network.
-        origin: where its weights are from, see `nets.weights.load.Weights.origin`.
-        choices: settings that the weights or the network decided, with their reasons.
+        origin: source of the weights, see `nets.weights.load.Weights.origin`.
+        choices: settings that the weights or the network decide, with reasons.
     """
 
     config: TrainConfig
@@ -63,8 +63,7 @@ class BuiltNetwork(NamedTuple):
 
 
 def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str, Any] | None = None) -> BuiltNetwork:
-    """The network with the weights that the run starts from (random ones if there are none), or with those of the
-    checkpoint `resumed`."""
+    """Build the network with its initial weights, pretrained or random, or with those of the checkpoint `resumed`."""
     weights = None if resumed else find_weights(config)
     expected = expected_preprocessing(config.backbone) | dict(weights.preprocessing) if weights else {}
     resolved = resolve_preprocessing(config, resumed["preprocessing"] if resumed else expected)
@@ -90,17 +89,17 @@ def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str
 
 
 def find_weights(config: TrainConfig) -> Weights | None:
-    """The weights that a new run starts from; None: random ones."""
+    """Read the weights that a new run starts from; None: random ones."""
     of_vit = config.backbone in SIZES
     if config.model_path:
         return read_weights(config.model_path, of_vit)
     if config.pretrained:
         return read_weights(find_pretrained(config.backbone, config.pretrained), of_vit)
     if Frozen(config.all_stages[0].frozen):
-        print("warning: freeze_train without pretrained weights freezes an untrained backbone")
+        print("warning: freeze_train=True: it freezes an untrained backbone; set pretrained, or freeze_train=False")
     return None
 
 
 def at_current_size(config: TrainConfig, model: FreezableNetwork) -> TrainConfig:
-    """`config` with the input shape that `model` has now; `stages` can change it from stage to stage."""
+    """`config` with the current input shape of `model`, which `stages` can change."""
     return dataclasses.replace(config, input_shape=tuple(model.arguments["input_shape"]))

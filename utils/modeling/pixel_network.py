@@ -1,4 +1,4 @@
-"""A network behind its normalization: uint8 pixels in, logits out."""
+"""Normalization followed by a network: uint8 pixels in, logits out."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Normalize(nn.Module):
 
 
 class PixelNetwork(nn.Module):
-    """A network behind the normalization that it expects: uint8 pixels (B, 3, height, width) to logits (B, classes).
+    """Normalization followed by a network: uint8 pixels (B, 3, height, width) to logits (B, classes).
 
     Args:
-        model: the network; it is moved to `device`, in the memory format that suits it there.
-        preprocessing: its mean and standard deviation.
+        model: the network; it is moved to `device`, with channels last if it is convolutional.
+        preprocessing: has the mean and the standard deviation.
         device: where it runs.
     """
 
@@ -52,8 +52,7 @@ class PixelNetwork(nn.Module):
 
 
 class ThawedPart(nn.Module):
-    """What follows the frozen part of a network: features, see `PixelNetwork.forward_frozen`, to logits (B,
-    classes)."""
+    """The thawed part of a network: features, from `PixelNetwork.forward_frozen`, to logits (B, classes)."""
 
     def __init__(self, network: PixelNetwork) -> None:
         super().__init__()
@@ -64,13 +63,13 @@ class ThawedPart(nn.Module):
 
 
 def cast_for_inference(network: nn.Module, precision: str) -> nn.Module:
-    """`network` with the weights of its matrix products in `precision`, and without gradients.
+    """Cast the weights of matrix products to `precision` and turn gradients off; returns `network`.
 
-    Autocast gives the same outputs, but casts every weight at every batch.
+    Autocast gives the same outputs, but casts every weight for every batch.
     """
     network.requires_grad_(False)
     for module in network.modules():
-        # Not subclasses: timm's standardize their weight first, which validation does in fp32.
+        # Not subclasses: timm's standardize their weights, which validation does in fp32.
         if type(module) in (nn.Linear, nn.Conv2d):
             module.to(DTYPES[precision])
     return network

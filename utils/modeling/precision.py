@@ -1,4 +1,4 @@
-"""Where a network runs, and in which arithmetic."""
+"""Device and precision."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA, else Apple's GPU, else the processor.
+    """The device called `name`; "auto" is CUDA, else Apple's GPU, else the CPU.
 
     Raises:
-        ValueError: that device isn't there.
+        ValueError: the device isn't available.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = next(kind for kind, is_available in available.items() if is_available)
     if not available.get(name):
-        raise ValueError(f"device={name!r}: torch finds none on this machine; set device to auto or cpu")
+        raise ValueError(f"device={name!r}: torch finds no such device; set device to auto or cpu")
     return torch.device(name)
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:
-    """The arithmetic for `precision` on `device`, "fp32", "fp16" or "bf16", and why.
+    """Resolve "auto" to "fp32", "fp16" or "bf16" on `device`, and return the reason too.
 
-    "auto" is the fastest that learns as well as fp32. "bf16" becomes "fp32" on a processor that would only emulate it,
+    "auto" is the fastest precision that learns as well as fp32. "bf16" becomes "fp32" on a CPU that only emulates it,
     at a tenth of the speed.
     """
     has_bf16 = _has_bf16(device)
     if precision == "auto":
         if has_bf16 and device.type == "cpu":
             gain = _bf16_gain()
-            return "bf16" if gain > 1 else "fp32", f"this processor multiplies {gain:.1f} times as fast in bf16"
+            return "bf16" if gain > 1 else "fp32", f"bf16 is {gain:.1f} times as fast as fp32 on this CPU"
         if has_bf16:
-            return "bf16", f"this {device.type} device has it in hardware"
+            return "bf16", "this GPU supports it in hardware"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
-            return "fp16", "this GPU has it in hardware, and no bf16"
-        return "fp32", f"this {device.type} device has nothing faster that torch uses"
+            return "fp16", "this GPU supports it in hardware, but not bf16"
+        return "fp32", f"torch uses nothing faster on this {device.type} device"
     if precision == "bf16" and device.type == "cpu" and not has_bf16:
-        return "fp32", "this processor has no bf16"
+        return "fp32", "this CPU doesn't support bf16"
     return precision, "as set"
 
 
@@ -55,17 +55,17 @@ def _has_bf16(device: torch.device) -> bool:
         return False
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported()
-    # Arm's BFMMLA, by the library that would use it, if torch was built with it.
+    # Arm's BFMMLA, which torch uses through oneDNN if it was built with it.
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache
 def _bf16_gain() -> float:
-    """How many times as fast as in fp32 one core of the processor multiplies matrices in bf16.
+    """Measure how many times as fast as in fp32 one CPU core multiplies matrices in bf16.
 
-    To have the instructions isn't enough: Xeons whose AMX is hidden, as in many virtual machines, are at half of fp32's
-    speed with AVX512-BF16, where AMD's are at nearly twice. The products are so short that among fifty are some that
-    nothing else on the machine disturbed; on many cores they would mostly wait for each other.
+    Supporting the instructions isn't enough: with AVX512-BF16, AMD CPUs reach nearly twice the speed of fp32, but Xeons
+    whose AMX is hidden, as in many virtual machines, half of it. The fastest of fifty short products counts, which
+    other processes hardly disturb; on one thread, since several would mostly wait for each other.
     """
     matrices = [torch.ones(256, 256, dtype=DTYPES[name]) for name in ("fp32", "bf16")]
     seconds = [float("inf"), float("inf")]
@@ -83,10 +83,9 @@ def _bf16_gain() -> float:
 
 
 def tune_kernels(device: torch.device, convolutional: bool) -> None:
-    """Let CUDA's fp32 products run on tensor cores, in TF32, and cuDNN try its convolutions out.
+    """On CUDA, use TF32 for fp32 matrix products, and let cuDNN benchmark the convolutions of a convolutional network.
 
-    Trying them out takes images of one size, which a run has, and costs seconds; of a transformer's one convolution
-    nothing is gained by it.
+    Benchmarking takes seconds and pays off since images have one size; it gains nothing for a transformer.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -94,7 +93,7 @@ def tune_kernels(device: torch.device, convolutional: bool) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which matrix products are done in `precision` ("fp32", "fp16" or "bf16")."""
+    """A context in which matrix products use `precision` ("fp32", "fp16" or "bf16")."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, DTYPES[precision])

@@ -23,7 +23,7 @@ from utils.training.stages import Stage, num_cached_views
 
 
 class Data(NamedTuple):
-    """The lists of a run."""
+    """The class names and lists of a run."""
 
     class_names: list[str]
     train_images: ImageList
@@ -31,7 +31,7 @@ class Data(NamedTuple):
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Read the lists; write those of the demo data or of the user's folders first where there are none."""
+    """Read the lists. If there are none, first write those of the user's folders or of the demo data."""
     ensure_lists(config)
     class_names = read_classes(config.classes_path)
     lists = (config.train_annotation_path, config.val_annotation_path)
@@ -49,15 +49,7 @@ def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageD
 
 
 class StageInputs:
-    """The images of a run at the size that its network takes now, and the batches of its stages.
-
-    Args:
-        config: the settings.
-        data: the lists.
-        network: the network that is trained.
-        device: where it is.
-        precision: of cached features.
-    """
+    """The images of a run at the current input shape of its network, and the batches of its stages."""
 
     def __init__(
         self, config: TrainConfig, data: Data, network: PixelNetwork, device: torch.device, precision: str
@@ -69,22 +61,22 @@ class StageInputs:
         self.cache = FeatureCache(network, self.config, device, precision)
 
     def resized(self) -> StageInputs:
-        """The same images at the size that the network takes now."""
+        """The same images at the new input shape of the network."""
         new = StageInputs(self.config, self.data, self.network, self.cache.device, self.cache.precision)
         new.train_set.share_unreadable(self.train_set)
         new.val_set.share_unreadable(self.val_set)
         return new
 
     def open(self, stage: Stage) -> tuple[nn.Module, DataLoader, DataLoader]:
-        """What `stage` trains, and its training and validation batches: the whole network on images, or its thawed part
-        on cached features."""
+        """The module that `stage` trains (the whole network on images, or its thawed part on cached features), and its
+        training and validation batches."""
         config = self.config
         network, train_set, val_set = self.network, self.train_set, self.val_set
         num_workers = config.num_workers
         num_views = num_cached_views(stage, config)
         if num_views:
             if config.mixup or config.cutmix:
-                print("mixup and cutmix: not in this stage, which trains on cached features")
+                print("mixup and cutmix: not applied in this stage, which trains on cached features")
             train_set = self.cache.open(train_set, config.train_annotation_path, num_views)
             val_set = self.cache.open(val_set, config.val_annotation_path, num_views=1)
             network, num_workers = ThawedPart(network), 0
@@ -94,7 +86,7 @@ class StageInputs:
         return network, loader, eval_loader(val_set, stage.batch_size, num_workers)
 
     def report_unreadable(self) -> None:
-        """List the images that couldn't be read and haven't been listed before."""
+        """Print the images that couldn't be read and weren't printed before."""
         for dataset in (self.train_set, self.val_set):
             if new := dataset.newly_unreadable():
                 shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")

@@ -1,4 +1,4 @@
-"""One pass over the training images: the batches that are left of it, and the loss and hits of its steps."""
+"""One pass over the training images: its remaining batches, and the loss and hits of its steps."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tqdm import tqdm
 from utils.data.loader import iterate_batches
 
 SHOW_EVERY = 10
-"""Steps between two updates of the progress bar's numbers: each makes the CPU wait for the device."""
+"""Steps between updates of the loss in the progress bar: each makes the CPU wait for the device."""
 
 
 class Epoch:
-    """An epoch in progress; one that was interrupted continues after its last step.
+    """An epoch in progress; an interrupted one continues after its last step.
 
     Attributes:
         number: epochs of the run before this one.
         done: steps so far.
-        restored: how many of these are from an earlier process, which has checked their losses.
-        losses: (steps of the epoch,) loss of each step that is done; NaN if it was skipped.
-        hits: (steps of the epoch,) correct predictions of each step.
+        restored: steps restored from a checkpoint, whose losses are already checked.
+        losses: (steps of the epoch,), loss of each step that is done; NaN if it was skipped.
+        hits: (steps of the epoch,), correct predictions of each step.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,8 +32,7 @@ class Epoch:
         self.losses = self.hits = torch.zeros(0, device=device)
 
     def start(self, loader: DataLoader, number: int) -> Epoch:
-        """Take the batches from `loader`, see `utils.data.loader.train_loader`, without those of steps that are
-        done."""
+        """Take the remaining batches from `loader`, see `utils.data.loader.train_loader`."""
         self.number = number
         self.loader = loader
         self.done = min(self.done, self.steps)  # a resumed run may have a shorter list
@@ -44,33 +43,27 @@ class Epoch:
 
     @property
     def steps(self) -> int:
-        """Steps of the whole epoch."""
+        """Number of steps of the whole epoch."""
         return len(self.loader)
 
     @property
     def position(self) -> float:
-        """Epochs of the run before the next step, fractions included."""
+        """Epochs of the run before the next step, as a fraction."""
         return self.number + self.done / self.steps
 
     @property
     def last_position(self) -> float:
-        """The same before the last step."""
+        """Epochs of the run before the last step of this epoch."""
         return self.number + (self.steps - 1) / self.steps
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches that are left, with a progress bar; call `record` after each.
+        """Yield the remaining batches, with a progress bar; call `record` after each.
 
         Raises:
-            WorkerDied: a process that loads images did.
+            WorkerDied: a process that loads images died.
         """
-        with tqdm(
-            desc=f"epoch {self.number + 1}",
-            total=self.steps,
-            initial=self.done,
-            unit="step",
-            leave=False,
-            disable=None,
-        ) as bar:
+        title = f"epoch {self.number + 1}"
+        with tqdm(desc=title, total=self.steps, initial=self.done, unit="step", leave=False, disable=None) as bar:
             for batch in iterate_batches(self.loader):
                 yield batch
                 if self.done % SHOW_EVERY == 0 and not bar.disable:
@@ -78,32 +71,32 @@ class Epoch:
                 bar.update()
 
     def record(self, loss: Tensor, hits: Tensor) -> None:
-        """Add the loss and the number of correct predictions of a step, tensors () on the device."""
+        """Record the loss and the number of correct predictions of a step, tensors () on the device."""
         self.losses[self.done], self.hits[self.done] = loss, hits
         self.done += 1
 
     def mean_loss(self) -> float:
-        """Over the steps so far that weren't skipped."""
+        """Mean over the steps so far, without skipped ones."""
         return self.losses[: self.done].nanmean().item()
 
     def summary(self) -> dict[str, float]:
-        """`loss` and `top1` (of mixed images, the class with the larger share counts), means over the steps that
-        weren't skipped, and `skipped`, the number of those that were."""
+        """Means of `loss` and `top1` (for mixed images, of the class with the larger share) without skipped steps, and
+        `skipped`, their number."""
         skipped = int(self.losses.isnan().sum())
         images = max(1, (self.steps - skipped) * self.loader.batch_size)
         return {"loss": self.mean_loss(), "top1": self.hits.sum().item() / images, "skipped": skipped}
 
     @property
     def new_losses(self) -> Tensor:
-        """The losses of this process's steps."""
+        """The losses of the steps of this process."""
         return self.losses[self.restored : self.done]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
+        """The state for a checkpoint."""
         return {"epoch_losses": self.losses[: self.done].cpu(), "epoch_hits": self.hits[: self.done].cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue where `state_dict` was called."""
+        """Restore a state."""
         device = self.losses.device
         self.done = self.restored = len(state["epoch_losses"])
         self.losses, self.hits = state["epoch_losses"].to(device), state["epoch_hits"].to(device)

@@ -1,4 +1,4 @@
-"""What the frozen part of a network makes of the images, computed once and kept in a file."""
+"""Features that the frozen part of a network computes, cached in files."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from utils.system.digests import TRAINING_CODE, digest
 from utils.system.files import format_bytes
 
 MAX_BATCH = 64
-"""Images that go through the frozen part at a time, at most."""
+"""Largest batch size for computing features."""
 
 
 class FeatureCache:
-    """What the frozen part of a network makes of images, computed once and kept in files in `cache_dir`.
+    """Computes the features of the frozen part of a network once and caches them in files in `cache_dir`.
 
-    A file has one view of each image, and is named after all that its features depend on: the list and its files,
-    the frozen weights, the transforms, the arithmetic, the view. If one of them changes, another takes its place. A run
-    that is cut off before the first step finds the views that were done.
+    A file has one view of each image. Its name is a digest of everything that its features depend on: the list and its
+    files, the frozen weights, the transforms, the precision, the view. If any of these changes, a new file replaces it.
+    A run that is interrupted while features are computed keeps the views that are complete.
 
     Args:
-        network: as far frozen as it shall be when `open` is called.
+        network: frozen as wanted before `open` is called.
         config: the settings.
-        device: where the network is.
+        device: of the network.
         precision: of the computation and of the file: "fp32", "fp16" or "bf16".
     """
 
@@ -47,27 +47,28 @@ class FeatureCache:
         self.device = device
         self.precision = precision
         self.dtype = DTYPES[precision]
-        # That of training as far as it can be, so that the same kernels give the same bits; heads take far larger ones.
+        # As in training if possible: the same kernels give the same bits. Batches for a head can be far larger.
         self._batch_size = min(config.all_stages[0].batch_size, MAX_BATCH)
 
     def open(self, dataset: ImageDataset, list_path: str, num_views: int) -> FeatureDataset:
-        """The features of `num_views` views of each image: the first as in evaluation, the others as the dataset
-        transforms them. Up to `feature_cache_gb` they are held in memory, beyond they are read when they are needed.
+        """The features of `num_views` views of each image: the first as in evaluation, the others augmented.
+
+        Up to `feature_cache_gb` they are held in memory; larger ones are read from their files.
 
         Args:
             dataset: the images. Those that couldn't be read when the features were computed are marked in it.
-            list_path: the list that they are from; features of an earlier state of it are removed.
+            list_path: their list; features of earlier versions of it are deleted.
             num_views: 1 or more.
 
         Raises:
-            ValueError: there isn't room enough.
+            ValueError: the disk is too full.
             TooManyUnreadable: see `utils.data.dataset.ImageDataset`.
         """
         blank = torch.zeros(1, 3, *self.config.input_shape, dtype=torch.uint8)
         shape = (len(dataset), *self._compute(blank).shape[1:])
-        size = math.prod(shape) * self.dtype.itemsize  # of a view
-        places = self._places(dataset, list_path, num_views)
-        missing = [view for view, (path, _) in enumerate(places) if not _has_size(path, size + len(dataset))]
+        size = math.prod(shape) * self.dtype.itemsize  # bytes per view
+        files = self._files(dataset, list_path, num_views)
+        missing = [view for view, (path, _) in enumerate(files) if not _has_size(path, size + len(dataset))]
         in_memory = num_views * size <= self.config.feature_cache_gb * 1e9
         print(
             f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} images: "
@@ -79,11 +80,11 @@ class FeatureCache:
             remedy = "feature_views to fewer, or cache_features to False"
             check_disk_space(len(missing) * size, Path(self.config.cache_dir), remedy)
         views = []
-        for view, (path, older) in enumerate(places):
+        for view, (path, outdated) in enumerate(files):
             if view in missing:
-                with replace_cache(path, replaces=older) as file:
+                with replace_cache(path, replaces=outdated) as file:
                     self._write(dataset, view, num_views, file)
-            # Shared: a private mapping would be counted as memory, and one larger than that refused.
+            # Shared, since a private mapping counts as memory and fails if it is larger than the memory.
             stored = torch.from_file(str(path), shared=True, size=size + len(dataset), dtype=torch.uint8)
             features = stored[:size].view(self.dtype).view(shape)
             dataset.unreadable.logical_or_(stored[size:].bool())
@@ -91,15 +92,15 @@ class FeatureCache:
         return FeatureDataset(views, dataset.images, dataset.seed)
 
     def _write(self, dataset: ImageDataset, view: int, num_views: int, file: BinaryIO) -> None:
-        """Write the features of one view, then a byte an image: 1 if it couldn't be read."""
+        """Write the features of one view, then one byte per image: 1 if it couldn't be read."""
         plain = dataset.with_transform(EvalTransform(Preprocessing.from_config(self.config)))
         loader = eval_loader(dataset if view else plain, self._batch_size, self.config.num_workers)
         loader.sampler.epoch = view
         title = f"features, view {view + 1} of {num_views}"
         for pixels, _ in tqdm(iterate_batches(loader), title, len(loader), unit="batch", leave=False, disable=None):
-            # A smaller batch would go through other kernels, which differ in the last bits from a whole one's.
-            whole = pixels[torch.arange(loader.batch_size) % len(pixels)]
-            file.write(self._compute(whole)[: len(pixels)].contiguous().view(torch.uint8).numpy())
+            # The last batch is filled up: kernels for smaller batches give other bits.
+            full_batch = pixels[torch.arange(loader.batch_size) % len(pixels)]
+            file.write(self._compute(full_batch)[: len(pixels)].contiguous().view(torch.uint8).numpy())
         file.write(dataset.unreadable.to(torch.uint8).numpy())
 
     @torch.inference_mode()
@@ -107,11 +108,11 @@ class FeatureCache:
         with autocast(self.device, self.precision):
             return self.network.forward_frozen(pixels.to(self.device, non_blocking=True)).to(self.dtype).cpu()
 
-    def _places(self, dataset: ImageDataset, list_path: str, num_views: int) -> list[tuple[Path, str]]:
-        """For each view the file, and a glob of those whose place it takes."""
+    def _files(self, dataset: ImageDataset, list_path: str, num_views: int) -> list[tuple[Path, str]]:
+        """For each view its file, and a glob pattern of the files that it replaces."""
         model = self.network.model
         frozen = model.frozen_state()
-        of_content = digest(
+        content_digest = digest(
             [
                 f"{self.precision} {self.device.type} {torch.__version__} {self._batch_size}",
                 f"{model.arguments | {'num_classes': None}}",
@@ -121,12 +122,12 @@ class FeatureCache:
                 *(part for name, value in frozen.items() for part in (name, _bytes(value))),
             ]
         )
-        places = []
+        files = []
         for view in range(num_views):
-            of_list = digest([os.path.abspath(list_path), str(view), *frozen])
-            path = Path(self.config.cache_dir, f"features-{of_list}-{of_content}.bin")
-            places.append((path, f"features-{of_list}-*.bin"))
-        return places
+            list_digest = digest([os.path.abspath(list_path), str(view), *frozen])
+            path = Path(self.config.cache_dir, f"features-{list_digest}-{content_digest}.bin")
+            files.append((path, f"features-{list_digest}-*.bin"))
+        return files
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -1,4 +1,4 @@
-"""The head's best beginning: logistic regression on the features of the backbone."""
+"""Initializes the head with logistic regression on the features of the backbone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.data.feature_dataset import FeatureDataset
 from utils.training.feature_cache import FeatureCache
 
 INVERSE_PENALTIES = 10.0 ** np.arange(-5, 1.5, 0.5)
-"""The values of C that are tried, scikit-learn's inverse strength of the penalty, from strong to weak."""
+"""Values of C to choose from, scikit-learn's inverse strength of the penalty."""
 
 
 class Probe(NamedTuple):
@@ -27,9 +27,9 @@ class Probe(NamedTuple):
     Attributes:
         weight: (classes, C).
         bias: (classes,).
-        inverse_penalty: which of `INVERSE_PENALTIES` was the best.
-        val_loss: cross-entropy on the validation features, in nats.
-        val_top1: part of the validation features whose class it names, 0 to 1.
+        inverse_penalty: the best of `INVERSE_PENALTIES`.
+        val_loss: cross-entropy on the validation features.
+        val_top1: accuracy on the validation features.
     """
 
     weight: Tensor
@@ -42,13 +42,16 @@ class Probe(NamedTuple):
 def init_head(
     model: nn.Module, cache: FeatureCache, train_set: ImageDataset, val_set: ImageDataset, config: TrainConfig
 ) -> None:
-    """Give the head of `model` the weights of the logistic regression on its backbone's features, out of `cache`: of
-    the images as in evaluation."""
+    """Set the head of `model` to logistic regression on the features, from `cache`, of the images as in evaluation.
+
+    Raises:
+        ValueError: the training list has only one class, or the validation list has none of its classes.
+    """
     known = np.unique(train_set.class_ids)
     if len(known) < 2 or not np.isin(val_set.class_ids, known).any():
         raise ValueError(
-            "head_init='probe': the training list must have images of two classes, and the validation list some of "
-            "them too; set it to random"
+            "head_init='probe': the training list must have images of two classes or more, and the validation list "
+            "images of these; set head_init to random"
         )
     model.freeze_backbone("all")
     features = cache.open(train_set, config.train_annotation_path, 1)
@@ -66,16 +69,16 @@ def init_head(
 
 
 def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classes: int, balanced: bool) -> Probe:
-    """The logistic regression on `features`, each (C,), whose penalty gives the lowest loss on `val_features`.
+    """Fit logistic regressions to `features`, (C,) each, and return the one with the lowest loss on `val_features`.
 
-    It is fitted to features of mean 0 and deviation 1, which the penalty is meant for, and taken back to features as
-    they are. A class without images gets the lowest logit that any other has for the images of `features`.
+    Features are standardized for the fit, since the penalty depends on their scale; the result is for unscaled ones.
+    The logit of a class without training images is the lowest that any class has for a training image.
 
     Args:
-        features: to fit to, in any number of views.
-        val_features: to choose by; classes that aren't in `features` don't count there.
+        features: training features, with any number of views.
+        val_features: validation features; classes that aren't in `features` are excluded from the loss.
         num_classes: outputs of the head.
-        balanced: every class counts alike, however many images it has.
+        balanced: weight classes equally.
     """
     x, y = _arrays(features)
     val_x, val_y = _arrays(val_features)
@@ -88,24 +91,23 @@ def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classe
         regression.set_params(C=inverse_penalty).fit(x, y)
         loss = log_loss(val_y[known], regression.predict_proba(val_x[known]), labels=regression.classes_)
         if best is None or loss < best.val_loss:
-            weight, bias = _unscaled(regression, scaler, x, num_classes)
+            weight, bias = _unscale(regression, scaler, x, num_classes)
             top1 = float((regression.predict(val_x) == val_y).mean())
             best = Probe(weight, bias, float(inverse_penalty), float(loss), top1)
     return best
 
 
 def _arrays(dataset: FeatureDataset) -> tuple[np.ndarray, np.ndarray]:
-    """All views one after the other: features (views · n, C) and class ids (views · n,)."""
+    """Features (views * N, C) and class ids (views * N,) of all views."""
     return torch.cat(dataset.views).float().numpy(), dataset.targets.repeat(len(dataset.views)).numpy()
 
 
-def _unscaled(
+def _unscale(
     regression: LogisticRegression, scaler: StandardScaler, x: np.ndarray, num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Weight (classes, C) and bias (classes,) that give for plain features what `regression` gives for scaled ones, x
-    (n, C)."""
+    """Weight (classes, C) and bias (classes,) for unscaled features. x: the scaled training features, (N, C)."""
     coefficients, intercepts = regression.coef_, regression.intercept_
-    if len(regression.classes_) == 2:  # scikit-learn has one row then, which is for the second class
+    if len(regression.classes_) == 2:  # scikit-learn only has a row for the second class
         coefficients, intercepts = np.concatenate([-coefficients, coefficients]) / 2, np.r_[-intercepts, intercepts] / 2
     lowest = (x @ coefficients.T + intercepts).min()
     coefficients = coefficients / scaler.scale_

@@ -1,4 +1,4 @@
-"""What a training step descends: cross-entropy, if asked for with smoothed labels and mixed images."""
+"""Cross-entropy with label smoothing and class weights, on batches that MixUp or CutMix may have mixed."""
 
 from __future__ import annotations
 
@@ -14,46 +14,45 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What the network takes, and what it shall say: of each image the class in the part `share`, and where images
-    are mixed the class of the other in the rest.
+    """Inputs with their labels: `share` for the class of the image itself, the rest for that of the image mixed in.
 
     Attributes:
         inputs: (B, ...).
         class_ids: (B,).
-        others: (B,), class ids of what was mixed in.
-        share: 0 to 1.
+        mixed_class_ids: (B,), classes of the images mixed in.
+        share: 0 to 1; 1 if nothing is mixed in.
     """
 
     inputs: Tensor
     class_ids: Tensor
-    others: Tensor
+    mixed_class_ids: Tensor
     share: float
 
     @property
-    def largest(self) -> Tensor:
+    def main_class_ids(self) -> Tensor:
         """(B,), the class with the larger share of each image."""
-        return self.class_ids if self.share >= 0.5 else self.others
+        return self.class_ids if self.share >= 0.5 else self.mixed_class_ids
 
-    def split(self, parts: int) -> Iterator[Batch]:
-        """The same in `parts` parts, one after the other."""
-        tensors = (self.inputs, self.class_ids, self.others)
-        for inputs, class_ids, others in zip(*(tensor.tensor_split(parts) for tensor in tensors), strict=True):
-            yield Batch(inputs, class_ids, others, self.share)
+    def split(self, count: int) -> Iterator[Batch]:
+        """Split into `count` micro-batches."""
+        tensors = (self.inputs, self.class_ids, self.mixed_class_ids)
+        for parts in zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True):
+            yield Batch(*parts, self.share)
 
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """Cross-entropy of a batch, and how its images are mixed before: by hand, since torchvision's MixUp takes
-    images as floats only, in four times the memory.
+    """The loss of a batch, and the mixing of its images before the step.
+
+    torchvision's MixUp isn't used, since it only takes float images, in four times the memory.
 
     Attributes:
-        class_weights: weight of the images of each class, (classes,); None: all alike.
-        label_smoothing: the part of each label that is spread over all classes, 0 to below 1 (Szegedy et al.,
+        class_weights: (classes,), weights of the images of each class; None: no weights.
+        label_smoothing: share of each label that is spread over all classes, 0 to below 1 (Szegedy et al.,
             "Rethinking the Inception Architecture", 2016, section 7).
-        mixup: both parameters of the Beta distribution that the share of the one image is drawn from; 0: no MixUp
-            (Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018).
-        cutmix: likewise of the part of the area that stays; 0: no CutMix (Yun et al., "CutMix", 2019). With both, each
-            step draws which.
+        mixup: both parameters of the Beta distribution of the share; 0: no MixUp (Zhang et al., "mixup: Beyond
+            Empirical Risk Minimization", 2018).
+        cutmix: the same for the area; 0: no CutMix (Yun et al., "CutMix", 2019). With both, each step draws one.
     """
 
     class_weights: Tensor | None = None
@@ -62,65 +61,63 @@ class TrainingLoss:
     cutmix: float = 0.0
 
     def to(self, device: torch.device) -> TrainingLoss:
-        """The same with its tensors on `device`."""
+        """A copy with its tensors on `device`."""
         weights = self.class_weights
         return self if weights is None else replace(self, class_weights=weights.to(device))
 
     def mix(self, inputs: Tensor, class_ids: Tensor, seed: int) -> Batch:
-        """Images (B, 3, height, width) uint8 mixed, each with the next of the batch; features stay as they are.
+        """Mix each image of a batch, (B, 3, height, width) uint8, with the next one. Features aren't mixed.
 
-        One share, and one part that is cut, is drawn for all of the batch, by `seed`; nothing waits for the device.
+        `seed` decides one share and one box for the whole batch, without waiting for the device.
         """
-        ways = [way for way, alpha in ((_blend, self.mixup), (_cut, self.cutmix)) if alpha]
-        if not ways or inputs.dtype != torch.uint8:
+        methods = [(mix, alpha) for mix, alpha in ((_mixup, self.mixup), (_cutmix, self.cutmix)) if alpha]
+        if not methods or inputs.dtype != torch.uint8:
             return Batch(inputs, class_ids, class_ids, 1.0)
-        draw = random.Random(seed)
-        way = draw.choice(ways)
-        alpha = self.mixup if way is _blend else self.cutmix
-        mixed, share = way(inputs, inputs.roll(1, 0), draw.betavariate(alpha, alpha), draw)
+        rng = random.Random(seed)
+        mix, alpha = rng.choice(methods)
+        mixed, share = mix(inputs, inputs.roll(1, 0), rng.betavariate(alpha, alpha), rng)
         return Batch(mixed, class_ids, class_ids.roll(1, 0), share)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss (B,) of logits (B, classes)."""
-        own = self._cross_entropy(logits, batch.class_ids)
+        loss = self._cross_entropy(logits, batch.class_ids)
         if batch.share == 1:
-            return own
-        return batch.share * own + (1 - batch.share) * self._cross_entropy(logits, batch.others)
+            return loss
+        return batch.share * loss + (1 - batch.share) * self._cross_entropy(logits, batch.mixed_class_ids)
 
     def _cross_entropy(self, logits: Tensor, class_ids: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, class_ids, reduction="none", label_smoothing=self.label_smoothing)
         if self.class_weights is None:
             return loss
-        # Not torch's `weight`: that weighs the smoothed part of a label by the class it goes to, so that a rare class
-        # outweighs what the image shows. The mean over the list is 1, so that the batch's mean is a plain one.
+        # torch's `weight` would weight the smoothed part of a label by the class that it goes to, and a rare class
+        # would outweigh the true one. The weights have mean 1 over the list, so a batch is averaged without them.
         return self.class_weights[class_ids] * loss
 
 
-PLAIN = TrainingLoss()
+CROSS_ENTROPY = TrainingLoss()
 
 
-def _blend(pixels: Tensor, others: Tensor, share: float, _: random.Random) -> tuple[Tensor, float]:
-    """`share` of each image and the rest of the other, rounded to levels again."""
-    return torch.lerp(others.float(), pixels.float(), share).round_().to(torch.uint8), share
+def _mixup(images: Tensor, others: Tensor, share: float, _: random.Random) -> tuple[Tensor, float]:
+    """Blend `share` of each image with the rest of the other one, rounded to uint8."""
+    return torch.lerp(others.float(), images.float(), share).round_().to(torch.uint8), share
 
 
-def _cut(pixels: Tensor, others: Tensor, share: float, draw: random.Random) -> tuple[Tensor, float]:
-    """A box of the other image in each, at the same place and of about `1 - share` of the area; and what stays,
-    which is more where the box goes over the edge."""
-    height, width = pixels.shape[-2:]
-    side = (1 - share) ** 0.5 / 2  # half a side, in parts of the image
-    middle_y, middle_x = draw.random(), draw.random()
-    top, bottom = (round(height * min(max(middle_y + to * side, 0), 1)) for to in (-1, 1))
-    left, right = (round(width * min(max(middle_x + to * side, 0), 1)) for to in (-1, 1))
-    mixed = pixels.clone()
+def _cutmix(images: Tensor, others: Tensor, share: float, rng: random.Random) -> tuple[Tensor, float]:
+    """Replace a box of about `1 - share` of each image by the other one; the share is that of the box inside it."""
+    height, width = images.shape[-2:]
+    half = (1 - share) ** 0.5 / 2  # half a side of the box, as a share of the image's
+    center_y, center_x = rng.random(), rng.random()
+    top, bottom = (round(height * min(max(center_y + sign * half, 0), 1)) for sign in (-1, 1))
+    left, right = (round(width * min(max(center_x + sign * half, 0), 1)) for sign in (-1, 1))
+    mixed = images.clone()
     mixed[..., top:bottom, left:right] = others[..., top:bottom, left:right]
     return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def balanced_class_weights(class_ids: np.ndarray, num_classes: int) -> Tensor:
-    """Weights (num_classes,) for the loss that make every class count alike: n / (classes x images of the class).
+    """Weights (num_classes,) for the loss, as scikit-learn's "balanced": images / (classes * images of the class).
 
-    The mean over the images is 1; a class without images has weight 0. The same as scikit-learn's "balanced".
+    Their mean over the images is 1; a class without images has weight 0.
     """
     counts = np.bincount(class_ids, minlength=num_classes)
     weights = len(class_ids) / (np.count_nonzero(counts) * np.maximum(counts, 1)) * (counts > 0)

@@ -1,4 +1,4 @@
-"""What happens when the loss or the gradient of a step isn't finite: the run stops, or the step is skipped."""
+"""Handles steps whose loss or gradient isn't finite: the run stops, or the step is skipped."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from utils.training.epoch import Epoch
 CHECK_EVERY = 10
 """Steps between two checks of the losses: each makes the CPU wait for the device."""
 MAX_SKIPPED = 20
-"""Steps in a row that may be skipped; with more, single images aren't the cause."""
+"""Steps in a row that may be skipped; with more, the cause isn't single images."""
 REMEDY = (
-    "the run stops; what was saved before is finite. Lower init_lr, set precision to bf16 or fp32, repair the images "
+    "the run stops, its saved checkpoints are finite. Lower init_lr, set precision to bf16 or fp32, repair the images "
     "if they are the cause, or skip such steps with on_nan=skip"
 )
 
@@ -37,11 +37,11 @@ class NonFinitePolicy:
         self.skips = on_nan == "skip"
 
     def copy_statistics(self, network: nn.Module) -> list[Tensor]:
-        """The buffers of a network before a step that may be skipped: batch norms update theirs in the forward pass."""
+        """Copies of the buffers before a step that may be skipped: batch norms update theirs in the forward pass."""
         return [buffer.clone() for buffer in network.buffers()] if self.skips else []
 
     def must_skip(self, loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> bool:
-        """Whether this step is to be skipped. An fp16 scaler checks the gradients itself."""
+        """Whether to skip this step. An fp16 scaler checks the gradients itself."""
         if not self.skips:
             return False
         checked = [loss]
@@ -51,15 +51,15 @@ class NonFinitePolicy:
         return not torch.stack(checked).isfinite().all()
 
     def check(self, epoch: Epoch, step: int, learning_rate: float) -> None:
-        """Check the losses of the last steps of an epoch, when it is time: raise, or report a skipped step.
+        """Check the losses every `CHECK_EVERY` steps and at the end of an epoch: raise, or report a skipped step.
 
         Args:
-            epoch: after its step has been recorded.
+            epoch: with its last step recorded.
             step: steps of the run so far.
             learning_rate: of the last step.
 
         Raises:
-            NonFiniteLoss: a loss isn't finite, or those of many steps in a row were skipped.
+            NonFiniteLoss: a loss isn't finite, or too many steps in a row were skipped.
         """
         if not self.skips and epoch.done % CHECK_EVERY and epoch.done < epoch.steps:
             return

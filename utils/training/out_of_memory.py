@@ -1,4 +1,4 @@
-"""What happens when a batch doesn't fit into memory: it is split, and the gradients of its parts are added."""
+"""Handles batches that don't fit into memory: they are split, and the gradients of the micro-batches are added."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ class OutOfMemory(MemoryError):
 
 
 class MicroBatches:
-    """How many micro-batches a batch is split into; twice as many after each lack of memory.
+    """The number of micro-batches that a batch is split into, doubled each time memory runs out.
 
     Attributes:
-        count: at the moment; a checkpoint keeps it.
+        count: the current number; it is saved in checkpoints.
     """
 
     def __init__(self, count: int = 1) -> None:
         self.count = count
 
     def split_further(self, error: Exception, batch_size: int, step: int, device: torch.device) -> None:
-        """Prepare for another attempt at a step that failed for lack of memory, with smaller micro-batches.
+        """Make the micro-batches smaller, to repeat a step that ran out of memory.
 
         Raises:
-            OutOfMemory: they have one image each already.
+            OutOfMemory: they already have one image each.
         """
         if self.count >= batch_size:
             raise OutOfMemory(
@@ -38,7 +38,7 @@ class MicroBatches:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the CPU raises this for lack of memory; only CUDA has a type for it."""
+    """Whether an error means that memory ran out; only CUDA has a type for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return any(words in str(error) for words in ("can't allocate memory", "out of memory"))
+    return any(text in str(error) for text in ("can't allocate memory", "out of memory"))

@@ -20,8 +20,10 @@ def predict_logits(
     title: str = "evaluating",
     micro_batches: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) in fp32 and class ids (N,) of all images of `loader`, in its order, on the CPU. Each batch is
-    split into `micro_batches`."""
+    """Logits (N, classes) in fp32 and class ids (N,) of all images of `loader`, in its order, on the CPU.
+
+    Each batch is split into `micro_batches`.
+    """
     network.eval()
     logits, targets = [], []
     bar = tqdm(iterate_batches(loader), desc=title, total=len(loader), unit="batch", leave=False, disable=None)

@@ -1,4 +1,4 @@
-"""The stages of a run: what is frozen, for how long, in which batches, at which learning rate."""
+"""The stages of a run: epochs, frozen part, batch size, input shape, learning rate."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Stage:
         min_lr: lowest learning rate, scaled the same way.
         run_epochs: epochs of the whole run, over which the learning rate falls.
         decay: how it falls, see `utils.training.optimizer.learning_rate_at`.
-        warmup: epochs over which it rises first, from a tenth.
-        notes: what had to be changed of the settings, and why.
+        warmup: epochs over which it first rises from a tenth.
+        notes: settings that had to be changed, with reasons.
     """
 
     start: int
@@ -40,20 +40,14 @@ class Stage:
     notes: tuple[str, ...] = ()
 
     def learning_rate(self, epoch: float) -> float:
-        """The learning rate after `epoch` epochs of the run, fractions included."""
+        """The learning rate after `epoch` (may be a fraction) epochs of the run."""
         rate = learning_rate_at(epoch, self.run_epochs, self.init_lr, self.min_lr, self.decay)
         done = epoch - self.start
         return rate * (0.1 + 0.9 * done / self.warmup) if done < self.warmup else rate
 
 
 def plan_stages(config: TrainConfig, num_images: int, transformer: bool) -> list[Stage]:
-    """The stages of a run.
-
-    Args:
-        config: the settings.
-        num_images: length of the training list.
-        transformer: whether the backbone is one, whose learning rate is scaled differently.
-    """
+    """The stages of a run with `num_images` training images; learning rates of a `transformer` scale differently."""
     stages: list[Stage] = []
     for planned in config.all_stages:
         batch_size = min(planned.batch_size, num_images)
@@ -83,9 +77,9 @@ def plan_stages(config: TrainConfig, num_images: int, transformer: bool) -> list
 
 
 def num_cached_views(stage: Stage, config: TrainConfig) -> int:
-    """How many views of each image `stage` trains on cached features of; 0: it trains on images.
+    """The number of cached views of each image that `stage` trains on; 0: it trains on images.
 
-    A stage with no more epochs than views is trained on images, since caching would save no computation.
+    A stage with no more epochs than views trains on images, since caching would save no computation.
     """
     if not stage.frozen or not config.cache_features or stage.end - stage.start <= config.feature_views:
         return 0

@@ -1,4 +1,4 @@
-"""What is about to be trained, printed before it is."""
+"""Tables of the settings, the network and the stages, printed before training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from utils.training.stages import Stage
 
 
 def format_settings(config: TrainConfig, asked: TrainConfig, choices: Sequence[Choice], all_fields: bool) -> str:
-    """The settings that are not default, or all, with who set them: a line each.
+    """Format the settings that differ from the default, or all, one per line, with who set them.
 
     Args:
-        config: what the run uses.
-        asked: what a person wrote.
-        choices: what the recipe, the weights or the network chose, also where the person's own value is obeyed.
-        all_fields: print those at their default too.
+        config: the settings of the run.
+        asked: the settings that a person wrote.
+        choices: those of the recipe, the weights and the network, including the ones that the person overrode.
+        all_fields: include fields at their default.
     """
     chosen = {choice.field: choice for choice in choices}
     rows = []
@@ -50,10 +50,8 @@ def _format_value(value: object) -> str:
 
 
 def count_flops(model: nn.Module) -> int:
-    """Floating-point operations of a forward pass of one image; a multiplication and an addition count as two.
-
-    `model` is on the meta device, where nothing is computed.
-    """
+    """Floating-point operations of a forward pass of one image; a multiply-add counts as two. `model` is on the meta
+    device, where nothing is computed."""
     image = torch.empty(1, 3, *model.arguments["input_shape"], device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(image)
@@ -66,10 +64,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def format_model(model: nn.Module, stages: Sequence[Stage]) -> str:
-    """Parameters of each part, how many of them each stage trains, and the FLOPs of a forward pass.
-
-    `model` is on the meta device; it is frozen as in each stage here.
-    """
+    """Format the parameters of each part, how many of them each stage trains, and the FLOPs of a forward pass. `model`
+    is on the meta device; its frozen parts are changed."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parts.setdefault(name.removeprefix(NETWORK_PREFIX).split(".")[0], []).append(parameter)
@@ -87,7 +83,7 @@ def format_model(model: nn.Module, stages: Sequence[Stage]) -> str:
 
 
 def format_stages(stages: Sequence[Stage], num_images: int) -> str:
-    """Lines for each stage: its epochs, steps, frozen part and learning rates, and what had to be changed."""
+    """Format the epochs, steps, frozen part, learning rates and notes of each stage."""
     lines = []
     for number, stage in enumerate(stages, start=1):
         highest = max(map(stage.learning_rate, np.linspace(stage.start, stage.end, 1000, endpoint=False)))
@@ -120,5 +116,5 @@ def warn_about_input_shape(images: ImageList, input_shape: tuple[int, int], max_
     if shown > 16 * area:
         print(
             f"warning: the images have about {area:.0f} pixels, input_shape {input_shape} enlarges them to {shown}; "
-            f"half of it takes a quarter of the time, in which more epochs may do better"
+            f"half the side takes a quarter of the time, and more epochs in that time may be better"
         )

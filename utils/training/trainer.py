@@ -1,4 +1,4 @@
-"""One training step and one validation: the same code on every device."""
+"""Training step and validation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.system.seeds import derive_seed
 from utils.training.datasets import Data
 from utils.training.ema import WeightEMA
 from utils.training.epoch import Epoch
-from utils.training.loss import PLAIN, Batch, TrainingLoss, balanced_class_weights
+from utils.training.loss import CROSS_ENTROPY, Batch, TrainingLoss, balanced_class_weights
 from utils.training.non_finite import REMEDY, NonFiniteLoss, NonFinitePolicy
 from utils.training.out_of_memory import MicroBatches, is_out_of_memory
 from utils.training.predict_logits import predict_logits
@@ -32,17 +32,17 @@ class Trainer:
     """Takes steps of a network and validates it.
 
     Attributes:
-        network: inputs of the loader to logits (B, classes), on `device`: a `PixelNetwork`, or the part of it behind
-            cached features, as the stage needs.
-        device: of the network; batches are moved there.
+        network: inputs of the loader to logits (B, classes), on `device`: a `PixelNetwork`, or a `ThawedPart` on cached
+            features.
+        device: batches are moved there.
         precision: of matrix products, "fp32", "fp16" or "bf16".
-        seed: of what is drawn in a step, which depends on nothing but this and the number of the step.
-        loss: what a step minimizes, and how images are mixed before.
+        seed: random numbers of a step depend only on it and on the number of the step.
+        loss: loss function, and the mixing of images before it.
         ema: exponential moving average of the weights, which is evaluated and saved; None: no EMA.
         clip_grad: largest norm of the gradient of all weights; 0: no limit.
-        non_finite: what happens when a loss isn't finite.
-        micro_batches: what happens when a batch doesn't fit into memory.
-        scaler: of the loss, for fp16.
+        non_finite: policy for losses that aren't finite.
+        micro_batches: policy for batches that don't fit into memory.
+        scaler: loss scaler for fp16.
         epoch: the epoch in progress.
         step: optimizer steps so far.
     """
@@ -53,7 +53,7 @@ class Trainer:
         device: torch.device,
         precision: str,
         seed: int,
-        loss: TrainingLoss = PLAIN,
+        loss: TrainingLoss = CROSS_ENTROPY,
         ema: WeightEMA | None = None,
         on_nan: str = "stop",
         clip_grad: float = 0.0,
@@ -72,8 +72,9 @@ class Trainer:
         self.step = 0
 
     def train_step(self, inputs: Tensor, targets: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
-        """One optimizer step on a batch of inputs and class ids (B,), without waiting for the device (except when
-        non-finite steps are skipped).
+        """Take one optimizer step on a batch of inputs and class ids (B,).
+
+        It doesn't wait for the device, except to decide whether to skip a step.
 
         Returns:
             The mean loss and the number of correct predictions, tensors () on the device; NaN and 0 if the step was
@@ -111,7 +112,7 @@ class Trainer:
         return loss, hits
 
     def _accumulate_gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Add the gradients of the micro-batches of a batch; its mean loss and its number of correct predictions."""
+        """Add the gradients of all micro-batches; return mean loss and number of correct predictions of the batch."""
         torch.manual_seed(derive_seed(self.seed, "step", self.step))
         total, hits = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
         size = len(batch.class_ids)
@@ -121,24 +122,24 @@ class Trainer:
             loss = self.loss(logits.float(), micro_batch).sum() / size
             self.scaler.scale(loss).backward()
             total += loss.detach()
-            hits += (logits.argmax(dim=1) == micro_batch.largest).sum()
+            hits += (logits.argmax(dim=1) == micro_batch.main_class_ids).sum()
         return total, hits
 
     def start_epoch(self, loader: DataLoader, number: int) -> Epoch:
-        """The epoch in progress, with the batches of `loader` that are left of it; `number` epochs came before."""
+        """Start epoch `number`, counted from 0, or continue it after its last step."""
         self.network.train()
         return self.epoch.start(loader, number)
 
     def finish_epoch(self) -> None:
-        """Forget the steps of the epoch."""
+        """Prepare for the next epoch."""
         self.epoch = Epoch(self.device)
 
     def evaluated_weights(self) -> AbstractContextManager:
-        """Within this context the network has the weights that are evaluated: the EMA, if there is one."""
+        """Use the weights that are evaluated within this context: the EMA, if there is one."""
         return self.ema.swapped_in() if self.ema else nullcontext()
 
     def validate(self, loader: DataLoader) -> dict[str, float]:
-        """`val_loss` and `val_top1` over all images of `loader`, and the loss after temperature scaling with its
+        """Compute loss and accuracy over all images of `loader`, and the loss after temperature scaling with its
         standard error.
 
         Raises:
@@ -149,7 +150,7 @@ class Trainer:
                 self.network, loader, self.device, self.precision, "validating", self.micro_batches.count
             )
         loss = cross_entropy(logits, targets)
-        # Logits that overflow for wrong classes alone leave the plain loss finite.
+        # The plain loss is finite even if logits of wrong classes overflow to -inf.
         calibrated, error = calibrated_loss(logits, targets) if math.isfinite(loss) else (loss, loss)
         if not math.isfinite(calibrated):
             raise NonFiniteLoss(f"the validation loss is {calibrated} after step {self.step}; {REMEDY}")
@@ -161,7 +162,7 @@ class Trainer:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the trainer besides the weights."""
+        """The state for a checkpoint, without the weights."""
         return {
             "step": self.step,
             "scaler": self.scaler.state_dict(),
@@ -170,29 +171,17 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was called."""
+        """Restore a state."""
         self.step, self.micro_batches.count = state["step"], state["micro_batches"]
-        if state["scaler"]:  # empty if it was saved by a device that needs none
+        if state["scaler"]:  # empty if the scaler wasn't enabled
             self.scaler.load_state_dict(state["scaler"])
         self.epoch.load_state_dict(state)
 
 
 def build_trainer(
-    config: TrainConfig,
-    data: Data,
-    device: torch.device,
-    precision: str,
-    resumed: dict[str, Any] | None = None,
+    config: TrainConfig, data: Data, device: torch.device, precision: str, resumed: dict[str, Any] | None = None
 ) -> tuple[Trainer, BuiltNetwork]:
-    """A trainer of the network, loss and EMA that `config` asks for, and what is known of the network.
-
-    Args:
-        config: the settings.
-        data: the class names, and the training images for class weights.
-        device: where to train.
-        precision: "fp32", "fp16" or "bf16".
-        resumed: the checkpoint of a run that is resumed.
-    """
+    """Build network, loss, EMA and trainer from `config`, in the state of the checkpoint `resumed` if there is one."""
     built = build_network(config, data.class_names, resumed)
     config, model = built.config, built.model
     network = PixelNetwork(model, Preprocessing.from_config(config), device)
