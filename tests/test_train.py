@@ -128,7 +128,7 @@ def test_a_network_that_torch_cannot_trace_is_trained_all_the_same(two_classes, 
 
     monkeypatch.setattr(SummaryWriter, "add_graph", fail)
     train.main(settings(**TINY | {"unfreeze_epoch": 2}))
-    assert "TensorBoard gets no graph of the network, torch can't trace it (Tracer" in capsys.readouterr().out
+    assert "the graph of the network isn't logged, torch can't trace it (Tracer" in capsys.readouterr().out
     assert len(load_checkpoint(only_run() / LAST)["history"]) == 2
 
 
@@ -261,7 +261,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
     assert load_checkpoint(run / LAST)["epoch"] == stop_after
     train.main(config)
     resumed = load_checkpoint(only_run() / LAST)
-    assert f"resuming {run} after epoch {stop_after}" in capsys.readouterr().out
+    assert f"run       {run} (resumed after epoch {stop_after}" in capsys.readouterr().out
     assert state_of(resumed) == state_of(whole)
     assert numbers_of(resumed["history"]) == numbers_of(whole["history"])
     assert len((run / "epoch_loss.txt").read_text().split()) == 4
@@ -288,7 +288,7 @@ def test_resuming_with_other_settings_is_refused(trained, changed, told):
 
 def test_resuming_with_other_classes_is_refused(trained):
     config = settings(**SMALL, resume=str(only_run()))
-    with pytest.raises(ValueError, match=r"has the classes dark, light, and .* names light, dark"):
+    with pytest.raises(ValueError, match=r"has the classes dark, light, and .* has light, dark"):
         open_run(config, ["light", "dark"], {})
 
 

@@ -177,5 +177,5 @@ def test_choices_of_a_run_with_other_classes_are_not_taken_over(two_classes, cap
     capsys.readouterr()
     train.main(config)
     printed = capsys.readouterr().out
-    assert "as chosen when the run started" not in printed and "isn't finished, but has other classes" in printed
+    assert "as chosen when the run started" not in printed and "isn't resumed: it has other classes" in printed
     assert len(list(Path("logs").iterdir())) == 2

@@ -1,10 +1,9 @@
-"""Runs that are killed and started again, and what is compared of them."""
+"""Runs that are killed and resumed, and the comparison of their results."""
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "unfreeze_epoch": 3,
     "freeze_batch_size": 8,
     "unfreeze_batch_size": 8,
-    "feature_views": 1,  # so that the frozen stage learns from cached features
+    "feature_views": 1,  # the frozen stage trains on cached features
     "init_lr": 4e-3,
     "min_lr": 4e-5,
     "ema_decay": 0.9,
@@ -31,21 +30,21 @@ SETTINGS: dict[str, Any] = {
     "save_period": 1,
     "keep_periodic": 1,
     "save_every_steps": 2,
-    "device": "cpu",  # a GPU's sums vary
+    "device": "cpu",  # sums on a GPU are not deterministic
     "precision": "fp32",
 }
-"""Augmentation, dropout, stochastic depth, an average of the weights, both stages, a schedule."""
+"""With augmentation, dropout, stochastic depth, EMA, both stages and a schedule."""
 TRAIN, VAL = 36, 8
 
 context = multiprocessing.get_context("forkserver")
-# Besides the trainee what it imports late, so that a run is killed in its training, not while it still imports.
+# Includes late imports of the trainee, so that runs are killed while training, not while importing.
 context.set_forkserver_preload(
     ["tests.faults.trainee", "torch._dynamo", "torch.utils.tensorboard", "utils.runs.curves", "sklearn.covariance"]
 )
 
 
 def prepare(folder: Path, data: str) -> Path:
-    """A working folder with lists of images of three classes: of the shared set `data`, or made if there is none."""
+    """A working folder with lists of images of three classes, from the shared data set `data` or generated."""
     folder.mkdir(parents=True)
     source = SHARED / "data" / data / "train"
     names = ["0", "3", "8"]
@@ -54,8 +53,8 @@ def prepare(folder: Path, data: str) -> Path:
         if source.is_dir():
             paths = [str(path) for path in sorted((source / name).iterdir())[: TRAIN + VAL]]
         else:
-            made = (folder / "images" / name / f"{i:02d}.png" for i in range(TRAIN + VAL))
-            paths = [str(write_image(path, 60 + 60 * class_id, seed=i)) for i, path in enumerate(made)]
+            generated = (folder / "images" / name / f"{i:02d}.png" for i in range(TRAIN + VAL))
+            paths = [str(write_image(path, 60 + 60 * class_id, seed=i)) for i, path in enumerate(generated)]
         entries += [(class_id, path) for path in paths]
     write_list(folder / "cls_train.txt", entries[::3][:TRAIN])
     write_list(folder / "cls_val.txt", entries[1::3][:VAL] + entries[-VAL // 2 :])
@@ -64,27 +63,27 @@ def prepare(folder: Path, data: str) -> Path:
 
 
 def start(folder: Path, settings: dict[str, Any] | None = None, fault: str = "", number: int = 0):
-    """Start a run in `folder`, or go on with the one that is there."""
+    """Start or resume a run in `folder`."""
     process = context.Process(target=trainee.train_in, args=(folder, SETTINGS | (settings or {}), fault, number))
     process.start()
     return process
 
 
 def finish(folder: Path, settings: dict[str, Any] | None = None) -> None:
-    """Let the run in `folder` come to its end."""
+    """Run to the end."""
     process = start(folder, settings)
     process.join(120)
     assert process.exitcode == 0, (folder / "output.log").read_text()[-3000:]
 
 
 def run_folder(folder: Path) -> Path:
-    """The one that was begun; a kill may leave an empty one from just before."""
-    (found,) = (path for path in (folder / "logs").iterdir() if any(path.iterdir()))
-    return found
+    """The only run folder that isn't empty; a kill during its creation leaves an empty one."""
+    (run,) = (path for path in (folder / "logs").iterdir() if any(path.iterdir()))
+    return run
 
 
 def digest(content: Any) -> str:
-    """SHA-256 over all tensors and numbers in nested dicts and lists, in the order of their keys."""
+    """SHA-256 of all tensors and numbers in nested dicts and lists, in the order of their keys."""
     sha = hashlib.sha256()
 
     def walk(value: Any) -> None:
@@ -105,24 +104,24 @@ def digest(content: Any) -> str:
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """What a finished run came to: its checkpoints without times and settings, and what each step learned from."""
-    found = {}
+    """Digests of a finished run: its checkpoints without times and settings, and the input of each step."""
+    digests = {}
     for name in (BEST, LAST):
         content = load_checkpoint(run_folder(folder) / name)
         keys = ("weights", "weights_in_training", "optimizer", "step", "epoch", "best_val_loss", "scaler")
         keys += ("calibration", "finished")
         rows = [{k: v for k, v in row.items() if k not in ("seconds", "time")} for row in content["history"]]
-        found[name] = digest([{key: content[key] for key in keys}, rows])
-    return found | {"steps": digest(sorted(steps(folder).items()))}
+        digests[name] = digest([{key: content[key] for key in keys}, rows])
+    return digests | {"steps": digest(sorted(steps(folder).items()))}
 
 
 def steps(folder: Path) -> dict[int, str]:
-    """What each step was given; done again after a kill, it was given the same."""
-    given: dict[int, str] = {}
+    """The input of each step by its number; steps repeated after a kill had the same input."""
+    inputs: dict[int, str] = {}
     for line in read_steps(folder):
-        number, what = line.split(" ", 1)
-        assert given.setdefault(int(number), what) == what, f"step {number} was given something else"
-    return given
+        number, value = line.split(" ", 1)
+        assert inputs.setdefault(int(number), value) == value, f"step {number} had another input"
+    return inputs
 
 
 def read_steps(folder: Path) -> list[str]:
@@ -131,11 +130,6 @@ def read_steps(folder: Path) -> list[str]:
 
 
 def last_step(folder: Path) -> int:
-    """The number of the last step that was done, -1 if none was."""
+    """The number of the last completed step, -1 if there is none."""
     lines = read_steps(folder)
     return int(lines[-1].split()[0]) if lines else -1
-
-
-def copy(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target)
-    return target

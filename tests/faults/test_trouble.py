@@ -1,5 +1,6 @@
-"""Signals, workers that die, losses that aren't finite, memory that doesn't suffice, clocks that are wrong."""
+"""Signals, dying workers, non-finite losses, wrong clocks."""
 
+import itertools
 import math
 import os
 import shutil
@@ -36,11 +37,11 @@ from utils.training.trainer import Trainer
 
 ROOT = Path(train.__file__).parent
 LONG = {"freeze_train": False, "unfreeze_epoch": 20, "num_workers": 2, "save_every_steps": 0, "ema_decay": 0.0}
-"""A run that lasts while it is being disturbed, and saves only after an epoch by itself."""
+"""A run long enough to be interrupted, saved only after epochs."""
 
 
 def descendants(pid: int) -> list[int]:
-    """The living processes that `pid` started, and those that these did."""
+    """The living direct and indirect child processes of `pid`."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -49,10 +50,10 @@ def descendants(pid: int) -> list[int]:
             continue
         if fields[0] != "Z":
             parents.setdefault(int(fields[1]), []).append(int(status.parent.name))
-    found = list(parents.get(pid, []))
-    for child in list(found):
-        found += [other for other in parents.get(child, []) if other not in found]
-    return found
+    pids = list(parents.get(pid, []))
+    for child in list(pids):
+        pids += [other for other in parents.get(child, []) if other not in pids]
+    return pids
 
 
 def is_alive(pid: int) -> bool:
@@ -74,36 +75,31 @@ def command(settings: dict) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *flags]
 
 
-SETTLED = "epoch 1/"
-"""What is printed when a run is well under way."""
+FIRST_EPOCH = "epoch 1/"
 
 
 def start_script(folder: Path) -> subprocess.Popen:
-    """`python train.py` in a session of its own, after its first epoch."""
+    """`python train.py` in a new session, after its first epoch."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with (folder / "output.log").open("a") as log:
         process = subprocess.Popen(
             command(SETTINGS | LONG), cwd=folder, stdout=log, stderr=log, env=env, start_new_session=True
         )
-    wait_for(folder, SETTLED, process)
+    wait_for(folder, FIRST_EPOCH, process)
     return process
 
 
-def wait_for(folder: Path, text: str, process) -> float:
-    """Wait until `text` is in the output, and return for how many seconds."""
-    began = time.monotonic()
+def wait_for(folder: Path, text: str, process) -> None:
+    """Wait until `text` is in the output."""
+    started = time.monotonic()
     log = folder / "output.log"
     while not log.is_file() or text not in log.read_text():
-        assert time.monotonic() - began < 60, log.read_text()
+        assert time.monotonic() - started < 60, log.read_text()
         assert getattr(process, "exitcode", None) is None
         time.sleep(0.02)
-    return time.monotonic() - began
 
 
-SIGNALS = [(number, to_group) for number in (signal.SIGINT, signal.SIGTERM) for to_group in (False, True)]
-
-
-SIGNAL_CASES = [(number, to_group, again) for number, to_group in SIGNALS for again in (False, True)]
+SIGNAL_CASES = list(itertools.product((signal.SIGINT, signal.SIGTERM), (False, True), (False, True)))
 
 
 @pytest.mark.parametrize(
@@ -115,8 +111,7 @@ SIGNAL_CASES = [(number, to_group, again) for number, to_group in SIGNALS for ag
     ],
 )
 def test_a_signal_ends_the_run_after_its_step(tmp_path, number, to_group, again, rounds):
-    """10 rounds each to the process alone and to its group, as a terminal's Ctrl-C goes: 20 for each signal, and as
-    many with a second one right behind."""
+    """10 rounds each: to the process or to its group, as Ctrl-C in a terminal; with or without a second signal."""
     folder = prepare(tmp_path / "run", "mnist_png")
     for round_number in range(rounds):
         (folder / "output.log").write_text("")
@@ -130,16 +125,16 @@ def test_a_signal_ends_the_run_after_its_step(tmp_path, number, to_group, again,
             (os.killpg if to_group else os.kill)(process.pid, number)
             time.sleep(0.01 * round_number)
         assert process.wait(30) == 128 + number
-        told = (folder / "output.log").read_text()
-        assert "Traceback" not in told
+        output = (folder / "output.log").read_text()
+        assert "Traceback" not in output
         assert not [pid for pid in children if is_alive(pid)]
         _, content = load_newest(run_folder(folder))
         if not again:
-            assert f"is saved at step {content['step']}; the same command resumes it" in told
+            assert f"is saved at step {content['step']}; the same command resumes it" in output
 
 
 @pytest.mark.slow
-def test_a_run_stopped_by_signals_ends_as_one_that_was_not(tmp_path):
+def test_a_run_stopped_by_signals_equals_an_uninterrupted_one(tmp_path):
     settings = LONG | {"unfreeze_epoch": 4, "num_workers": 1}
     whole, stopped = (prepare(tmp_path / name, "mnist_png") for name in ("whole", "stopped"))
     finish(whole, settings)
@@ -151,27 +146,27 @@ def test_a_run_stopped_by_signals_ends_as_one_that_was_not(tmp_path):
         process.join(30)
         assert process.exitcode == 143
     finish(stopped, settings)
-    assert [int(line.split()[0]) for line in read_steps(stopped)] == list(range(16))  # nothing is done twice
+    assert [int(line.split()[0]) for line in read_steps(stopped)] == list(range(16))  # no step is repeated
     assert outcome(stopped) == outcome(whole)
 
 
 @pytest.mark.parametrize("round_number", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, 20))])
-def test_a_worker_that_is_killed_is_named_within_10_seconds(tmp_path, round_number):
+def test_a_killed_worker_is_reported_within_10_seconds(tmp_path, round_number):
     folder = prepare(tmp_path / "run", "mnist_png")
     process = start(folder, LONG)
-    wait_for(folder, SETTLED, process)
+    wait_for(folder, FIRST_EPOCH, process)
     time.sleep(0.05 * round_number)
     workers = descendants(process.pid)
     victim = workers[round_number % 2]
-    began = time.monotonic()
+    killed_at = time.monotonic()
     os.kill(victim, signal.SIGKILL)
     process.join(10)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - killed_at < 10
     assert process.exitcode == 1
-    told = (folder / "output.log").read_text()
-    assert f"DataLoader worker (pid {victim}) is killed by signal: Killed" in told or f"(pid(s) {victim})" in told
-    assert "usually run out of memory: lower num_workers" in told
-    assert "WorkerDied" in told and "the same command resumes it" in told
+    output = (folder / "output.log").read_text()
+    assert f"DataLoader worker (pid {victim}) is killed by signal: Killed" in output or f"(pid(s) {victim})" in output
+    assert "usually run out of memory: lower num_workers" in output
+    assert "WorkerDied" in output and "the same command resumes it" in output
     assert not [pid for pid in workers if is_alive(pid)]
     assert load_newest(run_folder(folder))[1]["step"] == last_step(folder) + 1
 
@@ -187,8 +182,8 @@ def all_finite(folder: Path) -> bool:
 
 
 def only_run() -> Path:
-    (found,) = Path("logs").iterdir()
-    return found
+    (run,) = Path("logs").iterdir()
+    return run
 
 
 @pytest.fixture
@@ -209,7 +204,7 @@ def nan_at_step(monkeypatch):
 
 @pytest.fixture
 def nan_in_an_image(monkeypatch):
-    """Make what the network says of a batch with a very light image a NaN."""
+    """Make the logits of a batch with a very light image NaN."""
 
     def poisoned(*args):
         network = PixelNetwork(*args)
@@ -234,32 +229,32 @@ def test_a_nan_at_a_step_stops_the_run(two_classes, nan_at_step):
     assert all_finite(only_run())
 
 
-def test_steps_with_a_nan_are_left_out_and_counted(two_classes, nan_at_step, capsys):
+def test_steps_with_a_nan_are_skipped_and_counted(two_classes, nan_at_step, capsys):
     nan_at_step(12, 14)
     train.main(settings(**NAN, on_nan="skip"))
-    told = capsys.readouterr().out
-    assert "isn't finite at step 13 " in told and "isn't finite at step 15 " in told
-    assert "; 2 steps skipped" in told
+    output = capsys.readouterr().out
+    assert "isn't finite at step 13 " in output and "isn't finite at step 15 " in output
+    assert "; 2 steps skipped" in output
     history = load_checkpoint(only_run() / LAST)["history"]
     assert [row["skipped"] for row in history] == [0, 0, 2, 0]
     assert all(math.isfinite(value) for row in history for value in row.values())
     assert all_finite(only_run())
 
 
-def test_a_image_that_gives_a_nan_is_named(two_classes, nan_in_an_image, capsys):
+def test_an_image_that_causes_a_nan_is_reported(two_classes, nan_in_an_image, capsys):
     light = Path(two_classes / "train" / "light" / "03.png")
     from PIL import Image
 
     Image.new("RGB", (20, 16), (255, 255, 255)).save(light)
     train.main(settings(**NAN | {"augmentation": "none"}, on_nan="skip"))
-    told = [line for line in capsys.readouterr().out.splitlines() if "isn't finite at step" in line]
-    assert told and all("03.png" in line for line in told)
+    output = [line for line in capsys.readouterr().out.splitlines() if "isn't finite at step" in line]
+    assert output and all("03.png" in line for line in output)
     assert all_finite(only_run())
 
 
 @pytest.mark.parametrize("on_nan", ["stop", "skip"])
 def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
-    """Which the limits on init_lr don't let pass, so it is planted behind them."""
+    """Patched in, since the check of init_lr refuses it."""
     monkeypatch.setattr(Stage, "learning_rate", lambda self, epoch: 1e6 if epoch > 2.5 else 1e-4)
     monkeypatch.setattr(non_finite, "MAX_SKIPPED", 3)
     with pytest.raises(NonFiniteLoss, match=r"n't finite|the validation loss is"):
@@ -271,11 +266,11 @@ def test_a_learning_rate_of_a_million(two_classes, monkeypatch, on_nan):
 @pytest.mark.parametrize(
     ("bad_step", "stop", "then"),
     [
-        (5, 7, {"save_every_steps": 1}),  # before the run is cut off, and gone on with by the stricter setting
-        (9, 9, {"on_nan": "skip"}),  # right after it goes on, the last of its epoch: it isn't one of many in a row
+        (5, 7, {"save_every_steps": 1}),  # before the interruption; on_nan="stop" afterwards
+        (9, 9, {"on_nan": "skip"}),  # the first step after resuming
     ],
 )
-def test_a_step_is_left_out_in_an_epoch_that_was_cut_off(two_classes, nan_at_step, monkeypatch, bad_step, stop, then):
+def test_a_step_is_skipped_in_an_interrupted_epoch(two_classes, nan_at_step, monkeypatch, bad_step, stop, then):
     nan_at_step(bad_step)
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "save_if_due", lambda run: stop_at(run, stop))
@@ -293,7 +288,7 @@ def stop_at(run, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_stopped_at_a_nan_goes_on_without_it(two_classes, nan_at_step):
+def test_a_run_that_stopped_at_a_nan_resumes_without_that_step(two_classes, nan_at_step):
     nan_at_step(12)
     with pytest.raises(NonFiniteLoss):
         train.main(settings(**NAN))
@@ -303,8 +298,8 @@ def test_a_run_that_stopped_at_a_nan_goes_on_without_it(two_classes, nan_at_step
     assert sum(row["skipped"] for row in last["history"]) == 1
 
 
-def test_a_clock_that_was_set_back_overwrites_nothing(two_classes):
-    """What is there comes from the future."""
+def test_runs_from_the_future_are_not_overwritten(two_classes):
+    """After the clock was set back."""
     changes = TINY | {"unfreeze_epoch": 1}
     train.main(settings(**changes))
     first = only_run()

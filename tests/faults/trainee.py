@@ -1,4 +1,4 @@
-"""A training run in a process of its own, which notes what it learns from, with a fault planted in it if wanted."""
+"""A training run in a separate process that logs the input of each step, with an optional fault."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def die(*_: object) -> None:
 
 
 def train_in(folder: Path, settings: dict[str, Any], fault: str = "", number: int = 0) -> None:
-    """Run `train.main` in `folder`; print into `output.log`; exit as `train.py` would."""
+    """Run `train.main` in `folder` with its output in `output.log`, and exit as `train.py` would."""
     os.chdir(folder)
     output = Path("output.log").open("a", buffering=1)  # noqa: SIM115
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = sys.stderr = output
     torch.set_num_threads(1)
-    SummaryWriter.add_graph = lambda *arguments: None  # a second that no kill need fall into
-    note_steps()
+    SummaryWriter.add_graph = lambda *arguments: None  # it takes a second in which kills test nothing
+    log_steps()
     if fault:
         plant(fault, number)
     try:
@@ -46,24 +46,24 @@ def train_in(folder: Path, settings: dict[str, Any], fault: str = "", number: in
         sys.exit(stopped.status)
 
 
-def note_steps() -> None:
-    """After each step, write a line with its number, the images, and a digest of what the network was given."""
+def log_steps() -> None:
+    """Log the number, image names and input digest of each step."""
     train_step = Trainer.train_step
     log = os.open(STEPS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def noting_step(self, inputs, targets, optimizer):
+    def logging_step(self, inputs, targets, optimizer):
         images = ",".join(Path(path).name for path in batch_paths(self.epoch.loader, self.epoch.done))
-        fed = hashlib.sha256(inputs.contiguous().view(torch.uint8).numpy().tobytes() + targets.numpy().tobytes())
+        sha = hashlib.sha256(inputs.contiguous().view(torch.uint8).numpy().tobytes() + targets.numpy().tobytes())
         step = self.step
         result = train_step(self, inputs, targets, optimizer)
-        os.write(log, f"{step} {images} {fed.hexdigest()}\n".encode())
+        os.write(log, f"{step} {images} {sha.hexdigest()}\n".encode())
         return result
 
-    Trainer.train_step = noting_step
+    Trainer.train_step = logging_step
 
 
 def plant(fault: str, number: int) -> None:
-    """Die at a point of saving a checkpoint, at the one that is the `number`-th to come there."""
+    """Kill the process at a point of saving, at the `number`-th time it is reached (counted from 0)."""
     left = [number]
 
     def now() -> bool:
@@ -93,7 +93,7 @@ def plant(fault: str, number: int) -> None:
             die()
 
     def finishing(*arguments):
-        """The files of the end are renamed one after the other: embeddings, best, last; die before or after one."""
+        """Die before or after the rename of one of the final files: embeddings, best, last."""
 
         def dying_replace(old, new):
             if left[0] == 0:
@@ -128,6 +128,6 @@ def plant(fault: str, number: int) -> None:
 
 
 def plain_save(path: Path, content: dict[str, Any]) -> None:
-    """What most training loops do."""
+    """Save without an atomic rename."""
     with path.open("wb") as file:
         checkpoint.torch.save({"format_version": checkpoint.FORMAT_VERSION} | content, file)

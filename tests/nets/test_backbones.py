@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -20,16 +21,16 @@ from nets.timm_networks import published_by_timm
 from nets.torchvision_networks import TORCHVISION
 from nets.weights.load import load_weights, read_weights
 from tests.conftest import NAMES, SMALL, settings, write_back
+from utils.config.frozen import Frozen
 from utils.config.train_config import StageConfig
 from utils.data.image_list import read_list
 from utils.data.preprocessing import Preprocessing
 from utils.inference.classifier import load_classifier
 from utils.inference.explain import explain
-from utils.modeling.build import build_meta_network, build_network
+from utils.modeling.build import build_meta_network, build_network, check_network
 from utils.modeling.pixel_network import PixelNetwork, ThawedPart
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 from utils.training.optimizer import build_optimizer
-from utils.training.stages import Stage
 from utils.training.trainer import Trainer
 
 SIDE = 64
@@ -211,7 +212,7 @@ def test_one_frozen_and_one_thawed_step(name):
     network = PixelNetwork(model, Preprocessing.from_config(config), cpu)
     pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
     for part in ("all" if name == "timm/test_vit" else 1, "nothing"):
-        Stage(0, 1, part, 4, (64, 64), 1e-3, 1e-5, 1, "cos").freeze(model)
+        Frozen(part).apply(model)
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         inputs, trained = pixels, network
         if part != "nothing":
@@ -233,7 +234,7 @@ def test_run_with_frozen_and_thawed_stage(two_classes, capsys, name):
     train.main(settings(**RUN | {"backbone": name, "freeze_blocks": blocks}))
     output = capsys.readouterr().out
     assert "features of 1 view of 36 images" in output
-    assert "attn_drop_rate: 0.1 -> 0" in output
+    assert re.search(rf"attn_drop_rate +0\.1 -> 0\.0 +{re.escape(name)} doesn't have it", output)
     run = next(Path("logs").iterdir())
     last = load_checkpoint(run / LAST)
     assert last["epoch"] == 3
@@ -278,12 +279,13 @@ def test_growing_images_need_a_network_of_any_input_size(name, fits):
     stages = (StageConfig(1, "nothing", 8, (160, 160)), StageConfig(1, "nothing"))
     config = settings(backbone=name, input_shape=(224, 224), stages=stages)
     with pytest.raises(ValueError, match="one input_shape for the whole run") if not fits else nullcontext():
-        build_meta_network(config, 5)
+        check_network(build_meta_network(config, 5), config)
 
 
 def test_muon_requires_a_transformer():
-    with pytest.raises(ValueError, match="that is for transformers"):
-        build_meta_network(settings(backbone="resnet18", optimizer_type="muon"), 5)
+    config = settings(backbone="resnet18", optimizer_type="muon")
+    with pytest.raises(ValueError, match="isn't a transformer"):
+        check_network(build_meta_network(config, 5), config)
 
 
 def test_timm_network_is_restored_with_buffers_that_are_not_saved():
@@ -379,20 +381,20 @@ def test_published_by_timm():
     assert expected_preprocessing("vit_b_16") == {}
 
 
-def test_weights_determine_preprocessing_that_is_not_set(two_classes, capsys):
+def test_weights_determine_preprocessing_that_is_not_set(two_classes):
     torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), "resnet18.pth")
     timms = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
     torch.save(timms.state_dict(), "vit.pth")
     changes = {"input_shape": (32, 32), "model_path": "resnet18.pth", "backbone": "resnet18"}
-    resolved, _, origin = build_network(settings(**SMALL | changes), NAMES)
+    resolved, _, origin, _ = build_network(settings(**SMALL | changes), NAMES)
     assert (resolved.image_mean[0], resolved.interpolation, resolved.eval_crop) == (0.485, "bilinear", 0.875)
     assert origin["file"] == "resnet18.pth" and len(origin["sha256"]) == 64
     changes |= {"model_path": "vit.pth", "backbone": "vit_t_16", "eval_crop": 1.0}
-    resolved, model, _ = build_network(settings(**SMALL | changes), NAMES)
+    resolved, model, _, choices = build_network(settings(**SMALL | changes), NAMES)
     assert (resolved.image_mean[0], resolved.interpolation, resolved.eval_crop) == (0.5, "bicubic", 1.0)
     assert model.arguments["activation"] == "gelu"
-    assert "image_mean: (0.5, 0.5, 0.5), as the weights expect" in capsys.readouterr().out
-    _, model, _ = build_network(settings(**SMALL | changes, activation="gelu_tanh"), NAMES)
+    assert ("image_mean", (0.5, 0.5, 0.5), "the weights expect it", False) in choices
+    _, model, *_ = build_network(settings(**SMALL | changes, activation="gelu_tanh"), NAMES)
     assert model.arguments["activation"] == "gelu_tanh"
     with pytest.raises(ValueError, match=r"unexpected: network\.cls_token, network\.pos_embed.*check backbone"):
         build_network(settings(**SMALL | changes | {"backbone": "resnet18"}), NAMES)
@@ -422,7 +424,7 @@ def test_timm_network_with_tensor_names_of_a_vit(here):
     peer = timm.create_model("test_vit", num_classes=2, img_size=32)
     torch.save(peer.state_dict(), "w.pth")
     config = {"input_shape": (32, 32), "model_path": "w.pth", "backbone": "timm/test_vit"}
-    _, model, _ = build_network(settings(**SMALL | config), NAMES)
+    _, model, *_ = build_network(settings(**SMALL | config), NAMES)
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(model.eval()(pixels), peer.eval()(pixels), atol=1e-5, rtol=0)
     ours = build_model("vit_xs_4", 2, (32, 32))

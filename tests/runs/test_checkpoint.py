@@ -1,4 +1,4 @@
-"""utils/runs/checkpoint.py: whole or not at all, and nothing is executed."""
+"""utils/runs/checkpoint.py: atomic writes, and no code is executed."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from utils.runs.checkpoint import (
 )
 
 
-def content(**changes):
+def checkpoint_content(**changes):
     plain = {name: kind() for name, kind in KEYS.items() if name != "format_version"}
     return plain | {"weights": {"w": torch.ones(3)}} | changes
 
@@ -32,72 +32,69 @@ class Trap:
 
 
 def test_round_trip(here):
-    save_checkpoint("a.pth", content(step=7))
-    read = load_checkpoint("a.pth")
-    assert read["step"] == 7
-    assert torch.equal(read["weights"]["w"], torch.ones(3))
+    save_checkpoint("a.pth", checkpoint_content(step=7))
+    loaded = load_checkpoint("a.pth")
+    assert loaded["step"] == 7
+    assert torch.equal(loaded["weights"]["w"], torch.ones(3))
     assert os.listdir() == ["a.pth"]
 
 
 def test_a_failed_save_leaves_the_old_file(here, monkeypatch):
-    save_checkpoint("a.pth", content(step=1))
+    save_checkpoint("a.pth", checkpoint_content(step=1))
 
     def fail(*args):
         args[1].write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", fail)
-    with pytest.raises(SaveError, match=r"a\.pth can't be written \(No space left on device\)\. It takes .* are free"):
-        save_checkpoint("a.pth", content(step=2))
+    with pytest.raises(SaveError, match=r"a\.pth can't be written \(No space left on device\): it takes .* are free"):
+        save_checkpoint("a.pth", checkpoint_content(step=2))
     assert os.listdir(here) == ["a.pth"]
     monkeypatch.undo()
     assert load_checkpoint(here / "a.pth")["step"] == 1
 
 
 def test_code_in_a_checkpoint_is_not_run(here):
-    torch.save(content(format_version=2, optimizer=Trap()), "trap.pth")
-    with pytest.raises(
-        ValueError,
-        match=r"trap\.pth .* it holds code \((posix|nt)\.mkdir\), which",
-    ):
+    torch.save(checkpoint_content(format_version=2, optimizer=Trap()), "trap.pth")
+    with pytest.raises(ValueError, match=r"trap\.pth .* it holds code \((posix|nt)\.mkdir\), which"):
         load_checkpoint("trap.pth")
     assert not Path("canary").exists()
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    ("write", "message"),
     [
         (lambda: Path("a.pth").write_bytes(b"PK\3\4 no more"), "the end of its archive isn't there"),
         (lambda: Path("a.pth").write_bytes(b""), "can't be opened"),
-        (lambda: torch.save({"w": torch.ones(1)}, "a.pth"), "none of Thaw's checkpoints"),
-        (lambda: torch.save(content(format_version=99), "a.pth"), "format 99"),
+        (lambda: torch.save({"w": torch.ones(1)}, "a.pth"), "isn't a checkpoint of Thaw"),
+        (lambda: torch.save(checkpoint_content(format_version=99), "a.pth"), "format 99"),
         (
             lambda: torch.save({"format_version": FORMAT_VERSION, "weights": {}}, "a.pth"),
             "can't be used: it lacks best_val_loss, calibration",
         ),
     ],
 )
-def test_what_is_no_checkpoint(here, write, told):
+def test_invalid_checkpoints_are_refused(here, write, message):
     write()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load_checkpoint("a.pth")
 
 
-def test_no_checkpoint(here):
+def test_a_missing_checkpoint(here):
     with pytest.raises(FileNotFoundError, match=r"no file a\.pth"):
         load_checkpoint("a.pth")
     with pytest.raises(FileNotFoundError, match=r"train first, python train\.py"):
         find_checkpoint("")
 
 
-def test_finding(here):
+def test_find_checkpoint(here):
     for run in ("old", "new", "unfinished"):
         Path("logs", run).mkdir(parents=True)
     for run in ("old", "new"):
         for name in (BEST, LAST):
             Path("logs", run, name).touch()
     os.utime("logs/old/best_epoch_weights.pth", (time.time() - 100,) * 2)
-    Path("logs", BEST).touch()  # another program's
+    Path("logs", BEST).touch()  # of another program
     assert find_checkpoint("") == Path("logs/new", BEST)
     assert find_checkpoint("logs/old") == Path("logs/old", BEST)
     assert find_checkpoint("logs/old", LAST) == Path("logs/old", LAST)

@@ -1,4 +1,4 @@
-"""Cross-validation: how images are divided, and what comes of the runs."""
+"""Cross-validation: the division into folds, and the runs."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from utils.runs.cross_validation import assign_folds, join_lists
 from utils.training.datasets import load_data
 
 
-def test_it_is_no_summary():
+def test_it_excludes_summary_and_find_lr():
     for other in ("summary", "find_lr"):
         with pytest.raises(ValueError, match="cross_validate: it trains"):
             train.main(settings(**TINY), cross_validate=3, **{other: True})
@@ -24,7 +24,7 @@ def test_it_is_no_summary():
 
 @pytest.fixture
 def noise(tmp_path, monkeypatch) -> ImageList:
-    """Sixty images of noise in two classes, 40 and 20, of patients 0 to 19, three images each."""
+    """60 images of noise: two classes of 40 and 20, three images for each of the patients 0 to 19."""
     monkeypatch.chdir(tmp_path)
     entries = []
     for i in range(60):
@@ -34,7 +34,7 @@ def noise(tmp_path, monkeypatch) -> ImageList:
     return list_in_memory(entries)
 
 
-def test_every_class_is_divided_evenly_and_each_image_is_in_one_fold(noise):
+def test_every_class_is_divided_evenly(noise):
     fold_of = assign_folds(noise, 5, settings(), "")
     for class_id, each in ((0, 8), (1, 4)):
         assert np.bincount(fold_of[noise.class_ids == class_id], minlength=5).tolist() == [each] * 5
@@ -42,7 +42,7 @@ def test_every_class_is_divided_evenly_and_each_image_is_in_one_fold(noise):
     assert not np.array_equal(fold_of, assign_folds(noise, 5, settings(seed=12), ""))
 
 
-def test_what_belongs_together_or_looks_alike_stays_together(noise, tmp_path):
+def test_groups_and_near_duplicates_stay_in_one_fold(noise, tmp_path):
     shutil.copy(noise.path(0), noise.path(30))  # of another patient
     fold_of = assign_folds(noise, 4, settings(), r"^(p\d+)_")
     for patient in range(20):
@@ -52,7 +52,6 @@ def test_what_belongs_together_or_looks_alike_stays_together(noise, tmp_path):
 
 
 def test_links_are_grouped_by_their_own_names(two_classes, capsys):
-    """As txt_annotation.py does: what they lead to may be called anything."""
     store = two_classes.parent / "store"
     store.mkdir()
     for number, path in enumerate(sorted((two_classes / "train").rglob("*.png"))):
@@ -67,7 +66,7 @@ def test_links_are_grouped_by_their_own_names(two_classes, capsys):
     assert "group_regex: 10 groups; 0 images" in capsys.readouterr().out
 
 
-def test_images_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys):
+def test_a_class_of_similar_images_is_divided_with_a_warning(here, capsys):
     write_scene(here / "datasets")
     paths = sorted(map(str, Path("datasets").rglob("*.png")))
     images = list_in_memory((int("scratched" in path), path) for path in paths)
@@ -78,25 +77,25 @@ def test_images_of_one_scene_are_divided_all_the_same_which_is_said(here, capsys
 
 
 @pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])
-def test_more_folds_than_there_are_images_or_groups(noise, folds, regex):
+def test_more_folds_than_images_or_groups(noise, folds, regex):
     with pytest.raises(ValueError, match=f"cross_validate={folds}: give 2 to (20|7)"):
         assign_folds(noise, folds, settings(), regex)
 
 
-def test_groups_are_for_cross_validation():
+def test_group_regex_requires_cross_validation():
     with pytest.raises(ValueError, match="group_regex: it needs cross_validate"):
         train.main(settings(**TINY), group_regex="x")
 
 
-def test_a_run_for_each_fold_and_the_same_command_resumes(two_classes, capsys, monkeypatch):
+def test_one_run_per_fold_and_the_same_command_resumes(two_classes, capsys, monkeypatch):
     for number, path in enumerate(sorted(Path("datasets/train").rglob("*.png"))):
-        write_image(path, size=(70, 70), seed=number)  # none alike
+        write_image(path, size=(70, 70), seed=number)  # no near-duplicates
     config = settings(**TINY)
     trained = []
 
     main = train.main
 
-    def fail_at_the_third(of_fold):
+    def fail_at_third(of_fold):
         trained.append(of_fold)
         if len(trained) == 3:
             raise KeyboardInterrupt
@@ -105,10 +104,10 @@ def test_a_run_for_each_fold_and_the_same_command_resumes(two_classes, capsys, m
         Path(of_fold.cache_dir, "features").touch()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "main", fail_at_the_third)
+        patch.setattr(train, "main", fail_at_third)
         main(config, cross_validate=3)
     main(config, cross_validate=3)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     (results,) = Path("logs/cross_validation").glob("3_folds_*/cross_validation.json")
     rows = json.loads(results.read_text())["folds"]
     assert len(list(Path("logs").rglob(LAST))) == len(rows) == 3
@@ -116,8 +115,8 @@ def test_a_run_for_each_fold_and_the_same_command_resumes(two_classes, capsys, m
     assert not [path for path in Path(config.cache_dir, "cross_validation").rglob("*") if path.is_file()]
     last = [load_checkpoint(Path(row["run"]) / LAST)["history"][-1]["val_top1"] for row in rows]
     best = [load_checkpoint(Path(row["run"]) / BEST) for row in rows]
-    assert [row["best_top1"] for row in rows] == [one["history"][-1]["val_top1"] for one in best]
-    assert f"top-1 {np.mean(last):.1%} ± {np.std(last, ddof=1):.1%}" in told
+    assert [row["best_top1"] for row in rows] == [content["history"][-1]["val_top1"] for content in best]
+    assert f"top-1 {np.mean(last):.1%} ± {np.std(last, ddof=1):.1%}" in output
     validated = [(results.parent / f"fold_{i}/val.txt").read_text().splitlines() for i in (1, 2, 3)]
     everything = sorted(line for lines in validated for line in lines)
     assert len(everything) == len(set(everything)) == 40
@@ -129,8 +128,8 @@ def test_a_run_for_each_fold_and_the_same_command_resumes(two_classes, capsys, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "main", stop)
-    main(config, cross_validate=3)  # all is there
-    for folds, regex in ((2, ""), (3, r"(\d)\.png$")):  # but of no other division, nor is one gone on with
+    main(config, cross_validate=3)  # all folds are finished
+    for folds, regex in ((2, ""), (3, r"(\d)\.png$")):  # another division starts new runs
         with pytest.raises(KeyboardInterrupt):
             main(config, cross_validate=folds, group_regex=regex)
     assert len(list(Path("logs/cross_validation").iterdir())) == 3

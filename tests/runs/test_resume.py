@@ -1,4 +1,4 @@
-"""utils/runs/resume.py and utils/system/folder_lock.py: which run a start goes on with, and who may write to it."""
+"""utils/runs/resume.py and utils/system/folder_lock.py: which run is resumed, and the lock on its folder."""
 
 import json
 import os
@@ -26,8 +26,8 @@ def runs() -> list[Path]:
 
 
 @pytest.fixture
-def cut_off(trained, tmp_path, monkeypatch) -> Path:
-    """A run that was cut off after the second of four epochs, with its images, in the working folder."""
+def interrupted(trained, tmp_path, monkeypatch) -> Path:
+    """A run that was interrupted after the second of four epochs, with its images, in the working folder."""
     for name in ("datasets", "logs", "model_data"):
         shutil.copytree(trained / name, tmp_path / name)
     for path in trained.glob("cls_*.txt"):
@@ -40,81 +40,82 @@ def cut_off(trained, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def untrained(monkeypatch) -> None:
-    """What a start does before its first step is all that it does."""
+    """`train.main` returns before the first step."""
 
-    def let_go(run, *_):
+    def close(run, *_):
         run.log.close()
         run._opened.lock.release()
 
-    monkeypatch.setattr(train, "train", let_go)
+    monkeypatch.setattr(train, "train", close)
     monkeypatch.setattr(train, "print_next_commands", lambda *_: None)
 
 
-def test_the_same_command_goes_on_with_an_unfinished_run(cut_off, capsys):
+def test_the_same_command_resumes_an_unfinished_run(interrupted, capsys):
     train.main(settings(**SMALL))
-    assert f"resuming {cut_off} after epoch 2" in capsys.readouterr().out
-    assert runs() == [cut_off]
-    assert load_checkpoint(cut_off / LAST)["finished"]
+    assert f"run       {interrupted} (resumed after epoch 2)\n" in capsys.readouterr().out
+    assert runs() == [interrupted]
+    assert load_checkpoint(interrupted / LAST)["finished"]
 
 
-def test_a_field_that_is_new_since_had_its_default(cut_off, untrained):
-    stored = json.loads((cut_off / "config.json").read_text())
+def test_fields_added_since_the_run_had_their_defaults(interrupted, untrained):
+    stored = json.loads((interrupted / "config.json").read_text())
     del stored["patience"]
-    (cut_off / "config.json").write_text(json.dumps(stored))
+    (interrupted / "config.json").write_text(json.dumps(stored))
     assert changed_fields(stored, settings(**SMALL)) == {}
     assert changed_fields(stored, settings(**SMALL, patience=3)) == {"patience": (0, 3)}
     assert "patience" in changed_fields({}, settings(patience=3))
     train.main(settings(**SMALL))
-    assert runs() == [cut_off]
+    assert runs() == [interrupted]
 
 
-def test_a_finished_run_is_not_gone_on_with(cut_off):
+def test_a_finished_run_is_not_resumed(interrupted):
     for _ in range(2):
         train.main(settings(**SMALL | {"unfreeze_epoch": 1}))
     assert len(runs()) == 3
 
 
 @pytest.mark.parametrize("changed", [{"seed": 5}, {"weight_decay": 0.1}, {"resume": "no"}, {"model_path": "w.pth"}])
-def test_other_settings_are_another_run(cut_off, untrained, changed, capsys):
-    shutil.copy(cut_off / LAST, "w.pth")
-    before = (cut_off / LAST).read_bytes()
+def test_other_settings_start_a_new_run(interrupted, untrained, changed, capsys):
+    shutil.copy(interrupted / LAST, "w.pth")
+    before = (interrupted / LAST).read_bytes()
     train.main(settings(**SMALL | changed))
-    told = capsys.readouterr().out
-    new = (set(runs()) - {cut_off}).pop()
-    assert f"a new run, in {new}" in told
+    output = capsys.readouterr().out
+    new = (set(runs()) - {interrupted}).pop()
+    assert f"run       {new} (new)\n" in output
     (name,) = changed
-    assert (f"{cut_off} isn't finished; it would go on with its own settings, {name}=" in told) == (name != "resume")
-    assert (cut_off / LAST).read_bytes() == before
+    message = f"{interrupted} isn't resumed: its settings differ; to resume it, set {name}="
+    assert (message in output) == (name != "resume")
+    assert (interrupted / LAST).read_bytes() == before
 
 
-def test_what_may_change_is_said(cut_off, untrained, capsys):
+def test_changes_of_resumable_fields_are_reported(interrupted, untrained, capsys):
     train.main(settings(**SMALL | {"save_every_steps": 3, "keep_periodic": 2}))
-    told = capsys.readouterr().out
-    assert "keep_periodic: 5 -> 2\nsave_every_steps: 0 -> 3\n" in told
-    assert runs() == [cut_off]
+    output = capsys.readouterr().out
+    assert "keep_periodic: 5 -> 2\nsave_every_steps: 0 -> 3\n" in output
+    assert runs() == [interrupted]
 
 
-def test_another_environment_is_reported(cut_off, untrained, capsys):
+def test_another_environment_is_reported(interrupted, untrained, capsys):
     torch.set_num_threads(2)
     try:
         train.main(settings(**SMALL))
     finally:
         torch.set_num_threads(1)
-    assert "warning: threads was 1 and is 2; the result won't be bit for bit" in capsys.readouterr().out
+    assert "warning: threads was 1 and is 2; the result won't be bit-identical" in capsys.readouterr().out
 
 
-def test_other_code_is_said(cut_off, untrained, monkeypatch, capsys):
+def test_edited_code_is_reported(interrupted, untrained, monkeypatch, capsys):
     monkeypatch.setattr("utils.runs.start.code_digest", lambda modules: "edited")
     train.main(settings(**SMALL))
-    assert " and is edited; the result won't be bit for bit" in capsys.readouterr().out
+    assert " and is edited; the result won't be bit-identical" in capsys.readouterr().out
 
 
-def lists_here() -> dict:
+def read_lists() -> dict:
     return {key: read_list(f"cls_{key}.txt", 2) for key in ("train", "val")}
 
 
 def change_images() -> None:
-    """One image more, one less, one moved, one relabelled."""
+    """Add, remove, move and relabel one image each."""
     images = read_list("cls_train.txt", 2)
     entries = [(int(images.class_ids[i]), images.name(i)) for i in range(len(images))]
     light, dark = [e for e in entries if e[0] == 1], [e for e in entries if e[0] == 0]
@@ -126,66 +127,68 @@ def change_images() -> None:
     write_list("cls_train.txt", changed)
 
 
-def test_accepted_lists_are_known_from_then_on(cut_off, monkeypatch):
-    """Though the run is cut off again before its next step."""
+def test_changed_lists_are_accepted_once(interrupted, monkeypatch):
+    """Even if the run is interrupted again before its next step."""
     change_images()
     with monkeypatch.context() as patched:
         patched.setattr(train, "train", lambda run, *_: run.close())
         train.main(settings(**SMALL, accept_changed_lists=True))
-    assert (cut_off / "train_list.txt").read_bytes() == Path("cls_train.txt").read_bytes()
+    assert (interrupted / "train_list.txt").read_bytes() == Path("cls_train.txt").read_bytes()
     train.main(settings(**SMALL))
-    assert load_checkpoint(cut_off / LAST)["finished"]
+    assert load_checkpoint(interrupted / LAST)["finished"]
 
 
-def test_a_new_run_that_comes_to_nothing_leaves_nothing(two_classes, monkeypatch, capsys):
+def test_a_run_that_fails_before_its_first_checkpoint_is_removed(two_classes, monkeypatch, capsys):
     monkeypatch.setattr(train, "start", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(settings(**SMALL))
     assert runs() == []
-    assert "is removed: the run came to nothing" in capsys.readouterr().out
+    assert "is removed: the run ended before its first checkpoint" in capsys.readouterr().out
 
 
-def test_another_runs_checkpoint_beside_its_own_is_left_alone(trained, cut_off):
+def test_checkpoints_with_other_names_are_ignored(trained, interrupted):
     (source,) = (trained / "logs").iterdir()
-    shutil.copy(source / LAST, cut_off / "from_another.pth")  # which is farther
-    path, content = load_newest(cut_off)
+    shutil.copy(source / LAST, interrupted / "from_another.pth")  # of a later epoch
+    path, content = load_newest(interrupted)
     assert (path.name, content["epoch"]) == (LAST, 2)
 
 
-def test_checkpoints_of_single_epochs_that_are_too_many_make_way_before_it_goes_on(trained, cut_off, capsys):
-    """On a disk that was full there is room for no other file."""
+def test_surplus_periodic_checkpoints_are_deleted_before_resuming(trained, interrupted, capsys):
+    """A full disk has no room for another file."""
     for epoch in (1, 2, 3):
-        shutil.copy(cut_off / LAST, cut_off / f"ep{epoch:03d}-loss0-val_loss0.pth")
-    shutil.copy(next((trained / "logs").glob("*/ep004-*")), cut_off)
-    assert load_newest(cut_off)[1]["epoch"] == 4
+        shutil.copy(interrupted / LAST, interrupted / f"ep{epoch:03d}-loss0-val_loss0.pth")
+    shutil.copy(next((trained / "logs").glob("*/ep004-*")), interrupted)
+    assert load_newest(interrupted)[1]["epoch"] == 4
     change_images()
-    with pytest.raises(ValueError, match="was begun with other lists"):
-        open_run(settings(**SMALL, keep_periodic=2), ["dark", "light"], lists_here())
-    assert len(list(cut_off.glob("ep*.pth"))) == 4
+    with pytest.raises(ValueError, match="the lists have changed"):
+        open_run(settings(**SMALL, keep_periodic=2), ["dark", "light"], read_lists())
+    assert len(list(interrupted.glob("ep*.pth"))) == 4
     annotate()
     run = open_run(settings(**SMALL, keep_periodic=2), ["dark", "light"], {})
     run.lock.release()
-    assert sorted(path.name[:5] for path in cut_off.glob("ep*.pth")) == ["ep003", "ep004"]
-    assert run.checkpoint["epoch"] == load_checkpoint(cut_off / LAST)["epoch"] == 4
+    assert sorted(path.name[:5] for path in interrupted.glob("ep*.pth")) == ["ep003", "ep004"]
+    assert run.checkpoint["epoch"] == load_checkpoint(interrupted / LAST)["epoch"] == 4
 
 
 @pytest.mark.parametrize("resume", ["auto", "folder"])
-def test_changed_lists_are_named_and_refused_unless_accepted(cut_off, capsys, resume):
+def test_changed_lists_are_refused_unless_accepted(interrupted, capsys, resume):
     change_images()
-    config = SMALL | {"resume": str(cut_off) if resume == "folder" else "auto"}
-    told = (
+    config = SMALL | {"resume": str(interrupted) if resume == "folder" else "auto"}
+    output = (
         r"cls_train\.txt: 1 added \(.*new\.png\), 1 removed \(.*\.png\), 1 moved \(.*\.png -> elsewhere/.*\.png\), "
         r"1 relabelled \(.*\.png, light -> dark\)"
     )
-    with pytest.raises(ValueError, match=rf"was begun with other lists than there are now\. {told}.*resume=no"):
+    with pytest.raises(
+        ValueError, match=rf"^resume=.*the lists have changed since the run started: {output}.*resume=no"
+    ):
         train.main(settings(**config))
-    assert load_checkpoint(cut_off / LAST)["epoch"] == 2
+    assert load_checkpoint(interrupted / LAST)["epoch"] == 2
     train.main(settings(**config, accept_changed_lists=True))
-    assert "warning: the lists have changed since the run began" in capsys.readouterr().out
-    assert load_checkpoint(cut_off / LAST)["finished"]
+    assert "warning: the lists have changed since the run started" in capsys.readouterr().out
+    assert load_checkpoint(interrupted / LAST)["finished"]
 
 
-def test_other_classes_are_another_run(cut_off, untrained):
+def test_other_classes_start_a_new_run(interrupted, untrained):
     for name in ("dark", "light"):
         for split in ("train", "test"):
             Path("datasets", split, name).rename(Path("datasets", split, f"{name} ones"))
@@ -195,48 +198,48 @@ def test_other_classes_are_another_run(cut_off, untrained):
     assert len(runs()) == 2
 
 
-def test_lists_in_another_order_are_said_to_be():
+def test_lists_in_another_order_are_reported():
     one, other = (list_in_memory([(0, "a.png"), (1, "b.png")][::step]) for step in (1, -1))
     assert compare_lists(one, other, ["x", "y"]) == "the same images in another order or notation"
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_in_its_folder(cut_off):
-    made_at_once = {"config.json", "train_list.txt", "val_list.txt", folder_lock.LOCK_FILE}
-    for path in cut_off.iterdir():
-        if path.name not in made_at_once and not path.name.startswith("events."):
+def test_a_run_killed_before_its_first_checkpoint_restarts_in_its_folder(interrupted):
+    initial = {"config.json", "train_list.txt", "val_list.txt", folder_lock.LOCK_FILE}
+    for path in interrupted.iterdir():
+        if path.name not in initial and not path.name.startswith("events."):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     train.main(settings(**SMALL))
-    assert runs() == [cut_off]
-    assert load_checkpoint(cut_off / LAST)["finished"]
+    assert runs() == [interrupted]
+    assert load_checkpoint(interrupted / LAST)["finished"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_whose_checkpoints_were_put_away_is_left_alone(cut_off, untrained, monkeypatch, capsys, fails):
-    """Its curves and its report are all that is left here; they are neither replaced nor removed."""
-    for path in cut_off.glob("*.pth"):
+def test_a_run_without_its_checkpoints_is_unchanged(interrupted, untrained, monkeypatch, capsys, fails):
+    """Its curves and its report are neither replaced nor removed."""
+    for path in interrupted.glob("*.pth"):
         path.unlink()
-    (cut_off / "report.html").write_text("kept")
+    (interrupted / "report.html").write_text("kept")
 
-    def kept() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in cut_off.glob("*.*") if path.name != folder_lock.LOCK_FILE}
+    def contents() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in interrupted.glob("*.*") if path.name != folder_lock.LOCK_FILE}
 
-    before = kept()
+    before = contents()
     if fails:
         monkeypatch.setattr("utils.modeling.build.build_model", lambda **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.main(settings(**SMALL))
-        assert runs() == [cut_off]
+        assert runs() == [interrupted]
     else:
         train.main(settings(**SMALL))
         assert len(runs()) == 2
-    assert "has no whole checkpoint" in capsys.readouterr().out
-    assert kept() == before
+    assert "it has no intact checkpoint" in capsys.readouterr().out
+    assert contents() == before
 
 
-@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="no such links here")
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs O_NOFOLLOW")
 @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
-def test_a_lock_that_leads_elsewhere_harms_nothing(here, link):
-    """A folder from elsewhere may hold anything under any name, and every start looks for strays in `logs/`."""
+def test_a_lock_file_that_is_a_link_is_refused(here, link):
+    """A downloaded folder may contain one, and every start cleans up `logs/`."""
     Path("thesis.txt").write_text("years of work")
     Path("logs/gift").mkdir(parents=True)
     link(Path("logs/gift", folder_lock.LOCK_FILE), here / "thesis.txt")
@@ -246,47 +249,57 @@ def test_a_lock_that_leads_elsewhere_harms_nothing(here, link):
     assert Path("thesis.txt").read_text() == "years of work"
 
 
-def test_a_file_of_ones_own_is_no_lock(here):
+def test_a_lock_file_of_the_users_own_is_refused(here):
     Path(folder_lock.LOCK_FILE).write_text("my notes")
     with pytest.raises(OSError, match="a file of your own"):
         FolderLock(here)
     assert Path(folder_lock.LOCK_FILE).read_text() == "my notes"
 
 
-def test_a_start_that_fails_gives_the_folder_back(cut_off, monkeypatch):
-    """To another process: within one, such locks don't keep each other out."""
+def lock_in_other_process(folder: Path) -> subprocess.Popen:
+    """A process that locks `folder`, prints "locked" and waits."""
+    program = (
+        "import sys, time; from pathlib import Path; from utils.system.folder_lock import FolderLock; "
+        "FolderLock(Path(sys.argv[1])); print('locked', flush=True); time.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
+    command = [sys.executable, "-c", program, str(folder)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_failed_start_releases_the_folder(interrupted, monkeypatch):
+    """Tested from another process: POSIX locks don't exclude each other within one."""
     monkeypatch.setattr("utils.modeling.build.build_model", lambda **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(settings(**SMALL))
-    program = (
-        f"from pathlib import Path; from utils.system.folder_lock import FolderLock; FolderLock(Path({str(cut_off)!r}))"
-    )
-    root = Path(train.__file__).parent
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(root)}, check=True)
-    assert (cut_off / LAST).is_file()
+    other = lock_in_other_process(interrupted)
+    assert other.stdout.readline() == "locked\n"
+    other.kill()
+    other.wait()
+    assert (interrupted / LAST).is_file()
 
 
-def test_what_killed_runs_left_is_removed(cut_off, untrained, capsys):
-    (cut_off / f"{LAST}.0badcafe.partial").write_text("half")
-    Path("logs/not begun").mkdir()
-    Path("logs/not begun/in_use_by.txt").touch()
+def test_leftovers_of_killed_runs_are_removed(interrupted, untrained, capsys):
+    (interrupted / f"{LAST}.0badcafe.partial").write_text("half")
+    Path("logs/not started").mkdir()
+    Path("logs/not started/in_use_by.txt").touch()
     train.main(settings(**SMALL))
-    assert f"{LAST}.0badcafe.partial, left half-written" in capsys.readouterr().out
-    assert runs() == [cut_off]
-    assert not list(cut_off.glob("*.partial"))
+    assert f"{LAST}.0badcafe.partial is deleted" in capsys.readouterr().out
+    assert runs() == [interrupted]
+    assert not list(interrupted.glob("*.partial"))
 
 
-def test_the_damage_of_all_checkpoints_begins_a_new_run(cut_off, untrained, capsys):
-    (cut_off / LAST).write_bytes(b"")
+def test_a_new_run_starts_if_all_checkpoints_are_damaged(interrupted, untrained, capsys):
+    (interrupted / LAST).write_bytes(b"")
     train.main(settings(**SMALL))
-    assert f"{cut_off / LAST} can't be opened" in capsys.readouterr().out
+    assert f"{interrupted / LAST} can't be opened" in capsys.readouterr().out
     assert len(runs()) == 2
 
 
-def test_resuming_what_is_no_run(here):
+def test_resume_requires_a_run(here):
     Path("logs/run").mkdir(parents=True)
     for resume in ("logs/run", "logs/none"):
-        with pytest.raises(FileNotFoundError, match="there is no run; give its folder, auto or no"):
+        with pytest.raises(FileNotFoundError, match="there is no run; give the folder of a run, auto or no"):
             open_run(settings(resume=resume), ["a", "b"], {})
 
 
@@ -296,17 +309,9 @@ def test_only_the_newest_periodic_checkpoints_are_kept(two_classes):
     assert sorted(path.name[:5] for path in run.glob("ep*.pth")) == ["ep003", "ep004"]
 
 
-def test_a_lock_dies_with_its_process_but_not_before(here):
-    program = (
-        "import time; from pathlib import Path; from utils.system.folder_lock import FolderLock; "
-        "FolderLock(Path('.')); "
-        "print('ok', flush=True); time.sleep(60)"
-    )
-    root = Path(train.__file__).parent
-    holder = subprocess.Popen(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "ok\n"
+def test_a_lock_ends_with_its_process(here):
+    holder = lock_in_other_process(here)
+    assert holder.stdout.readline() == "locked\n"
     with pytest.raises(InUse, match=rf"is being written by process {holder.pid} on "):
         FolderLock(here)
     holder.kill()
@@ -315,13 +320,13 @@ def test_a_lock_dies_with_its_process_but_not_before(here):
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_killed_before_the_last_of_all_saves(trained, cut_off, rounds):
-    """The max_distance checkpoint becomes the last: the run is at its end, and the next start begins another."""
+def test_a_run_killed_before_its_final_save(trained, interrupted, rounds):
+    """The newest checkpoint becomes the last: the run is finished, and the next start is of a new one."""
     (source,) = (trained / "logs").iterdir()
-    for farther in (*source.glob("ep004-*"), source / BEST):
-        shutil.copy(farther, cut_off)
+    for newer in (*source.glob("ep004-*"), source / BEST):
+        shutil.copy(newer, interrupted)
     for _ in range(rounds):
         train.main(settings(**SMALL))
-    last = load_checkpoint(cut_off / LAST)
+    last = load_checkpoint(interrupted / LAST)
     assert last["finished"] and last["step"] == 22
     assert len(runs()) == rounds

@@ -1,4 +1,4 @@
-"""utils/system/digests.py: what was made from other things isn't taken for what these make."""
+"""utils/system/digests.py: any change of an input or of the code changes the digest."""
 
 import shutil
 from pathlib import Path
@@ -9,15 +9,15 @@ from utils.system import digests
 from utils.system.digests import IMAGE_CODE, TRAINING_CODE, code_digest, digest
 
 
-def test_parts_are_told_apart():
+def test_digest_depends_on_content_order_and_boundaries_of_parts():
     assert len({digest(parts) for parts in (["a", "b"], ["ab"], [b"a", "c"], ["b", "a"], [])}) == 5
 
 
 @pytest.mark.parametrize("packages", [IMAGE_CODE, TRAINING_CODE])
-def test_an_edit_of_any_module_counts_and_of_no_other(tmp_path, monkeypatch, packages):
+def test_code_digest_changes_with_exactly_the_modules_of_its_packages(tmp_path, monkeypatch, packages):
     for folder in ("nets", "utils"):
         shutil.copytree(digests.PROJECT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    compute = code_digest.__wrapped__  # not what was remembered
+    compute = code_digest.__wrapped__  # without the cache
     before = compute(packages)
     monkeypatch.setattr(digests, "PROJECT", tmp_path)
     assert compute(packages) == before

@@ -1,4 +1,4 @@
-"""utils/system/files.py: whole or not at all."""
+"""utils/system/files.py: atomic writes."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(here):
     assert Path("a").read_text() == "old"
 
 
-def test_the_name_is_the_old_file_until_the_new_one_is_whole(here):
+def test_the_old_file_is_replaced_at_the_end(here):
     Path("a").write_text("old")
     with write_whole(Path("a")) as file:
         file.write(b"new")
@@ -32,20 +32,18 @@ def test_the_name_is_the_old_file_until_the_new_one_is_whole(here):
     assert os.listdir() == ["a"]
 
 
-def test_bytes_then_name_then_folder_go_to_the_disk(here, monkeypatch):
+def test_file_rename_and_folder_are_flushed_in_order(here, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
     kinds = {0o100000: "file", 0o040000: "folder"}
     monkeypatch.setattr(os, "fsync", lambda fd: (order.append(kinds[os.fstat(fd).st_mode & 0o170000]), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("name"), replace(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("rename"), replace(a, b)))
     with write_whole(Path("a")) as file:
         file.write(b"x")
-    assert order == ["file", "name", "folder"]
+    assert order == ["file", "rename", "folder"]
 
 
-def test_windows_is_asked_again(here, monkeypatch):
-    """Where a reader keeps a file from being replaced for a moment, or for good."""
-
+def test_rename_is_retried_on_windows(here, monkeypatch):
     class Windows:
         name = "nt"
         attempts = 0
@@ -67,7 +65,7 @@ def test_windows_is_asked_again(here, monkeypatch):
     assert files.os.attempts == -6
 
 
-def test_others_may_read_it_as_the_umask_says(here):
+def test_permissions_follow_the_umask(here):
     before = os.umask(0o022)
     try:
         with write_whole(Path("a")) as file:
@@ -78,7 +76,7 @@ def test_others_may_read_it_as_the_umask_says(here):
 
 
 @pytest.mark.parametrize(("number", "written"), [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EIO, False)])
-def test_folders_that_a_mount_cannot_flush_are_written_to(here, monkeypatch, number, written):
+def test_mounts_that_do_not_support_flushing_a_folder(here, monkeypatch, number, written):
     fsync = os.fsync
 
     def refuse(descriptor: int) -> None:

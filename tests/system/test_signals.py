@@ -1,4 +1,4 @@
-"""utils/system/signals.py: signals between two steps, never inside one."""
+"""utils/system/signals.py: signals are deferred to the end of a step."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from utils.system.signals import SIGNALS, Stopped, defer_signals, handle_stop_si
 
 
 @contextlib.contextmanager
-def heard(number):
-    """A signal that isn't ignored, also where the tests themselves run under nohup."""
+def default_handler(number):
+    """Reset a signal that may be ignored because the tests run under nohup."""
     before = signal.signal(number, signal.SIG_DFL)
     try:
         yield
@@ -22,40 +22,40 @@ def heard(number):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_it_waits_for_the_end_of_what_is_held(number, capfd):
+def test_a_signal_is_raised_at_the_end_of_the_outer_context(number, capfd):
     done = []
-    with heard(number), handle_stop_signals(), pytest.raises(Stopped) as stopped:
+    with default_handler(number), handle_stop_signals(), pytest.raises(Stopped) as stopped:
         with defer_signals():
             with defer_signals():
                 os.kill(os.getpid(), number)
                 done.append("inner")
             done.append("outer")
-        done.append("never")
+        done.append("unreachable")
     assert done == ["inner", "outer"]
     assert stopped.value.status == 128 + number
-    assert "stopping after this step; once more to leave at once" in capfd.readouterr().err
+    assert "stopping after this step; a second signal exits at once" in capfd.readouterr().err
 
 
-def test_outside_it_comes_at_once():
+def test_outside_the_context_a_signal_is_raised_at_once():
     with handle_stop_signals(), pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
 
 
-def test_an_error_inside_comes_first():
+def test_an_error_in_the_context_takes_precedence():
     with handle_stop_signals(), pytest.raises(ZeroDivisionError), defer_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         1 / 0  # noqa: B018
 
 
-def test_the_handlers_are_given_back():
+def test_the_previous_handlers_are_restored():
     before = [signal.getsignal(number) for number in SIGNALS]
     with handle_stop_signals():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_under_nohup_a_closed_terminal_stops_nothing():
+def test_sighup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with handle_stop_signals():
@@ -64,8 +64,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_nothing_is_handled_in_another_thread():
-    """A notebook's or a server's, where Python can't."""
+def test_other_threads_install_no_handlers():
     done = []
 
     def work():
@@ -79,7 +78,7 @@ def test_nothing_is_handled_in_another_thread():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_one_that_a_destructor_swallowed_comes_again():
+def test_a_signal_swallowed_by_a_destructor_is_raised_later():
     class Swallower:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)

@@ -46,11 +46,19 @@ class Known(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A value that the program chose for a field, and why."""
+    """A value that the program chose for a field, and why.
+
+    Attributes:
+        field: its name.
+        value: what was chosen.
+        reason: why.
+        final: whether it holds whatever a person has set, as of a rate that the network doesn't have.
+    """
 
     field: str
     value: Any
     reason: str
+    final: bool = False
 
 
 def choose(config: TrainConfig, known: Known) -> list[Choice]:

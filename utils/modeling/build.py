@@ -79,7 +79,8 @@ def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str
     rates = {rate: getattr(config, rate) for rate in DROP_RATES}
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_model(**(resumed["model"] if resumed else arguments), **rates)
-    choices += [Choice(rate, 0.0, f"{config.backbone} doesn't have it") for rate in model.ignored_rates if rates[rate]]
+    reason = f"{config.backbone} doesn't have it"
+    choices += [Choice(rate, 0.0, reason, final=True) for rate in model.ignored_rates if rates[rate]]
     if resumed:
         model.load_state_dict(resumed["weights_in_training"] or resumed["weights"])
         return BuiltNetwork(resolved, model, resumed["origin"], choices)

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, every byte under a checksum, opened without running anything in them."""
+"""Checkpoints: written atomically, with a checksum, and opened without executing code from the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ FORMAT_VERSION = 4
 LAST = "last_epoch_weights.pth"
 BEST = "best_epoch_weights.pth"
 PERIODIC = re.compile(r"ep(\d+)-loss.*\.pth")
-MODEL_KEYS: dict[str, type] = {
+KEYS: dict[str, type] = {
+    # the classifier
     "format_version": int,
     "model": dict,
     "weights": dict,
@@ -26,8 +27,7 @@ MODEL_KEYS: dict[str, type] = {
     "config": dict,
     "calibration": dict,
     "origin": dict,
-}
-TRAINING_KEYS: dict[str, type] = {
+    # the training state
     "weights_in_training": dict,
     "optimizer": dict,
     "scaler": dict,
@@ -42,21 +42,18 @@ TRAINING_KEYS: dict[str, type] = {
     "lists": dict,
     "environment": dict,
 }
-KEYS = MODEL_KEYS | TRAINING_KEYS
-"""What a checkpoint holds: what the network is and what goes with it, and how far its training has come."""
+"""The keys of a checkpoint, and the types of their values."""
 
 
 class SaveError(OSError):
-    """A checkpoint couldn't be written; those from before are as they were."""
+    """A checkpoint can't be written; earlier ones are intact."""
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content`, plain types and tensors under the names in `KEYS`, to `path`, with a checksum of every byte.
-
-    See `utils.system.files.write_whole`: `path` is the old file or the new one, never a part of it.
+    """Write `content`, plain types and tensors by the names in `KEYS`, to `path` atomically, with a checksum.
 
     Raises:
-        SaveError: the disk is full, or doesn't let itself be written.
+        SaveError: the disk is full or can't be written to; `path` is unchanged.
     """
     assert content.keys() | {"format_version"} == KEYS.keys(), content.keys() ^ KEYS.keys()
     path = Path(path)
@@ -69,28 +66,28 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         if cause is None:
             raise
         raise SaveError(
-            f"{path} can't be written ({cause.strerror}). It takes {format_bytes(count_bytes(content))}, and "
-            f"{format_bytes(free_bytes(path.parent))} are free; what was saved before is untouched. Make room, or "
-            f"lower keep_periodic, and go on with the run"
+            f"{path} can't be written ({cause.strerror}): it takes {format_bytes(count_bytes(content))}, "
+            f"{format_bytes(free_bytes(path.parent))} are free, and earlier checkpoints are intact; free some space "
+            f"or lower keep_periodic, then resume the run"
         ) from error
 
 
 class Progress(NamedTuple):
-    """How far a checkpoint says it is, without being opened: its steps, and whether its run is finished."""
+    """The progress of a run according to the note at the end of a checkpoint file."""
 
     step: int
     finished: bool
 
 
 def read_progress(path: Path) -> Progress | None:
-    """What a checkpoint's note says, unchecked; None if there is none."""
+    """The note of a checkpoint, without verifying its checksum; None if there is none."""
     note = read_note(path) or {}
     step, finished = note.get("step"), note.get("finished")
     return Progress(step, finished) if type(step) is int and type(finished) is bool else None
 
 
 def count_bytes(content: Any) -> int:
-    """Bytes of all tensors in nested dicts and lists."""
+    """The size in bytes of all tensors in nested dicts and lists."""
     if isinstance(content, Tensor):
         return content.nbytes
     if isinstance(content, dict | list | tuple):
@@ -99,26 +96,26 @@ def count_bytes(content: Any) -> int:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind `error`: torch's writer raises one of its own on top."""
+    """The OSError behind `error`, which torch's writer replaces by an error of its own."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing in the file is executed.
+    """Read a checkpoint onto the CPU, without executing code from the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, can't be opened, or isn't one of Thaw's checkpoints of this version.
+        ValueError: it is damaged, or isn't a checkpoint of this version of Thaw.
     """
     content = open_safely(path)
     if not isinstance(content, dict) or "format_version" not in content:
-        raise ValueError(f"{path} is none of Thaw's checkpoints; plain weights go into model_path of train.py")
+        raise ValueError(f"{path} isn't a checkpoint of Thaw; to train from plain weights, set model_path in train.py")
     if content["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has checkpoint format {content['format_version']}, this is for {FORMAT_VERSION}: use the version "
-            f"of Thaw that wrote it"
+            f"{path} has checkpoint format {content['format_version']}, this version of Thaw reads {FORMAT_VERSION}; "
+            f"use the version that wrote it"
         )
     if "arithmetic" in content:  # its name in earlier versions
         content["environment"] = content.pop("arithmetic")
@@ -126,29 +123,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{path} can't be used: it lacks {', '.join(sorted(wrong))}")
     if not has_checksum(Path(path)):
-        raise ValueError(f"{path} is damaged: it doesn't end with a checksum, so it was cut off or changed")
+        raise ValueError(f"{path} is damaged: its checksum is missing, so it was cut off or changed")
     return content
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint in a run's folder that is newest and whole, of those that the run wrote; None if there is
-    none. What is wrong with those that claim to be farther is printed."""
+    """The newest intact checkpoint that a run wrote to its folder, as path and content; None if there is none. Damaged
+    ones are reported."""
 
     def steps(path: Path) -> tuple[float, bool]:
         progress = read_progress(path)
         return progress.step if progress else float("inf"), path.name == LAST
 
-    own = [path for path in folder.glob("*.pth") if path.name in (LAST, BEST) or PERIODIC.fullmatch(path.name)]
-    for path in sorted(own, key=steps, reverse=True):
+    files = [path for path in folder.glob("*.pth") if path.name in (LAST, BEST) or PERIODIC.fullmatch(path.name)]
+    for path in sorted(files, key=steps, reverse=True):
         try:
             return path, load_checkpoint(path)
         except (ValueError, OSError) as error:
-            print(f"warning: {error}; looking for the newest one before it")
+            print(f"warning: {error}; the next older checkpoint is tried")
     return None
 
 
 def prune_periodic(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` of the checkpoints of single epochs, if the last one is seen to be whole."""
+    """Delete all but the newest `keep` periodic checkpoints, unless the last checkpoint is damaged."""
     periodic = {path: int(match[1]) for path in folder.glob("ep*.pth") if (match := PERIODIC.fullmatch(path.name))}
     surplus = sorted(periodic, key=periodic.get)[: max(0, len(periodic) - keep)]
     if not surplus:
@@ -156,15 +153,15 @@ def prune_periodic(folder: Path, keep: int) -> None:
     try:
         verify_checksum(folder / LAST)
     except (OSError, ValueError) as error:
-        print(f"warning: {error}; no other checkpoint is deleted")
+        print(f"warning: {error}; periodic checkpoints are not deleted")
         return
     for path in surplus:
-        try_unlink(path, "it is tried again after the next epoch")
+        try_unlink(path, "the next attempt is after the next epoch")
 
 
 def find_checkpoint(path: str, name: str = BEST) -> Path:
-    """The checkpoint that `path` means: a file itself, in a run's folder the one called `name`, in a folder of runs, as
-    `save_dir` is, that of the newest; if empty, of the newest in `logs`.
+    """The checkpoint that `path` selects: a file itself, the one called `name` in a run folder, or that of the newest
+    run in a folder of runs (`logs` if `path` is empty).
 
     Raises:
         FileNotFoundError: there is none.

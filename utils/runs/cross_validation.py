@@ -1,4 +1,4 @@
-"""Cross-validation: a run for each fold, which is validated on images that the other runs train on."""
+"""Cross-validation: one run per fold, validated on images that the other runs train on."""
 
 from __future__ import annotations
 
@@ -28,42 +28,36 @@ RESULTS = "cross_validation.json"
 
 @dataclass(frozen=True)
 class Fold:
-    """One part of the images, on which one run is validated.
-
-    Attributes:
-        title: which one it is, and its size.
-        folder: of its lists and its run.
-        config: the settings of its run.
-    """
+    """A fold: a folder with lists and a run, and the settings of the run."""
 
     title: str
     folder: Path
     config: TrainConfig
 
     def find_run(self) -> Path | None:
-        """The folder of its finished run; None: there is none, or a new one is asked for."""
+        """The folder of its finished run; None if there is none."""
         return next(find_runs(self.config, finished=True), None)
 
     def clear_cache(self) -> None:
-        """Delete the cached features of its lists, which no other run has."""
+        """Delete the cached features of its lists, which no other run can use."""
         shutil.rmtree(self.config.cache_dir, ignore_errors=True)
 
 
 def make_folds(config: TrainConfig, data: Data, num_folds: int, group_regex: str) -> list[Fold]:
-    """Divide the training and validation images into folds, and write their lists. Each division has a folder of its
-    own, so that the same command resumes.
+    """Divide the training and validation images into folds, and write their lists. Every division has a separate
+    folder, and the same command resumes.
 
     Args:
         config: the settings of each run.
-        data: the lists that are joined and divided.
+        data: the lists to join and divide.
         num_folds: 2 or more.
-        group_regex: as for txt_annotation.py: images of one patient, video or burst stay in one fold.
+        group_regex: as for txt_annotation.py; images of one patient, video or burst stay in one fold.
 
     Raises:
-        ValueError: there are too few images, or groups of them, for so many folds; or `resume` is a run.
+        ValueError: there are too few images or groups; or `resume` is a run.
     """
     if config.resume not in ("auto", "no"):
-        raise ValueError(f"resume={config.resume!r}: it is one run, cross_validate makes several; give auto or no")
+        raise ValueError(f"resume={config.resume!r}: it is one run, but cross_validate starts several; give auto or no")
     images = join_lists(data)
     fold_of = assign_folds(images, num_folds, config, group_regex)
     division = digest([*data.class_names, images.buffer.tobytes(), fold_of.tobytes()])[:8]

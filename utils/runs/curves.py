@@ -1,4 +1,4 @@
-"""The curves of a run."""
+"""Training curves."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ CURVES = {
     "loss": {"loss": "training", "val_loss": "validation", "val_calibrated_loss": "validation, calibrated"},
     "top-1": {"top1": "training", "val_top1": "validation"},
 }
-"""What `plot_losses` shows on the left and on the right: columns of the history, and what they are called."""
+"""The plots by title: columns of the history, and their labels."""
 
 
 def plot_losses(history: Sequence[Row]) -> Figure:
-    """The curves of training and validation loss, of the calibrated one, which decides, and of accuracy."""
+    """A figure of the losses and the accuracy by epoch."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
     for axes, (title, curves) in zip(figure.subplots(1, 2), CURVES.items(), strict=True):

@@ -1,4 +1,4 @@
-"""A run's folder: made, kept to one writer, tidied up after runs that were killed."""
+"""Run folders: creation, lock, cleanup after killed runs."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from utils.system.folder_lock import LOCK_FILE, FolderLock, InUse
 
 CONFIG_FILE = "config.json"
 ASKED_FILE = "asked.json"
-"""The settings before a recipe chose what they left open."""
+"""The settings before the recipe filled unset fields."""
 EVENTS = "events.out.tfevents."
-"""What the names of TensorBoard's files begin with."""
+"""Prefix of TensorBoard's file names."""
 LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
 METRICS_FOLDER = Path("metrics_out")
-"""Folder for what eval.py finds of a checkpoint that lies in no run's."""
+"""Where eval.py writes results for a checkpoint outside a run folder."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, which nobody else writes to.
+    """A locked run folder.
 
     Attributes:
         path: the folder.
-        lock: to be released at the end.
-        checkpoint: what the run goes on from; None: it is at its beginning.
+        lock: the lock of this process on it.
+        checkpoint: the state to resume from; None: there is none yet.
     """
 
     path: Path
@@ -40,18 +40,16 @@ class RunFolder:
     checkpoint: dict[str, Any] | None
 
     def discard_if_new(self) -> None:
-        """Let others write to the folder. One of a run that came to nothing is removed; one that goes on, or has been
-        saved, stays as it is."""
+        """Release the folder, and remove it if it has no checkpoint."""
         self.lock.release()
         if self.checkpoint is None and has_no_checkpoint(self.path):
             shutil.rmtree(self.path)
-            print(f"{self.path} is removed: the run came to nothing that could be saved")
+            print(f"{self.path} is removed: the run ended before its first checkpoint")
 
 
 def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
-    """A new run, whose settings and lists are on the disk before anything else."""
+    """The folder of a new run, with its settings and lists."""
     path = new_run_folder(config.save_dir)
-    print(f"a new run, in {path}")
     lock = FolderLock(path)
     write_lists(path, lists)
     if asked.recipe == "auto":
@@ -61,12 +59,12 @@ def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[st
 
 
 def is_run(folder: Path) -> bool:
-    """Whether training made it."""
+    """Whether `folder` was created by a run."""
     return all((folder / name).is_file() for name in (CONFIG_FILE, *LIST_FILES.values()))
 
 
 def results_folder(checkpoint: Path) -> Path:
-    """Where eval.py's findings of a checkpoint go, unless told."""
+    """The default output folder of eval.py for a checkpoint."""
     return checkpoint.parent if is_run(checkpoint.parent) else METRICS_FOLDER
 
 
@@ -76,7 +74,7 @@ def write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:
 
 
 def new_run_folder(save_dir: str | Path) -> Path:
-    """Make a folder in `save_dir`, named after the time."""
+    """Create a folder in `save_dir`, named by the current time."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 1000))):
         try:
@@ -84,42 +82,40 @@ def new_run_folder(save_dir: str | Path) -> Path:
         except FileExistsError:
             continue
         return Path(save_dir, name)
-    raise FileExistsError(f"{save_dir} has a thousand runs of {stamp}")
+    raise FileExistsError(f"save_dir={str(save_dir)!r}: it has a thousand runs of {stamp}; set another save_dir")
 
 
 def remove_leftovers(save_dir: Path) -> None:
-    """Delete what killed runs left half-written: files, and folders that a run hadn't yet begun in."""
-    half_written = {stray.parent for stray in save_dir.glob(f"*/*{PARTIAL}") if (stray.parent / LOCK_FILE).exists()}
-    never_started = {
-        file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()
-    }
-    for folder in half_written | never_started:
+    """Delete partial files of killed runs, and folders of runs that were killed before their settings were written."""
+    partial = {file.parent for file in save_dir.glob(f"*/*{PARTIAL}") if (file.parent / LOCK_FILE).exists()}
+    empty = {file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()}
+    for folder in partial | empty:
         try:
             lock = FolderLock(folder)
-        except (InUse, OSError):  # it is written to, or belongs to somebody else
+        except (InUse, OSError):  # a running process, or a lock file that isn't Thaw's
             continue
-        for stray in folder.glob(f"*{PARTIAL}"):
-            print(f"{stray}, left half-written by a run that was cut off, is deleted")
-            stray.unlink(missing_ok=True)
-        stray = folder in never_started and has_no_checkpoint(folder)
-        if stray and os.name == "posix":
+        for file in folder.glob(f"*{PARTIAL}"):
+            print(f"{file} is deleted: a killed run left it incomplete")
+            file.unlink(missing_ok=True)
+        removable = folder in empty and has_no_checkpoint(folder)
+        if removable and os.name == "posix":
             shutil.rmtree(folder)
         lock.release()
-        if stray and os.name != "posix":  # Windows deletes no file that is open
+        if removable and os.name != "posix":  # Windows doesn't delete open files
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def has_no_checkpoint(folder: Path) -> bool:
-    """Whether there is nothing in a run's folder but what a run makes before its first checkpoint."""
-    made = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, *LIST_FILES.values()}
+    """Whether a run folder contains only what a run writes before its first checkpoint."""
+    initial = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, *LIST_FILES.values()}
     return all(
-        path.name in made or path.name.startswith(EVENTS) or path.name.endswith(PARTIAL) for path in folder.iterdir()
+        path.name in initial or path.name.startswith(EVENTS) or path.name.endswith(PARTIAL) for path in folder.iterdir()
     )
 
 
 def read_run_list(checkpoint: Path, config: Mapping[str, Any], class_names: list[str], key: str) -> ImageList | None:
-    """The training or validation list ("train" or "val") that a checkpoint's run began with, as its folder has it; None
-    if it hasn't. `config` is the run's, which tells what relative paths start from."""
+    """The copy of a list ("train" or "val") in the run folder of a checkpoint; None if there is none. Relative paths in
+    it start from the folder of the original list in `config`."""
     copy = checkpoint.with_name(LIST_FILES[key])
     if not copy.is_file():
         return None

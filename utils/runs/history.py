@@ -1,4 +1,4 @@
-"""The numbers of each finished epoch."""
+"""The results of finished epochs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Mapping
 
 Row = dict[str, float]
 """One epoch: epoch (from 1), step (optimizer steps so far), loss, top1, val_loss, val_top1, val_calibrated_loss (after
-temperature scaling), val_calibrated_loss_error (its standard error), learning_rate, skipped (steps), seconds, and time
-(at its end, in seconds since 1970)."""
+temperature scaling), val_calibrated_loss_error (its standard error), learning_rate, skipped (steps), seconds, time (its
+end, Unix time)."""
 
 
 def format_row(row: Mapping[str, float], epochs: int, is_best: bool) -> str:
-    """An epoch's numbers as a line."""
+    """One line for an epoch."""
     skipped = f"; {row['skipped']} steps skipped" if row["skipped"] else ""
     return (
         f"epoch {row['epoch']}/{epochs}: loss {row['loss']:.3f}, top-1 {row['top1']:.1%}; validation loss "
         f"{row['val_loss']:.3f}, calibrated {row['val_calibrated_loss']:.3f}, top-1 {row['val_top1']:.1%}; "
-        f"{row['seconds']:.1f} s{skipped}"
-        f"{' (best so far)' if is_best else ''}"
+        f"{row['seconds']:.1f} s{skipped}{' (best so far)' if is_best else ''}"
     )

@@ -16,23 +16,18 @@ from utils.system.files import try_unlink
 
 EPOCHS = "epochs.csv"
 DRAW_EVERY = 10.0
-"""Seconds between two drawings of the curve, at least: one takes a fraction of a second, as long as an epoch on a
-GPU."""
+"""Minimum number of seconds between two plots: plotting may take as long as a short epoch."""
 
 
 class RunLog:
-    """The log of a run in its folder: TensorBoard events, the losses as tables, and their curve.
+    """The log of a run in its folder: TensorBoard events, the losses as tables, and a plot.
 
-    Everything is made from the history, after each epoch (the curve less often, if epochs are short) and again when the
-    run is resumed: there are no gaps and no duplicate points. A log that can't be written is reported; the run goes on.
-
-    Args:
-        folder: the run's folder.
-        history: the epochs so far.
+    Everything is rewritten from `history`, the epochs so far, when a run is resumed, so there are no gaps and no
+    duplicate points. A log that can't be written causes a warning only.
     """
 
     def __init__(self, folder: Path, history: Sequence[Row]) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # not needed by the processes that load images
+        from torch.utils.tensorboard import SummaryWriter  # not needed by DataLoader workers
 
         self.folder = folder
         older = list(folder.glob(f"{EVENTS}*"))
@@ -41,7 +36,7 @@ class RunLog:
             self._add_scalars(row)
         self.writer.flush()
         for path in older:
-            try_unlink(path, "its curves are shown twice")
+            try_unlink(path, "TensorBoard shows its curves twice")
         self._undrawn = history
         self._drawn_at = time.monotonic()
 
@@ -57,16 +52,16 @@ class RunLog:
             print(f"warning: the log in {self.folder} can't be written ({error.strerror})")
 
     def log_images(self, network: nn.Module, pixels: Tensor) -> None:
-        """Log some training images (B, 3, height, width) uint8, and the graph of `network`."""
+        """Log training images (B, 3, height, width) uint8, and the graph of `network`."""
         try:
             self._try(lambda: self._add_images(network, pixels))
         except RuntimeError as error:
-            print(f"warning: TensorBoard gets no graph of the network, torch can't trace it ({error!s:.80})")
+            print(f"warning: the graph of the network isn't logged, torch can't trace it ({error!s:.80})")
 
     def _add_images(self, network: nn.Module, pixels: Tensor) -> None:
         self.writer.add_images("train/augmented", pixels[:16], 0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing warns of every shape that Python looks at
+            warnings.simplefilter("ignore")  # tracing warns of every shape used in Python code
             self.writer.add_graph(network.eval(), pixels[:1].to(next(network.parameters()).device))
 
     def log_epoch(self, history: Sequence[Row]) -> None:

@@ -1,4 +1,4 @@
-"""Which run a start goes on with: the newest unfinished one of the same settings, a given one, or a new one."""
+"""Which run a start resumes: the newest unfinished one with the same settings, a given one, or none."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from utils.system.folder_lock import FolderLock
 def open_run(
     config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList], asked: TrainConfig | None = None
 ) -> RunFolder:
-    """The folder of the run that `config.resume` means, and what is said of it.
+    """The locked folder of the run that `config.resume` selects, with the checkpoint to resume from.
 
     Args:
         config: the settings.
         class_names: name of each class id.
         lists: by the keys of `LIST_FILES`.
-        asked: the settings before a recipe chose among them.
+        asked: the settings before the recipe filled unset fields.
 
     Raises:
         FileNotFoundError: there is no such run.
-        ValueError: it has other settings, classes or lists, or none of its checkpoints is whole.
+        ValueError: it has other settings, classes or lists, or no intact checkpoint.
         InUse: another process writes to it.
         SaveError: `save_dir` can't be written to.
     """
@@ -47,8 +47,8 @@ def open_run(
         raise
     except OSError as error:
         raise SaveError(
-            f"save_dir={config.save_dir!r} can't be written ({error.strerror}: {error.filename}); make it writable, "
-            f"or set save_dir to another folder"
+            f"save_dir={config.save_dir!r}: it can't be written ({error.strerror}: {error.filename}); make it "
+            f"writable, or set save_dir to another folder"
         ) from error
 
 
@@ -60,7 +60,8 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
             if run and _has_classes(run, class_names):
                 _prepare_resume(run, newest, config, lists)
                 return run
-            print(f"warning: {path} isn't finished, but {'has other classes' if run else 'has no whole checkpoint'}")
+            reason = "it has other classes" if run else "it has no intact checkpoint"
+            print(f"warning: the unfinished run {path} isn't resumed: {reason}")
         _report_differences(config)
     elif config.resume != "no":
         return _open_given(config, class_names, lists)
@@ -68,47 +69,53 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
 
 
 def _report_differences(config: TrainConfig) -> None:
-    """Name the newest run if it isn't finished and other settings keep it from going on: a flag may be forgotten."""
+    """Print in which settings the newest run differs, if it is unfinished: a flag may have been forgotten."""
     newest = next(iter(_newest_first(config.save_dir)), None)
     if newest is None or _is_finished(newest) or not (then := read_json(newest / CONFIG_FILE)):
         return
     if changed := changed_fields(then, config):
-        told = ", ".join(f"{name}={before!r}" for name, (before, _) in changed.items())
-        print(f"{newest} isn't finished; it would go on with its own settings, {told}")
+        settings = ", ".join(f"{name}={before!r}" for name, (before, _) in changed.items())
+        print(f"the unfinished run {newest} isn't resumed: its settings differ; to resume it, set {settings}")
 
 
 def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList]) -> RunFolder:
+    given = f"resume={config.resume!r}"
     path = Path(config.resume)
     if path.is_file() and path.name != LAST:
         raise ValueError(
-            f"resume={config.resume!r}: a run goes on from its last checkpoint, so give its folder; to begin a new run "
-            f"with the weights of another checkpoint, set model_path"
+            f"{given}: a run resumes only from its last checkpoint; give its folder, or set model_path to start a new "
+            f"run from the weights in this file"
         )
     path = _folder_of(config.resume)
     if not path.is_dir() or not (path / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"resume={config.resume!r}: there is no run; give its folder, auto or no")
-    check_config(path, config)
+        raise FileNotFoundError(f"{given}: there is no run; give the folder of a run, auto or no")
+    if changed := changed_fields(read_json(path / CONFIG_FILE), config):
+        differences = ", ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items())
+        raise ValueError(
+            f"{given}: {differences}; use the settings in {path / CONFIG_FILE}, or start a new run, with model_path to "
+            f"start from its weights"
+        )
     run, newest = _open_folder(path)
     if run is None:
-        raise ValueError(f"resume={config.resume!r}: it has no whole checkpoint; begin a new run with resume=no")
+        raise ValueError(f"{given}: it has no intact checkpoint; start a new run with resume=no")
     if not _has_classes(run, class_names):
         raise ValueError(
-            f"resume={config.resume!r}: that run has the classes {', '.join(run.checkpoint['class_names'])}, and "
-            f"{config.classes_path} names {', '.join(class_names)}"
+            f"{given}: it has the classes {', '.join(run.checkpoint['class_names'])}, and {config.classes_path} has "
+            f"{', '.join(class_names)}; restore that file, or start a new run with resume=no"
         )
     _prepare_resume(run, newest, config, lists)
     return run
 
 
 def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
-    """The folders in `save_dir` of runs with these settings that are at their end, or aren't, the newest first."""
+    """The finished or unfinished runs in `save_dir` with these settings, newest first."""
     for folder in _newest_first(config.save_dir):
         if _is_finished(folder) == finished and not changed_fields(read_json(folder / CONFIG_FILE), config):
             yield folder
 
 
 def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
-    """The values that a recipe chose for the run that `asked` resumes, by field; None: there is no such run."""
+    """The values, by field, that a recipe chose for the run that `asked` resumes; None if it resumes none."""
     if asked.resume == "no":
         return None
     folders = _newest_first(asked.save_dir) if asked.resume == "auto" else [_folder_of(asked.resume)]
@@ -116,17 +123,17 @@ def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any
         then, now = read_json(folder / ASKED_FILE), read_json(folder / CONFIG_FILE)
         if not then or not now or changed_fields(then, asked) or (asked.resume == "auto" and _is_finished(folder)):
             continue
-        found = load_newest(folder)
-        if found is None and not has_no_checkpoint(folder):
+        newest = load_newest(folder)
+        if newest is None and not has_no_checkpoint(folder):
             continue
-        if found is None or found[1]["class_names"] == class_names:
+        if newest is None or newest[1]["class_names"] == class_names:
             unset = [name for name, value in upgrade(then).items() if value is None and name in PLAIN_DEFAULTS]
             return {name: now[name] for name in unset}
     return None
 
 
 def _newest_first(save_dir: str) -> list[Path]:
-    """The folders of runs in `save_dir`, by when they began."""
+    """The run folders in `save_dir`, the latest start first."""
     files = Path(save_dir).glob(f"*/{CONFIG_FILE}")
     return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)]
 
@@ -137,17 +144,16 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _folder_of(resume: str) -> Path:
-    """The run's folder, which may be given by its last checkpoint."""
+    """The run folder that `resume` selects, which may be the path of its last checkpoint."""
     path = Path(resume)
     return path.parent if path.is_file() else path
 
 
 def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields that decide what a run becomes and differ from the settings `then` of an earlier one, with both
-    values.
+    """The fields that prevent resuming a run with settings `then`: (value then, value now) by name.
 
-    Fields that didn't exist then had their default. If `then` is empty, since the file couldn't be read, all fields
-    differ.
+    Fields that are missing in `then` are newer than the run and had their defaults. If `then` is empty, because its
+    file couldn't be read, all fields differ.
     """
     now = config.as_dict()
     default = TrainConfig() if config.recipe == "auto" else TrainConfig().with_defaults()
@@ -157,47 +163,40 @@ def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> dict[str, tu
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_config(folder: Path, config: TrainConfig) -> None:
-    """Raise a ValueError that names the fields in which a run has other settings, if they decide what comes of it."""
-    if changed := changed_fields(read_json(folder / CONFIG_FILE), config):
-        told = ", ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items())
-        raise ValueError(
-            f"resume={config.resume!r}: {told}; give the settings, flags too, that the run was started with (they are "
-            f"in {folder / CONFIG_FILE}), or begin a new run, with model_path to start from its weights"
-        )
-
-
-def check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageList]) -> bool:
-    """Whether the lists have changed since a run began.
+def _check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageList]) -> bool:
+    """Whether the lists have changed since the run started.
 
     Raises:
-        ValueError: they have, and `accept_changed_lists` isn't set; names the images.
+        ValueError: they have, and `accept_changed_lists` isn't set.
     """
     if run.checkpoint is None:
         return False
-    told = []
+    changes = []
     for key, images in lists.items():
-        if run.checkpoint["lists"].get(key) == images.digest():
+        digest = run.checkpoint["lists"].get(key)
+        if digest == images.digest():
             continue
         copy = run.path / LIST_FILES[key]
         names = run.checkpoint["class_names"]
         before = read_list(copy, len(names)) if copy.is_file() else None
-        known = before is not None and before.digest() == run.checkpoint["lists"].get(key)
-        differences = compare_lists(before, images, names) if known else f"{copy}, what it was, is gone or changed"
-        told.append(f"{getattr(config, f'{key}_annotation_path')}: {differences}")
-    if not told:
+        known = before is not None and before.digest() == digest
+        differences = compare_lists(before, images, names) if known else f"its earlier copy {copy} is gone or changed"
+        changes.append(f"{getattr(config, f'{key}_annotation_path')}: {differences}")
+    if not changes:
         return False
+    message = f"the lists have changed since the run started: {'; '.join(changes)}"
     if not config.accept_changed_lists:
         run.lock.release()
         raise ValueError(
-            f"{run.path} was begun with other lists than there are now. {'; '.join(told)}. Begin a new run with "
-            f"resume=no, or go on with accept_changed_lists, which isn't the same as a run without interruption"
+            f"resume={config.resume!r}: {run.path} can't be resumed, {message}; start a new run with resume=no, or set "
+            f"accept_changed_lists (the result differs from that of an uninterrupted run)"
         )
-    print(f"warning: the lists have changed since the run began. {'; '.join(told)}")
+    print(f"warning: {message}")
     return True
 
 
 def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
+    """Whether a run has these classes; if not, its folder is released."""
     if run.checkpoint is None or run.checkpoint["class_names"] == class_names:
         return True
     run.lock.release()
@@ -205,12 +204,11 @@ def _has_classes(run: RunFolder, class_names: list[str]) -> bool:
 
 
 def _open_folder(path: Path) -> tuple[RunFolder | None, Path | None]:
-    """A run that was begun, and the file of its newest checkpoint; no run if none is whole, though it came
-    farther than its beginning."""
+    """A run with its newest intact checkpoint, and the path of that. (None, None) if all its checkpoints are damaged or
+    gone."""
     lock = FolderLock(path)
-    found = load_newest(path)
-    if found:
-        return RunFolder(path, lock, found[1]), found[0]
+    if newest := load_newest(path):
+        return RunFolder(path, lock, newest[1]), newest[0]
     if has_no_checkpoint(path):
         return RunFolder(path, lock, None), None
     lock.release()
@@ -218,20 +216,19 @@ def _open_folder(path: Path) -> tuple[RunFolder | None, Path | None]:
 
 
 def _prepare_resume(run: RunFolder, newest: Path | None, config: TrainConfig, lists: Mapping[str, ImageList]) -> None:
-    """Make the run's folder what it goes on from: its newest checkpoint, `newest`, the last one, with these
-    lists.
+    """Make the checkpoint `newest` the last one of the run, and store the lists.
 
     Raises:
-        ValueError: see `check_lists`; nothing has been touched then.
+        ValueError: see `_check_lists`; the folder is unchanged.
     """
-    changed = check_lists(run, config, lists)
+    changed = _check_lists(run, config, lists)
     if newest:
-        # A full disk may be why it was cut off. The newest of them may be what it goes on from.
+        # First free disk space, since a full disk may have interrupted the run; keep at least one, it may be `newest`.
         prune_periodic(run.path, max(1, config.keep_periodic))
-        if newest.name != LAST:  # it is the max_distance, so it is the last
-            with write_whole(run.path / LAST) as file, newest.open("rb") as max_distance:
-                shutil.copyfileobj(max_distance, file)
-    if changed:  # known to the checkpoint first: copies that it doesn't know would be taken for somebody's change
+        if newest.name != LAST:
+            with write_whole(run.path / LAST) as target, newest.open("rb") as source:
+                shutil.copyfileobj(source, target)
+    if changed:  # the digests before the copies: a copy that doesn't match its digest counts as changed by a user
         digests = {key: images.digest() for key, images in lists.items()}
         save_checkpoint(run.path / LAST, run.checkpoint | {"lists": digests})
     write_lists(run.path, lists)

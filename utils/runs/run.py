@@ -1,4 +1,4 @@
-"""A run in progress: how far it is, and when that is saved and logged."""
+"""A run in progress: its history, checkpoints and log."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Run:
         folder: the run's folder.
         history: a row of numbers for each finished epoch.
         best: index in `history` of the best epoch; -1: there is none yet.
-        finished: whether nothing is left to do, calibration included.
-        optimizer: of the stage in progress.
+        finished: whether training and calibration are done.
+        optimizer: of the current stage.
 
     Args:
         config: the settings.
         model: the network.
-        trainer: its trainer; of a resumed run, in the state of the checkpoint.
-        folder: the run's, with the checkpoint that it is resumed from.
-        identity: what every checkpoint of the run says of it, see `utils.runs.start.describe`.
+        trainer: for a resumed run, in the state of the checkpoint.
+        folder: its folder, with the checkpoint that it is resumed from.
+        identity: what every checkpoint stores about the run, see `utils.runs.start.describe`.
     """
 
     def __init__(
@@ -68,17 +68,17 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the run is in, counted from 0."""
+        """The current epoch, counted from 0."""
         return len(self.history)
 
     @property
     def is_new(self) -> bool:
-        """Whether it has no checkpoint yet."""
+        """Whether the run has no checkpoint yet."""
         return self.saver.saved_step < 0
 
     def is_past(self, stage: Stage) -> bool:
-        """Whether `stage` is over: all its epochs are done, or it is the last one and the calibrated validation loss
-        hasn't fallen for `patience` epochs."""
+        """Whether `stage` is done: all its epochs, or, in the last stage, `patience` epochs without a lower calibrated
+        validation loss."""
         if self.epoch >= stage.end:
             return True
         if not self.config.patience or stage.end < stage.run_epochs:
@@ -87,10 +87,9 @@ class Run:
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
     def attach_optimizer(self, optimizer: Optimizer, stage: Stage) -> None:
-        """Save the state of this optimizer from now on. If the run was interrupted inside `stage`, it gets the state
-        that was saved then."""
+        """Include this optimizer in checkpoints. If the run was interrupted within `stage`, restore its saved state."""
         if self._resumed and (self.epoch > stage.start or self.trainer.epoch.done):
-            # The options of the groups stay as they were just made: `fused` depends on the device.
+            # Keep the new options of the groups: `fused` depends on the device.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": self._resumed["optimizer"]["state"], "param_groups": groups})
         self._resumed = None
@@ -98,7 +97,7 @@ class Run:
         self._epoch_started = time.monotonic()
 
     def save_if_due(self) -> None:
-        """Save if `save_every_steps` or `save_every_minutes` asks for it."""
+        """Save if a checkpoint is due, see `Saver.is_due`."""
         if self.saver.is_due(self.trainer.step):
             self.save()
 
@@ -114,7 +113,7 @@ class Run:
                 self.saver.write(self._content(), LAST)
 
     def _content(self) -> dict[str, Any]:
-        """What a checkpoint holds now."""
+        """The content of a checkpoint of the current state."""
         with self.trainer.evaluated_weights():
             weights = self.model.state_dict()
         in_training = self.model.state_dict() if self.trainer.ema else {}
@@ -135,7 +134,7 @@ class Run:
         }
 
     def _check_finite(self, *states: Mapping[str, Any]) -> None:
-        """Raise a NonFiniteLoss rather than overwrite a good checkpoint with one that isn't finite."""
+        """Raise a NonFiniteLoss if a loss or weight isn't finite, so that it doesn't overwrite a good checkpoint."""
         epoch, step = self.trainer.epoch, self.trainer.step
         if self.config.on_nan == "stop" and not epoch.new_losses.isfinite().all():
             raise NonFiniteLoss(f"a loss since step {step - len(epoch.new_losses)} isn't finite; {REMEDY}")
@@ -143,12 +142,12 @@ class Run:
             wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
             if wrong:
                 raise NonFiniteLoss(
-                    f"{len(wrong)} weights aren't finite at step {step}, {wrong[0]} among them; this state isn't "
-                    f"saved. Lower init_lr, or set precision to bf16 or fp32"
+                    f"{len(wrong)} weight tensors aren't finite at step {step}, such as {wrong[0]}; this state isn't "
+                    f"saved; lower init_lr, or set precision to bf16 or fp32"
                 )
 
     def finish_epoch(self, numbers: dict[str, float]) -> None:
-        """Print, log and save an epoch: as the last, as the best if it is, and every `save_period` epochs."""
+        """Print, log and save an epoch: always as the last checkpoint, and as the best and a periodic one where due."""
         with defer_signals():
             now = time.monotonic()
             row = {"epoch": self.epoch + 1, "step": self.trainer.step} | numbers
@@ -160,17 +159,17 @@ class Run:
             content = self._content()
             is_best = self.best == self.epoch - 1
             print(format_row(row, self.config.epochs, is_best))
-            # Logged before it is saved: a run that is killed in between repeats this epoch, and rewrites its log.
+            # Log first: a run that is killed in between repeats the epoch and rewrites its log.
             self.log.log_epoch(self.history)
             names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}.pth"]
             periodic = names if self.config.keep_periodic and self.epoch % self.config.save_period == 0 else []
-            # The best first: whichever of them a killed run is resumed from, the best one exists.
+            # The best one first, so that it exists if the run is killed and resumed from one of the others.
             self.saver.write(content, *([BEST] if is_best else []), *periodic, LAST)
             prune_periodic(self.folder, self.config.keep_periodic)
 
     def finish(self, calibration: dict[str, Any]) -> None:
-        """Mark the run as finished, and store `calibration` in the best checkpoint, and in the last one if both are the
-        same state. The best one loses what only training needs, two thirds of its size."""
+        """Mark the run as finished. `calibration` is stored in the best checkpoint, and in the last one if it is of the
+        same step; the best one is stripped of the training state, two thirds of its size."""
         best, last = self.folder / BEST, self.folder / LAST
         with defer_signals():
             same_state = read_progress(best).step == read_progress(last).step
@@ -183,8 +182,8 @@ class Run:
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Within this context the run is saved when a signal arrives or a worker dies, and how to resume is printed,
-        also when a checkpoint can't be written."""
+        """Within this context a signal or the death of a worker saves the run; then, or if saving fails, how to resume
+        is printed."""
         try:
             yield
         except (Stopped, WorkerDied, SaveError) as reason:
@@ -202,7 +201,7 @@ class Run:
             raise
 
     def close(self) -> None:
-        """Close the log and release the folder; a folder without a checkpoint is removed."""
+        """Close the log and release the folder, see `RunFolder.discard_if_new`."""
         with defer_signals():
             try:
                 self.log.close()

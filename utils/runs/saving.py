@@ -1,4 +1,4 @@
-"""When and where the checkpoints of a run are written."""
+"""When the checkpoints of a run are written, and the disk space for them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ from utils.runs.checkpoint import count_bytes, save_checkpoint
 from utils.system.files import format_bytes, free_bytes
 
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 2}
-"""Tensors per parameter, at most, that an optimizer stores."""
+"""The maximum number of tensors that an optimizer stores per parameter."""
 
 
 class Saver:
-    """Writes the checkpoints of a run.
-
-    Args:
-        folder: the run's.
-        config: its settings.
-        step: of the checkpoint that it is resumed from; -1: it has none.
-    """
+    """Writes the checkpoints of a run; `step` is that of the checkpoint it is resumed from, -1 if there is none."""
 
     def __init__(self, folder: Path, config: TrainConfig, step: int = -1) -> None:
         self.folder = folder
@@ -32,28 +26,24 @@ class Saver:
         self.saved_at = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether `save_every_steps` or `save_every_minutes` asks for a checkpoint after this step."""
+        """Whether a checkpoint is due after this step, by `save_every_steps` or `save_every_minutes`."""
         steps, minutes = self.config.save_every_steps, self.config.save_every_minutes
         late = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
         return late or (steps > 0 and step % steps == 0)
 
     def write(self, content: dict[str, Any], *names: str) -> None:
-        """Write a checkpoint under each of these names.
-
-        Raises:
-            SaveError: the disk is full, or the folder can't be written to.
-        """
+        """Write a checkpoint under each of these names, see `save_checkpoint`."""
         for name in names:
             save_checkpoint(self.folder / name, content)
         self.saved_step, self.saved_at = content["step"], time.monotonic()
 
 
 def check_free_space(folder: Path, config: TrainConfig, model: nn.Module) -> None:
-    """Raise a ValueError if the disk can't hold the checkpoints of a run: best, last, one that is being written, and
+    """Raise a ValueError if the disk can't hold the checkpoints of a run: best, last, the one being written, and the
     periodic ones."""
     weights = count_bytes(model.state_dict())
     size = weights * (1 + MOMENTS[config.optimizer_type] + (config.ema_decay > 0))
-    periodic = config.keep_periodic and config.keep_periodic + 1  # the oldest is deleted after the newest is written
+    periodic = config.keep_periodic and config.keep_periodic + 1  # the oldest is deleted after the newest is saved
     number = 3 + min(periodic, config.epochs // config.save_period)
     present = sum(path.stat().st_size for path in folder.glob("*.pth"))
     needed, free = number * size - present, free_bytes(folder)

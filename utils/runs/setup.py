@@ -1,4 +1,4 @@
-"""Everything that is decided before a run starts, each thing once: data, device, recipe, network, stages, precision."""
+"""What is decided before a run starts: data, device, settings, network, stages, precision."""
 
 from __future__ import annotations
 
@@ -21,18 +21,15 @@ from utils.training.summary import warn_about_input_shape
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run is going to be.
+    """The plan of a run.
 
     Attributes:
-        asked: the settings as a person wrote them.
+        asked: the settings as the user wrote them; unset fields are None.
         config: the settings with a value in every field.
-        choices: what the recipe chose, also for fields whose own value is obeyed.
-        data: the lists.
+        choices: what the recipe chose, including fields that the user set otherwise.
         network: on the meta device, without weights.
-        stages: in order.
-        device: where to train.
         precision: of matrix products: "fp32", "fp16" or "bf16".
-        precision_reason: why.
+        precision_reason: why it was chosen.
     """
 
     asked: TrainConfig
@@ -47,10 +44,10 @@ class Setup:
 
 
 def prepare(asked: TrainConfig) -> Setup:
-    """Decide what a run is going to be; nothing is computed or written, except lists where there are none.
+    """Plan a run. Nothing is written, except missing lists.
 
     Raises:
-        FileNotFoundError, ValueError: something that the settings name isn't there or can't work.
+        FileNotFoundError, ValueError: a setting can't work, or a file that it refers to is missing.
     """
     device = pick_device(asked.device)
     network = build_meta_network(asked, num_classes=2)
@@ -71,7 +68,7 @@ def prepare(asked: TrainConfig) -> Setup:
 
 
 def _choose(asked: TrainConfig, data: Data, network: FreezableNetwork, device: torch.device) -> list[Choice]:
-    """What the recipe chooses; for a run that is resumed, what it chose when the run started."""
+    """The choices of the recipe; for a resumed run, those from its start."""
     if (earlier := earlier_choices(asked, data.class_names)) is not None:
         return [Choice(field, value, "as chosen when the run started") for field, value in earlier.items()]
     head = sum(parameter.numel() for parameter in network.head.parameters())
@@ -87,5 +84,5 @@ def _choose(asked: TrainConfig, data: Data, network: FreezableNetwork, device: t
 
 
 def count_layers(network: FreezableNetwork) -> int:
-    """The number of layers of a backbone that can have learning rates of their own."""
+    """The number of layers of a backbone that can have separate learning rates."""
     return len({layer for name, layer in network.layers().items() if not name.startswith("head.")})

@@ -1,4 +1,4 @@
-"""A run, new or resumed, ready to train."""
+"""Starting and resuming runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from utils.config.recipe import Choice
-from utils.config.train_config import RESUMABLE_FIELDS, TrainConfig
+from utils.config.train_config import RESUMABLE_FIELDS
 from utils.data.image_list import ImageList
 from utils.modeling.build import BuiltNetwork
+from utils.runs.folder import RunFolder
 from utils.runs.resume import open_run
 from utils.runs.run import Run
 from utils.runs.saving import check_free_space
@@ -19,21 +20,21 @@ from utils.training.trainer import Trainer, build_trainer
 
 
 def start_or_resume(setup: Setup) -> tuple[Run, list[Choice]]:
-    """The run that the settings mean, new or in the state where it was interrupted; and the settings that its weights
-    decided.
+    """The run that the settings select, new or in its saved state, and the settings that its weights determined.
 
     Raises:
-        FileNotFoundError, ValueError, InUse, SaveError: see `utils.runs.resume.open_run`; or the weights can't be used.
+        FileNotFoundError, ValueError, InUse, SaveError: see `open_run`; or the weights can't be used.
     """
     config, data = setup.config, setup.data
     lists = {"train": data.train_images, "val": data.val_images}
     folder = open_run(config, data.class_names, lists, setup.asked)
+    print(f"run       {folder.path} ({_progress(folder)})")
     try:
         trainer, built = build_trainer(config, data, setup.device, setup.precision, folder.checkpoint)
         identity = describe(built, trainer, data.class_names, lists)
         run = Run(built.config, built.model, trainer, folder, identity)
         if folder.checkpoint:
-            _report_resume(run, folder.checkpoint)
+            _report_changes(run, folder.checkpoint)
         if run.epoch < config.epochs and not run.finished:
             check_free_space(run.folder, built.config, built.model)
     except BaseException:
@@ -45,7 +46,7 @@ def start_or_resume(setup: Setup) -> tuple[Run, list[Choice]]:
 def describe(
     built: BuiltNetwork, trainer: Trainer, class_names: list[str], lists: dict[str, ImageList]
 ) -> dict[str, Any]:
-    """What every checkpoint of a run says of it."""
+    """What every checkpoint of a run stores about it, apart from the training state."""
     return {
         "class_names": class_names,
         "config": built.config.as_dict(),
@@ -61,20 +62,23 @@ def describe(
     }
 
 
-def _report_resume(run: Run, checkpoint: dict[str, Any]) -> None:
-    steps = run.trainer.epoch.done
-    print(
-        f"resuming {run.folder} after epoch {run.epoch}{f' and {steps} steps' if steps else ''}; resume=no would start "
-        f"a new run"
-    )
-    config: TrainConfig = run.config
+def _progress(folder: RunFolder) -> str:
+    """How far a run was before this start."""
+    if folder.checkpoint is None:
+        return "new"
+    steps = len(folder.checkpoint["epoch_losses"])
+    return f"resumed after epoch {folder.checkpoint['epoch']}{f' and {steps} steps' if steps else ''}"
+
+
+def _report_changes(run: Run, checkpoint: dict[str, Any]) -> None:
+    """Print which settings, and what else in the environment, changed since the checkpoint."""
     for name in sorted(RESUMABLE_FIELDS - {"resume"}):
-        before, value = checkpoint["config"].get(name), getattr(config, name)
+        before, value = checkpoint["config"].get(name), getattr(run.config, name)
         if before != value:
             print(f"{name}: {before} -> {value}")
     for name, value in run.identity["environment"].items():
         if checkpoint["environment"].get(name) != value:
             print(
-                f"warning: {name} was {checkpoint['environment'].get(name)} and is {value}; the result won't be bit "
-                f"for bit that of an uninterrupted run"
+                f"warning: {name} was {checkpoint['environment'].get(name)} and is {value}; the result won't be "
+                f"bit-identical to that of an uninterrupted run"
             )

@@ -1,4 +1,4 @@
-"""What every program needs and none is about: files, locks, signals, seeds, digests, text, the command line.
+"""Support code for every program: files, locks, signals, seeds, digests, text, the command line.
 
 Imports no other package of Thaw.
 """

@@ -1,4 +1,4 @@
-"""The command line: flags, and text as a person wants to read it."""
+"""The command line: flags, errors and safe output."""
 
 from __future__ import annotations
 
@@ -21,51 +21,49 @@ from utils.system.signals import Stopped, exit_now, handle_stop_signals
 from utils.system.text import printable
 
 PROJECT = Path(__file__).resolve().parents[2]
-NEW_LINE = "\n"
-HARMLESS = re.compile(r"(\x1b\[[\d;]*[mA])")
+SAFE_ESCAPES = re.compile(r"(\x1b\[[\d;]*[mA])")  # colors, and the cursor movement of nested progress bars
 
 
 def run(main: Callable[..., Any], optional_switches: Collection[str] = ()) -> Any:
-    """Call `main` with its arguments from the command line, and return what it returns. For `optional_switches` see
-    `expand_switches`.
+    """The result of `main`, called with arguments from the command line; for `optional_switches` see `expand_switches`.
 
-    An error that Thaw itself raised about the user's input is printed without a traceback, and the exit status is 1. An
-    error from inside a library keeps its traceback: it may be a fault of ours. What the terminal's encoding can't show,
-    such as a file name's bytes that aren't UTF-8, is printed as escapes, and in a terminal what would steer it, too.
+    Errors that Thaw raised about user input are printed without a traceback, with exit status 1. Errors from libraries
+    keep their traceback, since they may be bugs. Characters that the output encoding lacks, and in a terminal also
+    control characters, are printed as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
-        in_file = os.name == "nt" and not stream.isatty()  # where the code page of the console would be taken
-        stream.reconfigure(encoding="utf-8" if in_file else None, errors="backslashreplace")
+        redirected = os.name == "nt" and not stream.isatty()  # Windows would use the code page of the console
+        stream.reconfigure(encoding="utf-8" if redirected else None, errors="backslashreplace")
         if stream.isatty():
             stream.write = partial(_write_printable, stream.write)
     with handle_stop_signals():
         try:
             return _call(main, expand_switches(sys.argv[1:], optional_switches))
         except Stopped as stopped:
-            # Not through the interpreter's shutdown, where a second signal would meet nobody.
+            # Skips the interpreter's shutdown, in which a second signal wouldn't be handled.
             sys.stdout.flush()
             sys.stderr.flush()
             exit_now(stopped.status)
 
 
 def _write_printable(write: Callable[[str], int], text: str) -> int:
-    """Names of files, classes and tensors come from anywhere, and are printed in many places. Colours, and the way up
-    to another bar, are let through."""
-    parts = HARMLESS.split(text)  # what is harmless is every second one
+    """Escape control characters, which names of files, classes and tensors from untrusted sources may contain."""
+    parts = SAFE_ESCAPES.split(text)  # every second part is a safe escape
     return write("".join(part if i % 2 else printable(part, keep="\n\r\t") for i, part in enumerate(parts)))
 
 
 def _call(main: Callable[..., Any], args: Sequence[str]) -> Any:
     try:
         return tyro.cli(main, args=args)
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, ArithmeticError, MemoryError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
         if not is_own(raised_in) and not isinstance(error, InputError):
             raise
-        print(f"error: {printable(str(error), keep=NEW_LINE)}", file=sys.stderr)
+        message = printable(str(error), keep="\n")
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     except ModuleNotFoundError as error:
         print(f"error: {error.name} isn't installed: pip install -r requirements.txt", file=sys.stderr)
@@ -73,14 +71,16 @@ def _call(main: Callable[..., Any], args: Sequence[str]) -> Any:
 
 
 def is_own(file: Path) -> bool:
-    """Whether a file is one of Thaw's scripts or modules, whose errors are about what the user gave."""
-    inside = file.is_relative_to(PROJECT) and file.relative_to(PROJECT).parts
-    return bool(inside) and (len(inside) == 1 or inside[0] in ("nets", "utils"))
+    """Whether a file is one of Thaw's scripts or modules, whose errors are about user input."""
+    parts = file.relative_to(PROJECT).parts if file.is_relative_to(PROJECT) else ()
+    return len(parts) == 1 or parts[:1] in (("nets",), ("utils",))
 
 
 def expand_switches(args: Sequence[str], names: Collection[str]) -> list[str]:
-    """Command-line arguments in which `--name` and `--no-name` are replaced by `--name True` and `--name False`, for
-    fields of the type `bool | None`, of which tyro wants a value."""
+    """`args` with `--name` and `--no-name` replaced by `--name True` and `--name False`.
+
+    tyro requires a value for fields of type `bool | None`.
+    """
     expanded: list[str] = []
     for word, after in zip_longest(args, args[1:]):
         flag = word.removeprefix("--no-").removeprefix("--")
@@ -92,11 +92,11 @@ def expand_switches(args: Sequence[str], names: Collection[str]) -> list[str]:
 
 
 def check_folder(field: str, folder: str) -> None:
-    """Raise a ValueError if what is to be a folder to write to is a file."""
+    """Raise a ValueError if an output folder is a file."""
     if folder and Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"{field}={folder!r}: it is a file; give a folder")
 
 
 def command(*words: str) -> str:
-    """A command as it is typed on this system's command line."""
+    """A command, quoted for the command line of this system."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

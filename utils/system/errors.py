@@ -1,9 +1,9 @@
-"""Errors that a user causes and can mend."""
+"""Errors that a user causes and can fix."""
 
 
 class InputError(ValueError):
-    """Something that the user gave can't be used; the message names it and the remedy.
+    """Invalid user input; the message states what is wrong and what to do.
 
-    Any error of `nets/`, `utils/` and the scripts is taken for one of these. This class is for those that arrive by
-    way of a library, as from a worker process, which raises them anew.
+    `cli.run` treats every ValueError raised in Thaw's own code as such. This class marks errors that arrive through a
+    library, such as those a DataLoader re-raises from a worker process.
     """

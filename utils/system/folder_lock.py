@@ -1,4 +1,8 @@
-"""One writer for a run's folder: a lock that dies with its process."""
+"""A lock that allows one process to write to a run's folder.
+
+The library filelock would replace `_lock` only: it doesn't report who holds a lock, and doesn't refuse hard links or a
+file of the user's own.
+"""
 
 from __future__ import annotations
 
@@ -15,40 +19,39 @@ except ImportError:  # Windows
     import msvcrt
 
 LOCK_FILE = "in_use_by.txt"
-BEGINNING = b"process "
-"""Of what it says."""
+PREFIX = b"process "
 LOCKED_BYTE = 1 << 20
-"""Where Windows locks, out of the way of what is to be read."""
+"""Windows locks are mandatory, so the locked byte is beyond the text."""
 
 
 class InUse(ValueError):
-    """Another process writes to the folder; the message names it."""
+    """Another process writes to the folder."""
 
 
 class FolderLock:
-    """The right to write to `folder`, until `release` or the end of the process, however that comes.
+    """An exclusive lock on `folder` until `release` or the end of the process.
 
-    It is the operating system's record lock: children don't inherit it, as they would that of `flock`, so that it ends
-    with a killed process even if its workers live a moment longer.
+    It is a POSIX record lock, which child processes don't inherit: after a kill it is free even while DataLoader
+    workers are still alive.
 
     Raises:
-        InUse: another process has it.
-        OSError: the file can't be opened, or is somebody's own, which a link in a folder from elsewhere may lead to.
+        InUse: another process holds it.
+        OSError: the lock file can't be opened, is a link, or is a file of the user's own.
     """
 
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK_FILE
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
         try:
-            self._take(path)
+            self._acquire(path)
         except BaseException:
             os.close(self._file)
             raise
 
-    def _take(self, path: Path) -> None:
+    def _acquire(self, path: Path) -> None:
         status = os.fstat(self._file)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise OSError(errno.EINVAL, "it leads to another file", str(path))
+            raise OSError(errno.EINVAL, "it is a link to another file", str(path))
         try:
             _lock(self._file)
         except OSError as error:
@@ -56,18 +59,17 @@ class FolderLock:
                 raise
             holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
             raise InUse(
-                f"{path.parent} is being written by {holder}: wait for it or stop it, or begin a run of its own with "
-                f"resume=no"
+                f"{path.parent} is being written by {holder}; wait for it, stop it, or start a new run with resume=no"
             ) from error
-        if status.st_size and os.read(self._file, len(BEGINNING)) != BEGINNING:
+        if status.st_size and os.read(self._file, len(PREFIX)) != PREFIX:
             raise OSError(errno.EEXIST, "it is a file of your own", str(path))
         os.lseek(self._file, 0, os.SEEK_SET)
         os.ftruncate(self._file, 0)
         holder = f"{os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}\n"
-        os.write(self._file, BEGINNING + holder.encode())
+        os.write(self._file, PREFIX + holder.encode())
 
     def release(self) -> None:
-        """Give it back."""
+        """Release the lock."""
         os.close(self._file)
 
 

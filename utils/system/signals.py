@@ -1,6 +1,6 @@
-"""How a run is stopped from outside, by a signal or by the death of a worker: between two steps, never inside one.
+"""Stop signals and worker deaths, deferred to the end of a training step.
 
-Outside of `held` such an event raises at once, as Ctrl-C does in any Python program. Inside, it waits for the end.
+Outside `defer_signals` they raise at once, like Ctrl-C in any Python program.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from types import FrameType
 from typing import NoReturn
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-"""Ctrl-C, the end that a queue or a system's shutdown gives, a terminal or a connection that is closed, and Windows'
-Ctrl-Break."""
+"""Ctrl-C; termination by a job queue or a shutdown; a closed terminal; Ctrl-Break on Windows."""
 
 
 class Stopped(BaseException):
-    """One of `SIGNALS` arrived. No `Exception`, so that nothing that handles errors takes it for one.
+    """One of `SIGNALS` arrived. It is a BaseException, so error handlers don't catch it.
 
     Attributes:
-        status: the exit status that tells so: 128 and the signal's number.
+        status: the exit status, 128 plus the signal number.
     """
 
     def __init__(self, signum: int) -> None:
@@ -32,17 +31,15 @@ class Stopped(BaseException):
 
 
 class WorkerDied(ChildProcessError):
-    """A process that loads images is gone; the message names it and the cause."""
+    """A DataLoader worker process died."""
 
     def __init__(self, error: RuntimeError) -> None:
-        super().__init__(
-            f"{str(error).strip()} A worker that is killed has usually run out of memory: lower num_workers"
-        )
+        super().__init__(f"{str(error).strip()} Killed workers have usually run out of memory: lower num_workers")
 
 
 class _State:
     active = False
-    depth = 0  # of `held`
+    depth = 0  # of nested `defer_signals`
     pending: BaseException | None = None
     stopping = False
 
@@ -52,9 +49,12 @@ _state = _State()
 
 @contextmanager
 def handle_stop_signals() -> Iterator[None]:
-    """Within it, `SIGNALS` raise `Stopped`, deferred by `held`; a second one ends the process at once, its children
-    first. In a thread other than the main one, where Python handles no signals, nothing changes; nor does it for a
-    closed terminal under nohup."""
+    """Within this context `SIGNALS` raise `Stopped`, deferred by `defer_signals`; a second signal kills the child
+    processes and exits at once.
+
+    Signals that are ignored (a closed terminal under nohup) stay ignored. Outside the main thread, where Python can't
+    handle signals, the context has no effect.
+    """
     if _state.active or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -70,7 +70,7 @@ def handle_stop_signals() -> Iterator[None]:
 
 
 class defer_signals:
-    """A context that nothing stops: a step, or a save. What arrived meanwhile is raised at its end."""
+    """A context, such as a step or a save, at whose end signals and worker deaths are raised."""
 
     def __enter__(self) -> None:
         _state.depth += 1
@@ -82,18 +82,19 @@ class defer_signals:
 
 
 def watch_workers() -> None:
-    """Let `held` defer the error that torch raises when a worker dies; called once its handler is in place."""
+    """Make `defer_signals` defer the error that torch raises when a worker dies; call it after torch has installed its
+    handler."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return
-    torchs = signal.getsignal(signal.SIGCHLD)
-    if not callable(torchs) or getattr(torchs, "defers", False):
+    torch_handler = signal.getsignal(signal.SIGCHLD)
+    if not callable(torch_handler) or getattr(torch_handler, "defers", False):
         return
 
     def handle(signum: int, frame: FrameType | None) -> None:
         try:
-            torchs(signum, frame)
+            torch_handler(signum, frame)
         except RuntimeError as error:
-            if not _state.stopping:  # else it got the same signal
+            if not _state.stopping:  # otherwise the worker received the same signal
                 _raise(WorkerDied(error), f"\n{str(error).strip()} The run stops after this step.\n")
 
     handle.defers = True
@@ -101,14 +102,14 @@ def watch_workers() -> None:
 
 
 def ignore_interrupt(_: int) -> None:
-    """For workers: Ctrl-C reaches them too, but it is the main process that decides when they stop."""
+    """Ignore Ctrl-C in a DataLoader worker: the main process, which receives it too, decides when workers stop."""
     for name in ("SIGINT", "SIGBREAK"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def exit_now(status: int) -> NoReturn:
-    """End the process now, its children first."""
+    """Kill the child processes and exit without cleanup."""
     for child in multiprocessing.active_children():
         child.kill()
         child.join()
@@ -119,17 +120,17 @@ def _stop(signum: int, _: FrameType | None) -> None:
     if _state.stopping:
         exit_now(128 + signum)
     _state.stopping = True
-    _raise(Stopped(signum), "\nstopping after this step; once more to leave at once\n")
+    _raise(Stopped(signum), "\nstopping after this step; a second signal exits at once\n")
 
 
 def clear_pending() -> None:
-    """What was raised has been dealt with: `held` need not raise it again."""
+    """Forget a handled event, which `defer_signals` would raise again."""
     _state.pending = None
 
 
-def _raise(error: BaseException, told: str) -> None:
-    _state.pending = error  # even if it is raised now: in a destructor, Python would drop it
+def _raise(error: BaseException, message: str) -> None:
+    _state.pending = error  # even if it is raised now: Python drops exceptions raised in destructors
     if _state.depth == 0:
         raise error
-    with suppress(OSError):  # the terminal may be what is gone
-        os.write(2, told.encode())  # print could be interrupted by itself
+    with suppress(OSError):  # the terminal may be closed
+        os.write(2, message.encode())  # print isn't reentrant

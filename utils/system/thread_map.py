@@ -1,4 +1,4 @@
-"""Work on many files at once."""
+"""Functions mapped over many files in parallel threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MAX_AHEAD = 4
-"""Results that may be under way where each is an image as large as it was taken."""
+"""Limit on pending results where each is a full-size image."""
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -25,16 +25,16 @@ def map_parallel(
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """`function` of each item, in order, in a thread for each core that this process may use.
+    """`function` of each item, in order, computed in one thread per available core.
 
-    Threads, since decoding images leaves Python's lock alone; only `ahead` items are under way, so that millions of
-    them take no memory. With 1, an item is asked for when the result of the one before was taken.
+    Threads suffice because image decoders release the GIL. At most `ahead` items are pending, which bounds memory; with
+    `ahead=1` an item is requested only after the previous result was consumed.
     """
-    under_way: deque[Future[Result]] = deque()
+    pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         for item in items:
-            under_way.append(pool.submit(function, item))
-            if len(under_way) == ahead:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            pending.append(pool.submit(function, item))
+            if len(pending) == ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

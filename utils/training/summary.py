@@ -35,7 +35,9 @@ def format_settings(config: TrainConfig, asked: TrainConfig, choices: Sequence[C
         choice = chosen.get(name)
         by_person = own is not None and own == value and (own != known.plain or (choice and choice.value != own))
         reason = ""
-        if by_person:
+        if choice and choice.final:
+            value, reason = f"{value} -> {choice.value}", choice.reason
+        elif by_person:
             reason = "you" if not choice or choice.value == own else f"you (recipe: {choice.value}, {choice.reason})"
         elif choice and choice.value == value:
             reason = choice.reason
