@@ -177,7 +177,7 @@ def test_exported_weights_in_predict_and_train(trained, tmp_path, capsys, monkey
     for one, other in zip(*answers, strict=True):
         assert (one["path"], one["label"]) == (other["path"], other["label"])
         assert one["predictions"][0]["probability"] == pytest.approx(other["predictions"][0]["probability"], abs=1e-2)
-    _, model, _ = build_network(settings(**SMALL, model_path=str(path)), NAMES)
+    _, model, *_ = build_network(settings(**SMALL, model_path=str(path)), NAMES)
     own = load_checkpoint(find_checkpoint(""))["weights"]
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32

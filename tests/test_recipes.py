@@ -18,6 +18,6 @@ def test_a_recipe_begins(two_classes, capsys, name):
     recipe.main(summary=True)
     told = capsys.readouterr().out
     for number, stage in enumerate(recipe.CONFIG.all_stages, start=1):
-        assert f"stage {number}: " in told
+        assert f"stage {number}   " in told
         assert f"{stage.input_shape[0]} x {stage.input_shape[1]} pixels" in told
     assert train.CONFIG != recipe.CONFIG

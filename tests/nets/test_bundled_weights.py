@@ -23,7 +23,7 @@ def test_size_and_model_card():
     card = json.loads(BUNDLED_WEIGHTS.with_suffix(".json").read_text())
     assert (card["model"]["name"], card["provenance"]["precision"]) == ("vit_xs_4", "fp16")
     text = BUNDLED_WEIGHTS.with_suffix(".md").read_text()
-    for heading in ("## What it learned from", "## How it was made", "## How good it is", "## What it can't do"):
+    for heading in ("## Training data", "## How it was made", "## Accuracy", "## What it can't do"):
         assert heading in text
 
 
@@ -37,7 +37,7 @@ def test_predict_example_images(here, capsys):
 def test_training_starts_from_the_bundled_weights(here, capsys):
     assert find_pretrained("vit_xs_4").path == BUNDLED_WEIGHTS
     config = settings(backbone="vit_xs_4", input_shape=(32, 32), pretrained=True)
-    resolved, model, origin = build_network(config, [str(i) for i in range(10)])
+    resolved, model, origin, _ = build_network(config, [str(i) for i in range(10)])
     assert "its head of 10 other classes is excluded" in capsys.readouterr().out
     assert (resolved.eval_crop, Path(origin["file"])) == (1.0, BUNDLED_WEIGHTS)
     weights = load_classifier(BUNDLED_WEIGHTS, "cpu", precision="fp32").network.model.state_dict()

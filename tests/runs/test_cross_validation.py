@@ -18,7 +18,7 @@ from utils.training.datasets import load_data
 
 def test_it_excludes_summary_and_find_lr():
     for other in ("summary", "find_lr"):
-        with pytest.raises(ValueError, match="cross_validate: it trains"):
+        with pytest.raises(ValueError, match="cross_validate: it can't be combined"):
             train.main(settings(**TINY), cross_validate=3, **{other: True})
 
 

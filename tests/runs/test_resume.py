@@ -139,7 +139,7 @@ def test_changed_lists_are_accepted_once(interrupted, monkeypatch):
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_is_removed(two_classes, monkeypatch, capsys):
-    monkeypatch.setattr(train, "start", lambda *_: 1 / 0)
+    monkeypatch.setattr(train, "start_run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.main(settings(**SMALL))
     assert runs() == []

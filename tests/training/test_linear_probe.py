@@ -116,7 +116,7 @@ def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
         **lists,
     )
     data = load_data(config)
-    config, model, _ = build_network(config, names)
+    config, model, *_ = build_network(config, names)
     network = PixelNetwork(model, Preprocessing.from_config(config), torch.device("cpu"))
     init_head(model, FeatureCache(network, config, torch.device("cpu"), "fp32"), *make_datasets(data, config), config)
     top1 = float(capsys.readouterr().out.rsplit("top-1 ")[-1].rstrip("%\n"))
