@@ -23,7 +23,7 @@ def test_size_and_model_card():
     card = json.loads(BUNDLED_WEIGHTS.with_suffix(".json").read_text())
     assert (card["model"]["name"], card["provenance"]["precision"]) == ("vit_xs_4", "fp16")
     text = BUNDLED_WEIGHTS.with_suffix(".md").read_text()
-    for heading in ("## Training data", "## How it was made", "## Accuracy", "## What it can't do"):
+    for heading in ("## Training data", "## Training", "## Accuracy", "## Limits"):
         assert heading in text
 
 
