@@ -11,7 +11,7 @@ import tyro
 
 import train
 from utils.config import train_config as config_module
-from utils.config.train_config import PLAIN_DEFAULTS, StageConfig, TrainConfig
+from utils.config.train_config import OPTIONAL_SWITCHES, PLAIN_DEFAULTS, SETTINGS, StageConfig, TrainConfig
 from utils.system.cli import expand_switches
 
 
@@ -87,6 +87,19 @@ def test_every_field_is_a_flag():
     assert changed == TrainConfig(unfreeze_epoch=130, input_shape=(32, 64), freeze_train=False)
     assert tyro.cli(TrainConfig, args=["--freeze-blocks", "all"]).freeze_blocks == "all"
     assert tyro.cli(TrainConfig, args=["--freeze-blocks", "3"]).freeze_blocks == 3
+
+
+def test_every_flag_sets_its_field():
+    """With its own default as the value, in the form in which it is typed."""
+    for name, known in SETTINGS.items():
+        if name == "stages":
+            continue
+        values = known.plain if isinstance(known.plain, tuple) else (known.plain,)
+        flag = f"--{name.replace('_', '-')}"
+        switch = {True: [flag], False: [flag.replace("--", "--no-")]}
+        args = switch[known.plain] if isinstance(known.plain, bool) else [flag, *map(str, values)]
+        config = tyro.cli(TrainConfig, args=expand_switches(args, OPTIONAL_SWITCHES))
+        assert getattr(config, name) == known.plain, name
 
 
 def test_the_dict_is_plain():

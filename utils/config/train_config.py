@@ -26,6 +26,7 @@ from utils.config.setting import (
 )
 
 Device = Literal["auto", "cuda", "cpu", "mps"]
+Augmentation = Literal["none", "autoaugment", "randaugment", "trivialaugment", "augmix"]
 
 
 @dataclass(frozen=True)
@@ -259,9 +260,7 @@ class TrainConfig:
     """Strength of random changes of brightness, contrast and saturation. 0.2 to 0.4 where light varies and
     `augmentation` is none."""
 
-    augmentation: Literal["none", "autoaugment", "randaugment", "trivialaugment", "augmix"] | None = setting(
-        "autoaugment", by_recipe=True, shapes_images=True
-    )
+    augmentation: Augmentation | None = setting("autoaugment", by_recipe=True, shapes_images=True)
     """Random changes of training images: colors, contrast, shear, rotation and others. `autoaugment`: the ImageNet
     policy (Cubuk et al., 2019), the fastest here. `randaugment`: two operations of fixed strength (Cubuk et al., 2020).
     `trivialaugment`: one of any strength (Müller and Hutter, 2021). `augmix`: mixed chains, for images that are worse

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.config.train_config import Augmentation
 from utils.data.image_io import Box
 
 cv2.setNumThreads(1)  # parallelism comes from the loader's workers
@@ -44,23 +46,28 @@ def random_box(width: int, height: int, min_area: float) -> Box:
     return left, top, left + w, top + h
 
 
-def build_augmentation(color_jitter: float, augmentation: str, random_erasing: float) -> nn.Sequential:
+def build_augmentation(
+    *, augmentation: Augmentation = "none", color_jitter: float = 0.0, random_erasing: float = 0.0
+) -> nn.Sequential:
     """Return the augmentations of uint8 pixels (3, height, width) selected by these `TrainConfig` fields.
 
-    They use torch's global generator.
+    They draw from torch's global generator.
     """
-    steps: list[nn.Module] = [AutoAugment()] if augmentation == "autoaugment" else []
-    if augmentation not in ("autoaugment", "none") or color_jitter or random_erasing:
-        from torchvision.transforms import v2  # slow to import and not needed by the defaults
-
-        others = {"randaugment": v2.RandAugment, "trivialaugment": v2.TrivialAugmentWide, "augmix": v2.AugMix}
-        if augmentation in others:
-            steps.append(others[augmentation](fill=list(GRAY)))
-        if color_jitter:
-            steps.insert(0, v2.ColorJitter(color_jitter, color_jitter, color_jitter))
-        if random_erasing:
-            steps.append(v2.RandomErasing(random_erasing, value=list(GRAY)))
+    steps: list[nn.Module] = []
+    if color_jitter:
+        steps.append(_v2().ColorJitter(color_jitter, color_jitter, color_jitter))
+    if augmentation != "none":
+        steps.append(AUGMENTATIONS[augmentation]())
+    if random_erasing:
+        steps.append(_v2().RandomErasing(random_erasing, value=list(GRAY)))
     return nn.Sequential(*steps)
+
+
+def _v2() -> ModuleType:
+    """torchvision's transforms, which are slow to import and not needed by the defaults."""
+    from torchvision.transforms import v2
+
+    return v2
 
 
 class AutoAugment(nn.Module):
@@ -197,3 +204,12 @@ POLICY = (
     (("Color", 0.6, 4), ("Contrast", 1.0, 8)),
     (("Equalize", 0.8, 0), ("Equalize", 0.6, 0)),
 )
+
+
+AUGMENTATIONS: dict[str, Callable[[], nn.Module]] = {
+    "autoaugment": AutoAugment,
+    "randaugment": lambda: _v2().RandAugment(fill=list(GRAY)),
+    "trivialaugment": lambda: _v2().TrivialAugmentWide(fill=list(GRAY)),
+    "augmix": lambda: _v2().AugMix(fill=list(GRAY)),
+}
+"""The values of the field `augmentation` other than "none"."""

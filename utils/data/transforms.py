@@ -71,7 +71,9 @@ class TrainTransform(Transform):
         self.interpolation = Preprocessing.from_config(config).interpolation
         self.min_area = config.train_crop
         self.horizontal_flip = config.horizontal_flip
-        self.augmentation = build_augmentation(config.color_jitter, config.augmentation, config.random_erasing)
+        self.augmentation = build_augmentation(
+            augmentation=config.augmentation, color_jitter=config.color_jitter, random_erasing=config.random_erasing
+        )
 
     def choose_box(self, width: int, height: int) -> Box:
         """Return a box of random position, area and aspect ratio."""
