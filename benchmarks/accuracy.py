@@ -1,25 +1,25 @@
-"""Test accuracy after so many minutes: Thaw's `recipe="auto"` against timm's parts, fastai, and a logistic regression.
+"""Test accuracy within a time limit: Thaw's `recipe="auto"` against timm, fastai, and logistic regression.
 
     python benchmarks/accuracy.py [--minutes 2 5 10 --seeds 3 --results FILE]
 
-All start from the same weights, DINOv2's ViT-S/14 as it lies in `../shared/models`, and have the same images and the
-same time on the same machine: for everything from the first image read to the network that is tested, besides
-building it and testing it. The size of the images is the same for all that train: the largest of 112, 168 and 224
-pixels at which three epochs of each fit, by what is measured beforehand. Each has as many epochs as fit there; what
-runs over its time by more than a tenth is marked. Test images choose nothing within a run: Thaw takes a tenth of the
-training images out for that, the others train on all of them and are tested as they end. (Of the recipe, rate and
-crop were first chosen by test images of trashnet, with time_to_accuracy.py, then tried by training images of all
-three, with rate_and_crop.py, like the rule for the best epoch, with best_epoch.py.) timm comes twice, with its usual
-augmentation and with as little as the recipe's. The logistic regression is the same for every seed, of the largest
-images that it has the time for. Runs take turns by method; what is finished is kept in `--results` and not done
-again, so a table of hours may be made in parts, of which each asks for a machine of the same speed. The last line is
-JSON.
+All methods start from the same weights, DINOv2's ViT-S/14 in `../shared/models`, with the same images, machine and
+time limit, which covers everything except building and testing the network. Methods that train use the same image
+size, the largest of 112, 168 and 224 pixels at which three epochs of each fit, and as many epochs as fit; both are
+measured beforehand. Runs that exceed the limit by more than a tenth are reported.
+
+Test images select nothing within a run: Thaw holds out a tenth of the training images; the others train on all of them
+and are tested at the end. (The recipe's learning rate and crop were first chosen on test images of trashnet with
+time_to_accuracy.py, then checked on training images of all three data sets with rate_and_crop.py; the rule for the best
+epoch with best_epoch.py.) timm runs twice, with its usual augmentation and with as little as the recipe's. Logistic
+regression is the same for every seed, on the largest images that fit.
+
+Methods take turns. Finished runs are kept in `--results` and not repeated, so a table can be made in several parts on
+machines of the same speed. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import statistics
 import sys
@@ -31,11 +31,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 import tyro
-from measure import DEVICE, PRECISION, Finished, machine
+from measure import DEVICE, PRECISION, Finished, print_result
 from scipy import stats
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
@@ -46,7 +44,7 @@ from time_to_accuracy import (
     STD,
     annotate_by_seed,
     build_timm,
-    in_folder_of_its_own,
+    in_temporary_folder,
     run_timm,
     test_thaw,
     timm_loaders,
@@ -62,39 +60,38 @@ SIZES = (112, 168, 224)
 MIN_EPOCHS = 3
 FEWEST_EPOCHS = {"thaw": 1, "timm": 1, "timm, mild": 1, "fastai": 2}  # fastai's first is frozen
 DATA = ("trashnet", "sign_digits", "cifar10")
-CIFAR_TRAIN, CIFAR_TEST = 100, 100  # of each class
+CIFAR_TRAIN, CIFAR_TEST = 100, 100  # images per class
 
 Result = tuple[float, float]
 """Seconds and test accuracy of a run."""
 Epochs = dict[str, int]
-"""Epochs of each method that has any."""
+"""Epochs of each method that has epochs."""
 
 
 def run_timm_usual(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
-    """timm's parts in a plain loop, with the augmentation that timm fine-tunes with."""
+    """timm's components in a plain loop, with the augmentation that timm uses for fine-tuning."""
     return run_timm(data, weights, side, seed, 1, epochs)
 
 
 def run_timm_mild(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
-    """The same with as little augmentation as Thaw's recipe has."""
+    """The same with as little augmentation as Thaw's recipe."""
     return run_timm(data, weights, side, seed, 1, epochs, scale=(0.3, 1.0), color_jitter=None)
 
 
 class Cast(nn.Module):
-    """A network in the arithmetic that the others have; fastai knows of autocast on GPUs alone."""
+    """A network in the precision of the other methods; fastai only uses autocast on GPUs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits in fp32."""
         with autocast(DEVICE, PRECISION):
             return self.network(x).float()
 
 
 def run_fastai(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
-    """fastai's `fine_tune`, of whose epochs the first is frozen, with its usual rates and transforms."""
+    """fastai's `fine_tune`, whose first epoch is frozen, with its usual learning rates and transforms."""
     from fastai.vision.all import (
         Callback,
         CancelValidException,
@@ -115,10 +112,10 @@ def run_fastai(data: Path, weights: Path, side: int, epochs: int, seed: int) -> 
 
     def split(model: Cast) -> list[list[nn.Parameter]]:
         head = list(model.network.head.parameters())
-        return [[p for p in model.parameters() if not any(p is own for own in head)], head]
+        return [[p for p in model.parameters() if not any(p is other for other in head)], head]
 
     class Unvalidated(Callback):
-        """Spares fastai looking at the test images after each epoch."""
+        """Skips fastai's evaluation of the test images after each epoch."""
 
         def before_validate(self) -> None:
             raise CancelValidException
@@ -133,7 +130,7 @@ def run_fastai(data: Path, weights: Path, side: int, epochs: int, seed: int) -> 
 
 
 def run_logistic(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
-    """A logistic regression on the class token of the network as it is, its penalty by cross-validation."""
+    """Logistic regression on the class token of the pretrained network, its penalty chosen by cross-validation."""
     torch.manual_seed(seed)
     loader, test_loader = timm_loaders(data, side, workers=1)
     model = build_timm(weights, side, 0).eval()
@@ -146,7 +143,7 @@ def run_logistic(data: Path, weights: Path, side: int, epochs: int, seed: int) -
 
 @torch.inference_mode()
 def features(model: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network makes of the images, (n, C), and their class ids (n,)."""
+    """Features (N, C) of the images, and class ids (N,)."""
     rows, targets = [], []
     for pixels, batch_targets in loader:
         with autocast(DEVICE, PRECISION):
@@ -156,12 +153,12 @@ def features(model: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any) -> TrainConfig:
-    """The settings of a run of `recipe="auto"`, except for its epochs and `changes`."""
+    """Settings with `recipe="auto"`, except for the epochs and `changes`."""
     return TrainConfig(
         recipe="auto",
         backbone="vit_s_14",
         model_path=str(weights),
-        activation="gelu",  # the weights' README says so, and mean and deviation
+        activation="gelu",  # like mean and deviation, from the README of the weights
         image_mean=MEAN,
         image_std=STD,
         input_shape=(side, side),
@@ -173,8 +170,7 @@ def auto_config(weights: Path, side: int, epochs: int, seed: int, **changes: Any
 
 
 def train_and_test(config: TrainConfig, data: Path) -> Result:
-    """All of `train.py` timed, then the checkpoint that did best on its validation images; the working folder is
-    empty before."""
+    """Time `train.py`, then test the best checkpoint; the working folder must be empty."""
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
         annotate_by_seed(data, config.seed)
         started = time.perf_counter()
@@ -187,7 +183,7 @@ def train_and_test(config: TrainConfig, data: Path) -> Result:
 
 def run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
     """`train.py` with `recipe="auto"`."""
-    return in_folder_of_its_own(train_and_test, auto_config(weights, side, epochs, seed), data)
+    return in_temporary_folder(train_and_test, auto_config(weights, side, epochs, seed), data)
 
 
 METHODS: dict[str, Callable[[Path, Path, int, int, int], Result]] = {
@@ -200,40 +196,40 @@ METHODS: dict[str, Callable[[Path, Path, int, int, int], Result]] = {
 
 
 def dinov2_in(shared: Path) -> Path:
-    """The weights that all start from; without them the script ends here."""
+    """The file of the pretrained weights; exit if there is none."""
     weights = (shared / "models/dinov2_vits14_saliency_fp16.safetensors").resolve()
     if not weights.is_file():
-        sys.exit(f"there is no {weights}: give --shared FOLDER")
+        sys.exit(f"{weights}: not found; set --shared to the folder with data and models")
     return weights
 
 
 def unpack_cifar(tar: Path, folder: Path) -> Path:
-    """The first images by name of each class of CIFAR-10 under `train` and `test` in `folder`."""
-    taken: dict[tuple[str, str], int] = {}
+    """Extract the first images by name of each class of CIFAR-10 to `train` and `test` in `folder`."""
+    counts: dict[tuple[str, str], int] = {}
     with tarfile.open(tar) as archive:
         for member in sorted(filter(tarfile.TarInfo.isfile, archive), key=lambda member: member.name):
             *_, split, name, file = Path(member.name).parts
-            most = CIFAR_TRAIN if split == "train" else CIFAR_TEST
-            if taken.setdefault((split, name), 0) < most:
-                taken[split, name] += 1
-                place = folder / split / name / file
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with place.open("wb") as written:
-                    shutil.copyfileobj(archive.extractfile(member), written)
+            limit = CIFAR_TRAIN if split == "train" else CIFAR_TEST
+            if counts.setdefault((split, name), 0) < limit:
+                counts[split, name] += 1
+                path = folder / split / name / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as copy:
+                    shutil.copyfileobj(archive.extractfile(member), copy)
     return folder
 
 
 def pace(name: str, method: str, side: int, epochs: int) -> str:
-    """The name of a run that is made to learn what it takes."""
+    """The key of a run that measures the time of so many epochs."""
     return f"{epochs} epochs of {side} pixels: {name} {method}"
 
 
 def fit(finished: Finished, name: str, run: Callable[[str, int, int], Result], seconds: float) -> tuple[int, Epochs]:
-    """The largest size at which enough epochs of every method fit into so many seconds, else the smallest, and how many
-    epochs each has there: by what the fewest take that it can have, and one more. The slowest method is tried first,
-    since where it has no time for enough epochs the others needn't be tried."""
+    """The largest image size at which `MIN_EPOCHS` of every method fit into the limit, else the smallest size, and the
+    epochs of each method that fit. The time of an epoch is measured by the fewest possible epochs and one more. The
+    slowest method goes first: if it doesn't fit, the others needn't be measured."""
 
-    def paced(method: str, side: int, epochs: int) -> float:
+    def measured(method: str, side: int, epochs: int) -> float:
         return finished.get(pace(name, method, side, epochs), lambda: run(method, side, epochs))[0]
 
     an_epoch = dict.fromkeys(FEWEST_EPOCHS, 1.0)
@@ -241,11 +237,11 @@ def fit(finished: Finished, name: str, run: Callable[[str, int, int], Result], s
     for side in SIZES:
         epochs = dict(FEWEST_EPOCHS)
         for method, fewest in sorted(FEWEST_EPOCHS.items(), key=lambda item: -an_epoch[item[0]]):
-            first = paced(method, side, fewest)
+            first = measured(method, side, fewest)
             left = seconds - first
-            # an epoch takes no less than one of smaller images, which spares the second run where it can't be enough
+            # An epoch takes at least as long as with smaller images: if that is too long, skip the second run.
             if left > 0 and (side == SIZES[0] or left >= (MIN_EPOCHS - fewest) * an_epoch[method]):
-                an_epoch[method] = max(1.0, paced(method, side, fewest + 1) - first)
+                an_epoch[method] = max(1.0, measured(method, side, fewest + 1) - first)
                 epochs[method] += int(left / an_epoch[method])
             if side > SIZES[0] and epochs[method] < MIN_EPOCHS:
                 return chosen
@@ -254,7 +250,7 @@ def fit(finished: Finished, name: str, run: Callable[[str, int, int], Result], s
 
 
 def fit_logistic(finished: Finished, name: str, run: Callable[[str, int, int], Result], seconds: float) -> int:
-    """The largest size at which the logistic regression, which has no epochs, fits, else the smallest."""
+    """The largest image size at which the logistic regression fits, else the smallest."""
     chosen = SIZES[0]
     for side in SIZES:
         if finished.get(pace(name, "logistic", side, 0), lambda side=side: run("logistic", side, 0))[0] > seconds:
@@ -263,26 +259,26 @@ def fit_logistic(finished: Finished, name: str, run: Callable[[str, int, int], R
     return chosen
 
 
-def settle(
+def plan(
     finished: Finished, name: str, run: Callable[[str, int, int], Result], minutes: float, method: str
 ) -> tuple[int, int]:
-    """The size of the images and the epochs that a method has in so many minutes; the logistic regression has 0."""
+    """The image size and the epochs of a method within the limit; logistic regression has 0 epochs."""
     if method == "logistic":
         return fit_logistic(finished, name, run, 60 * minutes), 0
     side, epochs = fit(finished, name, run, 60 * minutes)
     return side, epochs[method]
 
 
-def make(finished: Finished, name: str, data: Path, weights: Path, minutes: float, method: str, seed: int) -> None:
-    """One run of the table."""
+def run_one(finished: Finished, name: str, data: Path, weights: Path, minutes: float, method: str, seed: int) -> None:
+    """Do one run of the table."""
 
     def run(method: str, side: int, epochs: int, seed: int = 0) -> Result:
         return METHODS[method](data, weights, side, epochs, seed)
 
     key = f"{name} {minutes:g} {method} {seed}"
-    side, epochs = settle(finished, name, run, minutes, method)
+    side, epochs = plan(finished, name, run, minutes, method)
     print(f"{key}: {epochs} epochs of {side} pixels", flush=True)
-    if method == "logistic":  # a seed would change nothing: the run that was made for its pace is this one
+    if method == "logistic":  # the seed changes nothing: reuse the run that measured the time
         finished.get(key, lambda: finished.runs[pace(name, method, side, 0)])
     else:
         finished.get(key, lambda: run(method, side, epochs, seed))
@@ -292,10 +288,10 @@ def results_of(finished: Finished, chosen: list[tuple[str, float, str]], seeds: 
     """A row of the table for each data set, time and method."""
 
     def run(*pace: object) -> Result:
-        raise AssertionError(f"the runs are finished, and {pace} isn't")
+        raise AssertionError(f"this run must be finished: {pace}")
 
     for name, minutes, method in chosen:
-        side, epochs = settle(finished, name, run, minutes, method)
+        side, epochs = plan(finished, name, run, minutes, method)
         runs = [finished.runs[f"{name} {minutes:g} {method} {seed}"] for seed in range(seeds)]
         scores = [score for _, score in runs]
         spread = statistics.stdev(scores) if seeds > 1 else 0.0
@@ -306,18 +302,19 @@ def results_of(finished: Finished, chosen: list[tuple[str, float, str]], seeds: 
 
 
 def differences(finished: Finished, chosen: list[tuple[str, float, str]], seeds: int) -> Iterator[dict[str, Any]]:
-    """By how much Thaw is better than each peer, seed by seed, with Student's interval of 95 %
-    over the seeds. What chance is in the test images themselves isn't in it: both sides have the same."""
+    """Mean difference of accuracy between Thaw and each peer over the seeds, with Student's 95 % interval. It doesn't
+    cover the choice of the test images, which are the same for both."""
     for name, minutes, peer in chosen:
         if peer == "thaw":
             continue
-        apart = [
+        gains = [
             finished.runs[f"{name} {minutes:g} thaw {seed}"][1] - finished.runs[f"{name} {minutes:g} {peer} {seed}"][1]
             for seed in range(seeds)
         ]
-        mean = statistics.mean(apart)
-        reach = stats.t.ppf(0.975, seeds - 1) * statistics.stdev(apart) / seeds**0.5
-        yield {"data": name, "minutes": minutes, "peer": peer, "mean": mean, "low": mean - reach, "high": mean + reach}
+        mean = statistics.mean(gains)
+        margin = stats.t.ppf(0.975, seeds - 1) * statistics.stdev(gains) / seeds**0.5
+        interval = {"mean": mean, "low": mean - margin, "high": mean + margin}
+        yield {"data": name, "minutes": minutes, "peer": peer} | interval
 
 
 def main(
@@ -331,34 +328,33 @@ def main(
     """Compare the accuracies.
 
     Args:
-        data: of trashnet, sign_digits and cifar10.
-        minutes: of training.
-        methods: of `METHODS`.
+        data: any of trashnet, sign_digits and cifar10.
+        minutes: time limits.
+        methods: any of `METHODS`.
         seeds: runs of each.
-        shared: the folder with `data` and `models`.
-        results: file of the runs that are finished.
+        shared: folder with `data` and `models`.
+        results: file of finished runs.
     """
     weights = dinov2_in(shared)
     finished = Finished(results.resolve())
     with tempfile.TemporaryDirectory() as folder:
-        places = {name: (shared / "data" / name).resolve() for name in data}
-        if "cifar10" in places:
-            places["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder, "cifar10"))
-        chosen = list(product(places, minutes, methods))
-        for seed, (name, time_given, method) in product(range(seeds), chosen):
-            if f"{name} {time_given:g} {method} {seed}" not in finished.runs:
-                make(finished, name, places[name], weights, time_given, method, seed)
+        folders = {name: (shared / "data" / name).resolve() for name in data}
+        if "cifar10" in folders:
+            folders["cifar10"] = unpack_cifar(shared / "data/cifar10.tar", Path(folder, "cifar10"))
+        chosen = list(product(folders, minutes, methods))
+        for seed, (name, limit, method) in product(range(seeds), chosen):
+            if f"{name} {limit:g} {method} {seed}" not in finished.runs:
+                run_one(finished, name, folders[name], weights, limit, method, seed)
     table = list(results_of(finished, chosen, seeds))
     for row in table:
-        told = f"{row['data']:<12}{row['minutes']:>4g} min  {row['method']:<11}{row['mean']:7.1%} ± {row['std']:.1%}"
-        told += f"  ({row['epochs']} epochs of {row['side']} pixels)"
-        print(told + f", {row['late']} of {row['n']} ran over their time" * (row["late"] > 0))
-    apart = list(differences(finished, chosen, seeds)) if seeds > 1 and "thaw" in methods else []
-    for row in apart:
-        told = f"{row['data']:<12}{row['minutes']:>4g} min  thaw - {row['peer']:<11}{100 * row['mean']:+6.1f} points"
-        print(f"{told} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})")
-    figures = {"results": table, "differences": apart, "machine": machine(), "torch": torch.__version__}
-    print(json.dumps({"benchmark": "accuracy"} | figures))
+        line = f"{row['data']:<12}{row['minutes']:>4g} min  {row['method']:<11}{row['mean']:7.1%} ± {row['std']:.1%}"
+        line += f"  ({row['epochs']} epochs of {row['side']} pixels)"
+        print(line + f", {row['late']} of {row['n']} exceeded the limit" * (row["late"] > 0))
+    gains = list(differences(finished, chosen, seeds)) if seeds > 1 and "thaw" in methods else []
+    for row in gains:
+        line = f"{row['data']:<12}{row['minutes']:>4g} min  thaw - {row['peer']:<11}{100 * row['mean']:+6.1f} points"
+        print(f"{line} ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})")
+    print_result("accuracy", results=table, differences=gains)
 
 
 if __name__ == "__main__":

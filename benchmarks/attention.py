@@ -7,14 +7,13 @@ The choice in `nets.vit.attention` follows these results. The functions take tur
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 import tyro
-from measure import DEVICE, medians, take_turns
+from measure import medians, print_result, take_turns
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -43,13 +42,14 @@ def call(function: Callable[..., Tensor], inputs: list[Tensor], backward: bool) 
 
 def main(batch: int = 16, heads: int = 12, tokens: int = 197, width: int = 64, repeats: int = 20) -> None:
     """Compare the functions on the GPU, or on the CPU if there is none."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     functions = {"explicit": explicit, "recomputed": recomputed, "fused": F.scaled_dot_product_attention}
     results = {}
     for name, dtype in DTYPES.items():
-        if choose_precision(name, DEVICE)[0] != name or (DEVICE.type, name) == ("cpu", "fp16"):
+        if choose_precision(name, device)[0] != name or (device.type, name) == ("cpu", "fp16"):
             continue
         # In the memory order that they have in the network.
-        inputs = [torch.randn(batch, tokens, heads, width, device=DEVICE, dtype=dtype) for _ in range(3)]
+        inputs = [torch.randn(batch, tokens, heads, width, device=device, dtype=dtype) for _ in range(3)]
         inputs = [tensor.transpose(1, 2) for tensor in inputs]
         for backward in (False, True):
             for tensor in inputs:
@@ -62,13 +62,13 @@ def main(batch: int = 16, heads: int = 12, tokens: int = 197, width: int = 64, r
             title = f"{name} {'forward and backward' if backward else 'forward'}"
             results[title] = medians(times)
             parts = (f"{k} {results[title][k]:7.2f} ms ({min(t):.2f} to {max(t):.2f})" for k, t in times.items())
-            print(f"{DEVICE.type} {title:<26}{', '.join(parts)}", flush=True)
+            print(f"{device.type} {title:<26}{', '.join(parts)}", flush=True)
     ratios = {
         f"{title} fused_vs_{key}": round(result["fused"] / result[key], 2)
         for title, result in results.items()
         for key in ("explicit", "recomputed")
     }
-    print(json.dumps({"benchmark": "attention", "device": DEVICE.type, "ratios": ratios}))
+    print_result("attention", device=device.type, ratios=ratios)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Seconds from the command to the answer: `predict.py` on one image against importing torch and torchvision, in turn.
+"""Compare the time of `predict.py` on one image with that of importing torch and torchvision.
 
     python benchmarks/cold_start.py
 
-Whole processes, with a checkpoint of ViT-B/16 as a finished run leaves it, 0.35 GB. The last line is JSON.
+Whole processes, in turn, with a checkpoint of ViT-B/16 as of a finished run, 0.35 GB. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 import tyro
-from measure import finish, in_turn, medians
+from measure import medians, print_ratios, take_turns
 from PIL import Image
 
 from nets.factory import build_model
@@ -29,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_checkpoint(path: Path) -> None:
-    """A checkpoint of ViT-B/16, as the best one of a finished run is."""
+    """Write a checkpoint of ViT-B/16 like the best one of a finished run."""
     config = TrainConfig().with_defaults()
     model = build_model("vit_b_16", 10, config.input_shape)
     content = {
@@ -52,13 +50,13 @@ def write_checkpoint(path: Path) -> None:
         "history": [],
         "finished": True,
         "lists": {},
-        "arithmetic": {},
+        "environment": {},
     }
     save_checkpoint(path, content)
 
 
-def process(command: list[str]) -> int:
-    """A whole process, which does one image."""
+def run(command: list[str]) -> int:
+    """Run a command, which processes one image."""
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     return 1
 
@@ -67,7 +65,7 @@ def main(repeats: int = 7) -> None:
     """Compare the two.
 
     Args:
-        repeats: of each, in turn, after one that isn't counted; the median counts.
+        repeats: processes of each, after a warm-up.
     """
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, image = Path(folder, "best.pth"), Path(folder, "image.jpg")
@@ -77,12 +75,12 @@ def main(repeats: int = 7) -> None:
             "import torch, torchvision": [sys.executable, "-c", "import torch, torchvision"],
             "predict.py": [sys.executable, "predict.py", str(image), "--model-path", str(checkpoint)],
         }
-        times = in_turn({name: partial(process, command) for name, command in commands.items()}, repeats)
-    found = medians(times)
+        times = take_turns({name: partial(run, command) for name, command in commands.items()}, repeats)
+    seconds = medians(times)
     for name, values in times.items():
-        print(f"{name:<28}{found[name]:6.2f} s ({min(values):.2f} to {max(values):.2f})")
-    over = found["predict.py"] - found["import torch, torchvision"]
-    finish("cold_start", {"seconds_over_torchvision_import": over}, seconds=found)
+        print(f"{name:<28}{seconds[name]:6.2f} s ({min(values):.2f} to {max(values):.2f})")
+    extra = seconds["predict.py"] - seconds["import torch, torchvision"]
+    print_ratios("cold_start", {"seconds_over_torchvision_import": extra}, seconds=seconds)
 
 
 if __name__ == "__main__":

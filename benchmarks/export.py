@@ -1,25 +1,21 @@
-"""Exported files: their sizes, and ONNX Runtime's speed against PyTorch's, in turn, on the processor.
+"""Size and speed of exported ONNX files, against PyTorch on the CPU.
 
     python benchmarks/export.py
 
-One image at a time, of 500 x 375 pixels and in memory, from pixels to probabilities: the exported file by itself,
-and Thaw's classifier, whose resize is Pillow's, in fp32 and, where the processor has it, bf16. The weights are random,
-which costs what trained ones do. The last line is JSON.
+From the pixels of one image of 500 x 375 to probabilities: with ONNX Runtime, and with Thaw's classifier, which resizes
+with Pillow, in fp32 and, if the CPU supports it, bf16. The weights are random. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 import tyro
-from measure import finish, in_turn, medians, show
+from measure import medians, print_ratios, print_speeds, take_turns
 from PIL import Image
 
 from nets.factory import BACKBONES, build_model
@@ -42,7 +38,7 @@ EXPORTS = ("fp32", "fp16", "int8")
 
 
 def make_classifier(name: str, precision: str) -> Classifier:
-    """A classifier with random weights, the same in every precision, as `load_classifier` puts it together."""
+    """A classifier with random weights, the same in every precision, built as by `load_classifier`."""
     torch.manual_seed(0)
     preprocessing = Preprocessing.from_config(CONFIG)
     model = build_model(name, CLASSES, CONFIG.input_shape)
@@ -51,14 +47,14 @@ def make_classifier(name: str, precision: str) -> Classifier:
     return Classifier(network, preprocessing, EvalTransform(preprocessing), names, CPU, precision)
 
 
-def torch_work(name: str, precision: str, pixels: np.ndarray) -> Callable[[], int]:
-    """An image through Thaw's classifier."""
+def torch_task(name: str, precision: str, pixels: np.ndarray) -> Callable[[], int]:
+    """Classify an image with Thaw's classifier."""
     classifier = make_classifier(name, precision)
     return lambda: len(classifier.probabilities(classifier.transform(Image.fromarray(pixels))[None]))
 
 
-def onnx_work(name: str, precision: str, pixels: np.ndarray, folder: str) -> tuple[Callable[[], int], int]:
-    """An image through an exported file, and the file's bytes."""
+def onnx_task(name: str, precision: str, pixels: np.ndarray, folder: str) -> tuple[Callable[[], int], int]:
+    """Classify an image with an exported file; also return the size of the file in bytes."""
     path = Path(folder, f"{name}_{precision}.onnx")
     classifier = make_classifier(name, "fp32")
     provenance = {"precision": precision}
@@ -73,7 +69,7 @@ def main(repeats: int = 15) -> None:
     """Compare exported files with the classifier.
 
     Args:
-        repeats: images through each, in turn, after two that aren't counted; the median counts.
+        repeats: images, after two warm-ups.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8)
     ratios: dict[str, float | None] = {}
@@ -81,19 +77,19 @@ def main(repeats: int = 15) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in NETWORKS:
             if name not in BACKBONES:
-                print(f"{name} is left out: there is no such network here")
+                print(f"{name}: skipped, there is no such network")
                 continue
-            made = {f"onnx {precision}": onnx_work(name, precision, pixels, folder) for precision in EXPORTS}
-            works = {f"torch {precision}": torch_work(name, precision, pixels) for precision in PRECISIONS}
-            times = in_turn(works | {key: work for key, (work, _) in made.items()}, repeats, warm_ups=2)
-            show(name, times)
-            found = medians(times)
-            sizes[name] = {key: round(size / 1e6, 2) for key, (_, size) in made.items()}
+            exports = {f"onnx {precision}": onnx_task(name, precision, pixels, folder) for precision in EXPORTS}
+            tasks = {f"torch {precision}": torch_task(name, precision, pixels) for precision in PRECISIONS}
+            times = take_turns(tasks | {key: task for key, (task, _) in exports.items()}, repeats, warm_ups=2)
+            print_speeds(name, times)
+            seconds = medians(times)
+            sizes[name] = {key: round(size / 1e6, 2) for key, (_, size) in exports.items()}
             print(f"{name:<20}MB: {', '.join(f'{key} {size}' for key, size in sizes[name].items())}")
-            rates[name] = {key: round(1 / seconds, 2) for key, seconds in found.items()}
-            for key in made:
-                ratios[f"{name}_{key.replace(' ', '_')}_vs_torch_fp32"] = found["torch fp32"] / found[key]
-    finish("export", ratios, images_per_second=rates, megabytes=sizes)
+            rates[name] = {key: round(1 / value, 2) for key, value in seconds.items()}
+            for key in exports:
+                ratios[f"{name}_{key.replace(' ', '_')}_vs_torch_fp32"] = seconds["torch fp32"] / seconds[key]
+    print_ratios("export", ratios, images_per_second=rates, megabytes=sizes)
 
 
 if __name__ == "__main__":

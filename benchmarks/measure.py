@@ -1,4 +1,4 @@
-"""What the benchmarks share: works in turn, their medians and spread, the last line."""
+"""Shared by the benchmarks: timing tasks in turn, finished runs, the last line of JSON. Makes Thaw importable."""
 
 from __future__ import annotations
 
@@ -23,19 +23,17 @@ PRECISION, _ = choose_precision("auto", DEVICE)
 PEERS = ["timm fp32"] + (["timm bf16"] if choose_precision("bf16", DEVICE)[0] == "bf16" else [])
 
 Times = dict[str, list[float]]
-"""Seconds of each repeat, by the name of the work."""
+"""Seconds of each repeat, by task."""
 
 
-def in_turn(works: dict[str, Callable[[], int]], repeats: int, warm_ups: int = 1) -> Times:
-    """Do the works in turn, A B A B, `repeats` times after `warm_ups` that aren't counted.
-
-    A work returns how many images it did; its time is per image.
-    """
-    times: Times = {name: [] for name in works}
+def take_turns(tasks: dict[str, Callable[[], int]], repeats: int, warm_ups: int = 1) -> Times:
+    """Time the tasks in turn, A B A B, `repeats` times after `warm_ups`. A task returns its number of images; its times
+    are per image."""
+    times: Times = {name: [] for name in tasks}
     for i in range(warm_ups + repeats):
-        for name, work in works.items():
+        for name, task in tasks.items():
             started = time.perf_counter()
-            images = work()
+            images = task()
             elapsed = time.perf_counter() - started
             if i >= warm_ups:
                 times[name].append(elapsed / images)
@@ -43,12 +41,12 @@ def in_turn(works: dict[str, Callable[[], int]], repeats: int, warm_ups: int = 1
 
 
 def medians(times: Times) -> dict[str, float]:
-    """The median of each work."""
+    """The median of each task."""
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def show(title: str, times: Times) -> None:
-    """Print images a second and milliseconds an image of each work, with their spread."""
+def print_speeds(title: str, times: Times) -> None:
+    """Print images per second and milliseconds per image of each task, with the range."""
     for name, median in medians(times).items():
         slow, fast = 1000 * max(times[name]), 1000 * min(times[name])
         print(
@@ -58,14 +56,14 @@ def show(title: str, times: Times) -> None:
 
 
 class Finished:
-    """The runs that are finished, seconds and accuracy by what they were, kept in a file."""
+    """Seconds and accuracy of finished runs, kept in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.runs: dict[str, tuple[float, float]] = json.loads(path.read_text()) if path.is_file() else {}
 
     def get(self, key: str, run: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-        """The result of `run`, from the file if it is there."""
+        """The result for `key`: from the file, or of `run`."""
         if key not in self.runs:
             self.runs[key] = run()
             write_text(self.path, json.dumps(self.runs, indent=1))
@@ -73,15 +71,19 @@ class Finished:
         return self.runs[key]
 
 
-def finish(benchmark: str, ratios: dict[str, float | None], **figures: object) -> None:
-    """Print the last line, JSON: the ratios, null for what this machine can't show, the figures, and the machine."""
+def print_ratios(benchmark: str, ratios: dict[str, float | None], **figures: object) -> None:
+    """Print the last line with rounded ratios; None: this machine can't measure it."""
     rounded = {name: None if ratio is None else float(f"{ratio:.3g}") for name, ratio in ratios.items()}
-    told = {"benchmark": benchmark, "ratios": rounded, "machine": machine(), "torch": torch.__version__}
-    print(json.dumps(told | figures))
+    print_result(benchmark, ratios=rounded, **figures)
+
+
+def print_result(benchmark: str, **figures: object) -> None:
+    """Print the last line, JSON."""
+    print(json.dumps({"benchmark": benchmark, **figures, "machine": machine(), "torch": torch.__version__}))
 
 
 def machine() -> str:
-    """The GPU, or the processor with the number of its cores that may be used and what it can do."""
+    """The name of the GPU, or that of the CPU with its number of cores and instruction set."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

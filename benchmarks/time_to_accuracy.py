@@ -1,12 +1,11 @@
-"""Time to a test accuracy: Thaw's run against a fine-tuning loop of timm's parts, same weights, same images, in turn.
+"""Time to reach a test accuracy: Thaw against fine-tuning with timm, from the same weights, on the same images.
 
     python benchmarks/time_to_accuracy.py [--data FOLDER --weights FILE]
 
-timm fine-tunes for 12 epochs with its own transforms, loader, optimizer (AdamW, 1e-4, layer decay 0.75), cosine
-schedule and batch of 16, in bf16 where there is bf16 in hardware; only its training is timed. Thaw runs `train.py` as
-`recipe` says, with a tenth of the training images taken out to validate on; all of it is timed, and its best
-checkpoint, by validation, is tested. The fraction of the time is given if the mean accuracy isn't below timm's. The
-last line is JSON.
+timm fine-tunes for 12 epochs with its own transforms, loader, optimizer (AdamW, 1e-4, layer decay 0.75) and cosine
+schedule, batch size 16, in bf16 if the hardware supports it; only training is timed. Thaw runs `train.py` with the
+settings of `recipe`, a tenth of the training images held out; the whole run is timed, and its best checkpoint tested.
+The fraction of the time is null if Thaw's mean accuracy is below timm's. Both take turns. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from measure import DEVICE, PRECISION, finish
+from measure import DEVICE, PRECISION, print_ratios
 from timm.data import create_dataset, create_loader
 from timm.models.vision_transformer import checkpoint_filter_fn
 from timm.optim import create_optimizer_v2
@@ -49,14 +46,12 @@ from utils.training.predict_logits import predict_logits
 EPOCHS, BATCH = 12, 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Result = TypeVar("Result")
-
-
 USUAL = {"auto_augment": "original"}
-"""How timm augments for fine-tuning."""
+"""timm's augmentation for fine-tuning."""
 
 
 def timm_loaders(data: Path, side: int, workers: int, **augmentation: object) -> tuple[object, object]:
-    """timm's loaders of the training images, augmented if told how, and of the test images."""
+    """timm's loaders of the training images, with `augmentation` if there is any, and of the test images."""
     options = {"input_size": (3, side, side), "batch_size": BATCH, "mean": MEAN, "std": STD, "num_workers": workers}
     options |= {"device": DEVICE, "use_prefetcher": False, "crop_pct": 0.875}
     train_set, test_set = (create_dataset("", root=str(data / split)) for split in ("train", "test"))
@@ -75,7 +70,7 @@ def build_timm(weights: Path, side: int, classes: int) -> nn.Module:
 def run_timm(
     data: Path, weights: Path, side: int, seed: int, workers: int, epochs: int = EPOCHS, **augmentation: object
 ) -> tuple[float, float]:
-    """Seconds of training and the test accuracy at its end."""
+    """Seconds of training and the final test accuracy."""
     torch.manual_seed(seed)
     loader, test_loader = timm_loaders(data, side, workers, **(augmentation or USUAL))
     model = build_timm(weights, side, len(loader.dataset.reader.class_to_idx))
@@ -100,18 +95,18 @@ def run_timm(
 
 @torch.inference_mode()
 def test_timm(model: nn.Module, loader: object) -> float:
-    """The part of the test images that timm's network gets right."""
+    """Test accuracy of timm's network."""
     model.eval()
-    right, count = 0, 0
+    correct, count = 0, 0
     for pixels, targets in loader:
         with autocast(DEVICE, PRECISION):
-            right += int((model(pixels.to(DEVICE)).argmax(1).cpu() == targets).sum())
+            correct += int((model(pixels.to(DEVICE)).argmax(1).cpu() == targets).sum())
         count += len(targets)
-    return right / count
+    return correct / count
 
 
 def recipe(weights: Path, side: int, seed: int, workers: int) -> TrainConfig:
-    """What Thaw is told. The first stage is the probe: with weights as good as these, all the rest is spent thawed."""
+    """Thaw's settings: a probe in place of the frozen stage, since the pretrained features are good."""
     return TrainConfig(
         backbone="vit_s_14",
         model_path=str(weights),
@@ -126,10 +121,10 @@ def recipe(weights: Path, side: int, seed: int, workers: int) -> TrainConfig:
         freeze_train=False,
         unfreeze_epoch=5,
         unfreeze_batch_size=BATCH,
-        init_lr=4e-3,  # for 256 images a step: 2.5e-4 for 16
+        init_lr=4e-3,  # for 256 images per step: 2.5e-4 for 16
         min_lr=4e-5,
         layer_decay=0.7,
-        train_crop=0.3,  # a short run has no time for harder images
+        train_crop=0.3,  # the run is too short for small crops
         augmentation="none",
         num_workers=workers,
         save_period=1,
@@ -138,7 +133,7 @@ def recipe(weights: Path, side: int, seed: int, workers: int) -> TrainConfig:
 
 
 def run_thaw(data: Path, config: TrainConfig) -> tuple[float, float, list[tuple[float, float]]]:
-    """Seconds of the whole run, the test accuracy of its best checkpoint, and both after each epoch."""
+    """Seconds of the whole run and test accuracy of the best checkpoint, then both after each epoch."""
     with Path("log.txt").open("w") as log, contextlib.redirect_stdout(log):
         annotate_by_seed(data, config.seed)
         started = time.time()
@@ -150,7 +145,7 @@ def run_thaw(data: Path, config: TrainConfig) -> tuple[float, float, list[tuple[
 
 
 def test_thaw(checkpoint: Path) -> float:
-    """The part of the test images that a checkpoint of Thaw gets right."""
+    """Test accuracy of a checkpoint of Thaw."""
     classifier = load_classifier(checkpoint)
     images = read_list("cls_test.txt", len(classifier.class_names))
     dataset = ImageDataset(FileSource(images, classifier.preprocessing), classifier.transform, seed=0)
@@ -158,8 +153,8 @@ def test_thaw(checkpoint: Path) -> float:
     return top_k_accuracy(*predict_logits(classifier.network, loader, classifier.device, classifier.precision), 1)
 
 
-def in_folder_of_its_own(function: Callable[..., Result], *args: object) -> Result:
-    """Call `function` with an empty working folder, which then goes."""
+def in_temporary_folder(function: Callable[..., Result], *args: object) -> Result:
+    """Call `function` in an empty working folder and delete it."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -170,8 +165,8 @@ def in_folder_of_its_own(function: Callable[..., Result], *args: object) -> Resu
 
 
 def annotate_by_seed(data: Path, seed: int) -> None:
-    """Lists of `data` in the working folder, which is empty. The seed alone says which images are for validation:
-    they are drawn by path, too, and that of `data` may be of a temporary folder."""
+    """Write lists of `data` in the empty working folder."""
+    # A link, since the split depends on the paths, and `data` may be in a temporary folder.
     Path("datasets").symlink_to(data, target_is_directory=True)
     annotate("datasets", seed=seed, audit=False)
 
@@ -186,31 +181,32 @@ def main(
     """Compare the times.
 
     Args:
-        data: a folder with `train` and `test`, each with a folder of images per class.
-        weights: of DINOv2's ViT-S/14, in timm's names.
-        side: of the images, a multiple of 14.
-        repeats: runs of each, in turn, with other seeds; the medians of the times, the means of the accuracies count.
-        workers: processes that load images, for both.
+        data: folder with `train` and `test`, each with a folder of images per class.
+        weights: DINOv2's ViT-S/14, with timm's tensor names.
+        side: height and width of the images, a multiple of 14.
+        repeats: runs of each, with different seeds; times are compared by median, accuracies by mean.
+        workers: processes that load images.
     """
     for path in (data, weights):
         if not path.exists():
-            sys.exit(f"there is no {path}: give --data FOLDER and --weights FILE")
+            sys.exit(f"{path}: not found; set --data FOLDER and --weights FILE")
     data, weights = data.resolve(), weights.resolve()
-    peer, own, courses = [], [], []
+    timm_runs, thaw_runs = [], []
     for seed in range(repeats):
-        peer.append(run_timm(data, weights, side, seed, workers))
-        print(f"seed {seed}: timm {peer[-1][0]:6.0f} s, test top-1 {peer[-1][1]:.1%}", flush=True)
-        *result, course = in_folder_of_its_own(run_thaw, data, recipe(weights, side, seed, workers))
-        own.append(result)
-        courses.append(course)
-        told = ", ".join(f"{top1:.1%} at {seconds:.0f} s" for seconds, top1 in course)
-        print(f"seed {seed}: Thaw {own[-1][0]:6.0f} s, test top-1 {own[-1][1]:.1%} ({told})", flush=True)
-    target = statistics.mean(top1 for _, top1 in peer)
-    reached = statistics.mean(top1 for _, top1 in own)
-    seconds, own_seconds = (statistics.median(found[0] for found in runs) for runs in (peer, own))
-    figures = {"timm_top1": target, "thaw_top1": reached, "timm_seconds": seconds, "thaw_seconds": own_seconds}
-    ratios = {"time_fraction_of_timm": own_seconds / seconds if reached >= target else None}
-    finish("time_to_accuracy", ratios, side=side, precision=PRECISION, runs={"timm": peer, "thaw": own}, **figures)
+        seconds, top1 = run_timm(data, weights, side, seed, workers)
+        timm_runs.append((seconds, top1))
+        print(f"seed {seed}: timm {seconds:6.0f} s, test top-1 {top1:.1%}", flush=True)
+        seconds, top1, epochs = in_temporary_folder(run_thaw, data, recipe(weights, side, seed, workers))
+        thaw_runs.append((seconds, top1))
+        course = ", ".join(f"{score:.1%} at {passed:.0f} s" for passed, score in epochs)
+        print(f"seed {seed}: Thaw {seconds:6.0f} s, test top-1 {top1:.1%} ({course})", flush=True)
+    runs = {"timm": timm_runs, "thaw": thaw_runs}
+    seconds = {name: statistics.median(run[0] for run in runs[name]) for name in runs}
+    top1 = {name: statistics.mean(run[1] for run in runs[name]) for name in runs}
+    ratio = seconds["thaw"] / seconds["timm"] if top1["thaw"] >= top1["timm"] else None
+    figures = {f"{name}_top1": top1[name] for name in runs} | {f"{name}_seconds": seconds[name] for name in runs}
+    ratios = {"time_fraction_of_timm": ratio}
+    print_ratios("time_to_accuracy", ratios, side=side, precision=PRECISION, runs=runs, **figures)
 
 
 if __name__ == "__main__":

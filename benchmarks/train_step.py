@@ -1,13 +1,12 @@
-"""Images a second in training, ViT-B/16 at 224: Thaw against timm's network in a plain loop, in turn.
+"""Images per second of training, ViT-B/16 at 224 pixels: Thaw against timm's network in a plain loop.
 
     python benchmarks/train_step.py
 
-All of it trained; the embeddings and 8 of 12 blocks frozen; all but the head frozen. timm runs as it comes, in fp32,
-and under bf16 autocast where the processor or GPU has bf16. Thaw chooses by itself, and its frozen stages train
-on features, computed before the first epoch. Neither has dropout or stochastic depth; timm's pixels
-are normalised beforehand, Thaw's in the step. The ceiling is what the processor would do if it did nothing but the
-matrix products of the plain network, at the best rate that they reach here. Peak memory is that of a process of its
-own. The last line is JSON.
+Three cases: all trained; embeddings and 8 of 12 blocks frozen; all but the head frozen. timm runs in fp32, and with
+bf16 autocast if the hardware supports it. Thaw has `precision="auto"`; its frozen stages train on cached features,
+whose computation isn't timed. There is no dropout or stochastic depth. timm's pixels are normalized beforehand, Thaw's
+in the step. Both take turns. The ceiling is the speed of the plain network's matrix products alone, at the best rate
+measured here. Peak memory is measured in separate processes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -19,15 +18,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import timm
 import torch
 import torch.nn.functional as F
 import tyro
-from measure import DEVICE, PEERS, PRECISION, finish, in_turn, medians, show
+from measure import DEVICE, PEERS, PRECISION, medians, print_ratios, print_speeds, take_turns
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +40,7 @@ from utils.training.trainer import Trainer
 
 CLASSES = 10
 CONFIG = TrainConfig(drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0, activation="gelu").with_defaults()
-Work = Callable[[], int]
+Task = Callable[[], int]
 
 
 def thaw(frozen: int | str | None) -> tuple[nn.Module, Trainer, torch.optim.Optimizer]:
@@ -57,22 +53,22 @@ def thaw(frozen: int | str | None) -> tuple[nn.Module, Trainer, torch.optim.Opti
     return network, Trainer(network, DEVICE, PRECISION, seed=0), build_optimizer(model, CONFIG, 1e-4)
 
 
-def thaw_full(batch_size: int) -> Work:
-    """A step of Thaw's, nothing frozen."""
+def thaw_full(batch_size: int) -> Task:
+    """A training step of Thaw, nothing frozen."""
     network, trainer, optimizer = thaw(None)
     network.train()
     pixels = torch.randint(0, 256, (batch_size, *CONFIG.input_shape, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     targets = torch.arange(batch_size) % CLASSES
 
-    def work() -> int:
+    def task() -> int:
         trainer.train_step(pixels, targets, optimizer)[0].item()
         return batch_size
 
-    return work
+    return task
 
 
-def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
-    """An epoch of Thaw's over features, loader and all."""
+def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Task:
+    """An epoch of Thaw on cached features, including the loader."""
     network, trainer, optimizer = thaw(frozen)
     trainer.network = ThawedPart(network)
     shape = (768,) if frozen == "all" else (network.model.pos_embed.shape[1], 768)
@@ -80,7 +76,7 @@ def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
     dataset = FeatureDataset(features, list_in_memory((i % CLASSES, "image") for i in range(steps * batch_size)), 0)
     loader = train_loader(dataset, batch_size, num_workers=0)
 
-    def work() -> int:
+    def task() -> int:
         epoch = trainer.start_epoch(loader, number=1)
         for inputs, targets in epoch.batches():
             epoch.record(*trainer.train_step(inputs, targets, optimizer))
@@ -88,10 +84,10 @@ def thaw_frozen(frozen: int | str, batch_size: int, steps: int) -> Work:
         trainer.finish_epoch()
         return steps * batch_size
 
-    return work
+    return task
 
 
-def peer(name: str, frozen: int | str | None, batch_size: int) -> Work:
+def peer(name: str, frozen: int | str | None, batch_size: int) -> Task:
     """A step of timm's network with torch's AdamW."""
     precision = name.removeprefix("timm ")
     model = timm.create_model("vit_base_patch16_224", num_classes=CLASSES).to(DEVICE).train()
@@ -104,7 +100,7 @@ def peer(name: str, frozen: int | str | None, batch_size: int) -> Work:
     pixels = torch.randn(batch_size, 3, *CONFIG.input_shape, device=DEVICE)
     targets = torch.arange(batch_size, device=DEVICE) % CLASSES
 
-    def work() -> int:
+    def task() -> int:
         with autocast(DEVICE, precision):
             loss = F.cross_entropy(model(pixels), targets)
         loss.backward()
@@ -113,11 +109,11 @@ def peer(name: str, frozen: int | str | None, batch_size: int) -> Work:
         loss.item()
         return batch_size
 
-    return work
+    return task
 
 
 def ceiling(batch_size: int) -> float:
-    """Images a second of a full step that were nothing but the plain network's matrix products."""
+    """Images per second of the matrix products of a training step alone."""
     rates = []
     for inputs, outputs in ((768, 2304), (768, 768), (768, 3072), (3072, 768)):
         a = torch.randn(batch_size * 197, inputs, device=DEVICE, dtype=DTYPES[PRECISION])
@@ -131,21 +127,21 @@ def ceiling(batch_size: int) -> float:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = build_model("vit_b_16", CLASSES, CONFIG.input_shape)
         model.forward_head(model.forward_features(torch.empty(1, 3, *CONFIG.input_shape)))
-    print(f"{'matrix products':<20}{max(rates) / 1e9:.0f} GFLOP/s in {PRECISION} at best", flush=True)
+    print(f"{'matrix products':<20}up to {max(rates) / 1e9:.0f} GFLOP/s in {PRECISION}", flush=True)
     return max(rates) / (3 * counter.get_total_flops())  # forward, gradients of inputs, gradients of weights
 
 
 def peak_memory(name: str, batch_size: int) -> float:
-    """GB of a process that does three full steps."""
+    """Peak memory in GB of a process that takes three full steps."""
     command = [sys.executable, __file__, "--peak-of", name, "--batch-size", str(batch_size)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def print_peak_memory(name: str, batch_size: int) -> None:
-    """Do three full steps and print this process's peak memory, or the GPU's, in GB."""
-    work = thaw_full(batch_size) if name == "thaw" else peer(name, None, batch_size)
+    """Take three full steps and print the peak memory of this process, or of the GPU, in GB."""
+    task = thaw_full(batch_size) if name == "thaw" else peer(name, None, batch_size)
     for _ in range(3):
-        work()
+        task()
     unit = 1 if sys.platform == "darwin" else 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print((torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident) / 1e9)
@@ -155,39 +151,39 @@ def main(batch_size: int = 16, repeats: int = 5, peak_of: str = "") -> None:
     """Compare training steps.
 
     Args:
-        batch_size: images a step.
-        repeats: steps of each, in turn, after one that isn't counted; the median counts.
-        peak_of: only print the peak memory of this one: thaw, "timm fp32" or "timm bf16".
+        batch_size: images per step.
+        repeats: steps of each, after a warm-up.
+        peak_of: only print the peak memory of thaw, "timm fp32" or "timm bf16".
     """
     if peak_of:
         print_peak_memory(peak_of, batch_size)
         return
     print(f"Thaw on {DEVICE} in {PRECISION}; {' and '.join(PEERS)}")
-    # Before this process has grown: what it has then counts as the peak of those that it starts.
+    # First, since child processes inherit the memory of this one as their peak.
     memory = {name: peak_memory(name, batch_size) for name in ("thaw", *PEERS)}
     print(f"{'peak memory':<20}" + ", ".join(f"{name} {gigabytes:.2f} GB" for name, gigabytes in memory.items()))
     ratios: dict[str, float | None] = dict.fromkeys(
-        f"{work}_vs_timm_{precision}"
-        for work in ("full", "frozen8", "frozen_all", "memory")
+        f"{case}_vs_timm_{precision}"
+        for case in ("full", "frozen8", "frozen_all", "memory")
         for precision in ("bf16", "fp32")
     )
     figures = {}
-    for title, frozen, own in (
+    for title, frozen, make_thaw in (
         ("full", None, lambda: thaw_full(batch_size)),
         ("frozen8", 8, lambda: thaw_frozen(8, batch_size, steps=2)),
         ("frozen_all", "all", lambda: thaw_frozen("all", batch_size, steps=64)),
     ):
-        times = in_turn({"thaw": own()} | {name: peer(name, frozen, batch_size) for name in PEERS}, repeats)
-        show(title, times)
-        found = medians(times)
-        figures[title] = {name: round(1 / seconds, 2) for name, seconds in found.items()}
+        times = take_turns({"thaw": make_thaw()} | {name: peer(name, frozen, batch_size) for name in PEERS}, repeats)
+        print_speeds(title, times)
+        seconds = medians(times)
+        figures[title] = {name: round(1 / value, 2) for name, value in seconds.items()}
         for name in PEERS:
-            ratios[f"{title}_vs_{name.replace(' ', '_')}"] = found[name] / found["thaw"]
-    most = ceiling(batch_size)
-    ratios["ceiling_fraction"] = figures["full"]["thaw"] / most
+            ratios[f"{title}_vs_{name.replace(' ', '_')}"] = seconds[name] / seconds["thaw"]
+    highest = ceiling(batch_size)
+    ratios["ceiling_fraction"] = figures["full"]["thaw"] / highest
     for name in PEERS:
         ratios[f"memory_vs_{name.replace(' ', '_')}"] = memory["thaw"] / memory[name]
-    finish("train_step", ratios, images_per_second=figures | {"ceiling": round(most, 2)}, peak_gb=memory)
+    print_ratios("train_step", ratios, images_per_second=figures | {"ceiling": round(highest, 2)}, peak_gb=memory)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from utils.inference.classifier import load_classifier
 from utils.runs.checkpoint import LAST, find_checkpoint
 from utils.training.optimizer import set_learning_rate
 
-# The networks here are so small that a second thread costs more than it does; and on one, sums have one order.
+# A second thread is slower for networks as small as these, and one thread has a fixed order of summation.
 torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -41,24 +41,24 @@ SMALL = {
     "init_lr": 4e-3,
     "min_lr": 4e-5,
     "train_crop": 0.5,
-    "augmentation": "none",  # the classes differ in brightness, which it changes
+    "augmentation": "none",  # it changes the brightness, in which the classes differ
     "num_workers": 0,
     "save_period": 2,
     "precision": "fp32",
 }
-"""A run of seconds, with dropout, stochastic depth, random crops, mirroring and both stages."""
+"""A run of a few seconds with dropout, stochastic depth, random crops, mirroring and both stages."""
 SIZES["vit_of_the_tests"] = Size(patch_size=4, num_features=48, depth=6, num_heads=3)
 TINY = SMALL | {"backbone": "vit_of_the_tests"}
-"""The same with a sixteenth of the weights, where no other process has to know the network."""
+"""The same with a sixteenth of the weights, for tests that start no other process."""
 
 
 def settings(**changes) -> TrainConfig:
-    """A config with a value in every field, as a run has it."""
+    """A config with a value in every field."""
     return TrainConfig(**changes).with_defaults()
 
 
 def train_epoch(trainer, loader, optimizer, number, learning_rate, after_step=lambda: None) -> dict[str, float]:
-    """The steps that are left of an epoch, as train.py takes them, and their summary."""
+    """Train the remaining steps of an epoch as train.py does; return its summary."""
     epoch = trainer.start_epoch(loader, number)
     for inputs, targets in epoch.batches():
         rate = learning_rate(epoch.position)
@@ -71,15 +71,14 @@ def train_epoch(trainer, loader, optimizer, number, learning_rate, after_step=la
 
 @pytest.fixture(autouse=True)
 def no_graph(request, monkeypatch) -> None:
-    """Runs don't trace their network for TensorBoard, a quarter of their time; that of `trained_folder` does, and those
-    of tests that are marked."""
+    """Skip tracing the network for TensorBoard, a quarter of the time of a run, except in tests marked `graph`."""
     if not request.node.get_closest_marker("graph"):
         monkeypatch.setattr(SummaryWriter, "add_graph", lambda *arguments: None)
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """An empty folder that is the working folder too."""
+    """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -94,7 +93,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def command(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
-    """What `python <script> ...` prints and leaves with, of this process: a new one takes seconds to import torch."""
+    """Runs `python <script> ...` in this process, since a new one takes seconds to import torch."""
 
     def run(script: str, *args: str, input: str = "") -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", [script, *args])
@@ -111,7 +110,7 @@ def command(monkeypatch, capsys) -> Callable[..., subprocess.CompletedProcess]:
 
 
 def write_image(path: Path, level: int = 128, size: tuple[int, int] = (20, 16), seed: int = 0) -> Path:
-    """Write a noisy image, as bright as `level`, and the folders it needs."""
+    """Write a noisy image of mean brightness `level`, and its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed).integers(-40, 40, (size[1], size[0], 3))
     Image.fromarray(np.clip(level + noise, 0, 255).astype(np.uint8)).save(path)
@@ -122,7 +121,7 @@ NAMES = ["dark", "light"]
 
 
 def write_two_classes(datasets: Path) -> Path:
-    """`datasets` with dark and light images: 24 and 16 to train on, 6 and 5 to test on."""
+    """Write dark and light images to `datasets`: 24 and 16 for training, 6 and 5 for testing."""
     for split, counts in (("train", (24, 16)), ("test", (6, 5))):
         for name, level, count in zip(("dark", "light"), (60, 190), counts, strict=True):
             for i in range(count):
@@ -131,7 +130,7 @@ def write_two_classes(datasets: Path) -> Path:
 
 
 def write_scene(datasets: Path) -> None:
-    """Twenty images in each of two classes by a fixed camera: all of them look alike."""
+    """Write twenty near-duplicates in each of two classes, as of a fixed camera."""
     scene = Image.effect_noise((120, 90), 80).resize((480, 360), Image.Resampling.BICUBIC).convert("RGB")
     for name in ("good", "scratched"):
         (datasets / name).mkdir(parents=True)
@@ -142,7 +141,7 @@ def write_scene(datasets: Path) -> None:
 
 
 def write_back(run: Path, epoch: int) -> None:
-    """Set a run back to the end of `epoch`, which it kept a checkpoint of, as if it had been cut off there."""
+    """Set a run back to its periodic checkpoint of `epoch`, as if it had been interrupted there."""
     (kept,) = run.glob(f"ep{epoch:03d}-*")
     for path in run.glob("*.pth"):
         if path != kept:
@@ -152,13 +151,13 @@ def write_back(run: Path, epoch: int) -> None:
 
 @pytest.fixture
 def two_classes(here) -> Path:
-    """`datasets/` in the working folder, see `write_two_classes`."""
+    """`write_two_classes` in the working folder."""
     return write_two_classes(here / "datasets")
 
 
 @pytest.fixture(scope="session")
 def trained_folder(tmp_path_factory) -> Path:
-    """A folder in which two classes were trained; tests read it and write elsewhere."""
+    """A folder with a run on two classes; tests must not write there."""
     folder = tmp_path_factory.mktemp("trained")
     write_two_classes(folder / "datasets")
     before = Path.cwd()
@@ -184,7 +183,7 @@ EXPORTS = {
     "pt2": ("pt2", "fp32", "model.pt2"),
     "safetensors": ("safetensors", "fp32", "model.safetensors"),
 }
-"""Format, precision and file name of all that export.py makes."""
+"""Format, precision and file name of the exports."""
 
 
 @pytest.fixture(scope="session")
@@ -194,7 +193,7 @@ def export_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def traced() -> tuple[Callable, Callable]:
-    """`trace` and `convert`, which take most of the time, for the one network that there is here."""
+    """`trace` and `convert`, which take most of the time, with cached results for the one network."""
     trace, convert = formats.trace, onnx_write.convert
     program = functools.cache(lambda: trace(load_classifier(find_checkpoint(""), "cpu", precision="fp32")))
     model = functools.cache(lambda: convert(program()))
@@ -203,7 +202,7 @@ def traced() -> tuple[Callable, Callable]:
 
 @pytest.fixture
 def exported(trained, export_folder, traced, monkeypatch) -> Callable[[str], Path]:
-    """The exported file of the trained network by the key of `EXPORTS`, made once."""
+    """Exports the trained network, once, by the key of `EXPORTS`."""
     monkeypatch.setattr(formats, "trace", traced[0])
     monkeypatch.setattr(onnx_write, "convert", traced[1])
 

@@ -1,4 +1,4 @@
-"""recipes/: each can be begun."""
+"""recipes/: each has valid settings."""
 
 import importlib
 import pkgutil
@@ -12,12 +12,11 @@ NAMES = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_begins(two_classes, capsys, name):
-    """Its summary is printed, for other images; the network is drawn in every stage's size."""
+def test_recipe_summary(two_classes, capsys, name):
     recipe = importlib.import_module(f"recipes.{name}")
     recipe.main(summary=True)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for number, stage in enumerate(recipe.CONFIG.all_stages, start=1):
-        assert f"stage {number}   " in told
-        assert f"{stage.input_shape[0]} x {stage.input_shape[1]} pixels" in told
+        assert f"stage {number}   epochs" in printed
+        assert f"{stage.input_shape[0]} x {stage.input_shape[1]} pixels" in printed
     assert train.CONFIG != recipe.CONFIG

@@ -1,4 +1,4 @@
-"""train.py from the images to the checkpoints."""
+"""train.py, from images to checkpoints."""
 
 import dataclasses
 import importlib
@@ -47,11 +47,11 @@ def state_of(checkpoint) -> str:
     return digest([checkpoint[key] for key in ("weights", "optimizer", "step", "epoch", "best_val_loss")])
 
 
-def numbers_of(history) -> list[dict]:
+def without_times(history) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in ("seconds", "time")} for row in history]
 
 
-def test_what_a_run_leaves(trained):
+def test_files_of_a_run(trained):
     run = only_run()
     names = {path.name for path in run.iterdir()}
     assert {BEST, LAST, "config.json", "epoch_loss.txt", "epoch_val_loss.txt", "epoch_loss.png"} <= names
@@ -64,7 +64,7 @@ def test_what_a_run_leaves(trained):
     assert (run / "epoch_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_curve_is_drawn_now_and_then_and_at_the_end(here, monkeypatch):
+def test_loss_curve_is_drawn_at_intervals_and_at_the_end(here, monkeypatch):
     rows = [
         dict.fromkeys(("loss", "top1", "val_loss", "val_top1"), 0.5) | {"epoch": i, "step": i, "time": i}
         for i in range(4)
@@ -78,13 +78,13 @@ def test_the_curve_is_drawn_now_and_then_and_at_the_end(here, monkeypatch):
     monkeypatch.setattr("utils.runs.log.DRAW_EVERY", 0.0)
     log.log_epoch(rows)
     assert drawn == [4]
-    log.close()  # nothing is new
+    log.close()  # no new epoch
     assert drawn == [4]
-    RunLog(here, rows).close()  # a run that goes on, perhaps cut off before the last was drawn
+    RunLog(here, rows).close()  # a resumed run, perhaps interrupted before the last drawing
     assert drawn == [4, 4]
 
 
-def test_what_a_checkpoint_holds(trained):
+def test_checkpoint_content(trained):
     last = load_checkpoint(only_run() / LAST)
     assert last["class_names"] == ["dark", "light"]
     assert (last["epoch"], last["step"]) == (4, 36 // 8 + 3 * (36 // 6))
@@ -95,7 +95,7 @@ def test_what_a_checkpoint_holds(trained):
     assert [row["epoch"] for row in last["history"]] == [1, 2, 3, 4]
 
 
-def test_the_best_is_the_latest_within_an_error_of_the_lowest_calibrated_loss(trained):
+def test_best_checkpoint_is_of_the_best_epoch(trained):
     best, last = (load_checkpoint(only_run() / name) for name in (BEST, LAST))
     losses = np.array([row["val_calibrated_loss"] for row in last["history"]])
     errors = np.array([row["val_calibrated_loss_error"] for row in last["history"]])
@@ -104,7 +104,7 @@ def test_the_best_is_the_latest_within_an_error_of_the_lowest_calibrated_loss(tr
     assert best["best_val_loss"] == last["best_val_loss"] == last["history"][best["epoch"] - 1]["val_loss"]
 
 
-def test_it_learns(trained):
+def test_training_learns(trained):
     last = load_checkpoint(only_run() / LAST)
     assert last["history"][-1]["val_top1"] == 1.0
     assert last["history"][-1]["val_loss"] < last["history"][0]["val_loss"]
@@ -122,7 +122,7 @@ def test_tensorboard_has_scalars_images_and_the_graph(trained):
     assert events.Tags()["graph"]
 
 
-def test_a_network_that_torch_cannot_trace_is_trained_all_the_same(two_classes, monkeypatch, capsys):
+def test_network_that_cannot_be_traced_is_trained(two_classes, monkeypatch, capsys):
     def fail(*arguments: object) -> None:
         raise RuntimeError("Tracer cannot infer")
 
@@ -133,7 +133,7 @@ def test_a_network_that_torch_cannot_trace_is_trained_all_the_same(two_classes, 
 
 
 def test_frozen_then_thawed(two_classes):
-    """In stage 1 the frozen part stays as it was built; in stage 2 it moves."""
+    """The frozen part is constant in stage 1 and changes in stage 2."""
     config = settings(**TINY | {"save_period": 1})
     start = {name: value.clone() for name, value in build_network(config, NAMES).model.state_dict().items()}
     train.main(config)
@@ -153,8 +153,8 @@ GRADUAL = {
 }
 
 
-def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
-    """Each part moves from its stage on and not before; a run cut off between any two stages ends like a whole one."""
+def test_gradual_thawing_and_resuming(two_classes, monkeypatch):
+    """Each layer changes from its stage on; a run interrupted between stages gives the same result."""
     config = settings(**TINY | GRADUAL)
     start = {name: value.clone() for name, value in build_network(config, NAMES).model.state_dict().items()}
     train.main(config)
@@ -164,22 +164,22 @@ def test_thawed_bit_by_bit_and_gone_on_with(two_classes, monkeypatch):
         for name in (name for name in start if name.startswith(part)):
             moved = [not torch.equal(before[name], after[name]) for before, after in pairwise(states)]
             assert moved == [stage >= first for stage in range(3)], name
-    ends_the_same_when_cut_off(config, (1, 2), monkeypatch)
+    check_interrupted_runs(config, (1, 2), monkeypatch)
 
 
-def ends_the_same_when_cut_off(config, epochs, monkeypatch):
-    """A run with `config` that is cut off right after one of `epochs` and goes on ends like the one in `logs`."""
+def check_interrupted_runs(config, epochs, monkeypatch):
+    """Check that runs interrupted after each of `epochs` and resumed equal the run in `logs`."""
     whole = state_of(load_checkpoint(only_run() / LAST))
     for epoch in epochs:
 
-        def cut_off(path, content, epoch=epoch):
+        def interrupt(path, content, epoch=epoch):
             if content["epoch"] > epoch:
                 raise KeyboardInterrupt
             save_checkpoint(path, content)
 
         again = dataclasses.replace(config, save_dir=f"logs{epoch}")
         with monkeypatch.context() as patch:
-            patch.setattr("utils.runs.saving.save_checkpoint", cut_off)
+            patch.setattr("utils.runs.saving.save_checkpoint", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 train.main(again)
         train.main(again)
@@ -195,9 +195,9 @@ GROWING = {
 
 
 @pytest.mark.parametrize(("backbone", "optimizer"), [("vit_of_the_tests", "muon"), ("mobilenetv2", "adamw")])
-def test_images_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypatch, backbone, optimizer):
-    """Each checkpoint takes images of its stage's size; a run cut off between stages or inside ends like a whole."""
-    variant = {"backbone": backbone, "optimizer_type": optimizer, "device": "cpu"}  # a GPU's sums vary
+def test_growing_images_and_resuming(two_classes, monkeypatch, backbone, optimizer):
+    """Checkpoints have the input shape of their stage; an interrupted run gives the same result."""
+    variant = {"backbone": backbone, "optimizer_type": optimizer, "device": "cpu"}  # GPUs aren't deterministic
     config = settings(**TINY | GROWING | variant)
     train.main(config)
     for number, shape in enumerate(stage.input_shape for stage in config.all_stages for _ in range(stage.epochs)):
@@ -205,18 +205,18 @@ def test_images_grow_from_stage_to_stage_and_gone_on_with(two_classes, monkeypat
         assert checkpoint["model"]["input_shape"] == checkpoint["preprocessing"]["input_shape"] == list(shape)
         for weights in (checkpoint["weights"], checkpoint["weights_in_training"]):
             build_model(**checkpoint["model"]).load_state_dict(weights)
-    assert load_checkpoint(only_run() / BEST)["epoch"] == 4  # the only one of the last size
+    assert load_checkpoint(only_run() / BEST)["epoch"] == 4  # the only one with the last input shape
     monkeypatch.setattr("utils.training.lr_finder.STEPS", 3)
     monkeypatch.setattr(
         "utils.training.lr_finder.suggest", lambda rates, losses: 1e-3
-    )  # over so few steps none may fall
+    )  # the loss may not fall in so few steps
     train.main(dataclasses.replace(config, save_dir="tried"), find_lr=True)
-    ends_the_same_when_cut_off(config, (2,), monkeypatch)  # inside the second stage
+    check_interrupted_runs(config, (2,), monkeypatch)  # within the second stage
 
 
-def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, monkeypatch, capsys):
-    """After the epochs it says, of the last stage alone; also if it was cut off right before its end."""
-    losses = iter([0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43])  # three of the first stage
+def test_patience_stops_a_run(two_classes, monkeypatch, capsys):
+    """It counts epochs of the last stage only; also if interrupted right before the end."""
+    losses = iter([0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43])  # three in the first stage
     monkeypatch.setattr("utils.training.trainer.calibrated_loss", lambda logits, targets: (next(losses), 0.0))
     config = settings(**TINY | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
     with monkeypatch.context() as patch:
@@ -231,7 +231,7 @@ def test_patience_ends_a_run_whose_validation_loss_does_not_fall(two_classes, mo
     assert load_checkpoint(only_run() / BEST)["epoch"] == 1
 
 
-def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(two_classes):
+def test_run_depends_on_seed_but_not_on_workers(two_classes):
     digests = []
     for i, changes in enumerate(({}, {}, {"num_workers": 2}, {"seed": 12})):
         train.main(settings(**TINY | {"save_dir": f"logs{i}", "unfreeze_epoch": 2} | changes))
@@ -241,20 +241,20 @@ def test_the_same_seed_gives_the_same_run_and_workers_change_nothing(two_classes
 
 
 @pytest.mark.parametrize("stop_after", [1, 2])
-def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeypatch, capsys, stop_after):
-    """Cut off between the stages and inside the second, after the next epoch was logged and before it is saved."""
+def test_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, monkeypatch, capsys, stop_after):
+    """Interrupted between the stages and in the second, after an epoch is logged and before it is saved."""
     whole = load_checkpoint(only_run() / LAST)
     shutil.copytree(trained / "datasets", tmp_path / "datasets")
     monkeypatch.chdir(tmp_path)
     config = settings(**SMALL)
 
-    def cut_off(path, content):
+    def interrupt(path, content):
         if content["epoch"] > stop_after:
             raise KeyboardInterrupt
         save_checkpoint(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("utils.runs.saving.save_checkpoint", cut_off)
+        patch.setattr("utils.runs.saving.save_checkpoint", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train.main(config)
     run = only_run()
@@ -263,7 +263,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
     resumed = load_checkpoint(only_run() / LAST)
     assert f"run       {run} (resumed after epoch {stop_after}" in capsys.readouterr().out
     assert state_of(resumed) == state_of(whole)
-    assert numbers_of(resumed["history"]) == numbers_of(whole["history"])
+    assert without_times(resumed["history"]) == without_times(whole["history"])
     assert len((run / "epoch_loss.txt").read_text().split()) == 4
     events = EventAccumulator(str(run))
     events.Reload()
@@ -271,7 +271,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"input_shape": (12, 12)}, r"input_shape was \[8, 8\] and is \[12, 12\]"),
         ({"weight_decay": 0.5}, "weight_decay was 0.05 and is 0.5"),
@@ -281,8 +281,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(trained, tmp_path, monkeyp
         ({"letterbox_image": True}, "letterbox_image was False"),
     ],
 )
-def test_resuming_with_other_settings_is_refused(trained, changed, told):
-    with pytest.raises(ValueError, match=rf"^resume=.*{told}"):
+def test_resuming_with_other_settings_is_refused(trained, changed, message):
+    with pytest.raises(ValueError, match=rf"^resume=.*{message}"):
         train.main(settings(**SMALL | changed, resume=str(only_run())))
 
 
@@ -298,7 +298,7 @@ def test_resuming_from_an_older_checkpoint_is_refused(trained):
         train.main(settings(**SMALL, resume=str(older)))
 
 
-def test_resuming_needs_no_pretrained_weights_and_keeps_their_gelu(trained):
+def test_resuming_keeps_the_gelu_of_the_weights(trained):
     resumed = load_checkpoint(only_run() / LAST)
     resumed["model"]["activation"] = "gelu"
     resumed["preprocessing"]["interpolation"] = "bicubic"
@@ -323,20 +323,19 @@ def test_starting_from_weights(trained, tmp_path, capsys):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     build_network(settings(**SMALL, model_path=str(best)), ["a", "b", "c"])
     assert "head of 2 other classes is excluded; the new head has 3 classes" in capsys.readouterr().out
-    _, model, *_ = build_network(settings(**SMALL, model_path=str(best)), ["cat", "dog"])
+    model = build_network(settings(**SMALL, model_path=str(best)), ["cat", "dog"]).model
     assert "head of 2 other classes is excluded" in capsys.readouterr().out
     assert not torch.equal(model.head.weight, weights["head.weight"])
     assert torch.equal(model.norm.weight, weights["norm.weight"])
 
 
-def test_weights_of_ones_own_go_before_published_ones(trained):
-    """As CONFIG has `pretrained` set, and `--model-path` is how training is prolonged."""
+def test_model_path_overrides_pretrained(trained):
     best = only_run() / BEST
     model = build_network(settings(**SMALL, pretrained=True, model_path=str(best)), NAMES).model
     assert torch.equal(model.norm.weight, load_checkpoint(best)["weights"]["norm.weight"])
 
 
-def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
+def test_gelu_of_a_checkpoint_is_kept(trained, tmp_path):
     checkpoint = load_checkpoint(only_run() / BEST)
     checkpoint["model"]["activation"] = "gelu"
     torch.save(checkpoint, tmp_path / "w.pth")
@@ -344,7 +343,7 @@ def test_weights_of_a_checkpoint_bring_their_gelu(trained, tmp_path):
     assert model.blocks[0].mlp.act.approximate == "none"
 
 
-def test_the_config_reaches_the_network():
+def test_config_is_applied_to_the_network():
     config = settings(
         **TINY, drop_rate=0.2, attn_drop_rate=0.3, drop_path_rate=0.4, activation="gelu", freeze_train=False
     )
@@ -355,27 +354,27 @@ def test_the_config_reaches_the_network():
         build_network(settings(**TINY | {"backbone": "vit_t_4"}, pretrained=True), NAMES)
 
 
-def test_another_seed_gives_other_weights():
+def test_weights_depend_on_the_seed():
     one, same, other = (build_network(settings(**TINY, seed=seed), NAMES).model.head.weight for seed in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"backbone": "resnet51"}, "backbone='resnet51'"),
         ({"input_shape": (9, 8)}, "input_shape"),
         ({"freeze_blocks": 8}, "freeze_blocks=8: this network has 6 blocks"),
     ],
 )
-def test_what_cannot_be_built_fails_before_anything_is_written(here, changed, told):
-    with pytest.raises(ValueError, match=told):
+def test_invalid_network_fails_before_writing(here, changed, message):
+    with pytest.raises(ValueError, match=message):
         train.main(settings(**TINY | changed))
     assert list(here.iterdir()) == []
 
 
-def test_weights_that_cannot_be_had_leave_no_run_behind(two_classes):
+def test_missing_weights_leave_no_run(two_classes):
     with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
         train.main(settings(**TINY, model_path="nowhere.pth"))
     assert not list(Path("logs").iterdir())
@@ -387,21 +386,21 @@ def test_two_runs_in_one_second(here):
     assert all(folder.is_dir() for folder in folders)
 
 
-def test_summary_prints_and_leaves(two_classes, capsys):
+def test_summary(two_classes, capsys):
     train.main(settings(**TINY), summary=True)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert not Path("logs").exists()
     model = build_model("vit_of_the_tests", 2, (8, 8))
-    assert f"{sum(p.numel() for p in model.parameters()):,}" in told
-    assert "stage 1   epochs 1 to 1, 8 x 8 pixels, frozen: stem or embeddings and 4 blocks; 4 steps of 8" in told
-    assert "stage 2   epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 images per epoch; learning" in told
-    # The second stage begins where the cosine of the whole run has fallen to: the rates that are really had.
-    highest = [float(rate) for rate in re.findall(r"learning rate up to ([\d.e-]+), down to", told)]
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in printed
+    assert "stage 1   epochs 1 to 1, 8 x 8 pixels, frozen: stem or embeddings and 4 blocks; 4 steps of 8" in printed
+    assert "stage 2   epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 images per epoch; learning" in printed
+    # The second stage continues the cosine of the whole run.
+    highest = [float(rate) for rate in re.findall(r"learning rate up to ([\d.e-]+), down to", printed)]
     assert highest == pytest.approx([1.25e-4, 8.4e-5], rel=0.05)
-    assert "warning: the images have" not in told
+    assert "warning: the images have" not in printed
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, monkeypatch):
+def test_non_finite_loss_keeps_the_last_good_checkpoint(two_classes, monkeypatch):
     start_epoch = Trainer.start_epoch
 
     def poison_third(trainer, loader, number):
@@ -419,20 +418,20 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(two_classes, 
         assert all(value.isfinite().all() for value in checkpoint["weights"].values())
 
 
-def test_freezing_what_has_learned_nothing_is_warned_about(capsys):
+def test_freezing_an_untrained_backbone_warns(capsys):
     build_network(settings(**TINY), NAMES)
     assert "freezes an untrained backbone" in capsys.readouterr().out
     build_network(settings(**TINY | {"freeze_train": False}), NAMES)
     assert "untrained" not in capsys.readouterr().out
 
 
-def test_tiny_images_through_a_large_input_are_warned_about(two_classes, capsys):
+def test_small_images_and_large_input_shape_warn(two_classes, capsys):
     for side, warned in ((64, False), (72, True)):
         train.main(settings(**TINY | {"input_shape": (side, side)}), summary=True)
         assert ("pixels, input_shape (72, 72) enlarges them to 5184" in capsys.readouterr().out) == warned
 
 
-def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
+def test_photos_and_small_input_shape_warn(here, capsys):
     for name in "ab":
         for i in range(3):
             write_image(here / "datasets" / name / f"{i}.png", size=(400, 300), seed=ord(name) + i)
@@ -440,27 +439,27 @@ def test_photos_through_a_tiny_input_are_warned_about(here, capsys):
     assert "warning: the images have about 120 thousand pixels" in capsys.readouterr().out
 
 
-def test_a_missing_list_of_the_users_own(here):
+def test_missing_list(here):
     write_two_classes(here / "datasets")
     annotate()
     with pytest.raises(FileNotFoundError, match=r"mine\.txt"):
         train.main(settings(**TINY, train_annotation_path="mine.txt"))
 
 
-def test_classes_can_be_balanced_in_either_way(two_classes, monkeypatch):
-    """22 dark and 14 light images: what is set reaches the loader or the loss."""
+def test_balanced_sampler_and_class_weights(two_classes, monkeypatch):
+    """Of 22 dark and 14 light images."""
     made = {}
 
-    def noting(name, make):
-        def made_last(*args, **options):
+    def recording(name, make):
+        def recorded(*args, **options):
             made[name] = make(*args, **options)
             return made[name]
 
-        return made_last
+        return recorded
 
     for module, name in (("datasets", "train_loader"), ("trainer", "Trainer")):
         module = importlib.import_module(f"utils.training.{module}")
-        monkeypatch.setattr(module, name, noting(name, getattr(module, name)))
+        monkeypatch.setattr(module, name, recording(name, getattr(module, name)))
     monkeypatch.setattr(Trainer, "start_epoch", lambda *args: 1 / 0)
     for balance in ({}, {"sampler": "balanced"}, {"class_weights": "balanced"}):
         made.clear()
@@ -472,7 +471,7 @@ def test_classes_can_be_balanced_in_either_way(two_classes, monkeypatch):
         assert (None if loss.class_weights is None else loss.class_weights.tolist()) == expected
 
 
-def test_an_epochs_seconds_are_its_own(two_classes, monkeypatch):
+def test_seconds_of_an_epoch_exclude_feature_caching(two_classes, monkeypatch):
     clock = itertools.count()
 
     def open_late(*args, open=StageInputs.open):
@@ -486,21 +485,21 @@ def test_an_epochs_seconds_are_its_own(two_classes, monkeypatch):
     assert all(0 < row["seconds"] < 1000 for row in load_checkpoint(only_run() / LAST)["history"])
 
 
-def test_an_unreadable_image_is_named_at_the_end_of_its_epoch(two_classes, capsys):
+def test_unreadable_image_is_reported_after_its_epoch(two_classes, capsys):
     annotate()
     images = read_list("cls_train.txt", 2)
     Path(images.path(5)).write_text("no image")
     train.main(settings(**TINY, max_bad_fraction=0.05))
     lines = capsys.readouterr().out.splitlines()
-    told = [i for i, line in enumerate(lines) if "1 unreadable" in line]
-    assert len(told) == 1
-    assert lines[told[0] - 1].startswith("epoch ")
-    assert images.path(5) in lines[told[0]]
+    printed = [i for i, line in enumerate(lines) if "1 unreadable" in line]
+    assert len(printed) == 1
+    assert lines[printed[0] - 1].startswith("epoch ")
+    assert images.path(5) in lines[printed[0]]
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_the_same(two_classes, monkeypatch):
-    """Through both stages, over features and over images. Not by the compiler itself, which takes minutes."""
+def test_compiled_network_gives_the_same_weights(two_classes, monkeypatch):
+    """On features and on images; with the eager backend, since compiling takes minutes."""
     compiled = []
 
     def trace(network, compile=torch.compile):
@@ -520,8 +519,8 @@ def test_a_compiled_network_trains_the_same(two_classes, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_digits_are_learned_as_well_in_auto_as_in_fp32(here):
-    """Half of the usual epochs; what auto is depends on the machine. Of 359 images, two in a hundred are noise."""
+def test_digits_accuracy_in_auto_and_fp32(here):
+    """With fewer epochs. Of 359 test images, 2 % are noise."""
     top1 = {}
     for precision in ("fp32", "auto"):
         train.main(dataclasses.replace(train.CONFIG, precision=precision, unfreeze_epoch=10, save_dir=precision))

@@ -1,4 +1,4 @@
-"""utils/config/recipe.py and utils/runs/setup.py: choices follow what is known; what a person sets is obeyed."""
+"""utils/config/recipe.py and utils/runs/setup.py: choices depend on what is known; user settings are kept."""
 
 import dataclasses
 from pathlib import Path
@@ -26,13 +26,13 @@ def known(**changes) -> Known:
 
 
 def apply(config: TrainConfig, facts: Known) -> TrainConfig:
-    """The config that a run has, as `utils.runs.setup.prepare` makes it."""
+    """The config of a run, as made by `utils.runs.setup.prepare`."""
     choices = {choice.field: choice.value for choice in choose(config, facts)}
     return config.with_defaults(**{name: v for name, v in choices.items() if getattr(config, name) is None})
 
 
 def small_auto(**changes) -> TrainConfig:
-    """A run of seconds by recipe."""
+    """A recipe run that takes seconds."""
     fixed = {name: TINY[name] for name in ("backbone", "input_shape", "num_workers", "precision")}
     return TrainConfig(**fixed, recipe="auto", **changes)
 
@@ -40,7 +40,7 @@ def small_auto(**changes) -> TrainConfig:
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize("transformer", [True, False])
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_every_choice_is_of_a_field_that_is_none_until_set(pretrained, transformer, on_cpu):
+def test_choices_are_of_fields_that_are_none_by_default(pretrained, transformer, on_cpu):
     facts = known(pretrained=pretrained, transformer=transformer, on_cpu=on_cpu)
     choices = choose(AUTO, facts)
     assert {choice.field for choice in choices} <= PLAIN_DEFAULTS.keys()
@@ -53,7 +53,7 @@ def test_every_choice_is_of_a_field_that_is_none_until_set(pretrained, transform
     assert None not in [getattr(config, field) for field in PLAIN_DEFAULTS]
 
 
-def test_what_is_known_decides():
+def test_choices_depend_on_what_is_known():
     assert apply(AUTO, known()).head_init == "probe"
     assert apply(AUTO, known(pretrained=False)).head_init == "random"
     assert apply(AUTO, known(pretrained=False)).optimizer_type == "muon"
@@ -71,7 +71,7 @@ def test_what_is_known_decides():
     assert apply(AUTO, few).unfreeze_epoch < apply(AUTO, few._replace(on_cpu=False)).unfreeze_epoch
 
 
-def test_choices_fit_what_a_person_has_set():
+def test_choices_fit_user_settings():
     scratch, plain = known(pretrained=False), PLAIN_DEFAULTS
     sgd = apply(dataclasses.replace(AUTO, optimizer_type="sgd"), scratch)
     assert (sgd.optimizer_type, sgd.momentum, sgd.init_lr) == ("sgd", plain["momentum"], plain["init_lr"])
@@ -80,7 +80,7 @@ def test_choices_fit_what_a_person_has_set():
     assert apply(weighted, known(class_counts=np.array([50, 600]))).sampler == "shuffle"
 
 
-def test_a_value_that_happens_to_be_the_default_is_obeyed():
+def test_user_value_equal_to_the_default_is_kept():
     own = {name: PLAIN_DEFAULTS[name] for name in ("optimizer_type", "unfreeze_epoch", "min_lr", "layer_decay")}
     config = apply(dataclasses.replace(AUTO, **own), known(pretrained=False))
     assert {name: getattr(config, name) for name in own} == own
@@ -88,16 +88,16 @@ def test_a_value_that_happens_to_be_the_default_is_obeyed():
 
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize("own", [{}, {"unfreeze_epoch": 7}])
-def test_freezing_can_be_asked_for(pretrained, own):
+def test_freezing_can_be_set(pretrained, own):
     frozen = apply(dataclasses.replace(AUTO, freeze_train=True, **own), known(pretrained=pretrained))
     assert frozen.freeze_train
     assert frozen.freeze_epoch == frozen.unfreeze_epoch // 5
-    set_too = apply(dataclasses.replace(AUTO, freeze_train=True, freeze_epoch=2, **own), known())
-    assert set_too.freeze_epoch == 2
+    both_set = apply(dataclasses.replace(AUTO, freeze_train=True, freeze_epoch=2, **own), known())
+    assert both_set.freeze_epoch == 2
 
 
-def test_a_backbone_of_one_part_has_no_layer_decay():
-    """As most timm transformers are; the high rate goes with the decay."""
+def test_single_layer_backbone_has_no_layer_decay():
+    """As most timm transformers. The high init_lr is only for layer decay."""
     assert count_layers(build_meta_model("timm/test_vit", 2, (160, 160))) == 1
     assert count_layers(build_meta_model("vit_xs_4", 2, (8, 8))) == 8
     whole = apply(AUTO, known(layers=1))
@@ -108,7 +108,7 @@ def test_a_backbone_of_one_part_has_no_layer_decay():
     assert own.init_lr == apply(AUTO, known()).init_lr > PLAIN_DEFAULTS["init_lr"]
 
 
-def test_reasons_fit_the_head():
+def test_reason_depends_on_head_init():
     for head_init, reason in (
         ("random", "all layers learn from the start"),
         (None, "the probe replaces a frozen stage"),
@@ -117,13 +117,13 @@ def test_reasons_fit_the_head():
         assert reason in {choice.reason for choice in choices if choice.field == "freeze_train"}
 
 
-def test_stages_of_ones_own_stay():
+def test_custom_stages_are_kept():
     stages = (StageConfig(2, "all"), StageConfig(3, "nothing"))
     config = dataclasses.replace(AUTO, stages=stages)
     assert apply(config, known()).all_stages == config.all_stages
 
 
-def test_the_table_has_who_set_what(two_classes):
+def test_table_shows_who_set_a_field(two_classes):
     config = small_auto(unfreeze_epoch=2, momentum=0.9, weight_decay=0.1)
     setup = prepare(config)
     table = format_settings(setup.config, setup.asked, setup.choices, all_fields=False)
@@ -137,26 +137,26 @@ def test_the_table_has_who_set_what(two_classes):
     assert [line.split()[0] for line in whole.splitlines()] == list(TrainConfig().as_dict())
 
 
-def test_a_run_by_recipe_is_resumed_by_the_same_command(two_classes, capsys, monkeypatch):
-    """Its settings are stored as chosen, so that they stay what they were."""
+def test_same_command_resumes_a_recipe_run(two_classes, capsys, monkeypatch):
+    """With the choices stored in its checkpoint."""
     config = small_auto(unfreeze_epoch=2, save_period=1)
     train.main(config)
     stored = load_checkpoint(only_run() / LAST)["config"]
     assert (stored["recipe"], stored["optimizer_type"], stored["unfreeze_epoch"]) == ("none", "muon", 2)
     write_back(only_run(), 1)
-    monkeypatch.setattr("utils.config.recipe.SMALL_BATCH_UP_TO", 1)  # the recipe would choose otherwise now
+    monkeypatch.setattr("utils.config.recipe.SMALL_BATCH_UP_TO", 1)  # changes the recipe's choice
     train.main(config)
     assert len(load_checkpoint(only_run() / LAST)["history"]) == 2
     assert "as chosen when the run started" in capsys.readouterr().out
-    train.main(dataclasses.replace(config, resume=str(only_run() / LAST)))  # finished: nothing is chosen again
+    train.main(dataclasses.replace(config, resume=str(only_run() / LAST)))  # finished: no new choices
     assert "enough images for larger batches" not in capsys.readouterr().out
-    train.main(config)  # that run is finished: another starts, by what is known now
+    train.main(config)  # finished: a new run starts, with new choices
     assert len(list(Path("logs").iterdir())) == 2
     newest = max(Path("logs").iterdir(), key=lambda run: run.stat().st_mtime)
     assert load_checkpoint(newest / LAST)["config"]["unfreeze_batch_size"] == 128
 
 
-def test_choices_of_a_run_without_checkpoints_are_not_taken_over(two_classes, capsys):
+def test_choices_of_a_run_without_checkpoints_are_not_reused(two_classes, capsys):
     config = small_auto(unfreeze_epoch=1)
     train.main(config)
     for path in only_run().glob("*.pth"):
@@ -166,7 +166,7 @@ def test_choices_of_a_run_without_checkpoints_are_not_taken_over(two_classes, ca
     assert "as chosen when the run started" not in capsys.readouterr().out
 
 
-def test_choices_of_a_run_with_other_classes_are_not_taken_over(two_classes, capsys):
+def test_choices_of_a_run_with_other_classes_are_not_reused(two_classes, capsys):
     config = small_auto(unfreeze_epoch=2, save_period=1)
     train.main(config)
     write_back(only_run(), 1)

@@ -59,14 +59,14 @@ from utils.system.cli import expand_switches
         ("classes_path", None),
     ],
 )
-def test_a_value_that_cannot_work_is_named(field, value):
+def test_invalid_value(field, value):
     with pytest.raises(ValueError, match=f"^{field}=") as error:
         TrainConfig(**{field: value})
     assert repr(value) in str(error.value)
     assert len(str(error.value).partition(": ")[2]) > 10, "no remedy"
 
 
-def test_lists_pass_for_tuples_and_whole_numbers_for_floats():
+def test_lists_count_as_tuples_and_integers_as_floats():
     assert TrainConfig(input_shape=[32, 64], weight_decay=0) == TrainConfig(input_shape=(32, 64), weight_decay=0.0)
     assert StageConfig(2, "all", input_shape=[8, 8]) == StageConfig(2, "all", input_shape=(8, 8))
 
@@ -102,7 +102,7 @@ def test_every_flag_sets_its_field():
         assert getattr(config, name) == known.plain, name
 
 
-def test_the_dict_is_plain():
+def test_dict_is_json():
     values = TrainConfig().as_dict()
     assert TrainConfig.from_dict(json.loads(json.dumps(values))).as_dict() == values
 
@@ -110,7 +110,7 @@ def test_the_dict_is_plain():
 STAGES = (StageConfig(3, "all", 64), StageConfig(2, 8), StageConfig(5, "nothing", 16))
 
 
-def test_stages_of_ones_own():
+def test_custom_stages():
     assert TrainConfig(stages=STAGES).epochs == 10
     assert json.loads(json.dumps(TrainConfig(stages=STAGES).as_dict()))["stages"][1] == {
         "epochs": 2,
@@ -120,28 +120,28 @@ def test_stages_of_ones_own():
     }
 
 
-def test_stages_of_another_size():
+def test_input_shape_per_stage():
     small = StageConfig(3, "all", 64, (96, 128))
     values = TrainConfig(stages=(small, *STAGES)).as_dict()
-    assert json.loads(json.dumps(values)) == values  # as a resumed run compares them
+    assert json.loads(json.dumps(values)) == values  # a resumed run compares them
     with pytest.raises(ValueError, match=r"^stages=.*the last stage trains at the run's input_shape"):
         TrainConfig(stages=(small,))
 
 
 def best_epochs(config, losses, error=0.0):
-    """The best after each epoch with these losses, of one standard error."""
+    """The best epoch after each epoch with these losses."""
     rows = [{"val_calibrated_loss": loss, "val_calibrated_loss_error": error} for loss in losses]
     return [config.best_epoch(rows[: i + 1]) for i in range(len(rows))]
 
 
-def test_the_best_epoch_is_one_of_the_last_ones_size():
+def test_best_epoch_has_the_last_input_shape():
     config = TrainConfig(stages=(StageConfig(2, "nothing", 8, (96, 96)), StageConfig(3, "nothing")))
     assert best_epochs(config, [0.5, 0.6, 0.9, 0.8]) == [0, 0, 2, 3]
     stages = [StageConfig(1, "nothing", 8, shape) for shape in ((224, 224), (96, 96), None)]
     assert best_epochs(TrainConfig(stages=tuple(stages)), [0.5, 0.9, 0.7]) == [0, 1, 2]  # not the first stage's
 
 
-def test_the_best_epoch_is_the_latest_within_one_standard_error_of_the_lowest():
+def test_best_epoch_is_the_latest_within_one_standard_error():
     config = TrainConfig(freeze_train=False, unfreeze_epoch=6).with_defaults()
     losses = [0.9, 0.5, 0.62, 0.58, 0.7, 0.61]
     assert best_epochs(config, losses) == [0, 1, 1, 1, 1, 1]
@@ -152,7 +152,7 @@ def test_the_best_epoch_is_the_latest_within_one_standard_error_of_the_lowest():
 @pytest.mark.parametrize(
     "config", [TrainConfig().with_defaults(), TrainConfig(stages=STAGES), TrainConfig(eval_crop=0.5, stages=STAGES)]
 )
-def test_the_dict_gives_the_config_again(config):
+def test_dict_round_trip(config):
     again = TrainConfig.from_dict(json.loads(json.dumps(config.as_dict())))
     assert again.as_dict() == config.as_dict()
     assert again.all_stages == config.all_stages
@@ -172,12 +172,12 @@ def test_the_dict_gives_the_config_again(config):
         (1, 2, 8, ()),
     ],
 )
-def test_a_stage_that_cannot_be(values):
+def test_invalid_stage(values):
     with pytest.raises(ValueError, match=r"^stages: (epochs|frozen|batch_size|input_shape)="):
         StageConfig(*values)
 
 
-def test_a_field_that_a_recipe_may_choose_is_none_until_set():
+def test_recipe_fields_are_none_until_set():
     config = TrainConfig(layer_decay=1.0)
     assert (config.layer_decay, config.init_lr, config.freeze_train) == (1.0, None, None)
     given = config.with_defaults(init_lr=0.5)
@@ -186,8 +186,8 @@ def test_a_field_that_a_recipe_may_choose_is_none_until_set():
 
 
 @pytest.mark.parametrize("keep", [[], ["layer_decay", "freeze_train"]])
-def test_settings_of_an_earlier_version_are_read(keep):
-    """A field at its default counted as not set then, unless `keep` listed it."""
+def test_settings_of_an_earlier_version(keep):
+    """In which fields at their default counted as not set, unless in `keep`."""
     then = TrainConfig().with_defaults().as_dict() | {"recipe": "auto", "keep": keep, "init_lr": 0.5}
     config = TrainConfig.from_dict(then)
     assert (config.init_lr, config.momentum, config.recipe) == (0.5, None, "auto")
@@ -195,7 +195,7 @@ def test_settings_of_an_earlier_version_are_read(keep):
     assert TrainConfig.from_dict(then | {"recipe": "none"}).momentum == 0.9
 
 
-def test_the_config_on_top_of_train_py_trains_digits_unmirrored():
+def test_train_py_does_not_mirror_digits():
     assert train.CONFIG.horizontal_flip == 0
     assert train.CONFIG.augmentation == "none"
     assert train.CONFIG.freeze_train

@@ -1,4 +1,4 @@
-"""utils/modeling/precision.py: where, and in which arithmetic."""
+"""utils/modeling/precision.py: device and precision."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
         ("arm64", True, 1.8, "bf16", "bf16"),
     ],
 )
-def test_precision_follows_the_processor(monkeypatch, machine, has, gain, auto, bf16):
+def test_precision_on_cpus(monkeypatch, machine, has, gain, auto, bf16):
     monkeypatch.setattr("utils.modeling.precision._bf16_gain", lambda: gain)
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has if machine != "arm64" else 1 / 0)
@@ -29,24 +29,24 @@ def test_precision_follows_the_processor(monkeypatch, machine, has, gain, auto, 
     assert choose_precision("fp32", CPU)[0] == "fp32"
 
 
-def test_bf16_is_chosen_where_it_is_faster():
-    """By a longer product, timed with torch's own tool."""
+def test_auto_is_bf16_if_faster():
+    """Checked with larger products and torch's timer."""
     if choose_precision("bf16", CPU)[0] == "fp32":
-        pytest.skip("this processor has no bf16")
+        pytest.skip("this CPU doesn't support bf16")
     matrices = {name: torch.ones(512, 512, dtype=DTYPES[name]) for name in ("fp32", "bf16")}
     times = {name: [] for name in matrices}
     for name in 15 * list(matrices):
         times[name].append(Timer("a @ a", globals={"a": matrices[name]}, num_threads=1).timeit(3).mean)
     gain = min(times["fp32"]) / min(times["bf16"])
     if 0.8 < gain < 1.25:
-        pytest.skip(f"bf16 is {gain:.2f} times as fast here: either will do")
+        pytest.skip(f"bf16 is {gain:.2f} times as fast: both are right")
     threads = torch.get_num_threads()
     assert choose_precision("auto", CPU)[0] == ("bf16" if gain > 1 else "fp32")
     assert torch.get_num_threads() == threads
 
 
-def test_a_torch_without_that_library_has_no_bf16(monkeypatch):
-    """As torch for macOS is built."""
+def test_no_bf16_without_onednn(monkeypatch):
+    """As in torch for macOS."""
     monkeypatch.setattr("platform.machine", lambda: "arm64")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
@@ -56,7 +56,7 @@ def test_a_torch_without_that_library_has_no_bf16(monkeypatch):
 @pytest.mark.parametrize(
     ("capability", "has_bf16", "expected"), [((9, 0), True, "bf16"), ((7, 5), False, "fp16"), ((6, 1), False, "fp32")]
 )
-def test_precision_follows_the_gpu(monkeypatch, capability, has_bf16, expected):
+def test_precision_on_gpus(monkeypatch, capability, has_bf16, expected):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     precision, reason = choose_precision("auto", torch.device("cuda"))
@@ -65,18 +65,18 @@ def test_precision_follows_the_gpu(monkeypatch, capability, has_bf16, expected):
     assert choose_precision("bf16", torch.device("cuda")) == ("bf16", "as set")
 
 
-def test_precision_on_apples_gpu():
+def test_precision_on_mps():
     assert choose_precision("auto", torch.device("mps"))[0] == "fp32"
 
 
-def test_auto_takes_cuda_then_apple_then_the_processor(monkeypatch):
-    there = {"cuda": True, "mps": True}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there["cuda"])
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: there["mps"])
+def test_auto_device_prefers_cuda_then_mps_then_cpu(monkeypatch):
+    available = {"cuda": True, "mps": True}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available["cuda"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: available["mps"])
     assert pick_device("auto").type == "cuda"
-    there["cuda"] = False
+    available["cuda"] = False
     assert pick_device("auto").type == "mps"
-    there["mps"] = False
+    available["mps"] = False
     assert pick_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="device='gpu'"):
         pick_device("gpu")
@@ -87,13 +87,13 @@ def test_devices():
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     if not torch.cuda.is_available():
         assert pick_device("auto").type != "cuda"
-        with pytest.raises(ValueError, match="device='cuda': torch finds none"):
+        with pytest.raises(ValueError, match="device='cuda': torch finds no such device"):
             pick_device("cuda")
 
 
 @pytest.fixture
 def restored_kernels():
-    """What `tune_kernels` sets is global; other tests get it as it was."""
+    """Restore the global settings that `tune_kernels` changes."""
     conv, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
     before = conv.benchmark
     torch.set_float32_matmul_precision("highest")
@@ -104,7 +104,7 @@ def restored_kernels():
 
 
 @pytest.mark.parametrize("convolutional", [True, False])
-def test_kernels_are_tuned_on_cuda_only(restored_kernels, convolutional):
+def test_kernels_are_only_tuned_on_cuda(restored_kernels, convolutional):
     tune_kernels(CPU, convolutional)
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
     tune_kernels(torch.device("cuda"), convolutional)

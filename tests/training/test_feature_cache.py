@@ -1,5 +1,4 @@
-"""utils/training/feature_cache.py: the features of a frozen part give the run that the images give, and are computed
-once."""
+"""utils/training/feature_cache.py: training on features equals training on images; features are computed once."""
 
 import dataclasses
 import os
@@ -38,7 +37,7 @@ def make_network(blocks=4, seed=0):
 
 @pytest.fixture
 def images(here):
-    """18 of them, three classes."""
+    """18 images of three classes."""
     for i in range(18):
         write_image(here / f"{i:02d}.png", 60 + 60 * (i % 3), seed=i)
     return list_in_memory((i % 3, f"{i:02d}.png") for i in range(18))
@@ -54,31 +53,31 @@ def open_features(images, config=CONFIG, network=None, views=3, precision="fp32"
     return cache.open(dataset or dataset_of(images, config=config), "list.txt", views)
 
 
-def losses_of(network, dataset, sampling, epochs=3):
-    """Of each step; the network has dropout and stochastic depth."""
+def train_losses(network, dataset, sampling, epochs=3):
+    """The loss of each step; the network has dropout and stochastic depth."""
     trainer = Trainer(network, CPU, "fp32", seed=3)
     optimizer = build_optimizer(network, CONFIG, 1e-3)
     loader = train_loader(dataset, 5, 0, sampling)
-    found = []
+    losses = []
     for epoch in range(epochs):
         loader.sampler.epoch = epoch
         network.train()
-        found += [trainer.train_step(inputs, targets, optimizer)[0].item() for inputs, targets in loader]
-    return found
+        losses += [trainer.train_step(inputs, targets, optimizer)[0].item() for inputs, targets in loader]
+    return losses
 
 
 @pytest.mark.parametrize("sampling", ["shuffle", "balanced"])
 @pytest.mark.parametrize("blocks", [0, 4, 6, "all"])
-def test_a_cached_epoch_is_an_uncached_one_bit_for_bit(images, blocks, sampling):
+def test_cached_and_uncached_losses_are_bitwise_equal(images, blocks, sampling):
     plain = dataset_of(images, EvalTransform(PREPROCESSING))
-    uncached = losses_of(make_network(blocks), plain, sampling)
+    uncached = train_losses(make_network(blocks), plain, sampling)
     network = make_network(blocks)
     features = open_features(images, network=network, views=1)
-    assert losses_of(ThawedPart(network), features, sampling) == uncached
+    assert train_losses(ThawedPart(network), features, sampling) == uncached
     assert len(set(uncached)) == len(uncached) == 9
 
 
-def test_the_views_are_the_plain_image_and_augmented_ones(images):
+def test_first_view_is_plain_and_others_are_augmented(images):
     network, dataset = make_network(), dataset_of(images)
     features = open_features(images, network=network, views=3).views
     plain = dataset_of(images, EvalTransform(PREPROCESSING))
@@ -89,9 +88,9 @@ def test_the_views_are_the_plain_image_and_augmented_ones(images):
     assert not torch.allclose(features[1], features[2], atol=1e-2)
 
 
-def test_the_views_take_turns():
-    """In an epoch every image comes once; in as many epochs as there are views, each view once."""
-    features = torch.arange(4 * 10).view(4, 10, 1, 1)  # row = 10 · view + index
+def test_epochs_take_views_in_turn():
+    """Each epoch has every image once; over as many epochs as views, each view is used once."""
+    features = torch.arange(4 * 10).view(4, 10, 1, 1)  # row = 10 * view + index
     dataset = FeatureDataset(features, list_in_memory((i, f"{i}.png") for i in range(10)), seed=1)
     loader = train_loader(dataset, 5, 0)
     seen = []
@@ -108,28 +107,28 @@ def test_the_views_take_turns():
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The files that are computed, as it happens."""
+    """Names of the files that are computed."""
     paths = []
     write = FeatureCache._write
     monkeypatch.setattr(FeatureCache, "_write", lambda self, *args: paths.append(args[-1].name) or write(self, *args))
     return paths
 
 
-def same(one, other):
+def same_features(one, other):
     return all(map(torch.equal, one.views, other.views))
 
 
-def test_it_is_computed_once_and_said_beforehand(images, computed, capsys):
+def test_features_are_computed_once_and_size_is_printed_first(images, computed, capsys):
     first = open_features(images)
-    told = capsys.readouterr().out
-    assert "features of 3 views of 18 images: 0.21 MB, 3 to be computed, in cache/" in told
+    printed = capsys.readouterr().out
+    assert "features of 3 views of 18 images: 0.21 MB, 3 to be computed, in cache/" in printed
     second = open_features(images)
     assert len(computed) == 3
     assert "images: 0.21 MB, 0 to be computed" in capsys.readouterr().out
-    assert same(first, second)
+    assert same_features(first, second)
     path = next(Path("cache").glob("features-*.bin"))
-    os.truncate(path, path.stat().st_size // 2)  # which torch would fill up with zeros
-    assert same(open_features(images), first)
+    os.truncate(path, path.stat().st_size // 2)  # torch would pad it with zeros
+    assert same_features(open_features(images), first)
     assert len(computed) == 4
 
 
@@ -137,7 +136,7 @@ def test_it_is_computed_once_and_said_beforehand(images, computed, capsys):
     "change",
     ["weights", "freezing point", "list", "label", "image", "crop", "flip", "mean", "precision", "views", "seed"],
 )
-def test_it_is_computed_anew_when_something_changed(images, computed, change):
+def test_features_are_recomputed_after_a_change(images, computed, change):
     before = open_features(images)
     config, network, options = CONFIG, make_network(), {}
     if change == "weights":
@@ -166,11 +165,11 @@ def test_it_is_computed_anew_when_something_changed(images, computed, change):
     assert len(computed) == (4 if change == "views" else 6)
     assert len(list(Path("cache").iterdir())) == {"freezing point": 6, "views": 4}.get(change, 3)
     again = open_features(list_in_memory((i % 3, f"{i:02d}.png") for i in range(18)))
-    assert same(again, before) == (change != "image")
+    assert same_features(again, before) == (change != "image")
 
 
-def test_every_setting_that_shapes_a_training_image_is_in_the_key():
-    """A field that the transform reads and the key lacks would leave old features in the place of new ones."""
+def test_fields_read_by_the_transform_are_in_the_key():
+    """Otherwise outdated features would be used."""
     read = set()
 
     class Spy:
@@ -182,8 +181,8 @@ def test_every_setting_that_shapes_a_training_image_is_in_the_key():
     assert {"train_crop", "augmentation", "input_shape"} <= read <= set(IMAGE_FIELDS)
 
 
-def test_what_is_thawed_does_not_count(images, computed):
-    """The head, the other blocks, the learning rate: a second run with another of these computes nothing."""
+def test_thawed_weights_are_not_in_the_key(images, computed):
+    """Head, thawed blocks and learning rate don't change the features."""
     open_features(images)
     network = make_network()
     network.model.head.weight.data.zero_()
@@ -193,26 +192,26 @@ def test_what_is_thawed_does_not_count(images, computed):
 
 
 @pytest.mark.parametrize("gigabytes", [0.0, 1.0])
-def test_beyond_the_limit_it_is_read_from_its_file(images, capsys, gigabytes):
+def test_features_beyond_the_limit_are_read_from_file(images, capsys, gigabytes):
     config = dataclasses.replace(CONFIG, feature_cache_gb=gigabytes)
     features = open_features(images, config)
     assert ("not held in memory" in capsys.readouterr().out) == (gigabytes == 0)
     expected = [view.clone() for view in features.views]
     for path in Path("cache").iterdir():
         assert path.stat().st_size == expected[0].nbytes + 18
-        with path.open("r+b") as file:  # only what maps the file sees this
+        with path.open("r+b") as file:  # only seen if the file is mapped
             file.write(bytes(8))
     for view, before in zip(features.views, expected, strict=True):
         assert torch.equal(view, before) == (gigabytes == 1)
 
 
-def test_it_is_kept_in_the_runs_precision(images):
+def test_features_have_the_precision_of_the_run(images):
     full, half = (open_features(images, precision=precision).views[0] for precision in ("fp32", "bf16"))
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(half.float(), full, atol=0.1, rtol=0.05)
 
 
-def test_an_unreadable_image_is_stood_in_for_and_named_each_time(images, here):
+def test_unreadable_image_is_replaced_and_reported_each_time(images, here):
     (here / "04.png").write_text("no image")
     for _ in range(2):
         dataset = dataset_of(images)
@@ -224,12 +223,12 @@ def test_an_unreadable_image_is_stood_in_for_and_named_each_time(images, here):
     assert any(torch.allclose(plain[4], plain[i], atol=1e-5) for i in others)
 
 
-def test_of_what_was_cut_off_whole_views_are_left(images, computed, monkeypatch):
+def test_complete_views_survive_an_interruption(images, computed, monkeypatch):
     batches = []
 
     def fail(self, pixels, compute=FeatureCache._compute):
         batches.append(len(pixels))
-        if len(batches) == 7:  # one tries the network; of 18 images in batches of 5 it is the second of view 1
+        if len(batches) == 7:  # 1 for the shape, 4 for view 0, then the second of view 1
             raise KeyboardInterrupt
         return compute(self, pixels)
 
@@ -241,10 +240,10 @@ def test_of_what_was_cut_off_whole_views_are_left(images, computed, monkeypatch)
     cut_off = open_features(images)
     assert len(computed) == 2 + 2
     shutil.rmtree("cache")
-    assert same(open_features(images), cut_off)
+    assert same_features(open_features(images), cut_off)
 
 
-def test_no_room_is_an_error_beforehand(images, monkeypatch):
+def test_full_disk_is_an_error_before_computing(images, monkeypatch):
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ValueError, match=r"cache_dir='cache'.*or feature_views to fewer, or cache_features to False"):
@@ -261,7 +260,7 @@ def test_no_room_is_an_error_beforehand(images, monkeypatch):
         ({"freeze_train": False}, [0]),
     ],
 )
-def test_a_stage_is_cached_when_it_computes_less_so(changes, views):
+def test_stage_is_cached_if_that_saves_computation(changes, views):
     config = settings(**SMALL | {"unfreeze_epoch": 8} | changes)
     assert [num_cached_views(stage, config) for stage in plan_stages(config, 100, transformer=True)] == views
 
@@ -273,10 +272,10 @@ def cached_run(**changes):
 
 
 @pytest.mark.parametrize("blocks", [4, "all"])
-def test_a_whole_run_over_features(two_classes, capsys, computed, blocks):
+def test_run_on_cached_features(two_classes, capsys, computed, blocks):
     cached_run(freeze_blocks=blocks)
-    told = capsys.readouterr().out
-    assert "2 to be computed" in told and "1 to be computed" in told  # to train on and to validate on
+    printed = capsys.readouterr().out
+    assert "2 to be computed" in printed and "1 to be computed" in printed  # for training and for validation
     assert len(computed) == 3
     cached_run(freeze_blocks=blocks)
     assert len(computed) == 3
@@ -285,14 +284,13 @@ def test_a_whole_run_over_features(two_classes, capsys, computed, blocks):
     assert losses[0][-1] < losses[0][0]
 
 
-def test_the_probes_features_and_those_of_the_stage_stay_side_by_side(two_classes, computed):
+def test_probe_and_stage_share_plain_views(two_classes, computed):
     for _ in range(2):
         cached_run(freeze_blocks="all", head_init="probe")
-    assert len(computed) == 3  # the plain views serve both
+    assert len(computed) == 3  # the probe and the stage share the plain views
 
 
-def test_a_run_that_goes_on_finds_its_features(two_classes, computed):
-    """Its settings come from a file then, but are the same."""
+def test_resumed_run_reuses_features(two_classes, computed):
     config = cached_run(save_period=1)
     write_back(next(Path("logs").iterdir()), epoch=2)
     before = len(computed)
@@ -300,8 +298,7 @@ def test_a_run_that_goes_on_finds_its_features(two_classes, computed):
     assert len(computed) == before > 0
 
 
-def test_nothing_is_opened_in_a_stage_that_is_over(two_classes, capsys, computed):
-    """A resumed run goes straight to where it was."""
+def test_resumed_run_computes_nothing_for_a_finished_stage(two_classes, capsys, computed):
     config = cached_run(unfreeze_epoch=5)
     run = next(Path("logs").iterdir())
     for path in Path("cache").iterdir():

@@ -1,4 +1,4 @@
-"""utils/training/linear_probe.py against scikit-learn's own pipeline, and in a run."""
+"""utils/training/linear_probe.py against scikit-learn's pipeline, and in a run."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,8 +24,8 @@ from utils.training.feature_cache import FeatureCache
 from utils.training.linear_probe import INVERSE_PENALTIES, fit_probe, init_head
 
 
-def features_of(class_ids, seed, views=1, noise=1.5):
-    """Features of uneven scale that tell the class, more or less."""
+def make_features(class_ids, seed, views=1, noise=1.5):
+    """Noisy features of each class, with different scales."""
     generator = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(5, 12))
     x = centres[class_ids] + noise * generator.normal(size=(views, len(class_ids), 12))
@@ -35,10 +35,10 @@ def features_of(class_ids, seed, views=1, noise=1.5):
 
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("num_classes", [2, 4])
-def test_it_is_scikit_learns_with_the_best_penalty(num_classes, balanced):
+def test_probe_matches_scikit_learn_with_the_best_penalty(num_classes, balanced):
     ids = np.minimum(np.arange(90) % (num_classes + 2), num_classes - 1)  # the last class is the largest
     val_ids = np.arange(80) % num_classes
-    features, val_features = features_of(ids, 1, views=2), features_of(val_ids, 2)
+    features, val_features = make_features(ids, 1, views=2), make_features(val_ids, 2)
     probe = fit_probe(features, val_features, num_classes, balanced)
 
     x, val_x = torch.cat(features.views).numpy(), val_features.views[0].numpy()
@@ -57,11 +57,11 @@ def test_it_is_scikit_learns_with_the_best_penalty(num_classes, balanced):
     assert probe.val_top1 == pytest.approx((own.argmax(1).numpy() == val_ids).mean())
 
 
-def test_a_class_without_images_is_the_least_likely():
-    """Whether it is absent from training or, besides, from validation."""
+def test_class_without_images_is_least_likely():
+    """Absent from training only, or from validation too."""
     ids = np.array([0, 1, 3] * 20)
     for val_ids in (ids, np.array([0, 1, 2, 3] * 10)):
-        probe = fit_probe(features_of(ids, 1), val := features_of(val_ids, 2), num_classes=5, balanced=False)
+        probe = fit_probe(make_features(ids, 1), val := make_features(val_ids, 2), num_classes=5, balanced=False)
         logits = val.views[0] @ probe.weight.T + probe.bias
         assert not probe.weight[[2, 4]].any()
         known = logits[:, [0, 1, 3]]
@@ -71,26 +71,26 @@ def test_a_class_without_images_is_the_least_likely():
 
 
 @pytest.mark.parametrize(("class_ids", "val_class_ids"), [([1, 1, 1], [0, 1]), ([0, 1, 1], [2, 2])])
-def test_lists_that_do_not_do_are_an_error_before_anything_is_computed(class_ids, val_class_ids):
-    """One class to train on; none of the training classes to validate on."""
+def test_unusable_lists_are_an_error_before_computing(class_ids, val_class_ids):
+    """One training class; no training class in the validation list."""
     train_set, val_set = (SimpleNamespace(class_ids=np.array(ids)) for ids in (class_ids, val_class_ids))
-    with pytest.raises(ValueError, match=r"^head_init='probe'.*set it to random"):
+    with pytest.raises(ValueError, match=r"^head_init='probe'.*set head_init to random"):
         init_head(None, None, train_set, val_set, settings())
 
 
 @pytest.mark.parametrize("changes", [{}, {"freeze_train": False}, {"freeze_blocks": "all", "precision": "bf16"}])
-def test_a_run_begins_with_the_probe(two_classes, capsys, changes):
-    """It goes on from there, keeps the backbone as it was, and a resumed run doesn't fit it again."""
+def test_run_starts_from_the_probe(two_classes, capsys, changes):
+    """A resumed run doesn't fit it again."""
     config = settings(
         **TINY | {"head_init": "probe", "unfreeze_epoch": 2, "save_period": 1, "init_lr": 1e-6, "min_lr": 0.0} | changes
     )
     train.main(config)
-    told = capsys.readouterr().out
-    assert "head_init: logistic regression, C=" in told
-    val_loss = float(told.split("validation loss ")[1].split(",")[0])
+    printed = capsys.readouterr().out
+    assert "head_init: logistic regression, C=" in printed
+    val_loss = float(printed.split("validation loss ")[1].split(",")[0])
     run = next(Path("logs").iterdir())
     history = load_checkpoint(run / LAST)["history"]
-    assert history[0]["val_loss"] == pytest.approx(val_loss, abs=0.05)  # the learning rate is next to nothing
+    assert history[0]["val_loss"] == pytest.approx(val_loss, abs=0.05)  # the learning rate is tiny
     assert history[0]["val_top1"] == 1.0
     write_back(run, epoch=1)
     train.main(settings(**config.as_dict() | {"resume": str(run), "input_shape": (8, 8)}))
@@ -98,8 +98,8 @@ def test_a_run_begins_with_the_probe(two_classes, capsys, changes):
 
 
 @pytest.mark.slow
-def test_it_reaches_what_the_shared_weights_are_known_for(shared, here, capsys):
-    """68.9 % on TrashNet's test images by a logistic regression on the class token, says the weights' README."""
+def test_probe_reaches_the_published_accuracy(shared, here, capsys):
+    """The README of the weights: 68.9 % on TrashNet's test images by logistic regression on the class token."""
     data = shared / "data" / "trashnet"
     names = sorted(path.name for path in (data / "train").iterdir())
     Path("classes.txt").write_text("\n".join(names))

@@ -1,4 +1,4 @@
-"""The training loss, against torch's with soft labels, and mixed images, pixel by pixel."""
+"""utils/training/loss.py: the loss against torch's with soft labels, and mixed images pixel by pixel."""
 
 import numpy as np
 import pytest
@@ -12,15 +12,15 @@ CLASSES = 4
 
 
 def flat_images(count: int = CLASSES, size: tuple[int, int] = (20, 30)) -> tuple[Tensor, Tensor]:
-    """Image i has the level 60 * i everywhere, and is of class i."""
+    """Image i has class i and the value 60 * i in every pixel."""
     class_ids = torch.arange(count)
     pixels = (60 * class_ids).to(torch.uint8)[:, None, None, None].expand(-1, 3, *size)
     return pixels.contiguous(), class_ids
 
 
 def soft_labels(loss: TrainingLoss, batch) -> Tensor:
-    """The labels as probabilities (B, classes), before they are smoothed."""
-    own, other = (F.one_hot(ids, CLASSES).float() for ids in (batch.class_ids, batch.others))
+    """Labels as probabilities (B, classes), without smoothing."""
+    own, other = (F.one_hot(ids, CLASSES).float() for ids in (batch.class_ids, batch.mixed_class_ids))
     return batch.share * own + (1 - batch.share) * other
 
 
@@ -34,7 +34,7 @@ def soft_labels(loss: TrainingLoss, batch) -> Tensor:
         (torch.tensor([0.5, 1.0, 2.0, 0.5]), {"mixup": 0.4}),
     ],
 )
-def test_equals_torchs_with_soft_labels(weights, options):
+def test_loss_matches_torch_with_soft_labels(weights, options):
     loss = TrainingLoss(weights, **options)
     batch = loss.mix(*flat_images(), seed=3)
     logits = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(0))
@@ -46,25 +46,25 @@ def test_equals_torchs_with_soft_labels(weights, options):
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.4])
-def test_weights_are_of_images_where_labels_are_smoothed(mixup):
-    """Each image's part of a mixed one counts by the weight of its own class, whatever its label is spread over."""
+def test_class_weights_apply_to_images_with_smoothed_labels(mixup):
+    """The weight is that of the true class, not of the classes that smoothing adds."""
     weights = torch.tensor([0.5, 1.0, 2.0, 0.5])
     loss = TrainingLoss(weights, label_smoothing=0.1, mixup=mixup)
     batch = loss.mix(*flat_images(), seed=3)
     logits = torch.randn(CLASSES, CLASSES, generator=torch.Generator().manual_seed(0))
     own, other = (
         weights[ids] * F.cross_entropy(logits, F.one_hot(ids, CLASSES).float(), reduction="none", label_smoothing=0.1)
-        for ids in (batch.class_ids, batch.others)
+        for ids in (batch.class_ids, batch.mixed_class_ids)
     )
     torch.testing.assert_close(loss(logits, batch), batch.share * own + (1 - batch.share) * other)
     assert (batch.share == 1) == (mixup == 0)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_balanced_weights_keep_what_a_image_shows(smoothing):
-    """A hundred common images and one rare, which can be told apart: at the lowest loss each is named as it is."""
+def test_balanced_weights_do_not_change_the_predicted_class(smoothing):
+    """A hundred common images and a rare one: at the minimum of the loss each gets its own class."""
     loss = TrainingLoss(torch.tensor([0.505, 50.5]), smoothing)
-    logits = torch.zeros(2, 2, requires_grad=True)  # of a common image, and of the rare one
+    logits = torch.zeros(2, 2, requires_grad=True)  # a common image, the rare image
     counts = torch.tensor([100.0, 1.0])
     batch = Batch(logits, torch.arange(2), torch.arange(2), 1.0)
     optimizer = torch.optim.LBFGS([logits], max_iter=100)
@@ -80,32 +80,34 @@ def test_balanced_weights_keep_what_a_image_shows(smoothing):
     assert (shown > 0.9).all() and (smoothing == 0 or torch.allclose(shown, torch.tensor(1 - smoothing / 2), atol=1e-3))
 
 
-def test_mixup_blends_each_image_with_another_in_the_labels_parts():
+def test_mixup_blends_images_by_the_share_of_the_label():
     pixels, class_ids = flat_images()
     loss = TrainingLoss(mixup=1.0)
     shares = []
     for seed in range(300):
         batch = loss.mix(pixels, class_ids, seed)
         assert torch.equal(batch.class_ids, class_ids)
-        assert not (batch.others == class_ids).any()
-        expected = 60 * (batch.share * class_ids + (1 - batch.share) * batch.others)
+        assert not (batch.mixed_class_ids == class_ids).any()
+        expected = 60 * (batch.share * class_ids + (1 - batch.share) * batch.mixed_class_ids)
         assert (batch.inputs.float() - expected.view(-1, 1, 1, 1)).abs().max() <= 0.5 + 1e-3
-        assert torch.equal(batch.largest, class_ids if batch.share >= 0.5 else batch.others)
+        assert torch.equal(batch.main_class_ids, class_ids if batch.share >= 0.5 else batch.mixed_class_ids)
         shares.append(batch.share)
-    # Beta(1, 1) is uniform: its quantiles are themselves.
+    # Beta(1, 1) is uniform.
     assert np.quantile(shares, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.08)
 
 
-def test_cutmix_labels_go_by_the_area_that_was_cut():
+def test_cutmix_share_is_the_remaining_area():
     pixels, class_ids = flat_images()
     loss = TrainingLoss(cutmix=1.0)
     edges = 0
     for seed in range(300):
         batch = loss.mix(pixels, class_ids, seed)
-        stayed = (batch.inputs == pixels)[:, 0].float().mean(dim=(1, 2))
-        assert stayed.tolist() == pytest.approx([batch.share] * CLASSES)
+        unchanged = (batch.inputs == pixels)[:, 0].float().mean(dim=(1, 2))
+        assert unchanged.tolist() == pytest.approx([batch.share] * CLASSES)
         cut = (batch.inputs != pixels)[0, 0]
-        assert torch.equal(batch.inputs[0, :, cut].unique(), (60 * batch.others[:1]).to(torch.uint8)[: int(cut.any())])
+        assert torch.equal(
+            batch.inputs[0, :, cut].unique(), (60 * batch.mixed_class_ids[:1]).to(torch.uint8)[: int(cut.any())]
+        )
         rows, columns = cut.any(1).nonzero().flatten(), cut.any(0).nonzero().flatten()
         assert cut.sum() == len(rows) * len(columns)  # a box
         if len(rows):
@@ -114,7 +116,7 @@ def test_cutmix_labels_go_by_the_area_that_was_cut():
     assert 30 < edges < 290
 
 
-def test_both_take_turns_by_the_seed():
+def test_seed_chooses_between_mixup_and_cutmix():
     pixels, class_ids = flat_images()
     loss = TrainingLoss(mixup=1.0, cutmix=1.0)
     cut = [len(loss.mix(pixels, class_ids, seed).inputs[1].unique()) == 2 for seed in range(200)]
@@ -124,16 +126,16 @@ def test_both_take_turns_by_the_seed():
     assert first.share == again.share
 
 
-def test_features_and_plain_batches_stay_as_they_are():
+def test_features_and_plain_batches_are_not_mixed():
     pixels, class_ids = flat_images()
     features = torch.randn(CLASSES, 5, 8)
     assert TrainingLoss(mixup=1.0, cutmix=1.0).mix(features, class_ids, 1).inputs is features
     assert TrainingLoss().mix(pixels, class_ids, 1).inputs is pixels
 
 
-def test_parts_are_the_whole():
+def test_micro_batches_make_up_the_batch():
     batch = TrainingLoss(mixup=1.0).mix(*flat_images(), seed=1)
     parts = list(batch.split(3))
     assert torch.equal(torch.cat([part.inputs for part in parts]), batch.inputs)
-    assert torch.equal(torch.cat([part.others for part in parts]), batch.others)
+    assert torch.equal(torch.cat([part.mixed_class_ids for part in parts]), batch.mixed_class_ids)
     assert {part.share for part in parts} == {batch.share}

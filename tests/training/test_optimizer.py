@@ -1,4 +1,4 @@
-"""utils/training/optimizer.py: groups, decay, limits, and the schedule as numbers at chosen epochs."""
+"""utils/training/optimizer.py: groups, decay, limits, and the schedule at chosen epochs."""
 
 import math
 from itertools import pairwise
@@ -32,7 +32,7 @@ def names_in(model: nn.Module, group: dict) -> set[str]:
 
 
 @pytest.mark.parametrize("frozen", [None, 4, "all"])
-def test_every_trainable_parameter_is_in_exactly_one_group(frozen):
+def test_each_trainable_parameter_is_in_one_group(frozen):
     model = tiny_vit()
     if frozen is not None:
         model.freeze_backbone(frozen)
@@ -41,7 +41,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(frozen):
     assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-def test_what_does_not_decay():
+def test_undecayed_parameters():
     model = tiny_vit()
     undecayed, decayed = sorted(parameter_groups(model, 0.1), key=lambda group: group["weight_decay"])
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
@@ -51,8 +51,8 @@ def test_what_does_not_decay():
     assert names_in(model, undecayed) == kept
 
 
-def test_learned_tokens_and_positions_of_others_do_not_decay():
-    """timm says of its networks what shouldn't; of registers and torchvision's Swin the papers' code does."""
+def test_undecayed_parameters_of_other_networks():
+    """timm's networks list them; for registers and torchvision's Swin as in the code of the papers."""
     registers = build_model("vit_xs_4", 3, (8, 8), num_registers=2)
     undecayed = min(parameter_groups(registers, 0.1), key=lambda group: group["weight_decay"])
     assert "reg_token" in names_in(registers, undecayed)
@@ -66,8 +66,8 @@ def test_learned_tokens_and_positions_of_others_do_not_decay():
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "muon"])
-def test_weight_decay_really_applies(kind):
-    def after_a_step(weight_decay):
+def test_weight_decay_is_applied(kind):
+    def model_after_step(weight_decay):
         model = tiny_vit()
         config = settings(optimizer_type=kind, weight_decay=weight_decay, momentum=0.9)
         optimizer = build_optimizer(model, config, 0.1)
@@ -76,14 +76,14 @@ def test_weight_decay_really_applies(kind):
         optimizer.step()
         return model
 
-    plain, decayed = after_a_step(0.0), after_a_step(0.5)
+    plain, decayed = model_after_step(0.0), model_after_step(0.5)
     assert not torch.allclose(plain.head.weight, decayed.head.weight)
     assert torch.equal(plain.pos_embed, decayed.pos_embed)
     assert torch.equal(plain.norm.weight, decayed.norm.weight)
 
 
-def test_adamw_decay_is_the_papers():
-    """Decoupled decay: w <- w - lr * wd * w, besides Adam's step, which is none without a gradient."""
+def test_adamw_decay_matches_the_paper():
+    """Decoupled decay: w <- w - lr * wd * w; Adam's step is 0 without a gradient."""
     model = nn.Linear(2, 2)
     before = model.weight.detach().clone()
     optimizer = build_optimizer(model, settings(optimizer_type="adamw", weight_decay=0.5), 0.1)
@@ -106,7 +106,7 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
     return build_optimizer(model, settings(optimizer_type="muon", momentum=0.95, weight_decay=0.1), 1e-2)
 
 
-def test_muon_is_torchs_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
+def test_muon_matches_torch_muon_and_adamw():
     own, other = tiny_vit(), tiny_vit()
     named = dict(other.named_parameters())
     matrices = {n for n in named if n.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))}
@@ -116,9 +116,9 @@ def test_muon_is_torchs_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
         {"params": [named[n] for n in named.keys() - matrices - plain], "weight_decay": 0.1},
         {"params": [named[n] for n in plain], "weight_decay": 0.0},
     ]
-    of_matrices = [named[n] for n in sorted(matrices)]
+    matrix_parameters = [named[n] for n in sorted(matrices)]
     peers = [
-        torch.optim.Muon(of_matrices, 1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrix_parameters, 1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, 1e-2, betas=(0.95, 0.999), fused=True),
     ]
     take_steps(own, [muon(own)], 0, 4)
@@ -127,7 +127,7 @@ def test_muon_is_torchs_for_the_matrices_of_the_blocks_and_adamw_for_the_rest():
         assert torch.equal(parameter, named[name]), name
 
 
-def test_muon_goes_on_where_its_state_was_saved():
+def test_muon_state_is_restored():
     whole, model = tiny_vit(), tiny_vit()
     take_steps(whole, [muon(whole)], 0, 4)
     first = muon(model)
@@ -139,7 +139,7 @@ def test_muon_goes_on_where_its_state_was_saved():
         assert torch.equal(parameter, dict(whole.named_parameters())[name]), name
 
 
-def test_muon_follows_the_learning_rate_of_the_schedule():
+def test_muon_uses_the_scheduled_learning_rate():
     model = tiny_vit()
     before = model.state_dict()["blocks.0.attn.proj.weight"].clone()
     optimizer = muon(model)
@@ -163,12 +163,12 @@ def test_momentum_and_nesterov_reach_the_optimizer():
         ("adamw", 1e-3, 1e-5, 32, False, (5e-4, 5e-6)),
         ("muon", 4e-3, 4e-5, 128, True, (2e-3, 2e-5)),
         ("adam", 1e-2, 1e-4, 256, True, (1e-3, 1e-5)),  # at the upper limit
-        ("adam", 1e-6, 1e-8, 256, True, (1e-5, 1e-7)),  # at the lower one of transformers
-        ("adam", 1e-6, 1e-8, 64, False, (1e-4, 1e-6)),  # and of others
+        ("adam", 1e-6, 1e-8, 256, True, (1e-5, 1e-7)),  # at the lower limit of transformers
+        ("adam", 1e-6, 1e-8, 64, False, (1e-4, 1e-6)),  # at the lower limit of others
         ("sgd", 1e-2, 1e-4, 64, False, (1e-2, 1e-4)),
         ("sgd", 1.0, 1e-2, 128, False, (1e-1, 1e-3)),
         ("sgd", 1e-5, 1e-7, 256, True, (5e-4, 5e-6)),
-        ("adamw", 1e-3, 1e-3, 256, True, (1e-3, 1e-5)),  # no constant rate
+        ("adamw", 1e-3, 1e-3, 256, True, (1e-3, 1e-5)),  # min_lr is limited too
     ],
 )
 def test_scaling_and_limits(kind, init_lr, min_lr, batch, transformer, expected):
@@ -201,7 +201,7 @@ def test_cosine_limits_of_warm_up_and_flat_part():
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 7, 100])
-def test_cosine_rises_then_falls_and_never_leaves_its_bounds(epochs):
+def test_cosine_rises_then_falls_within_bounds(epochs):
     rates = [learning_rate_at(epochs * i / 500, epochs, 1.0, 0.01, "cos") for i in range(500)]
     peak = rates.index(max(rates))
     assert rates[:peak] == sorted(rates[:peak])
@@ -210,7 +210,7 @@ def test_cosine_rises_then_falls_and_never_leaves_its_bounds(epochs):
     assert max(rates) == pytest.approx(1.0, abs=0.01)
 
 
-def test_step_has_ten_levels_by_one_factor():
+def test_step_schedule_has_ten_levels():
     rates = [learning_rate_at(i / 10, 100, 1.0, 0.01, "step") for i in range(1000)]
     levels = sorted(set(rates), reverse=True)
     assert len(levels) == 10
@@ -219,13 +219,13 @@ def test_step_has_ten_levels_by_one_factor():
     assert [rates.count(level) for level in levels] == [100] * 10
 
 
-def test_the_rate_reaches_every_group():
+def test_learning_rate_is_set_in_every_group():
     optimizer = build_optimizer(tiny_vit(), settings(), 0.1)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-def test_layer_decay_is_that_of_timm():
+def test_layer_decay_matches_timm():
     own = tiny_vit()
     peer = timm.create_model("vit_tiny_patch16_224", img_size=16, depth=len(own.blocks))
     expected = {
@@ -235,10 +235,10 @@ def test_layer_decay_is_that_of_timm():
     }
     optimizer = build_optimizer(own, settings(weight_decay=0.05, layer_decay=0.7), 0.1)
     set_learning_rate(optimizer, 0.01)
-    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    options = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     others = dict(peer.named_parameters())
     for name, parameter in own.named_parameters():
         lr_scale, weight_decay = expected[id(others[name])]
-        if name.startswith("norm."):  # timm puts it with the last block, BEiT, as here, with the head
+        if name.startswith("norm."):  # in timm with the last block; here, as in BEiT, with the head
             lr_scale = 1.0
-        assert found[id(parameter)] == pytest.approx((0.01 * lr_scale, weight_decay)), name
+        assert options[id(parameter)] == pytest.approx((0.01 * lr_scale, weight_decay)), name
