@@ -45,13 +45,7 @@ class Fold:
 
 def make_folds(config: TrainConfig, data: Data, num_folds: int, group_regex: str) -> list[Fold]:
     """Divide the training and validation images into folds, and write their lists. Every division has a separate
-    folder, and the same command resumes.
-
-    Args:
-        config: the settings of each run.
-        data: the lists to join and divide.
-        num_folds: 2 or more.
-        group_regex: as for txt_annotation.py; images of one patient, video or burst stay in one fold.
+    folder, so the same command resumes. `group_regex` is as for txt_annotation.py.
 
     Raises:
         ValueError: there are too few images or groups; or `resume` is a run.
@@ -140,12 +134,7 @@ def _prepare_fold(title: str, config: TrainConfig, images: ImageList, validated:
 
 
 def format_folds(rows: list[dict[str, Any]], selected_last: bool) -> str:
-    """Top-1 over the folds as two lines.
-
-    Args:
-        rows: one per fold.
-        selected_last: whether the last epoch depends on the validation images too.
-    """
+    """Two lines with top-1 over the folds; `selected_last`: the last epoch depends on the validation images, too."""
     unbiased, biased = "not selected by these images", "selected by these images, so slightly too high"
     lines = []
     for key, what in (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -45,41 +46,37 @@ class RunLog:
             if name not in ("step", "time"):
                 self.writer.add_scalar(name, value, row["step"], walltime=row["time"])
 
-    def _try(self, write: Callable[[], None]) -> None:
+    @contextmanager
+    def _warn_on_error(self) -> Iterator[None]:
         try:
-            write()
+            yield
         except OSError as error:
             print(f"warning: the log in {self.folder} can't be written ({error.strerror})")
 
     def log_images(self, network: nn.Module, pixels: Tensor) -> None:
         """Log training images (B, 3, height, width) uint8, and the graph of `network`."""
         try:
-            self._try(lambda: self._add_images(network, pixels))
+            with self._warn_on_error(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # tracing warns of every shape used in Python code
+                self.writer.add_images("train/augmented", pixels[:16], 0)
+                self.writer.add_graph(network.eval(), pixels[:1].to(next(network.parameters()).device))
         except RuntimeError as error:
             print(f"warning: the graph of the network isn't logged, torch can't trace it ({error!s:.80})")
 
-    def _add_images(self, network: nn.Module, pixels: Tensor) -> None:
-        self.writer.add_images("train/augmented", pixels[:16], 0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing warns of every shape used in Python code
-            self.writer.add_graph(network.eval(), pixels[:1].to(next(network.parameters()).device))
-
     def log_epoch(self, history: Sequence[Row]) -> None:
         """Log the last row of `history`."""
-        self._try(lambda: self._write_epoch(history))
-
-    def _write_epoch(self, history: Sequence[Row]) -> None:
-        self._add_scalars(history[-1])
-        self.writer.flush()
-        for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
-            (self.folder / name).write_text("".join(f"{row[key]}\n" for row in history), encoding="utf-8")
-        with (self.folder / EPOCHS).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, history[-1].keys())
-            writer.writeheader()
-            writer.writerows(history)
-        self._undrawn = history
-        if time.monotonic() - self._drawn_at >= DRAW_EVERY:
-            self._draw()
+        with self._warn_on_error():
+            self._add_scalars(history[-1])
+            self.writer.flush()
+            for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
+                (self.folder / name).write_text("".join(f"{row[key]}\n" for row in history), encoding="utf-8")
+            with (self.folder / EPOCHS).open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, history[-1].keys())
+                writer.writeheader()
+                writer.writerows(history)
+            self._undrawn = history
+            if time.monotonic() - self._drawn_at >= DRAW_EVERY:
+                self._draw()
 
     def _draw(self) -> None:
         from utils.runs.curves import plot_losses  # needs matplotlib
@@ -88,10 +85,8 @@ class RunLog:
         self._undrawn, self._drawn_at = (), time.monotonic()
 
     def close(self) -> None:
-        """Finish the event file and the curve."""
-        self._try(self._close)
-
-    def _close(self) -> None:
-        self.writer.close()
-        if self._undrawn:
-            self._draw()
+        """Finish the event file and the plot."""
+        with self._warn_on_error():
+            self.writer.close()
+            if self._undrawn:
+                self._draw()

@@ -29,11 +29,7 @@ def open_run(
 ) -> RunFolder:
     """The locked folder of the run that `config.resume` selects, with the checkpoint to resume from.
 
-    Args:
-        config: the settings.
-        class_names: name of each class id.
-        lists: by the keys of `LIST_FILES`.
-        asked: the settings before the recipe filled unset fields.
+    `lists` are by the keys of `LIST_FILES`; `asked` are the settings before the recipe filled unset fields.
 
     Raises:
         FileNotFoundError: there is no such run.

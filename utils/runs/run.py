@@ -29,17 +29,13 @@ class Run:
     """A run in progress.
 
     Attributes:
-        folder: the run's folder.
         history: a row of numbers for each finished epoch.
         best: index in `history` of the best epoch; -1: there is none yet.
         finished: whether training and calibration are done.
         optimizer: of the current stage.
 
     Args:
-        config: the settings.
-        model: the network.
         trainer: for a resumed run, in the state of the checkpoint.
-        folder: its folder, with the checkpoint that it is resumed from.
         identity: what every checkpoint stores about the run, see `utils.runs.start.describe`.
     """
 

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import NoReturn
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
@@ -37,14 +37,8 @@ class WorkerDied(ChildProcessError):
         super().__init__(f"{str(error).strip()} Killed workers have usually run out of memory: lower num_workers")
 
 
-class _State:
-    active = False
-    depth = 0  # of nested `defer_signals`
-    pending: BaseException | None = None
-    stopping = False
-
-
-_state = _State()
+_state = SimpleNamespace(active=False, depth=0, pending=None, stopping=False)
+"""`depth` of nested `defer_signals`, and the `pending` exception that the outermost one raises at its end."""
 
 
 @contextmanager
