@@ -97,9 +97,7 @@ def test_every_flag_sets_its_field():
         values = known.plain if isinstance(known.plain, tuple) else (known.plain,)
         flag = f"--{name.replace('_', '-')}"
         switch = {True: [flag], False: [flag.replace("--", "--no-")]}
-        args = (
-            switch[known.plain] if isinstance(known.plain, bool) and name != "pretrained" else [flag, *map(str, values)]
-        )
+        args = switch[known.plain] if isinstance(known.plain, bool) else [flag, *map(str, values)]
         config = tyro.cli(TrainConfig, args=expand_switches(args, OPTIONAL_SWITCHES))
         assert getattr(config, name) == known.plain, name
 

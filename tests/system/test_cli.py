@@ -43,8 +43,8 @@ def test_an_error_of_a_library_keeps_its_traceback(monkeypatch):
 
 
 def test_switches_get_their_value():
-    names = ["freeze_train"]
+    names = ["freeze_train", "pretrained"]
     assert expand_switches(["--freeze-train", "--seed", "3"], names) == ["--freeze-train", "True", "--seed", "3"]
     assert expand_switches(["--no-freeze-train"], names) == ["--freeze-train", "False"]
-    for given in (["--freeze-train", "None"], ["--cache-images"], ["freeze_train"]):
+    for given in (["--freeze-train", "None"], ["--cache-images"], ["freeze_train"], ["--pretrained", "owner/name"]):
         assert expand_switches(given, names) == given

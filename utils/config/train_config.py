@@ -465,8 +465,6 @@ SETTINGS: dict[str, Setting] = {
 """The metadata of each field, by name."""
 PLAIN_DEFAULTS = {name: known.plain for name, known in SETTINGS.items() if known.by_recipe}
 """The defaults, without a recipe, of the fields that a recipe may choose."""
-OPTIONAL_SWITCHES = [name for name, plain in PLAIN_DEFAULTS.items() if isinstance(plain, bool)]
-"""Fields of the type `bool | None`, see `utils.system.cli.expand_switches`."""
 RESUMABLE_FIELDS = frozenset(name for name, known in SETTINGS.items() if known.resumable)
 IMAGE_FIELDS = tuple(name for name, known in SETTINGS.items() if known.shapes_images)
 
@@ -475,6 +473,10 @@ IMAGE_FIELDS = tuple(name for name, known in SETTINGS.items() if known.shapes_im
 def field_types() -> dict[str, Any]:
     """The type of each field."""
     return get_type_hints(TrainConfig)
+
+
+OPTIONAL_SWITCHES = [name for name, hint in field_types().items() if hint is not bool and has_type(True, hint)]
+"""Fields that take True, False and something else, see `utils.system.cli.expand_switches`."""
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

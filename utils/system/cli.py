@@ -79,12 +79,12 @@ def is_own(file: Path) -> bool:
 def expand_switches(args: Sequence[str], names: Collection[str]) -> list[str]:
     """`args` with `--name` and `--no-name` replaced by `--name True` and `--name False`.
 
-    tyro requires a value for fields of type `bool | None`.
+    tyro requires a value for fields that take more than True and False.
     """
     expanded: list[str] = []
     for word, after in zip_longest(args, args[1:]):
         flag = word.removeprefix("--no-").removeprefix("--")
-        if word.startswith("--") and flag.replace("-", "_") in names and after not in ("True", "False", "None"):
+        if word.startswith("--") and flag.replace("-", "_") in names and (after is None or after.startswith("--")):
             expanded += [f"--{flag}", str(not word.startswith("--no-"))]
         else:
             expanded.append(word)
