@@ -234,7 +234,7 @@ def test_run_with_frozen_and_thawed_stage(two_classes, capsys, name):
     train.main(settings(**RUN | {"backbone": name, "freeze_blocks": blocks}))
     output = capsys.readouterr().out
     assert "features of 1 view of 36 images" in output
-    assert re.search(rf"attn_drop_rate +0\.1 -> 0\.0 +{re.escape(name)} doesn't have it", output)
+    assert re.search(r"attn_drop_rate +0\.1 -> 0\.0 +network: it has no such layers", output)
     run = next(Path("logs").iterdir())
     last = load_checkpoint(run / LAST)
     assert last["epoch"] == 3
@@ -393,7 +393,7 @@ def test_weights_determine_preprocessing_that_is_not_set(two_classes):
     resolved, model, _, choices = build_network(settings(**SMALL | changes), NAMES)
     assert (resolved.image_mean[0], resolved.interpolation, resolved.eval_crop) == (0.5, "bicubic", 1.0)
     assert model.arguments["activation"] == "gelu"
-    assert ("image_mean", (0.5, 0.5, 0.5), "the weights expect it", False) in choices
+    assert ("image_mean", (0.5, 0.5, 0.5), "expected by them", "weights") in choices
     _, model, *_ = build_network(settings(**SMALL | changes, activation="gelu_tanh"), NAMES)
     assert model.arguments["activation"] == "gelu_tanh"
     with pytest.raises(ValueError, match=r"unexpected: network\.cls_token, network\.pos_embed.*check backbone"):

@@ -52,13 +52,13 @@ class Choice(NamedTuple):
         field: its name.
         value: what was chosen.
         reason: why.
-        final: whether it holds whatever a person has set, as of a rate that the network doesn't have.
+        by: "recipe", or "weights" or "network", which decide whatever a person has set.
     """
 
     field: str
     value: Any
     reason: str
-    final: bool = False
+    by: str = "recipe"
 
 
 def choose(config: TrainConfig, known: Known) -> list[Choice]:

@@ -68,7 +68,7 @@ def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str
     expected = expected_preprocessing(config.backbone) | dict(weights.preprocessing) if weights else {}
     resolved = resolve_preprocessing(config, resumed["preprocessing"] if resumed else expected)
     changed = [name for name in expected if getattr(resolved, name) != getattr(config, name)]
-    choices = [Choice(name, getattr(resolved, name), "the weights expect it") for name in changed]
+    choices = [Choice(name, getattr(resolved, name), "expected by them", by="weights") for name in changed]
     arguments = {
         "name": config.backbone,
         "num_classes": len(class_names),
@@ -79,8 +79,7 @@ def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str
     rates = {rate: getattr(config, rate) for rate in DROP_RATES}
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_model(**(resumed["model"] if resumed else arguments), **rates)
-    reason = f"{config.backbone} doesn't have it"
-    choices += [Choice(rate, 0.0, reason, final=True) for rate in model.ignored_rates if rates[rate]]
+    choices += [Choice(rate, 0.0, "it has no such layers", by="network") for rate in model.ignored_rates if rates[rate]]
     if resumed:
         model.load_state_dict(resumed["weights_in_training"] or resumed["weights"])
         return BuiltNetwork(resolved, model, resumed["origin"], choices)

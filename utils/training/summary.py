@@ -35,20 +35,22 @@ def format_settings(config: TrainConfig, asked: TrainConfig, choices: Sequence[C
         choice = chosen.get(name)
         by_person = own is not None and own == value and (own != known.plain or (choice and choice.value != own))
         reason = ""
-        if choice and choice.final:
-            value, reason = f"{value} -> {choice.value}", choice.reason
+        if choice and choice.by == "network":
+            value, reason = f"{value} -> {choice.value}", f"network: {choice.reason}"
         elif by_person:
             reason = "you" if not choice or choice.value == own else f"you (recipe: {choice.value}, {choice.reason})"
         elif choice and choice.value == value:
-            reason = choice.reason
-        if all_fields or reason or value != known.plain:
+            reason = f"{choice.by}: {choice.reason}"
+        if all_fields or reason:
             rows.append((name, _format_value(value), reason))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else []
     return "\n".join(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {reason}".rstrip() for name, value, reason in rows)
 
 
 def _format_value(value: object) -> str:
-    return " x ".join(map(str, value)) if isinstance(value, tuple) and value else f"{value!s}" or '""'
+    if isinstance(value, tuple) and value:
+        return (" x " if len(value) == 2 else ", ").join(map(str, value))
+    return f"{value!s}" or '""'
 
 
 def count_flops(model: nn.Module) -> int:
