@@ -50,8 +50,8 @@ PLACEHOLDER = "X"
 OTHER_FLAGS = {"--index-url", "--logdir", "--field", "--no-field"}
 """Flags of pip and TensorBoard, and placeholders."""
 OTHER_NAMES = {"field", "weights_only", "val_report"}
-OTHER_NAMES |= {"HF_ENDPOINT", "HF_HUB_DISABLE_XET", "CUDA_VISIBLE_DEVICES"}
-"""What is neither a field nor in the code: placeholders, names of other libraries, a folder of an example."""
+OTHER_NAMES |= {"HF_ENDPOINT", "HF_HUB_DISABLE_XET", "CUDA_VISIBLE_DEVICES", "WITH_BATCH_NORM"}
+"""What is neither a field nor in the code: placeholders, names of other libraries and tests, a folder of an example."""
 NUMBERED = {f"{name}_{k}" for name in ("class", "probability") for k in range(1, 6)}
 """Columns of predictions."""
 FIELDS = {field.name for kind in (TrainConfig, StageConfig) for field in dataclasses.fields(kind)}
