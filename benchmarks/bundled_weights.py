@@ -1,6 +1,6 @@
 """Compare runs from the bundled weights with runs from scratch, on a tenth, half and all of the training images.
 
-    python benchmarks/box.py [--seeds 3 --results FILE]
+    python benchmarks/bundled_weights.py [--seeds 3 --results FILE]
 
 Data are the built-in digits, and sign_digits if it is in `../shared`, at 32 x 32 pixels. Both starts use the CONFIG of
 `train.py`, with 20 epochs, or up to 60 to keep the number of steps; from scratch nothing is frozen. A tenth of the
