@@ -63,7 +63,7 @@ def run(data: Path | None, fraction: float, bundled: bool, seed: int) -> tuple[f
     return seconds, test_thaw(folder / BEST)
 
 
-def main(seeds: int = 3, shared: Path = Path("../shared"), results: Path = Path("box.json")) -> None:
+def main(seeds: int = 3, shared: Path = Path("../shared"), results: Path = Path("bundled_weights.json")) -> None:
     """Compare the starts.
 
     Args:
@@ -89,7 +89,7 @@ def main(seeds: int = 3, shared: Path = Path("../shared"), results: Path = Path(
         table.append(row)
         parts = (f"{start} {row[start]:.1%} ± {row[f'{start}_std']:.1%}" for start in starts)
         print(f"{name:<12}{fraction:4.0%}  {'  '.join(parts)}")
-    print_result("box", results=table)
+    print_result("bundled weights", results=table)
 
 
 if __name__ == "__main__":
