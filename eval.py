@@ -52,10 +52,10 @@ def main(
         classes_path: class file of the list, checked against the checkpoint's classes.
         out: output folder; empty: the run's folder, or metrics_out for a checkpoint outside a run.
         compare: two model paths: test whether the second is better than the first.
-        ood: folder of images of none of the classes; the report shows how many are rejected.
+        ood: folder of images that belong to no class; the report shows how many are rejected.
         raw: use the network's own probabilities, without the temperature fitted after training.
         max_error: allowed error rate among accepted predictions, for the rejection metrics.
-        corrupted: number of random images to test also with mild blur, noise, rotation, ...; 0: none.
+        corrupted: number of random images to also test with mild blur, noise, rotation, ...; 0: none.
         batch_size: images per batch.
         num_workers: processes that load images; 0: load in the main process.
         device: auto, cuda, cpu or mps.
@@ -111,7 +111,7 @@ def check_options(batch_size: int, num_workers: int, corrupted: int, max_error: 
 
 
 def make_writable(folder: Path) -> Path:
-    """Create the output folder, and check before hours of work that files can be written to it.
+    """Create the output folder, and check before the evaluation that files can be written to it.
 
     Raises:
         OSError: the folder can't be created or written to.
@@ -120,7 +120,7 @@ def make_writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise type(error)(f"nothing can be written to {folder} ({error.strerror}): name another with --out") from error
+        raise type(error)(f"nothing can be written to {folder} ({error.strerror}): give another with --out") from error
     return folder
 
 
@@ -136,7 +136,7 @@ def infer(
     outputs = compute_outputs(classifier, images, num_workers, batch_size, skip_unreadable=ood, title=title)
     if len(broken := (~outputs.logits.isfinite().all(dim=1)).nonzero()):
         first = images.path(int(outputs.indices[broken[0]]))
-        raise ValueError(f"{first}, one of {len(broken)} such images: {classifier.non_finite_message}")
+        raise ValueError(f"{first}, one of {len(broken)} affected images: {classifier.non_finite_message}")
     if not len(outputs.indices):
         raise ValueError(f"ood: none of the {len(images)} images can be read")
     for i in sorted(set(range(len(images))) - set(outputs.indices.tolist())):

@@ -37,8 +37,8 @@ def main(
         model_path: a checkpoint, a run's folder, or a folder of runs (the newest is used); empty: logs/.
         format: onnx: for ONNX Runtime; pt2: for torch alone (torch.export); safetensors: weights for the model_path of
             train.py and predict.py, with a JSON card.
-        precision: of the weights; fp16: half the size, onnx and safetensors only; int8: a quarter of the size, slightly
-            less accurate, onnx only.
+        precision: weight precision; fp16: half the size, onnx and safetensors only; int8: a quarter of the size,
+            slightly less accurate, onnx only.
         out: output folder; empty: "export" in the checkpoint's folder.
         data: a list, or a folder with one subfolder of images per class, to check with; empty: the run's validation
             list.
@@ -56,7 +56,7 @@ def main(
     path.parent.mkdir(parents=True, exist_ok=True)
     if card:
         check_card(path.parent)
-    print(f"checkpoint {checkpoint}, to {path}")
+    print(f"exporting {checkpoint} to {path}")
     export(classifier, metadata, format, images, path)
     if format == "safetensors":
         write_card(path, metadata)
@@ -76,8 +76,7 @@ def check_options(format: str, precision: str, check_images: int, out: str) -> N
 
 
 def images_to_check(checkpoint: Path, classifier: Classifier, data: str, classes_path: str) -> ImageList:
-    """The images of `data` or, if it is empty, of the run's validation list: its copy in the run's folder, or else the
-    file in the run's settings.
+    """The images of `data`; if it is empty, of the validation list in the run's folder, or else in its settings.
 
     Raises:
         FileNotFoundError: there is no such list.
@@ -130,7 +129,7 @@ def format_comparison(comparison: Comparison) -> str:
     n, before, after = len(comparison.paths), *comparison.accuracy
     lines = [f"skipped: {cli.printable(error)}" for error in comparison.unreadable]
     lines.append(
-        f"{n} images: {comparison.same_top1.sum()} with the same class, largest difference of a probability "
+        f"{n} images: {comparison.same_top1.sum()} with the same prediction, probabilities differ by up to "
         f"{comparison.difference.max():.1e}; top-1 {before:.2%} before export, {after:.2%} after"
     )
     return "\n".join(lines)

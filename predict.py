@@ -54,7 +54,7 @@ def main(
 
     Args:
         paths: files, folders (searched recursively) and globs. "-": read paths from standard input, one per line, and
-            classify in batches. None: ask for one path after another. If the first is an exported file, it is the
+            classify in batches. Without paths: ask for them one by one. If the first is an exported file, it is the
             model.
         model_path: a checkpoint, a run folder, a folder of runs (the newest is used), or an .onnx or .safetensors file
             of export.py. Default: logs/, or the bundled weights (ten classes) if there is no run yet.
@@ -144,7 +144,7 @@ def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: b
         f"device={device}": device not in ("auto", "cpu"),
     }
     if options := [name for name, is_set in needs_checkpoint.items() if is_set]:
-        raise ValueError(f"{', '.join(options)}: not available for the ONNX file {model_path}; take its checkpoint")
+        raise ValueError(f"{', '.join(options)}: not available for the ONNX file {model_path}; use its checkpoint")
     print(f"exported file {model_path}", file=sys.stderr)
     return open_onnx(model_path)
 
@@ -173,7 +173,7 @@ def choose_rejection(model: Predictor, reject_below: str, max_error: float, tta:
     if not reject_below:
         return None
     if UNKNOWN in model.class_names:
-        raise ValueError(f"reject_below: a class has the name {UNKNOWN}, which is the label of rejected predictions")
+        raise ValueError(f"reject_below: a class is named {UNKNOWN}, which is the label of rejected predictions")
     if reject_below == "auto":
         rejection = choose_automatically(model, max_error)
     else:
@@ -190,7 +190,7 @@ def choose_rejection(model: Predictor, reject_below: str, max_error: float, tta:
         message += f", or farther than {rejection.max_distance:.0f}° from all classes: {cost}"
         message += "; with --tta probabilities are lower, so fewer are accepted" if tta else ""
     else:
-        needed = "leave raw off" if model.raw else "this needs a calibrated checkpoint"
+        needed = "remove --raw" if model.raw else "this needs a calibrated checkpoint"
         message += f"; images unlike all classes are not detected: {needed}"
     print(message, file=sys.stderr)
     return rejection

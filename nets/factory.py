@@ -37,7 +37,7 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
     if name not in TORCHVISION and not name.startswith(TIMM):
         raise ValueError(f"backbone={name!r}: unknown name; choose one of {', '.join(BACKBONES)}, or {TIMM}<name>")
     if unsupported := options.keys() - set(DROP_RATES):
-        raise ValueError(f"backbone={name!r} has no {', '.join(sorted(unsupported))}: only vit_... backbones do")
+        raise ValueError(f"backbone={name!r} has no {', '.join(sorted(unsupported))}: only vit_... backbones have it")
     rates = dict.fromkeys(DROP_RATES, 0.1) | options
     if name in TORCHVISION:
         model = build_torchvision(name, num_classes, **rates)
@@ -48,7 +48,7 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
 
 
 def build_meta_model(name: str, num_classes: int, input_shape: Sequence[int], **options: Any) -> FreezableNetwork:
-    """Build the network `name` on the meta device, without memory for its weights.
+    """Build the network `name` on the meta device, which allocates no memory for its weights.
 
     Raises:
         ValueError: see `build_model`; or a forward pass at this input shape fails.
@@ -82,7 +82,7 @@ def restore_model(arguments: Mapping[str, Any], weights: Mapping[str, Tensor]) -
 
 
 def expected_preprocessing(name: str) -> dict[str, Any]:
-    """Return the preprocessing of a network's published weights, as config fields, if torchvision or timm defines it.
+    """Return the preprocessing of a network's published weights, as config fields; only torchvision and timm define it.
 
     For a ViT it depends on the file, see `nets.weights.load.Weights`.
     """

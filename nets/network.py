@@ -1,4 +1,4 @@
-"""The interface of all networks: a sequence of parts, the first of which can be frozen, and a linear head."""
+"""The interface of all networks: a sequence of parts, freezable from the front, and a linear head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Network = TypeVar("Network", bound="FreezableNetwork")
 
 
 class Part(NamedTuple):
-    """One stage of the forward pass.
+    """One step of the forward pass.
 
     Attributes:
         forward: the first part takes images (B, 3, height, width), the last returns (B, C).
@@ -123,7 +123,7 @@ class FreezableNetwork(nn.Module):
         changes. Parts frozen by an earlier call are unfrozen first.
 
         Raises:
-            ValueError: the network has fewer blocks.
+            ValueError: `blocks` is invalid, or the network has fewer.
         """
         parts = self.parts()
         depth = len(parts) - 2

@@ -62,7 +62,7 @@ class Features(nn.Module):
 
 
 def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates: float) -> TimmNetwork:
-    """Build a network of timm with random weights; `name` has no "timm/" prefix.
+    """Build a network of timm with random weights; `name` comes without "timm/".
 
     If an image passes through a chain of modules, each module is a part. Otherwise, as in transformers with position
     embeddings, everything up to the pooling is one part.
@@ -71,7 +71,7 @@ def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates:
         ValueError: timm is not installed or has no such network, the head isn't a single linear layer, or the network
             can't take this input shape.
     """
-    # drop_rate 0: some networks drop features where `FreezableNetwork` can't freeze them. We drop before the head.
+    # drop_rate 0: some networks apply dropout that `FreezableNetwork` can't disable. We apply it before the head.
     options = {"drop_rate": 0.0, "drop_path_rate": rates["drop_path_rate"]}
     if _published(name).fixed_input_size:
         options["img_size"] = tuple(input_shape)
@@ -89,7 +89,7 @@ def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates:
     network.reset_classifier(0)
     if removed := before - network.state_dict().keys() - {f"{head_name}.weight", f"{head_name}.bias"}:
         raise ValueError(
-            f"backbone='{TIMM}{name}': its head is not a linear layer alone, it has {min(removed)}; choose another "
+            f"backbone='{TIMM}{name}': its head is more than a linear layer, it has {min(removed)}; choose another "
             f"backbone"
         )
     with torch.device("meta"):
@@ -133,7 +133,7 @@ def find_chain(network: nn.Module, input_shape: Sequence[int], name: str) -> lis
     chain, reached, start = [], image, 0
     # Calls are recorded when they end, so a block comes after the modules in it.
     while following := [i for i in range(start, len(feature_calls)) if feature_calls[i][1] is reached]:
-        # Take the next call or a module around it; a later call may have the same input if that is changed in place.
+        # Take the next call or a module around it; a later call has the same input tensor if it is modified in place.
         first = feature_calls[following[0]][0]
         around = [i for i in following if f"{first}.".startswith(f"{feature_calls[i][0]}.")]
         outermost = min(around, key=lambda i: feature_calls[i][0].count("."))
@@ -174,9 +174,7 @@ def _published(name: str) -> Any:
     except RuntimeError as error:
         raise ValueError(f"backbone='{TIMM}{name}': {error}") from error
     if config is None:
-        raise ValueError(
-            f"backbone='{TIMM}{name}': a deprecated name; timm.create_model({name!r}) warns with the new one"
-        )
+        raise ValueError(f"backbone='{TIMM}{name}': a deprecated name; timm.create_model({name!r}) shows the new one")
     return config
 
 
@@ -185,8 +183,7 @@ def _create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
 
 
 def published_by_timm(name: str) -> tuple[str | None, dict[str, Any]]:
-    """Return the Hugging Face repository of a network's published weights, if any, and their preprocessing as config
-    fields."""
+    """Return the Hugging Face repository of a network's weights, if any, and their preprocessing, as config fields."""
     config = _published(name.removeprefix(TIMM))
     repository = config.hf_hub_id
     if repository and repository.endswith("/"):

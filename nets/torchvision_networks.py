@@ -59,7 +59,7 @@ class Torchvision:
     """One row of `TORCHVISION`.
 
     Attributes:
-        name: of the model builder in torchvision.
+        name: torchvision's name of the model builder.
         weights: name of the published weights.
         take_apart: splits the network, without its head, into parts.
         head: name of the last linear layer.

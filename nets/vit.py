@@ -353,7 +353,7 @@ def vit(
 def resample_pos_embed(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int], **options: bool) -> Tensor:
     """Resample a position embedding (1, 1 + rows * columns, C) from the patch grid `source` to `target` (section 3.2).
 
-    The class token's entry is unchanged. `options` are passed to `F.interpolate`, since projects differ in them.
+    The class token's entry is unchanged. `options`, which differ between projects, are passed to `F.interpolate`.
     """
     class_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
     patches = patches.unflatten(1, source).permute(0, 3, 1, 2)  # (1, N, C) -> (1, C, rows, columns)

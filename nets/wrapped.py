@@ -14,7 +14,7 @@ NETWORK_PREFIX = "network."
 
 
 class WrappedNetwork(FreezableNetwork):
-    """A network of another library.
+    """A network of torchvision or timm.
 
     Args:
         network: the library's network, without its head.

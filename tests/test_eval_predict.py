@@ -146,7 +146,7 @@ def test_other_classes_are_refused(trained, tmp_path):
     write_image(tmp_path / "data" / "red" / "1.png")
     with pytest.raises(ValueError, match=r"only in .*data: red"):
         evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
-    with pytest.raises(ValueError, match="give the one that has, such as datasets/test"):
+    with pytest.raises(ValueError, match="give the one that does, such as datasets/test"):
         evaluation.main(data="datasets", out=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="there is no class file model_data/cls_class"):
         evaluation.main(classes_path="model_data/cls_class.txt", out=str(tmp_path))
@@ -156,7 +156,7 @@ def test_what_cannot_be_written_to_is_known_first(trained, tmp_path, monkeypatch
     monkeypatch.setattr(evaluation, "compute_outputs", lambda *args, **options: pytest.fail("hours"))
     (tmp_path / "file").touch()
     for options in ({}, {"compare": ("logs", "logs")}):
-        with pytest.raises(OSError, match=r"nothing can be written to .*name another with --out"):
+        with pytest.raises(OSError, match=r"nothing can be written to .*give another with --out"):
             evaluation.main(out=str(tmp_path / "file" / "out"), **options)
 
 
@@ -167,7 +167,7 @@ def test_nan_logits_are_a_failure(trained, tmp_path, capsys):
     save_checkpoint(tmp_path / "a.pth", content | {"weights": weights})
     assert predict.main(("datasets/test/dark/00.png",), model_path=str(tmp_path / "a.pth"), json_lines=True) == 1
     assert "output isn't finite" in json.loads(capsys.readouterr().out)["error"]
-    with pytest.raises(ValueError, match=r"\.png, one of 11 such images: the network's output isn't finite"):
+    with pytest.raises(ValueError, match=r"\.png, one of 11 affected images: the network's output isn't finite"):
         evaluation.main(model_path=str(tmp_path / "a.pth"), out=str(tmp_path))
 
 
@@ -318,7 +318,7 @@ def test_an_unreadable_image_in_a_list_is_one_line(trained, tmp_path, workers, c
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     message = result.stderr.splitlines()[-1]
-    assert message.startswith(f"error: {tmp_path}/broken.jpg can't be read as an image: it is of no known")
+    assert message.startswith(f"error: {tmp_path}/broken.jpg can't be read as an image: its image format is unknown")
     assert message.endswith("run python txt_annotation.py with the same flags and --fix")
 
 
@@ -359,9 +359,9 @@ def test_eval_names_what_it_passes_over(trained, tmp_path, capsys):
     (tmp_path / "data" / "dark" / "1.txt").touch()
     (tmp_path / "data" / "loose.jpg").touch()
     evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
-    told = capsys.readouterr().out
-    assert "skipped: 1 not an image (.txt) (dark)" in told
-    assert "skipped: 1 outside the class folders" in told
+    output = capsys.readouterr().out
+    assert "skipped: 1 not an image (.txt) (dark)" in output
+    assert "skipped: 1 outside the class folders" in output
 
 
 def test_paths_that_the_terminal_cannot_encode(trained, tmp_path):

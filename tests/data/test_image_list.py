@@ -96,7 +96,7 @@ def test_classes_round_trip(here):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("a\nb\na\n", "class a is repeated"), ("a\n", "1 classes"), ("", "0 classes")]
+    ("text", "message"), [("a\nb\na\n", "repeated class names: a"), ("a\n", "found 1"), ("", "found 0")]
 )
 def test_invalid_class_files(here, text, message):
     (here / "c.txt").write_text(text)

@@ -158,14 +158,14 @@ def test_augmentation_fields(fields):
 
 def test_random_erasing_and_color_jitter():
     """Gray boxes of 2 to 33 % in half of the images, and the brightness of gray images within the jitter."""
-    grey = Image.new("RGB", (40, 40), (100, 100, 100))
+    gray = Image.new("RGB", (40, 40), (100, 100, 100))
     plain = dataclasses.replace(PLAIN, train_crop=1.0, input_shape=(40, 40))
-    erased = (samples(dataclasses.replace(plain, random_erasing=0.5), grey, 400) == 128).all(1).float().mean(dim=(1, 2))
+    erased = (samples(dataclasses.replace(plain, random_erasing=0.5), gray, 400) == 128).all(1).float().mean(dim=(1, 2))
     hit = erased[erased > 0]
     assert 150 < len(hit) < 250
     assert hit.min() > 0.015
     assert hit.max() < 0.35
-    levels = samples(dataclasses.replace(plain, color_jitter=0.2), grey, 400)[:, 0, 0, 0]
+    levels = samples(dataclasses.replace(plain, color_jitter=0.2), gray, 400)[:, 0, 0, 0]
     # Only brightness changes uniform gray, by up to 20 % and rounding; contrast and saturation don't.
     assert 77 <= levels.min() < 85
     assert 115 < levels.max() <= 121

@@ -95,7 +95,7 @@ def test_no_conclusion_if_the_better_one_has_seen_more_images():
     ):
         text = format_comparison(compare(a, b, (UNSEEN, seen)))
         assert "B is significantly better" not in text
-        assert "B is more accurate, but has seen more of these images, or may have" in text
+        assert "B is more accurate, but has, or may have, seen more of these images" in text
         assert f"warning: B: {note}" in text
         assert "B is significantly better" in format_comparison(compare(a, b, (seen, seen)))
         assert "B is significantly better" in format_comparison(

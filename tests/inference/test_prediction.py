@@ -157,7 +157,7 @@ def test_lines_json_and_csv():
         "predictions": [{"class": "cat", "probability": 0.9}, {"class": "dog, big", "probability": 0.1}],
     }
     rejected = Prediction("x.png", UNKNOWN, 0.6, (("cat", 0.6),), "low probability")
-    assert to_line(rejected) == "x.png: unknown, low probability  (else cat 60.0%)"
+    assert to_line(rejected) == "x.png: unknown, low probability  (most likely: cat 60.0%)"
     assert json.loads(to_json(rejected))["reason"] == "low probability"
     assert to_line(Failure("x", "x is broken")) == "x: error: x is broken"
     row = next(csv.reader(io.StringIO(to_csv(prediction, 3))))
@@ -297,7 +297,7 @@ def test_a_class_called_unknown_excludes_rejection(trained, tmp_path):
     content = load_checkpoint(find_checkpoint(""))
     del content["format_version"]
     save_checkpoint(tmp_path / "model.pth", content | {"class_names": ["dark", UNKNOWN]})
-    with pytest.raises(ValueError, match="a class has the name unknown"):
+    with pytest.raises(ValueError, match="a class is named unknown"):
         predict.main((DARK,), model_path=str(tmp_path / "model.pth"), reject_below="0.5")
     assert predict.main((DARK,), model_path=str(tmp_path / "model.pth")) == 0
 

@@ -126,7 +126,7 @@ def test_an_unreachable_error_rate_rejects_everything():
     )
     rejection = calibration.choose_rejection(0.05)
     assert math.isinf(rejection.min_probability)
-    assert rejection.reason(1.0, 1) == "low probability: 100.0% is below any"
+    assert rejection.reason(1.0, 1) == "low probability: 100.0% is below every threshold"
     assert "none of the 2 validation images is accepted" in rejection.format_cost(calibration)
 
 

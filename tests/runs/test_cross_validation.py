@@ -73,7 +73,7 @@ def test_a_class_of_similar_images_is_divided_with_a_warning(here, capsys):
     fold_of = assign_folds(images, 5, settings(), "")
     for class_id in (0, 1):
         assert np.bincount(fold_of[images.class_ids == class_id]).tolist() == [4] * 5
-    assert "warning: 40 images look alike, a large part of a class" in capsys.readouterr().out
+    assert "warning: 40 images look alike and are a large part of a class" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("folds", "regex"), [(1, ""), (21, ""), (8, r"^(p\d+)_")])

@@ -175,7 +175,7 @@ def test_changed_lists_are_refused_unless_accepted(interrupted, capsys, resume):
     config = SMALL | {"resume": str(interrupted) if resume == "folder" else "auto"}
     output = (
         r"cls_train\.txt: 1 added \(.*new\.png\), 1 removed \(.*\.png\), 1 moved \(.*\.png -> elsewhere/.*\.png\), "
-        r"1 relabelled \(.*\.png, light -> dark\)"
+        r"1 relabeled \(.*\.png, light -> dark\)"
     )
     with pytest.raises(
         ValueError, match=rf"^resume=.*the lists have changed since the run started: {output}.*resume=no"
@@ -199,7 +199,7 @@ def test_other_classes_start_a_new_run(interrupted, untrained):
 
 def test_lists_in_another_order_are_reported():
     one, other = (list_in_memory([(0, "a.png"), (1, "b.png")][::step]) for step in (1, -1))
-    assert compare_lists(one, other, ["x", "y"]) == "the same images in another order or notation"
+    assert compare_lists(one, other, ["x", "y"]) == "the same images, reordered or with paths written differently"
 
 
 def test_a_run_killed_before_its_first_checkpoint_restarts_in_its_folder(interrupted):

@@ -31,10 +31,10 @@ def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
     path = Path(classes_path)
     if path.is_file():
         names = read_classes(path)
-        names_digits = names == list(demo_digits.CLASSES)
-        if set(names) & set(folders) and not (names_digits and scan.digits_excluded):
+        only_digits = names == list(demo_digits.CLASSES)
+        if set(names) & set(folders) and not (only_digits and scan.digits_excluded):
             return names
-        if folders and not names_digits:
+        if folders and not only_digits:
             raise ValueError(
                 f"{path}: none of its classes ({_some(names)}) is a folder with training images (there are: "
                 f"{_some(folders)}); correct it, or delete it to create it from the folders"
@@ -68,8 +68,8 @@ def annotate(
 ) -> None:
     """Write the lists and, if it is missing, the class file; print image counts, skipped files and audit findings.
 
-    Without a val folder, validation images are taken from the training images; without a test folder, test images are
-    if test_fraction is set. The same folders always give the same lists.
+    Without a val folder, validation images are held out from the training images; without a test folder, so are test
+    images if test_fraction is set. The same folders always give the same lists.
 
     Args:
         datasets_path: contains train/, val/, test/ with a folder per class in each, or the class folders themselves.
@@ -79,11 +79,11 @@ def annotate(
         test_annotation_path: the test list.
         val_fraction: fraction of each class for validation if there is no val folder, between 0 and 1.
         test_fraction: fraction of each class for testing if there is no test folder; 0: no test list.
-        seed: of the choice of validation and test images.
-        group_regex: keep images in one split whose file names have the same match of this expression, or of its first
-            group, such as '^(patient\\d+)_'.
-        audit: read every image and report problems; results are cached. Near-duplicates are then kept in one split.
-        fix: exclude images that the audit marks as excluded from the lists; no file is changed.
+        seed: determines which images are held out.
+        group_regex: keep images in one split if this expression, or its first group, matches the same text in their
+            file names, such as '^(patient\\d+)_'.
+        audit: read every image and report problems; results are cached. Also keeps near-duplicates in one split.
+        fix: exclude from the lists the images that the audit marks as excluded; no image file is changed.
         audit_path: folder for audit.json, audit.html and, with fix, excluded.txt.
         cache_dir: folder for cached audit results.
         max_pixels: as in train.py: larger images count as unreadable.
@@ -238,7 +238,7 @@ def format_table(scan: Scan, names: list[str]) -> str:
         total = sum(scan.count(split, name) for split in SPLITS)
         if name not in names and total:
             in_train = scan.count("train", name)
-            why = "not in the class file, delete it to create it again" if in_train else "no training images"
+            why = "not in the class file; delete that file to recreate it" if in_train else "no training images"
             reasons.append(f"{total} images: {why}")
         if name in names or reasons:
             rows.append((name, *counts, ", ".join(reasons)))
@@ -251,7 +251,7 @@ def format_table(scan: Scan, names: list[str]) -> str:
         for row in rows
     ]
     lines += [
-        f"warning: {name} is used as a class, since its folder is beside class folders and has images directly in it"
+        f"warning: {name} is used as a class, since its folder is next to class folders and directly contains images"
         for name in names
         if name.lower() in SPLIT_NAMES
     ]

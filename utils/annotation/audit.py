@@ -17,12 +17,12 @@ from utils.data.image_io import SUFFIXES
 MIN_CLASS_SIZE = 10
 """A class with fewer training images is reported as tiny."""
 MIN_PLACEHOLDER_COPIES = 5
-"""Duplicates in several classes from which on they count as a placeholder, such as "image not available"."""
+"""So many duplicates in several classes count as a placeholder, such as "image not available"."""
 SIMILAR_BY_NATURE = "similar by nature"
 MAX_NEAR_DUPLICATES = 1 / 3
-"""A larger fraction of a class that is near-duplicate is the nature of its images, not a fault."""
+"""If a larger fraction of a class is near-duplicates, its images are similar by nature."""
 MAX_DARK_LEVEL = 16
-"""Highest level of 255 in 12-bit images stored in 16-bit files."""
+"""Highest level, on a scale to 255, of 12-bit images in 16-bit files."""
 MAX_IMBALANCE = 10
 """Largest ratio of class sizes that isn't reported."""
 
@@ -44,7 +44,7 @@ class Finding:
     Attributes:
         kind: a fixed name, part of the audit.json interface.
         message: a description in one sentence.
-        groups: the images, grouped, for example by duplicate.
+        groups: the images in groups, for example of duplicates.
         excluded: the images that `--fix` excludes from the lists.
     """
 
@@ -117,8 +117,8 @@ def _dark(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     dark = [p for p in images if max(p.fingerprint.thumbnail, default=255) <= MAX_DARK_LEVEL]
     if dark:
         message = (
-            f"{_count(len(dark), 'nearly black image')}; if they have 12 bits in 16-bit files, as microscopes write "
-            f"them, multiply the levels by 16: white is 65535"
+            f"{_count(len(dark), 'nearly black image')}; if they are 12-bit images in 16-bit files, as from "
+            f"microscopes, multiply the levels by 16: white is 65535"
         )
         yield Finding("dark", message, [[p] for p in dark])
 
@@ -149,8 +149,8 @@ def find_duplicates(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     if by_nature:
         count = _count(sum(map(len, by_nature)), "image")
         message = (
-            f"{count} look alike, a large part of a class, perhaps one scene or a fixed camera; they aren't checked "
-            f"further and may be in several splits; use --group-regex to keep related images together"
+            f"{count} look alike and are a large part of a class, perhaps one scene or a fixed camera; they aren't "
+            f"checked further and may be in several splits; use --group-regex to keep related images together"
         )
         yield Finding(SIMILAR_BY_NATURE, message, by_nature)
     yield from _by_place("near-duplicate", near_duplicates)
@@ -169,8 +169,8 @@ def _by_place(kind: str, groups: Sequence[list[AuditedImage]]) -> Iterator[Findi
             places["within a class"].append(group)
     for place, consequence in (
         ("across classes", "in different classes: one of the labels is wrong"),
-        ("across splits", "in different splits: evaluation images were seen in training"),
-        ("within a class", "more than once in a class"),
+        ("across splits", "in different splits: data leaks between them"),
+        ("within a class", "within a class"),
     ):
         if members := places[place]:
             files = _count(sum(map(len, members)), "file")
@@ -182,8 +182,8 @@ def _by_place(kind: str, groups: Sequence[list[AuditedImage]]) -> Iterator[Findi
 def _redundant(group: list[AuditedImage], kind: str, place: str) -> list[AuditedImage]:
     """Return the images of a group that `--fix` excludes.
 
-    Duplicates: all if the labels contradict, else all but one. Near-duplicates across splits: those outside of the
-    split to protect, which is test, then val.
+    Duplicates: all if the labels contradict, else all but one. Near-duplicates across splits: those outside the
+    protected split, which is test if it has any, else val.
     """
     if kind == "duplicate" and place == "across classes":
         return group
@@ -202,7 +202,7 @@ def _split_groups(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]
     divided = [group for group in members if len({image.split for image in group}) > 1]
     if divided:
         files = _count(sum(map(len, divided)), "file")
-        message = f"{files} of {_count(len(divided), 'group')} by --group-regex are in different splits"
+        message = f"{files} of {_count(len(divided), 'group')} formed by --group-regex are in different splits"
         excluded = [image for group in divided for image in _redundant(group, "near-duplicate", "across splits")]
         yield Finding("group across splits", message, divided, excluded)
 
@@ -215,7 +215,7 @@ def _wrong_suffix(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     ]
     if wrong:
         kinds = Counter((os.path.splitext(p.path)[1].lower(), p.fingerprint.format) for p in wrong).most_common(3)
-        details = ", ".join(f"{count} x {suffix} that is {kind}" for (suffix, kind), count in kinds)
+        details = ", ".join(f"{count} x {kind} named {suffix}" for (suffix, kind), count in kinds)
         message = f"{_count(len(wrong), 'file')} with a wrong suffix: {details}; Thaw reads them anyway"
         yield Finding("wrong suffix", message, [[image] for image in wrong])
 
@@ -285,6 +285,6 @@ def _size_shortcut(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     if recall >= chance + (1 - chance) / 2:
         message = (
             f"size predicts the class: width and height alone give {recall:.0%} balanced accuracy (chance: "
-            f"{chance:.0%}); a network may learn traces of it that resizing leaves"
+            f"{chance:.0%}); a network may learn from traces that resizing leaves"
         )
         yield Finding("shortcut", message)

@@ -40,7 +40,7 @@ class Fingerprint:
 
     Attributes:
         error: why it can't be read; the other fields are empty then.
-        format: of the content, such as "JPEG"; the suffix may differ.
+        format: the format of the content, such as "JPEG"; the suffix may differ.
         width: of the upright image.
         height: of the upright image.
         grey: whether all pixels are gray.
@@ -97,7 +97,7 @@ class Fingerprints:
     Unreadable images are not cached: they may be readable next time, for example after an out-of-memory error.
 
     Args:
-        path: an SQLite database. A damaged one is created again; if it can't be used, a warning is printed and nothing
+        path: an SQLite database. A damaged one is recreated; if it can't be used, a warning is printed and nothing
             is cached.
         max_pixels: see `utils.data.image_io.open_image`.
         allow_truncated: see `utils.data.image_io.open_image`.

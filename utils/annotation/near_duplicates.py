@@ -14,15 +14,15 @@ MAX_BITS = 7
 images with an equal byte are compared."""
 MIN_CORRELATION = 0.97
 """Of the gray thumbnails. 19 of 20 photos recompressed at quality 30, halved, 15 % brighter or cropped by 2 % exceed
-it, and so do 2 of 340,000 pairs of trash photos on one board (both bursts) and 1 of 1.1 million pairs of hands."""
+it, but only 2 of 340,000 pairs of trash photos (both are bursts) and 1 of 1.1 million pairs of hand photos."""
 SMALL_SIDE, MIN_CORRELATION_SMALL = 64, 0.99
-"""Images with a shorter side, such as handwritten digits, have fewer details that could differ."""
+"""Images whose shorter side is below this, such as handwritten digits, have fewer details that could differ."""
 ROWS, PAIRS = 256, 50_000
 """Hashes, and pairs of thumbnails, that are compared at a time."""
 
 
 def near_duplicate_groups(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
-    """Return groups of indices that near-duplicate pairs connect, each of two or more images."""
+    """Return groups of two or more indices that are connected by near-duplicate pairs."""
     labels = np.arange(len(fingerprints))
     if len(fingerprints) < 2:
         return []

@@ -1,4 +1,4 @@
-"""Split validation images from the training images, keeping groups together."""
+"""Split validation or test images off the training images, keeping groups together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 def split_validation(
     images: dict[str, list[str]], val_fraction: float, seed: int, groups: Iterable[Sequence[str]] = ()
 ) -> dict[str, list[str]]:
-    """Move `val_fraction` of each class, at least one image of classes with two, out of `images` and return them.
+    """Move `val_fraction` of each class, at least one image of a class with two, out of `images` and return them.
 
-    The choice depends on seed and path only, so added images hardly move others between the splits. Each of `groups`,
+    The choice depends on seed and path only, so adding images moves few others between the splits. Each of `groups`,
     whose paths may be of several classes, is moved as a whole, so fractions may differ; a class that is one group keeps
     all its images.
     """

@@ -26,7 +26,7 @@ SMOOTHING_KERNEL = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's 
 
 
 def random_box(width: int, height: int, min_area: float) -> Box:
-    """Return a random crop box covering `min_area` to 1 of the image's area, like torchvision's RandomResizedCrop.
+    """Return a random crop box covering a fraction `min_area` to 1 of the image, like torchvision's RandomResizedCrop.
 
     Szegedy et al., "Going Deeper with Convolutions", 2015. Area and log aspect ratio are uniform. If ten samples don't
     fit into the image, the largest centered box with an allowed aspect ratio is returned. Uses torch's global

@@ -43,7 +43,7 @@ def check_disk_space(size: int, folder: Path, remedy: str) -> None:
 
 @contextmanager
 def replace_cache(path: Path, replaces: str) -> Iterator[BinaryIO]:
-    """Open a file that gets its name when it is complete (see `write_whole`), then delete older ones.
+    """Open a file that is renamed to `path` when complete (see `write_whole`), then delete older ones.
 
     Older files are those in the same folder that match the glob `replaces`. Partial files of killed processes are
     deleted first.

@@ -59,7 +59,7 @@ class ImageDataset(Dataset):
     Args:
         source: where the images are read from.
         transform: applied to each image.
-        seed: of all random choices.
+        seed: determines all random choices.
         max_bad_fraction: the fraction of images, 0 to 1, that may be unreadable. Each of them is replaced by a fixed
             other image of its class. None: the first unreadable image is an error.
 
@@ -81,7 +81,7 @@ class ImageDataset(Dataset):
         self._reported: set[int] = set()
 
     def with_transform(self, transform: Transform) -> ImageDataset:
-        """Return a copy with another transform that shares the record of unreadable images."""
+        """Return a copy with another transform, sharing the record of unreadable images."""
         other = copy.copy(self)
         other.transform = transform
         return other
@@ -117,7 +117,7 @@ class ImageDataset(Dataset):
 
     @staticmethod
     def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """Stack items to a batch in channels-last memory format, the format of the images: a plain copy."""
+        """Stack items into a batch in channels-last memory format, the format of the images: a plain copy."""
         pixels, class_ids = zip(*items, strict=True)
         stacked = torch.stack([image.permute(1, 2, 0) for image in pixels])  # (B, height, width, 3)
         return stacked.permute(0, 3, 1, 2), torch.tensor(class_ids)
@@ -159,7 +159,7 @@ class ImageDataset(Dataset):
                 return self._crop(int(other), key)
             except ImageError:
                 continue
-        message = f"{error}; nor can any other image of its class (id {self.class_ids[index]})"
+        message = f"{error}; no other image of its class (id {self.class_ids[index]}) can be read either"
         raise ImageError(message, error.path, error.cause) from error
 
     def _check_unreadable(self) -> None:

@@ -19,7 +19,7 @@ class FeatureDataset(Dataset):
     Args:
         views: features (n, ...) of each view; an image's view changes from epoch to epoch.
         images: the list.
-        seed: of the order.
+        seed: determines the order.
     """
 
     def __init__(self, views: Sequence[Tensor], images: ImageList, seed: int) -> None:
@@ -44,5 +44,5 @@ class FeatureDataset(Dataset):
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return `batch`: `__getitems__` collates already."""
+        """Return `batch`, which `__getitems__` has already collated."""
         return batch

@@ -81,7 +81,7 @@ JPEG_REDUCTIONS = {
 }
 END_OF_JPEG = b"\xff\xd9"
 
-# Transforms to upright, by the EXIF tag Orientation; 1 is upright already.
+# Transforms that make an image upright, by the EXIF tag Orientation; 1 is already upright.
 TO_UPRIGHT = {
     2: lambda pixels: cv2.flip(pixels, 1),
     3: lambda pixels: cv2.rotate(pixels, cv2.ROTATE_180),
@@ -119,7 +119,7 @@ class ImageError(InputError):
 
     Attributes:
         path: the file.
-        cause: why not.
+        cause: why it can't be read.
     """
 
     def __init__(self, message: str, path: str = "", cause: str = "") -> None:
@@ -226,7 +226,7 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         image: a Pillow image, or a uint8 array, (height, width, 3) in RGB or (height, width) in gray.
 
     Raises:
-        ImageError: the Pillow image's file, which is read only now, is broken.
+        ImageError: the Pillow image's file, which may be read only now, is broken.
         ValueError: the type, dtype or shape isn't one of these.
     """
     if not isinstance(image, np.ndarray | Image.Image):
@@ -273,7 +273,7 @@ def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB, transparency on a white background and deeper levels scaled to 8 bits.
+    """Convert an image to RGB: on a white background if transparent, higher bit depths scaled to 8 bits.
 
     White is 65,535 for integers; for floats it is 1 if no value is above 1, else 255.
     """
@@ -300,7 +300,7 @@ def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: boo
                 raise Image.DecompressionBombError  # Pillow raises this only at twice the limit
             ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
             yield image
-    except Exception as error:  # on broken files Pillow's decoders raise nearly any type
+    except Exception as error:  # on broken files Pillow's decoders raise nearly any exception
         raise ImageError.of(path, _cause(path, error, max_pixels)) from error
 
 
@@ -314,7 +314,7 @@ def _cause(path: str | Path, error: Exception, max_pixels: int) -> str:
             header = file.read(32)
         if header[4:8] == b"ftyp" and header[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
             return "it is HEIC; pip install pillow-heif to read it"
-        return "it is of no known image format" if header else "it is empty"
+        return "its image format is unknown" if header else "it is empty"
     if isinstance(error, Image.DecompressionBombError):
         return f"it has more pixels than max_pixels={max_pixels} allows; raise max_pixels or shrink the image"
     return f"{type(error).__name__}: {error}"

@@ -144,24 +144,24 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
 
 
 def compare_lists(before: ImageList, now: ImageList, class_names: Sequence[str]) -> str:
-    """Describe the images added, removed, moved (same file name, other folder) and relabelled between two lists."""
+    """Describe the images added, removed, moved (same file name, other folder) and relabeled between two lists."""
     old_ids, new_ids = ({lst.name(i): int(lst.class_ids[i]) for i in range(len(lst))} for lst in (before, now))
     removed, added = old_ids.keys() - new_ids.keys(), new_ids.keys() - old_ids.keys()
     old_files, new_files = _by_file_name(removed), _by_file_name(added)
     moved = {old_files[file]: new_files[file] for file in old_files.keys() & new_files.keys()}
-    relabelled = [name for name in sorted(old_ids.keys() & new_ids.keys()) if old_ids[name] != new_ids[name]]
+    relabeled = [name for name in sorted(old_ids.keys() & new_ids.keys()) if old_ids[name] != new_ids[name]]
     changes = {
         "added": sorted(added - set(moved.values())),
         "removed": sorted(removed - moved.keys()),
         "moved": [f"{old} -> {moved[old]}" for old in sorted(moved)],
-        "relabelled": [f"{name}, {class_names[old_ids[name]]} -> {class_names[new_ids[name]]}" for name in relabelled],
+        "relabeled": [f"{name}, {class_names[old_ids[name]]} -> {class_names[new_ids[name]]}" for name in relabeled],
     }
     parts = [
         f"{len(names)} {kind} ({'; '.join(names[:5])}{'; ...' if len(names) > 5 else ''})"
         for kind, names in changes.items()
         if names
     ]
-    return ", ".join(parts) or "the same images in another order or notation"
+    return ", ".join(parts) or "the same images, reordered or with paths written differently"
 
 
 def _by_file_name(names: Iterable[str]) -> dict[str, str]:
@@ -231,7 +231,7 @@ def _folder(path: str | Path) -> str:
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """Yield number and content of the non-empty lines, without byte-order mark and Windows line ends."""
+    """Yield number and content of the non-empty lines, without byte-order mark and line endings."""
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
@@ -271,7 +271,7 @@ def read_classes(path: str | Path) -> list[str]:
     names = [unicodedata.normalize("NFC", _decode(line)) for _, line in _lines(path)]
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
-        raise ValueError(f"{path}: class {', '.join(repeated)} is repeated; give each class one line")
+        raise ValueError(f"{path}: repeated class names: {', '.join(repeated)}; give each class one line")
     if len(names) < 2:
-        raise ValueError(f"{path}: {len(names)} classes; a classifier needs at least two")
+        raise ValueError(f"{path}: at least two classes are needed, found {len(names)}")
     return names

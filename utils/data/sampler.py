@@ -20,10 +20,10 @@ class EpochSampler(Sampler):
     """Yields the keys of one epoch, see `ImageDataset`.
 
     Args:
-        class_ids: (n,), of the images.
+        class_ids: (n,), one per image.
         sampling: "shuffle": every image once; "balanced": n samples with replacement, all classes equally likely; None:
             every image once, in the list's order.
-        seed: of the order.
+        seed: determines the order.
 
     Attributes:
         epoch: from 0.

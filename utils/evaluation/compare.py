@@ -68,7 +68,7 @@ def format_comparison(comparison: dict[str, Any]) -> str:
         f"top-1 of A {top1_a:.2%}, of B {top1_b:.2%}, on the same {comparison['images']} images",
         f"correct: only A {comparison['only_a_right']}, only B {comparison['only_b_right']}, both "
         f"{comparison['both_right']}, neither {comparison['both_wrong']}",
-        f"B - A: {100 * comparison['difference']:+.2f} points, 95 % interval {100 * low:+.2f} to {100 * high:+.2f}; "
+        f"B - A: {100 * comparison['difference']:+.2f} points, 95% interval {100 * low:+.2f} to {100 * high:+.2f}; "
         f"McNemar's p = {p:.2g}",
     ]
     better, other = (1, 0) if comparison["difference"] > 0 else (0, 1)
@@ -77,15 +77,14 @@ def format_comparison(comparison: dict[str, Any]) -> str:
     if p >= SIGNIFICANCE_LEVEL:
         lines.append("the difference is not significant: these images do not show which one is better")
     elif seen[better] > seen[other]:
-        lines.append(f"no conclusion: {'AB'[better]} is more accurate, but has seen more of these images, or may have")
+        lines.append(f"no conclusion: {'AB'[better]} is more accurate, but has, or may have, seen more of these images")
     else:
         lines.append(f"{'AB'[better]} is significantly better on these images")
     return "\n".join([*lines, *(f"warning: {note}" for note in comparison["notes"])])
 
 
 def flipped_rows(a: Scores, b: Scores, paths: list[str], class_names: list[str]) -> list[list[str]]:
-    """The rows of `flipped.csv`: the header, then each image that only one classifies correctly, in order of that
-    prediction's probability, the highest first."""
+    """The rows of `flipped.csv`: the header, then images that only one classifies correctly, most confident first."""
     flipped = np.flatnonzero(a.correct != b.correct)
     confidence = np.where(a.correct, a.confidence, b.confidence)[flipped]
     rows = [["path", "truth", "right", "prediction_a", "probability_a", "prediction_b", "probability_b"]]

@@ -38,7 +38,7 @@ def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageLi
     """The images of a list, or of a folder with one subfolder per class, checked against the checkpoint's classes.
 
     Raises:
-        FileNotFoundError: the list or folder, or a class file that the user named, does not exist.
+        FileNotFoundError: the list or folder, or a class file that was given, does not exist.
         ValueError: the classes differ, or the list can't be read.
     """
     if not Path(data).exists():
@@ -115,7 +115,7 @@ def list_folder(folder: str, class_names: list[str]) -> ImageList:
     images = scan.images["test"]
     if images.keys() <= SPLIT_NAMES.keys() - set(class_names):
         such_as = f", such as {folder}/test" if Path(folder, "test").is_dir() else ""
-        raise ValueError(f"{folder} has no folders of images named after classes; give the one that has{such_as}")
+        raise ValueError(f"{folder} contains no folders named after classes; give the one that does{such_as}")
     check_classes(list(images), class_names, folder, subset=True)
     for name, reasons in scan.skipped.items():
         _print_skipped(reasons, name)

@@ -83,8 +83,7 @@ class Slice(NamedTuple):
 
 
 def accuracy_by(values: np.ndarray, correct: np.ndarray) -> list[Slice]:
-    """Accuracy by quartile of values (n,). Equal values stay in one slice, so there may be fewer than four; NaN values
-    are excluded."""
+    """Accuracy by quartile of values (n,), without NaN. Equal values share a slice, so there may be fewer than four."""
     known = ~np.isnan(values)
     values, correct = values[known], correct[known]
     if not len(values):

@@ -26,8 +26,8 @@ def arrange_classes(confusion: np.ndarray) -> np.ndarray:
     from scipy.spatial.distance import squareform
 
     mistakes = confusion - np.diag(np.diag(confusion))
-    busiest = np.argsort(-(mistakes.sum(axis=0) + mistakes.sum(axis=1)), kind="stable")
-    shown = np.sort(busiest[:MAX_CLASSES])
+    by_mistakes = np.argsort(-(mistakes.sum(axis=0) + mistakes.sum(axis=1)), kind="stable")
+    shown = np.sort(by_mistakes[:MAX_CLASSES])
     if len(shown) < 3 or not mistakes.any():
         return shown
     fraction = mistakes / np.maximum(confusion.sum(axis=1, keepdims=True), 1)

@@ -97,7 +97,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         values = ["-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall", "f1")]
         cells = "".join(f"{value:>10}" for value in values)
         lines.append(f"{printable(row['class']):<24}{cells}{row['support']:>10}")
-    lines.append(f"{metrics['images']} images; 95 % intervals in brackets")
+    lines.append(f"{metrics['images']} images; 95% intervals in brackets")
     titles = {
         "top1": "top-1",
         "top5": "top-5",

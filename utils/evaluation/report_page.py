@@ -34,11 +34,11 @@ from utils.system.text import printable
 
 MAX_WORST, MAX_UNCERTAIN, MAX_LABEL_ERRORS = 24, 12, 24
 MAX_PAIRS, MAX_IMAGES_PER_PAIR = 8, 3
-"""How many images the page shows of each kind."""
+"""How many images of each kind the page shows."""
 MAX_CLASS_ROWS = 1000
 MAX_PAIR_ROWS = 50
 ERROR_RATES = (0.01, 0.02, 0.05, 0.1, 0.2)
-"""Allowed error rates in the table of rejection."""
+"""Allowed error rates in the rejection table."""
 CARDS = (
     ("top1", "Top-1 Accuracy", True, "predicted class is correct"),
     ("top5", "Top-5 Accuracy", True, "correct class is among the five most likely"),

@@ -15,9 +15,9 @@ from utils.inference.classifier import Classifier
 from utils.system.thread_map import MAX_AHEAD, map_parallel
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2}
-"""Allowed difference of a probability, by precision. A fine-tuned DINOv2 has 0.006 in fp16 and 0.000005 in fp32."""
+"""Allowed difference of a probability, by precision. A fine-tuned DINOv2 differs by 0.006 in fp16, 0.000005 in fp32."""
 INT8_MAX_LOSS = 0.01
-"""Allowed decrease of top-1 accuracy in int8, which is judged by that alone."""
+"""Allowed decrease of top-1 accuracy in int8; nothing else is checked."""
 NUM_WORST = 10
 """Images with the largest differences listed in a report."""
 
@@ -26,7 +26,7 @@ Exported = Callable[[np.ndarray], np.ndarray]
 
 
 class ExportError(ValueError):
-    """The exported file gives other predictions than the checkpoint."""
+    """The exported file and the checkpoint give different predictions."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,7 @@ def compare(classifier: Classifier, exported: Exported, images: ImageList) -> Co
         found.append(exported(pixels))
     if not readable:
         raise ValueError(
-            f"none of the {len(images)} images to check the export with can be read ({unreadable[0]}); give others "
-            f"with --data"
+            f"none of the {len(images)} images for the check can be read ({unreadable[0]}); give others with --data"
         )
     paths = [images.path(index) for index in readable]
     return Comparison(paths, images.class_ids[readable], np.stack(expected), np.stack(found), unreadable)

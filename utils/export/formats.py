@@ -61,7 +61,7 @@ def write_onnx(classifier: Classifier, metadata: ExportedMetadata, file: BinaryI
     if size > MAX_BYTES:
         remedy = "--format pt2" if precision == "fp16" else "--precision fp16 (half the size) or --format pt2"
         raise ValueError(
-            f"format=onnx: the weights are {format_bytes(size)}, an ONNX file can have {format_bytes(MAX_BYTES)}; "
+            f"format=onnx: the weights take {format_bytes(size)}, an ONNX file can hold {format_bytes(MAX_BYTES)}; "
             f"use {remedy}"
         )
     file.write(make_onnx(trace(classifier), metadata))

@@ -25,7 +25,7 @@ METRICS = {
     "top1": "top-1",
     "balanced_accuracy": "balanced accuracy",
     "macro_f1": "macro F1",
-    "log_loss": "log loss",
+    "log_loss": "log-loss",
     "ece": "calibration error",
 }
 """Keys of metrics.json shown in the card, with their titles."""
@@ -108,8 +108,7 @@ def count_images(checkpoint: Path, classifier: Classifier) -> list[dict[str, Any
 
 
 def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | None:
-    """The metrics of this checkpoint that eval.py wrote to its folder or to metrics_out/, formatted for the template;
-    None if there are none for this state of the checkpoint.
+    """The metrics that eval.py wrote for this state of the checkpoint, for the template; None if there are none.
 
     Raises:
         ValueError: a metrics.json is malformed.

@@ -56,7 +56,7 @@ def strip_traces(model: onnx.ModelProto) -> None:
 def halve_weights(model: onnx.ModelProto) -> None:
     """Store matrices in fp16 and cast them to fp32 for computation.
 
-    ONNX Runtime casts them once, at load. On a CPU, fp16 computation would not be faster (few kernels exist) but less
+    ONNX Runtime casts them once, at load. On a CPU, fp16 computation would be no faster (few kernels exist) and less
     accurate. Biases, norms and the first convolution stay fp32: they are small, and rounding them costs more accuracy
     than rounding everything else.
     """
@@ -85,7 +85,7 @@ def quantize(model: onnx.ModelProto) -> onnx.ModelProto:
     kernels = {tensor.name for tensor in model.graph.initializer if takes_image(tensor)}
     first = [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1] in kernels]
     del model.graph.value_info[:]  # intermediate shapes, which change
-    logging.disable(logging.WARNING)  # recommends a step that torch's exporter already did
+    logging.disable(logging.WARNING)  # recommends a step that torch's exporter has done
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.onnx")

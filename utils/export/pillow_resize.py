@@ -35,8 +35,7 @@ class Span(NamedTuple):
 
 
 class PixelResize(nn.Module):
-    """Maps images uint8 (B, height, width, 3) of any size to the output of `EvalTransform`: integers from 0 to 255 in
-    fp32 (B, 3, *input_shape)."""
+    """Maps uint8 images (B, height, width, 3) of any size to the output of `EvalTransform`, in fp32 (B, 3, h, w)."""
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()

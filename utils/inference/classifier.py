@@ -48,7 +48,7 @@ class Classifier:
         precision: the precision of the run, or the nearest that the device supports.
         temperature: logits are divided by it before the softmax.
         calibration: what was fitted on the validation images; None unless this is the best epoch of a finished run.
-        raw: whether what was fitted after training is ignored.
+        raw: whether the calibration fitted after training is ignored.
         config: the settings of the run, as in `TrainConfig.as_dict`.
         origin: where the initial weights of the run came from, see `nets.weights.load.Weights`; empty for random
             weights; None if unknown.
@@ -75,8 +75,8 @@ class Classifier:
     def non_finite_message(self) -> str:
         """The error message for logits that aren't finite."""
         return (
-            f"the network's output isn't finite: some weights are NaN, or overflow in {self.precision}; use another "
-            f"checkpoint"
+            f"the network's output isn't finite: some weights are NaN, or values overflow in {self.precision}; use "
+            f"another checkpoint"
         )
 
     def load(self, image: ImageInput) -> Tensor:
@@ -129,9 +129,9 @@ class Classifier:
                 instead.
             ValueError: an array has another dtype or shape.
         """
-        several = [images] if isinstance(images, ImageInput) else images
+        inputs = [images] if isinstance(images, ImageInput) else images
         predictions = []
-        for result in self.stream(several, top_k, batch_size, tta, rejection):
+        for result in self.stream(inputs, top_k, batch_size, tta, rejection):
             if isinstance(result, Failure):
                 raise ImageError(result.error, result.path)
             predictions.append(result)
@@ -181,7 +181,7 @@ class Classifier:
 
 
 def read_exported(path: Path) -> dict[str, Any]:
-    """Read a `.safetensors` file of export.py into the keys of a checkpoint that a classifier needs.
+    """Read a `.safetensors` file of export.py as the part of a checkpoint that a classifier needs.
 
     Raises:
         ValueError: the file isn't such an export, or its metadata is invalid.

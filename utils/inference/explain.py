@@ -116,7 +116,7 @@ def explain_one(classifier: Classifier, pixels: Tensor, class_id: int, side: int
 
 def titled_overlays(pixels: Tensor, maps: Maps, row: int, side: int) -> dict[str, Image.Image]:
     """Map title -> overlay for one preprocessed image (3, height, width), the one in row `row` of `maps`."""
-    title = "evidence for it" if maps.cam[row].any() else "no part is evidence for it"
+    title = "evidence" if maps.cam[row].any() else "no evidence"
     overlays = {title: overlay(pixels, maps.cam[row], side)}
     if maps.rollout is not None:
         overlays["attention"] = overlay(pixels, maps.rollout[row], side)

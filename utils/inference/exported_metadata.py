@@ -80,7 +80,7 @@ class ExportedMetadata:
             ValueError: `source` isn't an export of Thaw, has another version, or contains an invalid value.
         """
         if VERSION_KEY not in strings:
-            raise ValueError(f"{source} is none of Thaw's exports: create one with python export.py")
+            raise ValueError(f"{source} isn't an export of Thaw: create one with python export.py")
         if strings[VERSION_KEY] != str(FORMAT_VERSION):
             version = strings[VERSION_KEY]
             raise ValueError(f"{source} has export format {version:.20}, not {FORMAT_VERSION}: export it again")
@@ -100,7 +100,7 @@ class ExportedMetadata:
             "model": isinstance(model, dict),
         }
         if invalid := [name for name, is_valid in valid.items() if not is_valid]:
-            raise ValueError(f"{source} can't be used: in its metadata {', '.join(invalid)} can't be right")
+            raise ValueError(f"{source} can't be used: invalid {', '.join(invalid)} in its metadata")
         return ExportedMetadata(names, preprocessing, float(temperature), provenance, model)
 
 

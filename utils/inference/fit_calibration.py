@@ -48,7 +48,7 @@ def calibrate_checkpoint(
     train = compute_outputs(classifier, sample, config.num_workers, skip_unreadable=True, title="embedding")
     val = compute_outputs(classifier, val_images, config.num_workers, skip_unreadable=True, title="calibrating")
     if not len(val.indices) or not len(train.indices):
-        print("warning: not calibrated, since no image could be read; probabilities are those of the network")
+        print("warning: not calibrated, since no image could be read; the network's own probabilities are used")
         return {}
     calibration = fit_calibration(val.logits, val.embeddings, val.class_ids, train.embeddings, train.class_ids)
     train_images = select(sample, train.indices.numpy())

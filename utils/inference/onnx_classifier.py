@@ -82,7 +82,7 @@ class OnnxClassifier:
         """
         check_stream_arguments(top_k, batch_size)
         if tta:
-            raise ValueError(f"tta: {self.path} has no test-time augmentation; take the checkpoint instead")
+            raise ValueError(f"tta: not available for the ONNX file {self.path}; use its checkpoint")
         transform = EvalTransform(self.preprocessing)
 
         def load(image: ImageInput) -> np.ndarray:

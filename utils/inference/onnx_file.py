@@ -49,7 +49,7 @@ def read_onnx(path: Path) -> tuple[bytes, ExportedMetadata]:
     strings = {entry.key: entry.value for entry in model.metadata_props}
     metadata = ExportedMetadata.from_strings(strings, path)
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(model)):
-        raise ValueError(f"{path} can't be used: its weights are in other files, which exports of Thaw never do")
+        raise ValueError(f"{path} can't be used: its weights are in other files, unlike those of Thaw's exports")
     if strings.get(DIGEST) != digest(model):
         raise ValueError(f"{path} is damaged: its checksum doesn't match, so it was changed after the export")
     return content, metadata

@@ -53,7 +53,7 @@ def to_line(result: Prediction | Failure) -> str:
         return printable(f"{result.path}: error: {result.error}")
     best, *others = (f"{name} {p:.1%}" for name, p in result.classes)
     if result.rejected:
-        return printable(f"{result.path}: {UNKNOWN}, {result.reason}  (else {', '.join([best, *others])})")
+        return printable(f"{result.path}: {UNKNOWN}, {result.reason}  (most likely: {', '.join([best, *others])})")
     return printable(f"{result.path}: {best}" + (f"  ({', '.join(others)})" if others else ""))
 
 
@@ -79,7 +79,7 @@ def to_row(result: Prediction | Failure, width: int, label_width: int) -> str:
     For a rejected prediction, "unknown?" replaces the bar.
     """
     if isinstance(result, Failure):
-        return shorten(f"{pad('-', label_width)}  no answer    {printable(result.error)}", width)
+        return shorten(f"{pad('-', label_width)}  no result    {printable(result.error)}", width)
     name, p = result.classes[0]
     label = pad(shorten(printable(name), label_width), label_width)
     bar = UNKNOWN + "?" if result.rejected else "█" * round(8 * p)

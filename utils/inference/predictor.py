@@ -44,7 +44,7 @@ class Predictor(Protocol):
 
     @property
     def raw(self) -> bool:
-        """Whether what was fitted after training is ignored."""
+        """Whether the calibration fitted after training is ignored."""
 
     @property
     def can_reject(self) -> bool:
@@ -63,7 +63,7 @@ class Predictor(Protocol):
         Args:
             images: the images. Some are read ahead while the network runs.
             top_k: number of classes in each prediction.
-            batch_size: images per forward pass; with 1, an image is requested only after the previous result was taken.
+            batch_size: images per forward pass; with 1, an image is requested only after the previous result is taken.
             tta: average over test-time augmentation views: center and corners, and their mirror images if training
                 used flips. This takes five or ten times as long.
             rejection: which predictions to reject, see `Calibration.choose_rejection`.
@@ -74,7 +74,7 @@ class Predictor(Protocol):
 
 
 def check_stream_arguments(top_k: int, batch_size: int) -> None:
-    """Raise a ValueError if one of them is below 1."""
+    """Raise a ValueError if an argument is below 1."""
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k}, batch_size={batch_size}: give whole numbers from 1 up")
 

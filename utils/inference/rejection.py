@@ -20,13 +20,13 @@ UNKNOWN = "unknown"
 """The label of a rejected prediction."""
 
 DISTANCE_QUANTILE = 0.95
-"""The quantile of the validation images' distances beyond which an image counts as OOD. So 5 % of the images that do
-belong to a class are rejected."""
+"""The quantile of the validation images' distances beyond which an image counts as OOD. About 5 % of the images
+of a class are rejected by it."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What is fitted to a trained network.
+    """The values fitted after training.
 
     Attributes:
         temperature: logits are divided by it.
@@ -133,7 +133,7 @@ class Rejection:
                 f"validation images are within {self.max_distance:.0f}°"
             )
         if probability < self.min_probability:
-            least = "any" if math.isinf(self.min_probability) else f"{self.min_probability:.1%}"
+            least = "every threshold" if math.isinf(self.min_probability) else f"{self.min_probability:.1%}"
             return f"low probability: {probability:.1%} is below {least}"
         return ""
 

@@ -14,7 +14,7 @@ UNCROPPED_SCALE = 0.875
 
 
 class TTAViews(Transform):
-    """An image to uint8 (views, 3, height, width): the crop of evaluation, then crops of the same size at the corners.
+    """Map an image to uint8 (views, 3, height, width): the evaluation crop, then crops of the same size at the corners.
 
     As in Krizhevsky et al., 2012. With `mirror`, each view is also flipped. With `letterbox_image`, there is one crop:
     the whole image.

@@ -37,7 +37,7 @@ def top_k_accuracy(logits: Tensor, class_ids: Tensor, k: int) -> float:
 
 
 def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
-    """Compute the metrics of `metrics.json`; the README documents the keys.
+    """Compute the metrics of `metrics.json`; docs/metrics.md documents the keys.
 
     The precision of a class that was never predicted is 0. Classes without images are listed in `absent_classes`,
     have None for their own metrics, and are excluded from means over classes.

@@ -60,7 +60,7 @@ def bootstrap_intervals(scores: Scores) -> tuple[dict[str, list[float] | None], 
 def _interval(values: np.ndarray | None) -> list[float] | None:
     """The percentile interval of resampled values.
 
-    None also if all values are equal: that every one of a few images is correct doesn't mean that all images are.
+    None also if all values are equal, as when all of a few images are correct: the interval would have no width.
     """
     if values is None or np.isnan(values).all() or np.nanmin(values) == np.nanmax(values):
         return None
