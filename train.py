@@ -29,34 +29,34 @@ from utils.training.optimizer import build_optimizer, set_learning_rate
 from utils.training.stages import Stage
 from utils.training.summary import count_parameters, format_model, format_settings, format_stages
 
-# For the built-in handwritten digits: the bundled weights, trained on CIFAR-10, learn them in a minute or two.
+# For the built-in handwritten digits: fine-tuning the bundled CIFAR-10 weights takes a minute or two.
 # For photos, paste the CONFIG of "Your own images" in README.md.
 CONFIG = TrainConfig(
     # network
     backbone="vit_xs_4",  # 6 blocks, patches of 4 x 4 pixels
     input_shape=(32, 32),  # height and width
-    pretrained=True,  # what helps most with few images
+    pretrained=True,  # helps most with few images
     model_path="",  # start from your own weights instead
     drop_rate=0.0,
     attn_drop_rate=0.0,
     drop_path_rate=0.0,
     # stages
     freeze_train=True,
-    freeze_epoch=3,  # epochs for the new head before the backbone is thawed
+    freeze_epoch=3,  # then the backbone is thawed
     freeze_blocks=4,  # of 6
     freeze_batch_size=32,
     unfreeze_epoch=14,
     unfreeze_batch_size=32,
     # optimizer
     optimizer_type="adamw",
-    init_lr=4e-3,  # for 256 images per step: 5e-4 for 32
+    init_lr=4e-3,  # per 256 images: 5e-4 at batch size 32
     min_lr=4e-5,
     weight_decay=0.05,
     # images
-    train_crop=0.6,  # digits fill their frame: no small crops
+    train_crop=0.6,  # digits fill the frame: no small crops
     eval_crop=1.0,
-    horizontal_flip=0.0,  # a mirrored digit is no digit
-    augmentation="none",  # it would rotate them
+    horizontal_flip=0.0,  # mirrored digits are wrong
+    augmentation="none",  # the others would rotate digits
     num_workers=0,  # tiny images load fast
 )
 
@@ -74,14 +74,14 @@ def main(
     Args:
         config: the settings.
         summary: print all settings, the network and the stages, and exit.
-        find_lr: test rising learning rates, plot the losses, suggest an init_lr, and exit.
-        cross_validate: number of folds; train a run for each, validated on that fold.
-        group_regex: with cross_validate, as in txt_annotation.py: one patient, video or burst stays in one fold.
+        find_lr: run a learning-rate range test, plot the losses, suggest an init_lr, and exit.
+        cross_validate: number of folds; trains one run per fold, validated on that fold.
+        group_regex: keep each patient, video or burst in one fold, as in txt_annotation.py; needs cross_validate.
     """
     if group_regex and not cross_validate:
-        raise ValueError("group_regex: it needs cross_validate; for a single split use it with txt_annotation.py")
+        raise ValueError("group_regex: needs cross_validate; for a single split pass it to txt_annotation.py")
     if cross_validate and (summary or find_lr):
-        raise ValueError("cross_validate: it can't be combined with summary or find_lr; use one of them")
+        raise ValueError("cross_validate: can't be combined with summary or find_lr; use one of them")
     setup = prepare(config)
     if cross_validate:
         train_folds(setup, cross_validate, group_regex)
@@ -97,7 +97,7 @@ def main(
     else:
         run, choices = start_or_resume(setup)
         settings = format_settings(run.config, setup.asked, [*setup.choices, *choices], all_fields=False)
-        print(f"settings that are not default (--summary prints all)\n{settings}")
+        print(f"non-default settings (--summary prints all)\n{settings}")
         train(run, setup)
         print_next_commands(run, setup)
 
@@ -106,9 +106,9 @@ def train(run: Run, setup: Setup) -> None:
     """Train a run through its remaining stages, calibrate the best checkpoint, and mark the run as finished.
 
     Raises:
-        NonFiniteLoss: a loss isn't finite; the last saved state remains.
-        SaveError: a checkpoint can't be written; the last saved state remains.
-        WorkerDied: a process that loads images died; the run is saved.
+        NonFiniteLoss: a loss isn't finite; the last saved state is kept.
+        SaveError: a checkpoint can't be written; the last saved state is kept.
+        WorkerDied: a DataLoader worker died; the run is saved.
     """
     trainer = run.trainer
     with closing(run), run.saved_when_stopped():
@@ -136,7 +136,7 @@ def train(run: Run, setup: Setup) -> None:
         if run.finished:
             return
         if run.epoch < run.config.epochs:
-            print(f"patience: the calibrated validation loss hasn't fallen for {run.config.patience} epochs")
+            print(f"stopped early: no lower calibrated validation loss for {run.config.patience} epochs (patience)")
         data = setup.data
         run.finish(calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, run.config))
 
@@ -144,7 +144,7 @@ def train(run: Run, setup: Setup) -> None:
 def start_run(run: Run, setup: Setup) -> StageInputs:
     """Open the images of a run; initialize the head of a new run and save it."""
     config, trainer, network = run.config, run.trainer, run.trainer.network
-    if config.cache_images:  # for all input shapes now: a full disk is an error before training
+    if config.cache_images:  # all input shapes now, so a full disk fails before training
         for shape in dict.fromkeys(config.epoch_shapes[run.epoch :]):
             open_cache(setup.data.train_images, dataclasses.replace(config, input_shape=shape))
     inputs = StageInputs(config, setup.data, network, trainer.device, trainer.precision)
@@ -155,7 +155,7 @@ def start_run(run: Run, setup: Setup) -> StageInputs:
             init_head(run.model, inputs.cache, inputs.train_set, inputs.val_set, config)
             if trainer.ema:
                 trainer.ema.load(run.model.state_dict())
-        run.save()  # a folder that can't be written to is an error before training
+        run.save()  # an unwritable folder fails before training
     first_images, _ = next(iter(train_loader(inputs.train_set, min(16, len(inputs.train_set)), num_workers=0)))
     run.log.log_images(network, first_images)
     return inputs
@@ -179,7 +179,7 @@ def start_stage(run: Run, stage: Stage, inputs: StageInputs) -> tuple[StageInput
 
 
 def train_folds(setup: Setup, num_folds: int, group_regex: str) -> None:
-    """Train a run for each fold that has none, and report them together."""
+    """Train each fold that has no finished run, then report all folds."""
     from utils.runs.cross_validation import make_folds, report_folds  # imports scikit-learn
 
     folds = make_folds(setup.config, setup.data, num_folds, group_regex)
@@ -208,7 +208,7 @@ def print_next_commands(run: Run, setup: Setup) -> None:
     """Print the commands that evaluate the run and predict with it."""
     model = [] if run.config.save_dir == TrainConfig.save_dir else ["--model-path", str(run.folder)]
     example = read_first_path("cls_test.txt") or setup.data.val_images.path(0)
-    print(f"done, the run is in {run.folder}. Next:")
+    print(f"done, saved in {run.folder}. Next:")
     for arguments in (["eval.py", *model], ["predict.py", *model, example]):
         print(f"  {cli.command('python', *arguments)}")
 

@@ -1,6 +1,6 @@
 """Train a small ViT from scratch on CIFAR-10, 32 x 32 pixels. Time and accuracy are in `model_data/vit_xs_4.md`.
 
-With CIFAR-10 as a folder per class under `datasets/train` and `datasets/test`, run
+With CIFAR-10 in one folder per class under `datasets/train` and `datasets/test`, run
 `python txt_annotation.py --val-fraction 0.04`, then `python -m recipes.cifar10`; the same command resumes.
 """
 
@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
     thaw_warmup=0.5,
     optimizer_type="muon",
     momentum=0.95,
-    init_lr=4e-3,  # for 256 images per step: 2e-3 for 128
+    init_lr=4e-3,  # per 256 images: 2e-3 at batch size 128
     min_lr=2e-5,
     weight_decay=0.05,
     ema_decay=0.999,

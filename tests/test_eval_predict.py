@@ -454,7 +454,7 @@ def test_nothing_trained_yet(here, command):
 def test_a_value_that_cannot_work_on_the_command_line(here, command):
     result = command("train.py", "--init-lr", "0")
     assert result.returncode == 1
-    assert result.stderr == "error: init_lr=0.0: give a number above 0\n"
+    assert result.stderr == "error: init_lr=0.0: must be above 0\n"
 
 
 def test_what_is_printed_does_not_steer_the_terminal(monkeypatch, capsys):

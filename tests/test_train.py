@@ -222,7 +222,7 @@ def test_patience_stops_a_run(two_classes, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("utils.runs.run.Run.finish", lambda run, calibrate: None)
         train.main(config)
-    assert "patience: the calibrated validation loss" in capsys.readouterr().out
+    assert "stopped early: no lower calibrated validation loss" in capsys.readouterr().out
     last = load_checkpoint(only_run() / LAST)
     assert [row["val_calibrated_loss"] for row in last["history"]] == [0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43]
     train.main(config)
@@ -392,10 +392,10 @@ def test_summary(two_classes, capsys):
     assert not Path("logs").exists()
     model = build_model("vit_of_the_tests", 2, (8, 8))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in printed
-    assert "stage 1   epochs 1 to 1, 8 x 8 pixels, frozen: stem or embeddings and 4 blocks; 4 steps of 8" in printed
+    assert "stage 1   epochs 1 to 1, 8 x 8 pixels, frozen: stem or embeddings and first 4 blocks; 4 steps" in printed
     assert "stage 2   epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 images per epoch; learning" in printed
     # The second stage continues the cosine of the whole run.
-    highest = [float(rate) for rate in re.findall(r"learning rate up to ([\d.e-]+), down to", printed)]
+    highest = [float(rate) for rate in re.findall(r"learning rate peaks at ([\d.e-]+), ends at", printed)]
     assert highest == pytest.approx([1.25e-4, 8.4e-5], rel=0.05)
     assert "warning: the images have" not in printed
 

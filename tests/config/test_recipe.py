@@ -128,11 +128,11 @@ def test_table_shows_who_set_a_field(two_classes):
     setup = prepare(config)
     table = format_settings(setup.config, setup.asked, setup.choices, all_fields=False)
     lines = {line.split()[0]: line for line in table.splitlines()}
-    assert lines["unfreeze_epoch"].endswith("usual)") and "you (recipe: 100," in lines["unfreeze_epoch"]
+    assert lines["unfreeze_epoch"].endswith("epochs)") and "you (recipe: 100," in lines["unfreeze_epoch"]
     assert "you (recipe: 0.95," in lines["momentum"]
     assert lines["optimizer_type"].split(maxsplit=2)[1:] == [
         "muon",
-        "recipe: it learns more from each image than adamw",
+        "recipe: it learns more per image than adamw",
     ]
     assert lines["weight_decay"].endswith("you")
     assert "color_jitter" not in lines and "lr_decay_type" not in lines

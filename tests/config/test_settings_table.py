@@ -20,7 +20,7 @@ def test_every_field_has_one_row_in_the_order_of_the_class():
 def test_rows_have_default_marks_and_limits():
     rows = {row.split("`")[1]: row for row in make_tables().splitlines() if row.startswith("| `")}
     assert rows["train_crop"].startswith("| `train_crop` ᴿ | `0.08` |")
-    assert rows["train_crop"].endswith("Give a number above 0, at most 1. |")
+    assert rows["train_crop"].endswith("Must be above 0 and at most 1. |")
     assert {name for name, row in rows.items() if "ᶜ" in row} == {
         name for name, known in SETTINGS.items() if known.resumable
     }

@@ -66,7 +66,7 @@ def test_a_flipped_bit_is_detected_and_an_older_checkpoint_is_loaded(run_copy, c
         path, _ = load_newest(run_copy)
         assert path.name != LAST, f"bit {bit} of {8 * len(whole)}"
         output = capsys.readouterr().out
-        assert LAST in output and "the next older checkpoint is tried" in output
+        assert LAST in output and "trying the next older checkpoint" in output
 
 
 def test_a_run_without_intact_checkpoint_is_refused(run_copy):
@@ -109,7 +109,7 @@ def test_a_full_disk_keeps_earlier_checkpoints(two_classes, small_disk, monkeypa
     disk = small_disk(int(checkpoints * (run_copy / LAST).stat().st_size))
     monkeypatch.setattr(saving, "free_bytes", lambda folder: 1 << 60)
     os.chdir(two_classes.parent)
-    with pytest.raises(SaveError, match=r"\.pth can't be written \(No space left on device\): it takes .* are free"):
+    with pytest.raises(SaveError, match=r"\.pth can't be written \(No space left on device\): it needs .* are free"):
         train.main(settings(**CONFIG, save_dir=str(disk)))
     kept = list(disk.rglob("*.pth"))
     assert (len(kept) > 0) == (checkpoints > 1) and len(kept) >= int(checkpoints)

@@ -166,7 +166,7 @@ def test_two_processes_cannot_write_one_run(tmp_path):
     second = start(folder)
     second.join(60)
     assert second.exitcode == 1
-    assert f"is being written by process {first.pid} on " in (folder / "output.log").read_text()
+    assert f"is in use by process {first.pid} on " in (folder / "output.log").read_text()
     first.join(60)
     assert first.exitcode == 0
     assert load_checkpoint(run_folder(folder) / LAST)["finished"]

@@ -165,7 +165,7 @@ def test_a_killed_worker_is_reported_within_10_seconds(tmp_path, round_number):
     assert process.exitcode == 1
     output = (folder / "output.log").read_text()
     assert f"DataLoader worker (pid {victim}) is killed by signal: Killed" in output or f"(pid(s) {victim})" in output
-    assert "usually run out of memory: lower num_workers" in output
+    assert "usually killed for lack of memory: lower num_workers" in output
     assert "WorkerDied" in output and "the same command resumes it" in output
     assert not [pid for pid in workers if is_alive(pid)]
     assert load_newest(run_folder(folder))[1]["step"] == last_step(folder) + 1

@@ -47,7 +47,7 @@ def test_a_failed_save_leaves_the_old_file(here, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", fail)
-    with pytest.raises(SaveError, match=r"a\.pth can't be written \(No space left on device\): it takes .* are free"):
+    with pytest.raises(SaveError, match=r"a\.pth can't be written \(No space left on device\): it needs .* are free"):
         save_checkpoint("a.pth", checkpoint_content(step=2))
     assert os.listdir(here) == ["a.pth"]
     monkeypatch.undo()
@@ -103,7 +103,7 @@ def test_find_checkpoint(here):
     Path("logs").rename("elsewhere")
     Path("elsewhere", BEST).unlink()
     assert find_checkpoint("elsewhere") == Path("elsewhere/new", BEST)
-    with pytest.raises(FileNotFoundError, match=f"there is no {BEST} in elsewhere/unfinished/, nor in a folder in it"):
+    with pytest.raises(FileNotFoundError, match=f"there is no {BEST} in elsewhere/unfinished/ or its subfolders"):
         find_checkpoint("elsewhere/unfinished")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint elsewhere/gone"):
         find_checkpoint("elsewhere/gone")

@@ -18,7 +18,7 @@ from utils.training.datasets import load_data
 
 def test_it_excludes_summary_and_find_lr():
     for other in ("summary", "find_lr"):
-        with pytest.raises(ValueError, match="cross_validate: it can't be combined"):
+        with pytest.raises(ValueError, match="cross_validate: can't be combined"):
             train.main(settings(**TINY), cross_validate=3, **{other: True})
 
 
@@ -83,7 +83,7 @@ def test_more_folds_than_images_or_groups(noise, folds, regex):
 
 
 def test_group_regex_requires_cross_validation():
-    with pytest.raises(ValueError, match="group_regex: it needs cross_validate"):
+    with pytest.raises(ValueError, match="group_regex: needs cross_validate"):
         train.main(settings(**TINY), group_regex="x")
 
 
@@ -133,5 +133,5 @@ def test_one_run_per_fold_and_the_same_command_resumes(two_classes, capsys, monk
         with pytest.raises(KeyboardInterrupt):
             main(config, cross_validate=folds, group_regex=regex)
     assert len(list(Path("logs/cross_validation").iterdir())) == 3
-    with pytest.raises(ValueError, match=r"resume='logs/.*': it is one run"):
+    with pytest.raises(ValueError, match=r"resume='logs/.*': is one run"):
         main(settings(**TINY, resume=rows[0]["run"]), cross_validate=3)

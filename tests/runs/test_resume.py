@@ -142,7 +142,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_is_removed(two_classes, mo
     with pytest.raises(ZeroDivisionError):
         train.main(settings(**SMALL))
     assert runs() == []
-    assert "is removed: the run ended before its first checkpoint" in capsys.readouterr().out
+    assert "the run ended before its first checkpoint" in capsys.readouterr().out
 
 
 def test_checkpoints_with_other_names_are_ignored(trained, interrupted):
@@ -250,7 +250,7 @@ def test_a_lock_file_that_is_a_link_is_refused(here, link):
 
 def test_a_lock_file_of_the_users_own_is_refused(here):
     Path(folder_lock.LOCK_FILE).write_text("my notes")
-    with pytest.raises(OSError, match="a file of your own"):
+    with pytest.raises(OSError, match="isn't a lock file of Thaw"):
         FolderLock(here)
     assert Path(folder_lock.LOCK_FILE).read_text() == "my notes"
 
@@ -283,7 +283,7 @@ def test_leftovers_of_killed_runs_are_removed(interrupted, untrained, capsys):
     Path("logs/not started").mkdir()
     Path("logs/not started/in_use_by.txt").touch()
     train.main(settings(**SMALL))
-    assert f"{LAST}.0badcafe.partial is deleted" in capsys.readouterr().out
+    assert f"{LAST}.0badcafe.partial: a killed run left it incomplete" in capsys.readouterr().out
     assert runs() == [interrupted]
     assert not list(interrupted.glob("*.partial"))
 
@@ -298,7 +298,7 @@ def test_a_new_run_starts_if_all_checkpoints_are_damaged(interrupted, untrained,
 def test_resume_requires_a_run(here):
     Path("logs/run").mkdir(parents=True)
     for resume in ("logs/run", "logs/none"):
-        with pytest.raises(FileNotFoundError, match="there is no run; give the folder of a run, auto or no"):
+        with pytest.raises(FileNotFoundError, match="no run found; give a run folder, auto or no"):
             open_run(settings(resume=resume), ["a", "b"], {})
 
 
@@ -311,7 +311,7 @@ def test_only_the_newest_periodic_checkpoints_are_kept(two_classes):
 def test_a_lock_ends_with_its_process(here):
     holder = lock_in_other_process(here)
     assert holder.stdout.readline() == "locked\n"
-    with pytest.raises(InUse, match=rf"is being written by process {holder.pid} on "):
+    with pytest.raises(InUse, match=rf"is in use by process {holder.pid} on "):
         FolderLock(here)
     holder.kill()
     holder.wait()

@@ -121,10 +121,10 @@ def same_features(one, other):
 def test_features_are_computed_once_and_size_is_printed_first(images, computed, capsys):
     first = open_features(images)
     printed = capsys.readouterr().out
-    assert "features of 3 views of 18 images: 0.21 MB, 3 to be computed, in cache/" in printed
+    assert "features of 3 views of 18 images: 0.21 MB, 3 to compute, in cache/" in printed
     second = open_features(images)
     assert len(computed) == 3
-    assert "images: 0.21 MB, 0 to be computed" in capsys.readouterr().out
+    assert "images: 0.21 MB, 0 to compute" in capsys.readouterr().out
     assert same_features(first, second)
     path = next(Path("cache").glob("features-*.bin"))
     os.truncate(path, path.stat().st_size // 2)  # torch would pad it with zeros
@@ -275,7 +275,7 @@ def cached_run(**changes):
 def test_run_on_cached_features(two_classes, capsys, computed, blocks):
     cached_run(freeze_blocks=blocks)
     printed = capsys.readouterr().out
-    assert "2 to be computed" in printed and "1 to be computed" in printed  # for training and for validation
+    assert "2 to compute" in printed and "1 to compute" in printed  # for training and for validation
     assert len(computed) == 3
     cached_run(freeze_blocks=blocks)
     assert len(computed) == 3

@@ -41,7 +41,9 @@ def fix_suggestion(monkeypatch, suggestion: float | None) -> None:
 
 def test_plot_is_saved_if_the_loss_never_falls(two_classes, monkeypatch):
     fix_suggestion(monkeypatch, None)
-    with pytest.raises(ValueError, match=r"falls at no learning rate, see logs/learning_rates\.png; check the labels"):
+    with pytest.raises(
+        ValueError, match=r"doesn't fall at any learning rate, see logs/learning_rates\.png; check the labels"
+    ):
         train.main(settings(**TINY), find_lr=True)
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
 

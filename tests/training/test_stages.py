@@ -42,7 +42,7 @@ def test_batch_size_is_limited_to_the_list_with_a_note():
 def test_limited_learning_rate_is_noted():
     assert not any(stage.notes for stage in make_stages(init_lr=1e-3))
     frozen, _ = make_stages(init_lr=1.0)
-    assert "init_lr 1 is 0.25 for 64 images per step -> 0.001, the limit for adamw" in frozen.notes
+    assert "init_lr 1 scales to 0.25 for 64 images per step -> 0.001, the limit for adamw" in frozen.notes
     assert frozen.init_lr == 1e-3
 
 

@@ -19,8 +19,8 @@ class Frozen:
     """How much of a backbone is frozen.
 
     Attributes:
-        written: the setting: number of blocks from the first, besides the stem or embeddings; "all": everything but the
-            head; "nothing".
+        written: the setting: number of first blocks, frozen along with the stem or embeddings; "all": everything but
+            the head; "nothing".
     """
 
     written: int | Literal["all", "nothing"]
@@ -36,7 +36,7 @@ class Frozen:
 
     def __str__(self) -> str:
         text = {"all": "all but the head", "nothing": "nothing"}
-        return text.get(self.written, f"stem or embeddings and {self.written} blocks")
+        return text.get(self.written, f"stem or embeddings and first {self.written} blocks")
 
     def apply(self, model: Freezable) -> None:
         """Freeze this much of `model` and thaw the rest.

@@ -9,16 +9,16 @@ import numpy as np
 from utils.config.train_config import PLAIN_DEFAULTS, TrainConfig
 
 UNBALANCED = 10
-"""Ratio of the largest to the smallest class from which the sampler is balanced."""
+"""Ratio of the largest to the smallest class at which sampling becomes balanced."""
 MIN_EPOCHS, MAX_EPOCHS, MAX_EPOCHS_CPU = 30, 300, 100
 """Limits for training from scratch."""
 IMAGES_FROM_SCRATCH = 600_000
-"""Images to train on from scratch, over all epochs, within these limits."""
+"""Target number of training samples from scratch, over all epochs, within these limits."""
 SMALL_BATCH_UP_TO = 5_000
 """Training images below which batches are small, for more steps."""
 
 DROP_PATH_RATES = ((15, 0.0), (50, 0.05), (200, 0.2), (450, 0.45))
-"""Stochastic depth of a transformer from scratch, by its size in million parameters; 0.6 for larger ones. The rates of
+"""Stochastic depth from scratch, by a transformer's size in million parameters; 0.6 for larger ones. The rates of
 ViT-S, B, L and H are those of Touvron et al., "DeiT III: Revenge of the ViT", 2022."""
 
 TWO_STAGE_FIELDS = ("freeze_train", "unfreeze_epoch", "unfreeze_batch_size")
@@ -32,7 +32,7 @@ class Known(NamedTuple):
         class_counts: training images of each class.
         pretrained: whether the run starts from weights.
         transformer: whether the network is a transformer.
-        layers: layers of the backbone that can have learning rates of their own.
+        layers: number of backbone layers with separate learning rates.
         parameters: number of parameters of the network.
         on_cpu: whether the device is a CPU.
     """
@@ -46,13 +46,13 @@ class Known(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A value that the program chose for a field, and why.
+    """A value chosen for a field, and why.
 
     Attributes:
         field: its name.
         value: what was chosen.
         reason: why.
-        by: "recipe", or "weights" or "network", which decide whatever a person has set.
+    by: "recipe"; or "weights" or "network", which override the user.
     """
 
     field: str
@@ -62,7 +62,7 @@ class Choice(NamedTuple):
 
 
 def choose(config: TrainConfig, known: Known) -> list[Choice]:
-    """The choices of the recipe, also for fields that `config` sets, which take precedence."""
+    """The choices of the recipe, including fields that `config` sets; the config takes precedence."""
     by_start = _for_pretrained if known.pretrained else _from_scratch
     choices = [*_for_all(config, known), *by_start(config, known)]
     chosen = {choice.field: choice.value for choice in choices}
@@ -84,7 +84,7 @@ def _for_all(config: TrainConfig, known: Known) -> list[Choice]:
 
 def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
     """For fine-tuning: few steps, small changes."""
-    few = known.on_cpu or known.class_counts.sum() < SMALL_BATCH_UP_TO
+    small_batch = known.on_cpu or known.class_counts.sum() < SMALL_BATCH_UP_TO
     probed = config.head_init != "random"
     choices = [
         Choice("head_init", "probe", "logistic regression on the pretrained features is a good initial head"),
@@ -92,10 +92,13 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
             "freeze_train", False, "the probe replaces a frozen stage" if probed else "all layers learn from the start"
         ),
         Choice("unfreeze_epoch", *((5, "epochs are slow on a CPU") if known.on_cpu else (15, "on a GPU"))),
-        Choice("unfreeze_batch_size", *((16, "more steps") if few else (64, "enough images for larger batches"))),
+        Choice(
+            "unfreeze_batch_size",
+            *((16, "more steps") if small_batch else (64, "enough images for larger batches")),
+        ),
         Choice("train_crop", 0.3, "the run is too short for small crops"),
-        *_without_dropout("the weights were trained without"),
-        Choice("drop_path_rate", 0.0, "the weights were trained without"),
+        *_without_dropout("the weights were trained without it"),
+        Choice("drop_path_rate", 0.0, "the weights were trained without it"),
     ]
     if known.on_cpu:
         choices.append(Choice("augmentation", "none", "the run is too short for augmentation to help"))
@@ -103,7 +106,7 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
         choices.append(Choice("layer_decay", 0.7, "early layers need little change"))
         slowed = config.layer_decay is None or config.layer_decay < 1
         if config.optimizer_type in (None, "adamw") and slowed:
-            choices.append(Choice("init_lr", 4e-3, "layer_decay slows the early layers, so late ones can be fast"))
+            choices.append(Choice("init_lr", 4e-3, "layer_decay slows early layers, so late ones can learn faster"))
     return choices
 
 
@@ -112,21 +115,24 @@ def _from_scratch(config: TrainConfig, known: Known) -> list[Choice]:
     count = int(known.class_counts.sum())
     upper = MAX_EPOCHS_CPU if known.on_cpu else MAX_EPOCHS
     epochs = int(np.clip(round(IMAGES_FROM_SCRATCH / count), MIN_EPOCHS, upper))
-    small = count < SMALL_BATCH_UP_TO
+    small_batch = count < SMALL_BATCH_UP_TO
     choices = [
-        Choice("freeze_train", False, "an untrained backbone has nothing to keep"),
-        Choice("unfreeze_epoch", epochs, f"{count * epochs} images in all; {MIN_EPOCHS} to {upper} epochs are usual"),
-        Choice("unfreeze_batch_size", *((32, "more steps") if small else (128, "enough images for larger batches"))),
-        Choice("ema_decay", 0.999, "an average of the last thousand steps is better than the last step"),
+        Choice("freeze_train", False, "an untrained backbone needs training"),
+        Choice("unfreeze_epoch", epochs, f"{count * epochs} samples in all, in {MIN_EPOCHS} to {upper} epochs"),
+        Choice(
+            "unfreeze_batch_size",
+            *((32, "more steps") if small_batch else (128, "enough images for larger batches")),
+        ),
+        Choice("ema_decay", 0.999, "averaging about a thousand steps beats the last step"),
         Choice("label_smoothing", 0.1, "long runs become overconfident"),
-        *_without_dropout("augmentation does more against overfitting"),
+        *_without_dropout("augmentation regularizes better"),
     ]
     millions = known.parameters / 1e6
     rate = next((rate for limit, rate in DROP_PATH_RATES if millions <= limit), 0.6) if known.transformer else 0.0
-    choices.append(Choice("drop_path_rate", rate, f"by size, {millions:.1f} million parameters"))
+    choices.append(Choice("drop_path_rate", rate, f"for {millions:.1f} million parameters"))
     if known.transformer:
-        choices.append(Choice("optimizer_type", "muon", "it learns more from each image than adamw"))
-        choices.append(Choice("clip_grad", 1.0, "the first steps jump"))
+        choices.append(Choice("optimizer_type", "muon", "it learns more per image than adamw"))
+        choices.append(Choice("clip_grad", 1.0, "the first steps are unstable"))
         if config.optimizer_type in (None, "muon"):
             choices.append(Choice("momentum", 0.95, "as Muon's author recommends"))
             choices.append(Choice("init_lr", 4e-3, "Muon takes larger steps"))

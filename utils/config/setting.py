@@ -12,19 +12,19 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Valid:
-    """A test of a value, and the remedy if it fails."""
+    """A check of a value, and what to do if it fails."""
 
     test: Callable[[Any], bool]
     remedy: str
 
 
-BELOW_1 = Valid(lambda value: 0 <= value < 1, "give a number from 0 to below 1")
-SHARE = Valid(lambda value: 0 <= value <= 1, "give a number from 0 to 1")
-ABOVE_0_TO_1 = Valid(lambda value: 0 < value <= 1, "give a number above 0, at most 1")
-ABOVE_0 = Valid(lambda value: value > 0, "give a number above 0")
-FROM_0 = Valid(lambda value: value >= 0, "give 0 or more")
-FROM_1 = Valid(lambda value: value >= 1, "give a whole number from 1 up")
-SIZE = Valid(lambda value: min(value) > 0, "give height and width in pixels")
+BELOW_1 = Valid(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+SHARE = Valid(lambda value: 0 <= value <= 1, "must be between 0 and 1")
+ABOVE_0_TO_1 = Valid(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+ABOVE_0 = Valid(lambda value: value > 0, "must be above 0")
+FROM_0 = Valid(lambda value: value >= 0, "must be 0 or more")
+FROM_1 = Valid(lambda value: value >= 1, "must be an integer of 1 or more")
+SIZE = Valid(lambda value: min(value) > 0, "must be height and width in pixels")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Setting:
     Attributes:
         valid: test of its values; None: all values of its type are valid.
         plain: its default without a recipe.
-        by_recipe: whether a recipe may choose it; it is None until somebody sets it.
+        by_recipe: whether a recipe may choose it; its default is then None.
         resumable: whether a resumed run may change it; the other fields affect the result of the run.
-        shapes_images: whether the pixels that the network sees depend on it, and therefore cached features too.
+        shapes_images: whether it affects the pixels that the network sees, and so cached features.
     """
 
     valid: Valid | None
@@ -55,8 +55,8 @@ def setting(
     shapes_images: bool = False,
 ) -> Any:
     """Declare a field of the config with this default; see `Setting`."""
-    known = Setting(valid, default, by_recipe, resumable, shapes_images)
-    return dataclasses.field(default=None if by_recipe else default, metadata={"setting": known})
+    spec = Setting(valid, default, by_recipe, resumable, shapes_images)
+    return dataclasses.field(default=None if by_recipe else default, metadata={"setting": spec})
 
 
 def lists_to_tuples(config: Any) -> None:

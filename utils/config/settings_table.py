@@ -30,10 +30,10 @@ def make_tables() -> str:
 
 
 def _row(field: dataclasses.Field, meaning: str) -> str:
-    known = SETTINGS[field.name]
-    marks = "".join(mark for mark, has in (("ᴿ", known.by_recipe), ("ᶜ", known.resumable)) if has)
-    default = f'`"{known.plain}"`' if isinstance(known.plain, str) else f"`{known.plain}`"
-    limits = f" {known.valid.remedy[0].upper()}{known.valid.remedy[1:]}." if known.valid else ""
+    spec = SETTINGS[field.name]
+    marks = "".join(mark for mark, has in (("ᴿ", spec.by_recipe), ("ᶜ", spec.resumable)) if has)
+    default = f'`"{spec.plain}"`' if isinstance(spec.plain, str) else f"`{spec.plain}`"
+    limits = f" {spec.valid.remedy[0].upper()}{spec.valid.remedy[1:]}." if spec.valid else ""
     return f"| `{field.name}` {marks} | {default} | {meaning}{limits} |".replace("  |", " |")
 
 

@@ -1,4 +1,4 @@
-"""The settings of a training run, each with its meaning, valid values, and what depends on it."""
+"""The settings of a training run, with their meaning and valid values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StageConfig:
 
     Attributes:
         epochs: number of epochs, 1 or more.
-        frozen: number of frozen blocks, from the first, besides the stem or embeddings; "all": everything but the head;
+        frozen: number of first blocks frozen, along with the stem or embeddings; "all": everything but the head;
             "nothing".
         batch_size: images per step.
         input_shape: height and width in pixels; None: the run's. Smaller images take less time. The position embedding
@@ -58,23 +58,23 @@ class StageConfig:
         for field in ("epochs", "batch_size"):
             value = getattr(self, field)
             if type(value) is not int or value < 1:
-                raise ValueError(f"stages: {field}={value!r}: give a whole number from 1 up")
+                raise ValueError(f"stages: {field}={value!r}: must be an integer of 1 or more")
         if not Frozen.is_valid(self.frozen):
-            raise ValueError(f'stages: frozen={self.frozen!r}: give 0 or more, "all" or "nothing"')
+            raise ValueError(f'stages: frozen={self.frozen!r}: must be 0 or more, "all" or "nothing"')
         shape = self.input_shape
         if shape is not None and not (has_type(shape, tuple[int, int]) and min(shape) > 0):
-            raise ValueError(f"stages: input_shape={shape!r}: give height and width in pixels, or None")
+            raise ValueError(f"stages: input_shape={shape!r}: must be height and width in pixels, or None")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run. `CONFIG` at the top of `train.py` sets the ones that people edit; every field but `stages`
-    is also a flag.
+    """The settings of a run. `CONFIG` at the top of `train.py` sets the common ones; every field but `stages` is also
+    a flag.
 
-    A field that a recipe may choose is None until somebody sets it. `with_defaults` or the recipe gives it a value.
+    Fields that a recipe may choose default to None; `with_defaults` or the recipe fills them in.
 
     Raises:
-        ValueError: a value is invalid; the message has the field, the value and the remedy.
+        ValueError: a value is invalid; the message names the field, its value and the remedy.
     """
 
     # Data
@@ -86,42 +86,42 @@ class TrainConfig:
     """List of the training images, one `class_id;path` per line. `txt_annotation.py` writes it."""
 
     val_annotation_path: str = "cls_val.txt"
-    """List of the validation images, which select the best epoch. Never the test images."""
+    """List of the validation images, which select the best epoch. Don't use the test images."""
 
     # Recipe
 
     recipe: Literal["none", "auto"] = "none"
     """`auto`: epochs, batch size, optimizer, learning rate, crops and others are chosen by the number of images per
     class, the network, its weights and the device; see `utils/config/recipe.py`. What you set is never changed.
-    `none`: fields that you don't set have their plain default."""
+    `none`: fields that you don't set keep their defaults."""
 
     # Network
 
     backbone: str = "vit_b_16"
     """For photos a ViT: vit_t_16, vit_s_16, vit_b_16, vit_l_16, vit_b_32, vit_l_32, vit_h_14; with DINOv2 weights
-    vit_s_14, vit_b_14, vit_l_14; for fine detail, and slow, vit_s_8, vit_b_8. Others: resnet18, 34, 50, 101, 152;
+    vit_s_14, vit_b_14, vit_l_14; for fine detail, but slow, vit_s_8, vit_b_8. Others: resnet18, 34, 50, 101, 152;
     mobilenetv2; vgg11, 13, 16, also with _bn; swin_transformer_tiny, _small, _base; `timm/<name>`: any timm network
-    with a linear head. For images of 16 to 64 pixels: vit_xs_4, vit_t_4, vit_s_4. Larger networks are slower, and more
-    accurate if there are enough images."""
+    with a linear head. For images of 16 to 64 pixels: vit_xs_4, vit_t_4, vit_s_4. Larger networks are slower, but more
+    accurate given enough images."""
 
     input_shape: tuple[int, int] = setting((224, 224), SIZE, shapes_images=True)
-    """Height and width in pixels that images are resized to, multiples of the patch size. Larger shows finer detail;
-    the time grows faster than the area."""
+    """Height and width in pixels that images are resized to, multiples of the patch size. Larger images show finer
+    detail; the time grows faster than the area."""
 
     pretrained: bool | str = setting(
-        False, Valid(lambda value: value != "", "give True, False, a file, or a repository on the Hugging Face hub")
+        False, Valid(lambda value: value != "", "must be True, False, a file, or a Hugging Face Hub repository")
     )
     """Start from published weights. True: those of the backbone, from `model_data/` or downloaded. Or a file, or a
     repository on the Hugging Face hub, such as "facebook/dinov2-small", with "@" and a revision to pin it. With fewer
-    than ten thousand images this decides how good the result is."""
+    than ten thousand images this matters most."""
 
     model_path: str = ""
     """Start from the weights in this file, whatever `pretrained` says: a Thaw checkpoint, or a file of timm,
-    torchvision, Hugging Face, Google or Meta, recognized by its tensor names. Empty: don't."""
+    torchvision, Hugging Face, Google or Meta, recognized by its tensor names. Empty: not used."""
 
     activation: Literal["auto", "gelu_tanh", "gelu"] = "auto"
     """GELU of a ViT: tanh approximation or exact. `auto`: as the weights need it; without weights the approximation, as
-    in classification-pytorch. Set it for weights that don't tell."""
+    in classification-pytorch. Set it if the weights don't specify it."""
 
     drop_rate: float | None = setting(0.1, BELOW_1, by_recipe=True)
     """Dropout in the network. Towards 0 for small networks, short runs and pretrained weights."""
@@ -140,66 +140,66 @@ class TrainConfig:
     # Stages
 
     freeze_train: bool | None = setting(True, by_recipe=True)
-    """Train in two stages: backbone frozen up to `freeze_epoch`, then thawed. False: everything from the start, for
-    runs without pretrained weights or with `head_init="probe"`."""
+    """Train in two stages: backbone frozen up to `freeze_epoch`, then thawed. False: train everything from the start,
+    for runs without pretrained weights or with `head_init="probe"`."""
 
     freeze_epoch: int | None = setting(50, FROM_0, by_recipe=True)
     """Epoch at which the backbone is thawed, at most `unfreeze_epoch`."""
 
     freeze_blocks: int | Literal["all"] = setting(
-        8, Valid(lambda value: value == "all" or value >= 0, 'give 0 or more, or "all"')
+        8, Valid(lambda value: value == "all" or value >= 0, 'must be 0 or more, or "all"')
     )
-    """Number of blocks, from the first, that are frozen in the first stage, besides the stem or embeddings; "all":
-    everything but the head. More is faster and safer with few images, fewer adapts better."""
+    """Number of first blocks frozen in the first stage, along with the stem or embeddings; "all": everything but the
+    head. Freezing more is faster and overfits less; freezing fewer adapts better."""
 
     freeze_batch_size: int = setting(32, FROM_1)
-    """Images per step while frozen. It can be larger than thawed, with "all" by far."""
+    """Images per step while frozen. Can be larger than once thawed, much larger with "all"."""
 
     unfreeze_epoch: int | None = setting(100, FROM_1, by_recipe=True)
     """Number of epochs of the whole run. With pretrained weights 5 to 100, few with `head_init="probe"`; from scratch
-    300 and more."""
+    300 or more."""
 
     unfreeze_batch_size: int | None = setting(32, FROM_1, by_recipe=True)
     """Images per step once thawed. As large as memory allows; the learning rate is scaled with it."""
 
     stages: tuple[StageConfig, ...] = ()
-    """Stages of your own in place of the two: `(StageConfig(5, "all"), StageConfig(5, 8), StageConfig(20, "nothing"))`
-    trains the head for 5 epochs, the head and all blocks after the eighth for 5, everything for 20. `freeze_train`,
+    """Custom stages instead of these two: `(StageConfig(5, "all"), StageConfig(5, 8), StageConfig(20, "nothing"))`
+    trains the head for 5 epochs, the head and all blocks after the eighth for 5, and everything for 20. `freeze_train`,
     `freeze_epoch`, `freeze_blocks`, `unfreeze_epoch` and the batch sizes are then ignored. For pretrained weights that
-    two stages damage (Howard and Ruder, 2018), or to start with smaller images: `StageConfig(10, "nothing", 32, (160,
-    160))`. Not a flag: import `StageConfig` into train.py and set it in `CONFIG`."""
+    two stages still damage (Howard and Ruder, 2018), or to start with smaller images: `StageConfig(10, "nothing", 32,
+    (160, 160))`. Not a flag: import `StageConfig` into train.py and set it in `CONFIG`."""
 
     cache_features: bool = True
     """Compute the features of the frozen part once and train on them. With 8 of 12 blocks frozen an epoch takes half
     the time, with "all" hardly any. A stage with no more epochs than `feature_views` is trained on images."""
 
     feature_views: int = setting(4, FROM_1)
-    """Number of views of each image that are cached: one as in evaluation, the others augmented; epochs take them in
-    turn. Each costs a pass over the images and its share of the file."""
+    """Number of views of each image that are cached: one as in evaluation, the others augmented; epochs cycle through
+    them. Each costs a pass over the images and a file."""
 
     feature_cache_gb: float = setting(4.0, FROM_0, resumable=True)
     """Features up to this size, in GB, are held in memory; larger ones are read from their file in `cache_dir`. About
     half of the free memory."""
 
     patience: int = setting(0, FROM_0)
-    """Stop when the calibrated validation loss hasn't fallen for this many epochs of the last stage; 0: never. 5 to 10.
-    A run that stops early doesn't reach the low learning rates at the end of the cosine."""
+    """Stop when the calibrated validation loss hasn't fallen for this many epochs of the last stage; 0: never. Try 5 to
+    10. A run that stops early doesn't reach the low learning rates at the end of the cosine."""
 
     thaw_warmup: float = setting(0.0, FROM_0)
-    """Epochs over which the learning rate rises again, from a tenth, after each thaw. 0.5 to 2 where the loss jumps
-    there: the optimizer state of thawed weights is empty."""
+    """Epochs over which the learning rate rises again, from a tenth, after each thaw. 0.5 to 2 if the loss jumps
+    there, since the optimizer state is new."""
 
     # Optimizer
 
     optimizer_type: Literal["sgd", "adam", "adamw", "muon"] | None = setting("adamw", by_recipe=True)
-    """`adamw` suits transformers, above all pretrained ones. `muon` (with `momentum` 0.95) is for transformers from
+    """`adamw` suits transformers, especially pretrained ones. `muon` (with `momentum` 0.95) is for transformers from
     scratch: it learns more from each image, at a fifth more time per step (vit_xs_4 on 24 x 24 pixels of CIFAR-10: 71 %
     of the validation images after 4 epochs; adamw 57 % after 14). `sgd` (Nesterov) needs a learning rate ten to a
     hundred times as high."""
 
     init_lr: float | None = setting(1e-3, ABOVE_0, by_recipe=True)
-    """Highest learning rate, for 256 images per step (64 for networks that aren't transformers). It is scaled by the
-    batch size and limited to a range. Halve it if the loss jumps."""
+    """Peak learning rate, for 256 images per step (64 for networks that aren't transformers). It is scaled by the
+    batch size and clamped to a range. Halve it if the loss jumps."""
 
     min_lr: float | None = setting(1e-5, FROM_0, by_recipe=True)
     """Learning rate at the end, scaled the same way; usually `init_lr` / 100."""
@@ -212,7 +212,7 @@ class TrainConfig:
     with adam."""
 
     layer_decay: float | None = setting(1.0, ABOVE_0_TO_1, by_recipe=True)
-    """Each layer's learning rate is that of the layer above times this. 0.65 to 0.85 for pretrained transformers, whose
+    """Factor of the learning rate from each layer to the one below. 0.65 to 0.85 for pretrained transformers, whose
     early layers need little change. 1: the same rate for all layers."""
 
     ema_decay: float | None = setting(0.0, BELOW_1, by_recipe=True)
@@ -220,11 +220,11 @@ class TrainConfig:
     higher for runs with more steps. 0: no EMA."""
 
     clip_grad: float | None = setting(0.0, FROM_0, by_recipe=True)
-    """Largest norm of the gradient of all weights; larger ones are scaled down. 1 helps runs whose first steps jump
+    """Maximum gradient norm over all weights; larger gradients are scaled down. 1 helps if the first steps are unstable
     (Dosovitskiy et al., 2021). 0: no limit."""
 
     lr_decay_type: Literal["cos", "step"] = "cos"
-    """`cos`: warm-up, half a cosine, constant end. `step`: ten equal steps down."""
+    """`cos`: warm-up, half a cosine, constant end. `step`: ten steps down by the same factor."""
 
     label_smoothing: float | None = setting(0.0, BELOW_1, by_recipe=True)
     """Share of each label that is spread over all classes. 0.1 for long runs and where some labels are wrong (Szegedy
@@ -246,32 +246,32 @@ class TrainConfig:
     matters."""
 
     eval_crop: float | None = setting(None, ABOVE_0_TO_1, shapes_images=True)
-    """Share of each side that the center crop of evaluation keeps. None: as the weights expect, else 0.875. 1 for
-    images that fill their frame."""
+    """Share of each side that the center crop of evaluation keeps. None: as the weights expect, else 0.875. 1 if
+    the subject fills the frame."""
 
     letterbox_image: bool = setting(False, shapes_images=True)
-    """How evaluation fits an image into `input_shape`. False: resize the short side and crop the center. True: show all
-    of it, with gray (128) bars, if what matters may be at the border."""
+    """How evaluation fits an image into `input_shape`. False: resize the short side and crop the center. True: keep
+    the whole image, padded with gray (128), if what matters may be at the border."""
 
     horizontal_flip: float = setting(0.5, SHARE, shapes_images=True)
     """Probability of mirroring a training image. 0 where left and right matter: digits, letters, signs."""
 
     color_jitter: float = setting(0.0, SHARE, shapes_images=True)
-    """Strength of random changes of brightness, contrast and saturation. 0.2 to 0.4 where light varies and
+    """Strength of random changes of brightness, contrast and saturation. 0.2 to 0.4 where lighting varies and
     `augmentation` is none."""
 
     augmentation: Augmentation | None = setting("autoaugment", by_recipe=True, shapes_images=True)
     """Random changes of training images: colors, contrast, shear, rotation and others. `autoaugment`: the ImageNet
     policy (Cubuk et al., 2019), the fastest here. `randaugment`: two operations of fixed strength (Cubuk et al., 2020).
-    `trivialaugment`: one of any strength (Müller and Hutter, 2021). `augmix`: mixed chains, for images that are worse
-    in use than in training (Hendrycks et al., 2020). `none` where color or orientation decides the class."""
+    `trivialaugment`: one of any strength (Müller and Hutter, 2021). `augmix`: mixed chains, if images in use are
+    worse than in training (Hendrycks et al., 2020). `none` where color or orientation decides the class."""
 
     random_erasing: float = setting(0.0, SHARE, shapes_images=True)
-    """Probability that a box of 2 to 33 % of a training image is made gray. 0.25 where objects are partly hidden at
-    times (Zhong et al., 2020)."""
+    """Probability that a box of 2 to 33 % of a training image is made gray. 0.25 where objects may be partly
+    hidden (Zhong et al., 2020)."""
 
     mixup: float = setting(0.0, FROM_0)
-    """MixUp (Zhang et al., 2018): parameter of the Beta distribution that pairs of images and labels are blended by.
+    """MixUp (Zhang et al., 2018): parameter of the Beta distribution of the share by which images and labels are mixed.
     0.1 to 0.8, higher for longer runs. Not applied to cached features. 0: off."""
 
     cutmix: float = setting(0.0, FROM_0)
@@ -290,7 +290,7 @@ class TrainConfig:
     0.456 0.406."""
 
     image_std: tuple[float, float, float] | None = setting(
-        None, Valid(lambda value: min(value) > 0, "give three numbers above 0"), shapes_images=True
+        None, Valid(lambda value: min(value) > 0, "must be three numbers above 0"), shapes_images=True
     )
     """Standard deviation of red, green and blue that is divided by. None: as the weights expect, else ImageNet's, 0.229
     0.224 0.225."""
@@ -308,12 +308,12 @@ class TrainConfig:
     """Read files that end too early, their missing part gray, instead of refusing them."""
 
     cache_images: bool = setting(False, shapes_images=True)
-    """Keep the training images decoded, and shrunk to what `input_shape` needs, in a file that is made again when
+    """Keep the training images decoded, and shrunk to what `input_shape` needs, in a file that is rebuilt when
     images change. Loading is three times as fast and takes 0.4 MB of disk per image at 224 pixels; small crops are a
     little softer. For runs that wait for the loader."""
 
     cache_dir: str = setting("cache", resumable=True)
-    """Folder for files that can be made again. On a fast disk."""
+    """Folder for caches, which can be rebuilt. Use a fast disk."""
 
     num_workers: int = setting(4, FROM_0, resumable=True)
     """Processes that load images; 0: only the main one. About the number of cores with a GPU (on Windows at most 4),
@@ -337,26 +337,26 @@ class TrainConfig:
     # The run
 
     save_dir: str = setting("logs", resumable=True)
-    """Folder that gets a folder for every run."""
+    """Parent of the run folders."""
 
-    resume: str = setting("auto", Valid(lambda value: value != "", "give auto, no, or a run's folder"), resumable=True)
-    """`auto`: resume the newest unfinished run in `save_dir` with these settings, else start a new one; the same
-    command started again resumes. `no`: a new run. A run's folder: that run."""
+    resume: str = setting("auto", Valid(lambda value: value != "", "must be auto, no, or a run folder"), resumable=True)
+    """`auto`: resume the newest unfinished run in `save_dir` with these settings, else start a new one; rerunning
+    the same command resumes. `no`: start a new run. A run folder: resume that run."""
 
     accept_changed_lists: bool = setting(False, resumable=True)
-    """Resume a run though its lists have changed since. The result isn't that of an uninterrupted run."""
+    """Resume a run even if its lists have changed. The result isn't that of an uninterrupted run."""
 
     save_period: int = setting(10, FROM_1, resumable=True)
-    """Keep the checkpoint of every so many epochs, besides the best and the last one."""
+    """Keep a checkpoint every this many epochs, besides the best and the last."""
 
     keep_periodic: int = setting(5, FROM_0, resumable=True)
-    """How many of those are kept, the newest; older ones are deleted. Each takes about 12 bytes per parameter."""
+    """Number of periodic checkpoints to keep; older ones are deleted. Each takes about 12 bytes per parameter."""
 
     save_every_steps: int = setting(0, FROM_0, resumable=True)
-    """Save the last checkpoint every so many steps too, not only after each epoch; 0: don't."""
+    """Also save the last checkpoint every this many steps; 0: only after each epoch."""
 
     save_every_minutes: float = setting(10.0, FROM_0, resumable=True)
-    """Save it every so many minutes too; 0: only after each epoch."""
+    """Also save it every this many minutes; 0: only after each epoch."""
 
     seed: int = setting(11, FROM_0, shapes_images=True)
     """The same seed, config and lists give the same run."""
@@ -365,7 +365,7 @@ class TrainConfig:
         lists_to_tuples(self)
         for field, hint in field_types().items():
             literals = [value for value in _options(hint) if value is not None]
-            remedy = f"choose one of {', '.join(literals)}" if literals else f"give a value of the type {hint}"
+            remedy = f"must be one of {', '.join(literals)}" if literals else f"must be of type {hint}"
             self._check(field, has_type(getattr(self, field), hint), remedy)
             valid = SETTINGS[field].valid
             if valid and getattr(self, field) is not None:
@@ -384,15 +384,15 @@ class TrainConfig:
         self._check(
             "class_weights",
             self.class_weights == "none" or given.get("sampler") != "balanced",
-            'sampler is "balanced" already; set one of the two',
+            'sampler is already "balanced"; set only one of them',
         )
         init_lr = given.get("init_lr", float("inf"))
-        self._check("min_lr", given.get("min_lr", 0) <= init_lr, f"give a number from 0 to init_lr ({init_lr})")
+        self._check("min_lr", given.get("min_lr", 0) <= init_lr, f"must be between 0 and init_lr ({init_lr})")
         epochs = given.get("unfreeze_epoch", float("inf"))
         self._check(
             "freeze_epoch",
             not given.get("freeze_train", True) or given.get("freeze_epoch", 0) <= epochs,
-            f"the backbone is thawed by unfreeze_epoch ({epochs}) at the latest; lower it, or raise unfreeze_epoch",
+            f"must be at most unfreeze_epoch ({epochs}); lower it, or raise unfreeze_epoch",
         )
         self._check(
             "stages",
@@ -413,11 +413,11 @@ class TrainConfig:
                 dataclasses.replace(stage, input_shape=stage.input_shape or self.input_shape) for stage in self.stages
             )
         frozen = self.freeze_epoch if self.freeze_train else 0
-        both = (
+        two_stages = (
             (frozen, self.freeze_blocks, self.freeze_batch_size),
             (self.unfreeze_epoch - frozen, "nothing", self.unfreeze_batch_size),
         )
-        return tuple(StageConfig(*stage, self.input_shape) for stage in both if stage[0])
+        return tuple(StageConfig(*stage, self.input_shape) for stage in two_stages if stage[0])
 
     @property
     def epoch_shapes(self) -> list[tuple[int, int]]:
@@ -445,7 +445,7 @@ class TrainConfig:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> TrainConfig:
-        """The config from a dict of `as_dict`.
+        """The config from the dict returned by `as_dict`.
 
         Raises:
             ValueError, TypeError, KeyError: `values` isn't such a dict.
@@ -463,10 +463,10 @@ SETTINGS: dict[str, Setting] = {
     for field in dataclasses.fields(TrainConfig)
 }
 """The metadata of each field, by name."""
-PLAIN_DEFAULTS = {name: known.plain for name, known in SETTINGS.items() if known.by_recipe}
+PLAIN_DEFAULTS = {name: spec.plain for name, spec in SETTINGS.items() if spec.by_recipe}
 """The defaults, without a recipe, of the fields that a recipe may choose."""
-RESUMABLE_FIELDS = frozenset(name for name, known in SETTINGS.items() if known.resumable)
-IMAGE_FIELDS = tuple(name for name, known in SETTINGS.items() if known.shapes_images)
+RESUMABLE_FIELDS = frozenset(name for name, spec in SETTINGS.items() if spec.resumable)
+IMAGE_FIELDS = tuple(name for name, spec in SETTINGS.items() if spec.shapes_images)
 
 
 @functools.cache
@@ -490,7 +490,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert settings that an earlier version saved.
 
-    There, fields at their default counted as not set, except those listed in `keep`.
+    In it, fields at their default counted as not set, except those listed in `keep`.
     """
     values = dict(values)
     kept = values.pop("keep", None)

@@ -1,4 +1,4 @@
-"""The network that a run trains: built from a config, behind its normalisation, on a device, in a precision.
+"""The network that a run trains: built from a config, with normalization, on a device, in a precision.
 
 Imports `data` and the floors below it, and `nets`.
 """

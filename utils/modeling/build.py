@@ -90,13 +90,13 @@ def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str
 
 def find_weights(config: TrainConfig) -> Weights | None:
     """Read the weights that a new run starts from; None: random ones."""
-    of_vit = config.backbone in SIZES
+    is_vit = config.backbone in SIZES
     if config.model_path:
-        return read_weights(config.model_path, of_vit)
+        return read_weights(config.model_path, is_vit)
     if config.pretrained:
-        return read_weights(find_pretrained(config.backbone, config.pretrained), of_vit)
+        return read_weights(find_pretrained(config.backbone, config.pretrained), is_vit)
     if Frozen(config.all_stages[0].frozen):
-        print("warning: freeze_train=True: it freezes an untrained backbone; set pretrained, or freeze_train=False")
+        print("warning: freeze_train=True: freezes an untrained backbone; set pretrained, or freeze_train=False")
     return None
 
 

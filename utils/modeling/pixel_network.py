@@ -31,7 +31,7 @@ class PixelNetwork(nn.Module):
 
     Args:
         model: the network; it is moved to `device`, with channels last if it is convolutional.
-        preprocessing: has the mean and the standard deviation.
+        preprocessing: supplies the mean and the standard deviation.
         device: where it runs.
     """
 

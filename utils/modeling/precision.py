@@ -61,11 +61,11 @@ def _has_bf16(device: torch.device) -> bool:
 
 @functools.cache
 def _bf16_gain() -> float:
-    """Measure how many times as fast as in fp32 one CPU core multiplies matrices in bf16.
+    """Measure the speedup of bf16 over fp32 matrix products on one CPU core.
 
     Supporting the instructions isn't enough: with AVX512-BF16, AMD CPUs reach nearly twice the speed of fp32, but Xeons
-    whose AMX is hidden, as in many virtual machines, half of it. The fastest of fifty short products counts, which
-    other processes hardly disturb; on one thread, since several would mostly wait for each other.
+    whose AMX is hidden, as in many virtual machines, half of it. Takes the fastest of fifty short products, which
+    other processes hardly affect; uses one thread, since several would mostly wait for each other.
     """
     matrices = [torch.ones(256, 256, dtype=DTYPES[name]) for name in ("fp32", "bf16")]
     seconds = [float("inf"), float("inf")]
@@ -85,7 +85,7 @@ def _bf16_gain() -> float:
 def tune_kernels(device: torch.device, convolutional: bool) -> None:
     """On CUDA, use TF32 for fp32 matrix products, and let cuDNN benchmark the convolutions of a convolutional network.
 
-    Benchmarking takes seconds and pays off since images have one size; it gains nothing for a transformer.
+    Benchmarking takes seconds and pays off, since all images have the same size; a transformer gains nothing.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: folder, checkpoints, resume, log, cross-validation.
+"""Runs on disk: folder, checkpoints, resume, log, cross-validation.
 
 Imports `training` and the floors below it.
 """

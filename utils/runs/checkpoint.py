@@ -66,7 +66,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         if cause is None:
             raise
         raise SaveError(
-            f"{path} can't be written ({cause.strerror}): it takes {format_bytes(count_bytes(content))}, "
+            f"{path} can't be written ({cause.strerror}): it needs {format_bytes(count_bytes(content))}, "
             f"{format_bytes(free_bytes(path.parent))} are free, and earlier checkpoints are intact; free some space "
             f"or lower keep_periodic, then resume the run"
         ) from error
@@ -140,7 +140,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, load_checkpoint(path)
         except (ValueError, OSError) as error:
-            print(f"warning: {error}; the next older checkpoint is tried")
+            print(f"warning: {error}; trying the next older checkpoint")
     return None
 
 
@@ -156,7 +156,7 @@ def prune_periodic(folder: Path, keep: int) -> None:
         print(f"warning: {error}; periodic checkpoints are not deleted")
         return
     for path in surplus:
-        try_unlink(path, "the next attempt is after the next epoch")
+        try_unlink(path, "it is retried after the next epoch")
 
 
 def find_checkpoint(path: str, name: str = BEST) -> Path:
@@ -175,6 +175,6 @@ def find_checkpoint(path: str, name: str = BEST) -> Path:
         raise FileNotFoundError(f"there is no checkpoint {place}")
     runs = sorted(place.glob(f"*/{name}"), key=lambda file: file.stat().st_mtime_ns)
     if not runs:
-        nowhere = f"{place}/, nor in a folder in it" if path else f"a run in {place}/: train first, python train.py"
-        raise FileNotFoundError(f"there is no {name} in {nowhere}")
+        searched = f"{place}/ or its subfolders" if path else f"a run in {place}/: train first, python train.py"
+        raise FileNotFoundError(f"there is no {name} in {searched}")
     return runs[-1]

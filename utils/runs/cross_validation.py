@@ -44,14 +44,14 @@ class Fold:
 
 
 def make_folds(config: TrainConfig, data: Data, num_folds: int, group_regex: str) -> list[Fold]:
-    """Divide the training and validation images into folds, and write their lists. Every division has a separate
-    folder, so the same command resumes. `group_regex` is as for txt_annotation.py.
+    """Divide the training and validation images into folds, and write their lists. Every division has its own
+    folder, so rerunning the command resumes. `group_regex` is as for txt_annotation.py.
 
     Raises:
         ValueError: there are too few images or groups; or `resume` is a run.
     """
     if config.resume not in ("auto", "no"):
-        raise ValueError(f"resume={config.resume!r}: it is one run, but cross_validate starts several; give auto or no")
+        raise ValueError(f"resume={config.resume!r}: is one run, but cross_validate starts several; give auto or no")
     images = join_lists(data)
     fold_of = assign_folds(images, num_folds, config, group_regex)
     division = digest([*data.class_names, images.buffer.tobytes(), fold_of.tobytes()])[:8]
@@ -135,7 +135,7 @@ def _prepare_fold(title: str, config: TrainConfig, images: ImageList, validated:
 
 def format_folds(rows: list[dict[str, Any]], selected_last: bool) -> str:
     """Two lines with top-1 over the folds; `selected_last`: the last epoch depends on the validation images, too."""
-    unbiased, biased = "not selected by these images", "selected by these images, so slightly too high"
+    unbiased, biased = "not selected on these images", "selected on these images, so slightly too high"
     lines = []
     for key, what in (
         ("last_top1", f"after the last epoch, {biased if selected_last else unbiased}"),

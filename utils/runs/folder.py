@@ -44,7 +44,7 @@ class RunFolder:
         self.lock.release()
         if self.checkpoint is None and has_no_checkpoint(self.path):
             shutil.rmtree(self.path)
-            print(f"{self.path} is removed: the run ended before its first checkpoint")
+            print(f"removed {self.path}: the run ended before its first checkpoint")
 
 
 def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
@@ -95,7 +95,7 @@ def remove_leftovers(save_dir: Path) -> None:
         except (InUse, OSError):  # a running process, or a lock file that isn't Thaw's
             continue
         for file in folder.glob(f"*{PARTIAL}"):
-            print(f"{file} is deleted: a killed run left it incomplete")
+            print(f"deleted {file}: a killed run left it incomplete")
             file.unlink(missing_ok=True)
         removable = folder in empty and has_no_checkpoint(folder)
         if removable and os.name == "posix":

@@ -1,4 +1,4 @@
-"""Which run a start resumes: the newest unfinished one with the same settings, a given one, or none."""
+"""Finds the run to resume: the newest unfinished one with the same settings, a given one, or none."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
 
 
 def _report_differences(config: TrainConfig) -> None:
-    """Print in which settings the newest run differs, if it is unfinished: a flag may have been forgotten."""
+    """Print which settings of the newest run differ, if it is unfinished: a flag may have been forgotten."""
     newest = next(iter(_newest_first(config.save_dir)), None)
-    if newest is None or _is_finished(newest) or not (then := read_json(newest / CONFIG_FILE)):
+    if newest is None or _is_finished(newest) or not (saved := read_json(newest / CONFIG_FILE)):
         return
-    if changed := changed_fields(then, config):
+    if changed := changed_fields(saved, config):
         settings = ", ".join(f"{name}={before!r}" for name, (before, _) in changed.items())
         print(f"the unfinished run {newest} isn't resumed: its settings differ; to resume it, set {settings}")
 
@@ -79,12 +79,12 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
     path = Path(config.resume)
     if path.is_file() and path.name != LAST:
         raise ValueError(
-            f"{given}: a run resumes only from its last checkpoint; give its folder, or set model_path to start a new "
+            f"{given}: a run only resumes from its last checkpoint; give its folder, or set model_path to start a new "
             f"run from the weights in this file"
         )
     path = _folder_of(config.resume)
     if not path.is_dir() or not (path / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{given}: there is no run; give the folder of a run, auto or no")
+        raise FileNotFoundError(f"{given}: no run found; give a run folder, auto or no")
     if changed := changed_fields(read_json(path / CONFIG_FILE), config):
         differences = ", ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items())
         raise ValueError(
@@ -116,14 +116,14 @@ def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any
         return None
     folders = _newest_first(asked.save_dir) if asked.resume == "auto" else [_folder_of(asked.resume)]
     for folder in folders:
-        then, now = read_json(folder / ASKED_FILE), read_json(folder / CONFIG_FILE)
-        if not then or not now or changed_fields(then, asked) or (asked.resume == "auto" and _is_finished(folder)):
+        saved, now = read_json(folder / ASKED_FILE), read_json(folder / CONFIG_FILE)
+        if not saved or not now or changed_fields(saved, asked) or (asked.resume == "auto" and _is_finished(folder)):
             continue
         newest = load_newest(folder)
         if newest is None and not has_no_checkpoint(folder):
             continue
         if newest is None or newest[1]["class_names"] == class_names:
-            unset = [name for name, value in upgrade(then).items() if value is None and name in PLAIN_DEFAULTS]
+            unset = [name for name, value in upgrade(saved).items() if value is None and name in PLAIN_DEFAULTS]
             return {name: now[name] for name in unset}
     return None
 
@@ -145,15 +145,15 @@ def _folder_of(resume: str) -> Path:
     return path.parent if path.is_file() else path
 
 
-def changed_fields(then: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """The fields that prevent resuming a run with settings `then`: (value then, value now) by name.
+def changed_fields(saved: Mapping[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """The fields that prevent resuming a run with settings `saved`: (value before, value now) by name.
 
-    Fields that are missing in `then` are newer than the run and had their defaults. If `then` is empty, because its
+    Fields that are missing in `saved` are newer than the run and had their defaults. If `saved` is empty, because its
     file couldn't be read, all fields differ.
     """
     now = config.as_dict()
     default = TrainConfig() if config.recipe == "auto" else TrainConfig().with_defaults()
-    before = default.as_dict() | upgrade(then) if then else dict.fromkeys(now)
+    before = default.as_dict() | upgrade(saved) if saved else dict.fromkeys(now)
     names = sorted((before.keys() | now.keys()) - RESUMABLE_FIELDS)
     pairs = {name: (before.get(name), now.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -176,7 +176,7 @@ def _check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageL
         names = run.checkpoint["class_names"]
         before = read_list(copy, len(names)) if copy.is_file() else None
         known = before is not None and before.digest() == digest
-        differences = compare_lists(before, images, names) if known else f"its earlier copy {copy} is gone or changed"
+        differences = compare_lists(before, images, names) if known else f"its copy {copy} is missing or changed"
         changes.append(f"{getattr(config, f'{key}_annotation_path')}: {differences}")
     if not changes:
         return False

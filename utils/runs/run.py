@@ -29,7 +29,7 @@ class Run:
     """A run in progress.
 
     Attributes:
-        history: a row of numbers for each finished epoch.
+        history: a row of metrics for each finished epoch.
         best: index in `history` of the best epoch; -1: there is none yet.
         finished: whether training and calibration are done.
         optimizer: of the current stage.
@@ -142,11 +142,11 @@ class Run:
                     f"saved; lower init_lr, or set precision to bf16 or fp32"
                 )
 
-    def finish_epoch(self, numbers: dict[str, float]) -> None:
+    def finish_epoch(self, metrics: dict[str, float]) -> None:
         """Print, log and save an epoch: always as the last checkpoint, and as the best and a periodic one where due."""
         with defer_signals():
             now = time.monotonic()
-            row = {"epoch": self.epoch + 1, "step": self.trainer.step} | numbers
+            row = {"epoch": self.epoch + 1, "step": self.trainer.step} | metrics
             row |= {"seconds": now - self._epoch_started, "time": time.time()}
             self._epoch_started = now
             self.history.append(row)
@@ -178,8 +178,8 @@ class Run:
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Within this context a signal or the death of a worker saves the run; then, or if saving fails, how to resume
-        is printed."""
+        """Save the run if a signal arrives or a worker dies within this context; then, or if saving fails, print how
+        to resume."""
         try:
             yield
         except (Stopped, WorkerDied, SaveError) as reason:

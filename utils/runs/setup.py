@@ -1,4 +1,4 @@
-"""What is decided before a run starts: data, device, settings, network, stages, precision."""
+"""Plans a run before it starts: data, device, settings, network, stages, precision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Setup:
     Attributes:
         asked: the settings as the user wrote them; unset fields are None.
         config: the settings with a value in every field.
-        choices: what the recipe chose, including fields that the user set otherwise.
+        choices: what the recipe chose, including fields that the user set differently.
         network: on the meta device, without weights.
         precision: of matrix products: "fp32", "fp16" or "bf16".
         precision_reason: why it was chosen.
@@ -47,7 +47,7 @@ def prepare(asked: TrainConfig) -> Setup:
     """Plan a run. Nothing is written, except missing lists.
 
     Raises:
-        FileNotFoundError, ValueError: a setting can't work, or a file that it refers to is missing.
+        FileNotFoundError, ValueError: a setting is invalid, or a file that it refers to is missing.
     """
     device = pick_device(asked.device)
     network = build_meta_network(asked, num_classes=2)

@@ -63,7 +63,7 @@ def describe(
 
 
 def _progress(folder: RunFolder) -> str:
-    """How far a run was before this start."""
+    """How far the run had got before this start."""
     if folder.checkpoint is None:
         return "new"
     steps = len(folder.checkpoint["epoch_losses"])

@@ -1,4 +1,4 @@
-"""Digests that detect when cached results or a resumed run were produced by other inputs or other code."""
+"""Digests that detect when cached results or a resumed run come from different inputs or code."""
 
 from __future__ import annotations
 

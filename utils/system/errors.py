@@ -1,4 +1,4 @@
-"""Errors that a user causes and can fix."""
+"""Errors that the user can fix."""
 
 
 class InputError(ValueError):

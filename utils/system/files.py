@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PARTIAL = ".partial"
-"""Suffix of files that are being written. Those that no process writes to are left from a killed one."""
+"""Suffix of files that are being written. If no process writes to one, a killed process left it."""
 PAUSES = (0.1, 0.2, 0.5, 1, 2, 4)
 """Seconds between attempts to rename on Windows."""
 

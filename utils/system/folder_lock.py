@@ -1,7 +1,7 @@
 """A lock that allows one process to write to a run's folder.
 
-The library filelock would replace `_lock` only: it doesn't report who holds a lock, and doesn't refuse hard links or a
-file of the user's own.
+The filelock library would replace only `_lock`: it doesn't report who holds a lock, and doesn't refuse hard links or a
+file of the user's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOCKED_BYTE = 1 << 20
 
 
 class InUse(ValueError):
-    """Another process writes to the folder."""
+    """Another process is using the folder."""
 
 
 class FolderLock:
@@ -36,7 +36,7 @@ class FolderLock:
 
     Raises:
         InUse: another process holds it.
-        OSError: the lock file can't be opened, is a link, or is a file of the user's own.
+        OSError: the lock file can't be opened, is a link, or is the user's file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,10 +59,10 @@ class FolderLock:
                 raise
             holder = os.read(self._file, 200).decode(errors="replace").strip() or "another process"
             raise InUse(
-                f"{path.parent} is being written by {holder}; wait for it, stop it, or start a new run with resume=no"
+                f"{path.parent} is in use by {holder}; wait for it, stop it, or start a new run with resume=no"
             ) from error
         if status.st_size and os.read(self._file, len(PREFIX)) != PREFIX:
-            raise OSError(errno.EEXIST, "it is a file of your own", str(path))
+            raise OSError(errno.EEXIST, "it isn't a lock file of Thaw", str(path))
         os.lseek(self._file, 0, os.SEEK_SET)
         os.ftruncate(self._file, 0)
         holder = f"{os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}\n"

@@ -34,7 +34,7 @@ class WorkerDied(ChildProcessError):
     """A DataLoader worker process died."""
 
     def __init__(self, error: RuntimeError) -> None:
-        super().__init__(f"{str(error).strip()} Killed workers have usually run out of memory: lower num_workers")
+        super().__init__(f"{str(error).strip()} Workers are usually killed for lack of memory: lower num_workers")
 
 
 _state = SimpleNamespace(active=False, depth=0, pending=None, stopping=False)
@@ -118,7 +118,7 @@ def _stop(signum: int, _: FrameType | None) -> None:
 
 
 def clear_pending() -> None:
-    """Forget a handled event, which `defer_signals` would raise again."""
+    """Clear a handled event, which `defer_signals` would raise again."""
     _state.pending = None
 
 

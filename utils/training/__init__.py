@@ -1,4 +1,4 @@
-"""From batches to weights: trainer, loss, optimizer, schedule, stages, EMA, feature cache, linear probe.
+"""Training: trainer, loss, optimizer, schedule, stages, EMA, feature cache, linear probe.
 
 Imports `annotation`, `modeling` and the floors below them.
 """

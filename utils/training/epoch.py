@@ -48,7 +48,7 @@ class Epoch:
 
     @property
     def position(self) -> float:
-        """Epochs of the run before the next step, as a fraction."""
+        """Epochs before the next step, as a float."""
         return self.number + self.done / self.steps
 
     @property
@@ -60,7 +60,7 @@ class Epoch:
         """Yield the remaining batches, with a progress bar; call `record` after each.
 
         Raises:
-            WorkerDied: a process that loads images died.
+            WorkerDied: a DataLoader worker died.
         """
         title = f"epoch {self.number + 1}"
         with tqdm(desc=title, total=self.steps, initial=self.done, unit="step", leave=False, disable=None) as bar:

@@ -35,7 +35,7 @@ class FeatureCache:
     A run that is interrupted while features are computed keeps the views that are complete.
 
     Args:
-        network: frozen as wanted before `open` is called.
+        network: freeze it before calling `open`.
         config: the settings.
         device: of the network.
         precision: of the computation and of the file: "fp32", "fp16" or "bf16".
@@ -61,7 +61,7 @@ class FeatureCache:
             num_views: 1 or more.
 
         Raises:
-            ValueError: the disk is too full.
+            ValueError: there isn't enough disk space.
             TooManyUnreadable: see `utils.data.dataset.ImageDataset`.
         """
         blank = torch.zeros(1, 3, *self.config.input_shape, dtype=torch.uint8)
@@ -72,7 +72,7 @@ class FeatureCache:
         in_memory = num_views * size <= self.config.feature_cache_gb * 1e9
         print(
             f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} images: "
-            f"{format_bytes(num_views * size)}, {len(missing)} to be computed, in {self.config.cache_dir}/, "
+            f"{format_bytes(num_views * size)}, {len(missing)} to compute, in {self.config.cache_dir}/, "
             f"{'' if in_memory else 'not '}held in memory"
         )
         if missing:
@@ -98,7 +98,7 @@ class FeatureCache:
         loader.sampler.epoch = view
         title = f"features, view {view + 1} of {num_views}"
         for pixels, _ in tqdm(iterate_batches(loader), title, len(loader), unit="batch", leave=False, disable=None):
-            # The last batch is filled up: kernels for smaller batches give other bits.
+            # The last batch is padded: kernels for smaller batches round differently.
             full_batch = pixels[torch.arange(loader.batch_size) % len(pixels)]
             file.write(self._compute(full_batch)[: len(pixels)].contiguous().view(torch.uint8).numpy())
         file.write(dataset.unreadable.to(torch.uint8).numpy())

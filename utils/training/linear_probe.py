@@ -50,7 +50,7 @@ def init_head(
     known = np.unique(train_set.class_ids)
     if len(known) < 2 or not np.isin(val_set.class_ids, known).any():
         raise ValueError(
-            "head_init='probe': the training list must have images of two classes or more, and the validation list "
+            "head_init='probe': the training list must have images of at least two classes, and the validation list "
             "images of these; set head_init to random"
         )
     model.freeze_backbone("all")

@@ -26,11 +26,11 @@ from utils.training.trainer import Trainer, build_trainer
 
 LOWEST, HIGHEST = 1e-7, 1.0
 DECADE = 20
-"""Steps in which the rate rises tenfold. With fewer, noise can look like a fall of the loss."""
+"""Steps in which the rate rises tenfold. With fewer, noise can look like a falling loss."""
 STEPS = 7 * DECADE
 SMOOTHING = DECADE / 4
 """Standard deviation, in steps, of the Gaussian that smooths the losses for the suggestion. A running mean lags behind,
-which makes the suggestion twice too high."""
+which doubles the suggestion."""
 MOMENTUM = 0.9
 """Of the running mean of the losses, which decides when to stop."""
 DIVERGED = 4.0
@@ -73,8 +73,8 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     if result.suggestion is None:
         plot_range_test(result.rates, result.losses).savefig(path)
         raise ValueError(
-            f"find_lr: the loss falls at no learning rate, see {path}; check the labels, or start from other weights. "
-            f"If the loss is small from the start, keep init_lr as it is"
+            f"find_lr: the loss doesn't fall at any learning rate, see {path}; check the labels, or start from other "
+            f"weights. If the loss is small from the start, keep init_lr as it is"
         )
     lowest, highest = rate_limits(config.optimizer_type, model.transformer)
     suggestion = min(max(result.suggestion, lowest), highest)

@@ -15,9 +15,9 @@ from utils.training.epoch import Epoch
 CHECK_EVERY = 10
 """Steps between two checks of the losses: each makes the CPU wait for the device."""
 MAX_SKIPPED = 20
-"""Steps in a row that may be skipped; with more, the cause isn't single images."""
+"""Steps in a row that may be skipped; with more, single images aren't the cause."""
 REMEDY = (
-    "the run stops, its saved checkpoints are finite. Lower init_lr, set precision to bf16 or fp32, repair the images "
+    "the run stops; its saved checkpoints are finite. Lower init_lr, set precision to bf16 or fp32, repair the images "
     "if they are the cause, or skip such steps with on_nan=skip"
 )
 
@@ -77,4 +77,4 @@ class NonFinitePolicy:
         print(f"warning: {message}: skipped")
         last = epoch.losses[max(0, epoch.done - MAX_SKIPPED) : epoch.done]
         if not last.isfinite().any() and (len(last) == MAX_SKIPPED or epoch.done == epoch.steps):
-            raise NonFiniteLoss(f"{message}, as were the {len(last)} steps up to it; {REMEDY}")
+            raise NonFiniteLoss(f"{message}; all of the last {len(last)} steps were skipped; {REMEDY}")

@@ -127,8 +127,8 @@ def scale_learning_rate(config: TrainConfig, field: str, batch_size: int, transf
     if math.isclose(rate, scaled):
         return rate, ""
     return rate, (
-        f"{field} {getattr(config, field):g} is {scaled:.2g} for {batch_size} images per step -> {rate:.2g}, the limit "
-        f"for {config.optimizer_type}"
+        f"{field} {getattr(config, field):g} scales to {scaled:.2g} for {batch_size} images per step -> {rate:.2g}, "
+        f"the limit for {config.optimizer_type}"
     )
 
 

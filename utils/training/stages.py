@@ -11,7 +11,7 @@ from utils.training.optimizer import learning_rate_at, scale_learning_rate
 
 @dataclass(frozen=True)
 class Stage:
-    """The epochs from `start` to below `end`.
+    """The epochs from `start` up to, but not including, `end`.
 
     Attributes:
         start: first epoch, counted from 0.
@@ -24,7 +24,7 @@ class Stage:
         run_epochs: epochs of the whole run, over which the learning rate falls.
         decay: how it falls, see `utils.training.optimizer.learning_rate_at`.
         warmup: epochs over which it first rises from a tenth.
-        notes: settings that had to be changed, with reasons.
+        notes: adjusted settings, with reasons.
     """
 
     start: int

@@ -20,24 +20,24 @@ from utils.training.stages import Stage
 
 
 def format_settings(config: TrainConfig, asked: TrainConfig, choices: Sequence[Choice], all_fields: bool) -> str:
-    """Format the settings that differ from the default, or all, one per line, with who set them.
+    """Format the settings that differ from the default, or all, one per line, with who or what set them.
 
     Args:
         config: the settings of the run.
-        asked: the settings that a person wrote.
-        choices: those of the recipe, the weights and the network, including the ones that the person overrode.
+        asked: the settings as the user wrote them.
+        choices: those of the recipe, the weights and the network, including those that the user overrode.
         all_fields: include fields at their default.
     """
     chosen = {choice.field: choice for choice in choices}
     rows = []
-    for name, known in SETTINGS.items():
+    for name, spec in SETTINGS.items():
         value, own = getattr(config, name), getattr(asked, name)
         choice = chosen.get(name)
-        by_person = own is not None and own == value and (own != known.plain or (choice and choice.value != own))
+        by_user = own is not None and own == value and (own != spec.plain or (choice and choice.value != own))
         reason = ""
         if choice and choice.by == "network":
             value, reason = f"{value} -> {choice.value}", f"network: {choice.reason}"
-        elif by_person:
+        elif by_user:
             reason = "you" if not choice or choice.value == own else f"you (recipe: {choice.value}, {choice.reason})"
         elif choice and choice.value == value:
             reason = f"{choice.by}: {choice.reason}"
@@ -69,7 +69,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def format_model(model: nn.Module, stages: Sequence[Stage]) -> str:
     """Format the parameters of each part, how many of them each stage trains, and the FLOPs of a forward pass. `model`
-    is on the meta device; its frozen parts are changed."""
+    is on the meta device; freezing changes it."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         parts.setdefault(name.removeprefix(NETWORK_PREFIX).split(".")[0], []).append(parameter)
@@ -94,7 +94,7 @@ def format_stages(stages: Sequence[Stage], num_images: int) -> str:
         lines.append(
             f"stage {number}   epochs {stage.start + 1} to {stage.end}, {stage.input_shape[0]} x "
             f"{stage.input_shape[1]} pixels, frozen: {stage.frozen}; {num_images // stage.batch_size} steps of "
-            f"{stage.batch_size} images per epoch; learning rate up to {highest:.2g}, down to "
+            f"{stage.batch_size} images per epoch; learning rate peaks at {highest:.2g}, ends at "
             f"{stage.learning_rate(stage.end):.2g}"
         )
         lines += [f"          {note}" for note in stage.notes]
@@ -114,11 +114,11 @@ def warn_about_input_shape(images: ImageList, input_shape: tuple[int, int], max_
     area, shown = statistics.median(areas), math.prod(input_shape)
     if max(input_shape) < 100 and area > 16 * shown:
         print(
-            f"warning: the images have about {area / 1e3:.0f} thousand pixels, input_shape {input_shape} shows the "
-            f"network {shown} of them; docs/data.md has settings for photos"
+            f"warning: the images have about {area / 1e3:.0f} thousand pixels, input_shape {input_shape} shrinks "
+            f"them to {shown}; docs/data.md has settings for photos"
         )
     if shown > 16 * area:
         print(
             f"warning: the images have about {area:.0f} pixels, input_shape {input_shape} enlarges them to {shown}; "
-            f"half the side takes a quarter of the time, and more epochs in that time may be better"
+            f"half the side takes a quarter of the time, which may be better spent on more epochs"
         )

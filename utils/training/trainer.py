@@ -29,7 +29,7 @@ from utils.training.predict_logits import predict_logits
 
 
 class Trainer:
-    """Takes steps of a network and validates it.
+    """Takes training steps and validates the network.
 
     Attributes:
         network: inputs of the loader to logits (B, classes), on `device`: a `PixelNetwork`, or a `ThawedPart` on cached
