@@ -145,7 +145,7 @@ def _read_own(
         raise ValueError(f"{path} can't be used: {error}") from error
     return Weights(
         path,
-        "Thaw's",
+        "a Thaw checkpoint",
         state,
         variant if of_vit else {},
         valid_fields(preprocessing) if isinstance(preprocessing, dict) else {},
@@ -202,21 +202,21 @@ def load_weights(model: FreezableNetwork, weights: Weights, class_names: Sequenc
     """
     own, state = model.state_dict(), model.to_own_names(dict(weights.state))
     variant = ", ".join(f"{name} {value}" for name, value in weights.variant.items())
-    print(f"{weights.path}: {weights.source}{f' ({variant})' if variant else ''}")
+    print(f"weights   {weights.path} ({weights.source}{f': {variant}' if variant else ''})")
     # This counter is not used here, and files from before torch 0.4.1 don't have it.
     state |= {name: own[name] for name in own.keys() - state.keys() if name.endswith(".num_batches_tracked")}
     if weights.excluded:
         names = ", ".join(weights.excluded[:3]) + (", ..." if len(weights.excluded) > 3 else "")
-        print(f"{weights.path}: {len(weights.excluded)} tensors that a classifier doesn't need are excluded: {names}")
+        print(f"          {len(weights.excluded)} tensors that a classifier doesn't need are excluded: {names}")
     if {"pos_embed", "patch_embed.proj.weight"} <= state.keys() & own.keys() and weights.grid() != model.grid:
         state["pos_embed"] = model.resample_positions(state["pos_embed"], weights.grid(), **weights.resampling)
-        print(f"{weights.path}: position embedding resampled to {model.grid[0]} x {model.grid[1]} patches")
+        print(f"          position embedding resampled to {model.grid[0]} x {model.grid[1]} patches")
     head = {name for name in own if name.startswith("head.")}
     others = weights.class_names and class_names and weights.class_names != tuple(class_names)
     if others or any(name not in state or state[name].shape != own[name].shape for name in head):
         outputs = f"{len(state['head.bias'])}{' other' if others else ''}" if "head.bias" in state else "no"
         num_classes = len(own["head.bias"])
-        print(f"{weights.path}: its head of {outputs} classes is excluded; the new head has {num_classes} classes")
+        print(f"          its head of {outputs} classes isn't loaded; the new head has {num_classes} classes")
         state = {name: value for name, value in state.items() if name not in head} | {name: own[name] for name in head}
     check_fit(own, state, weights.path)
     model.load_state_dict(state)

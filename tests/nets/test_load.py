@@ -59,7 +59,7 @@ def test_pretrained_from_the_hub_equals_timm(hub, capsys):
 def test_pretrained_with_another_head_and_shape(hub, capsys):
     model = vit(input_shape=[160, 224], pretrained=True, num_classes=7, name="vit_t_16").eval()
     output = capsys.readouterr().out
-    assert "head of 1000 classes is excluded; the new head has 7 classes" in output
+    assert "head of 1000 classes isn't loaded; the new head has 7 classes" in output
     assert "resampled to 10 x 14 patches" in output
     assert torch.equal(model.blocks[3].mlp.fc1.weight, hub.peer.blocks[3].mlp.fc1.weight)
     assert model.head.weight.std() > 0.01
@@ -201,7 +201,7 @@ def test_real_dinov2_weights_give_timms_outputs(shared, capsys):
     peer.load_state_dict(state)
     own = vit(input_shape=[518, 518], num_classes=3, name="vit_s_14", activation="gelu").eval()
     load_weights(own, read_weights(path))
-    assert "its head of no classes is excluded" in capsys.readouterr().out
+    assert "its head of no classes isn't loaded" in capsys.readouterr().out
     pixels = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.testing.assert_close(own.forward_features(pixels), peer.forward_features(pixels), atol=1e-3, rtol=1e-3)
@@ -293,4 +293,4 @@ def test_unsupported_activation_is_an_error(here, capsys):
         read_weights("w.pth")
     Path("config.json").write_text('{"hidden_act": "gelu", "layer_norm_eps": 1' + "0" * 400 + "}")
     load_weights(tiny(), read_weights("w.pth"))
-    assert "timm's ViT (activation gelu)" in capsys.readouterr().out
+    assert "timm's ViT: activation gelu" in capsys.readouterr().out
