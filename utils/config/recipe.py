@@ -52,7 +52,7 @@ class Choice(NamedTuple):
         field: its name.
         value: what was chosen.
         reason: why.
-    by: "recipe"; or "weights" or "network", which override the user.
+        by: "recipe", "weights" or "network"; the network overrides the user.
     """
 
     field: str
