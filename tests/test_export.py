@@ -113,7 +113,7 @@ def test_weights_and_json_card(exported, classifier, monkeypatch, tmp_path):
     weights = read_weights(path)
     model = build_model(**card["model"]).eval()
     load_weights(model, weights)
-    assert weights.source == "Thaw's"
+    assert weights.source == "a Thaw checkpoint"
     assert weights.variant == {name: card["model"][name] for name in ("activation", "norm_eps", "num_registers")}
     assert weights.preprocessing["eval_crop"] == card["preprocessing"]["eval_crop"]
     expected = classifier.network.model.state_dict()
@@ -243,7 +243,7 @@ def test_predict_options_with_an_exported_file(exported, tmp_path, capsys):
     ],
 )
 def test_options_that_need_a_checkpoint(exported, options, named):
-    with pytest.raises(ValueError, match=rf"{named}.*take.* checkpoint"):
+    with pytest.raises(ValueError, match=rf"{named}.*use its checkpoint"):
         predict.main(("datasets/test/dark/00.png",), model_path=str(exported("fp32")), **options)
 
 
