@@ -37,6 +37,7 @@ class Run:
     Args:
         trainer: for a resumed run, in the state of the checkpoint.
         identity: what every checkpoint stores about the run, see `utils.runs.start.describe`.
+        log: of the epochs so far.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Run:
         trainer: Trainer,
         folder: RunFolder,
         identity: Mapping[str, Any],
+        log: RunLog,
     ) -> None:
         self.config = config
         self.model = model
@@ -59,7 +61,7 @@ class Run:
         self.finished: bool = bool(self._resumed and self._resumed["finished"])
         self.best = config.best_epoch(self.history) if self.history else -1
         self.saver = Saver(self.folder, config, trainer.step if self._resumed else -1)
-        self.log = RunLog(self.folder, self.history)
+        self.log = log
         self._epoch_started = time.monotonic()
 
     @property

@@ -11,6 +11,7 @@ from utils.config.train_config import RESUMABLE_FIELDS
 from utils.data.image_list import ImageList
 from utils.modeling.build import BuiltNetwork
 from utils.runs.folder import RunFolder
+from utils.runs.log import RunLog
 from utils.runs.resume import open_run
 from utils.runs.run import Run
 from utils.runs.saving import check_free_space
@@ -32,11 +33,13 @@ def start_or_resume(setup: Setup) -> tuple[Run, list[Choice]]:
     try:
         trainer, built = build_trainer(config, data, setup.device, setup.precision, folder.checkpoint)
         identity = describe(built, trainer, data.class_names, lists)
-        run = Run(built.config, built.model, trainer, folder, identity)
-        if folder.checkpoint:
-            _report_changes(run, folder.checkpoint)
-        if run.epoch < config.epochs and not run.finished:
-            check_free_space(run.folder, built.config, built.model)
+        checkpoint = folder.checkpoint
+        if checkpoint:
+            _report_changes(identity, checkpoint)
+        if not checkpoint or not (checkpoint["finished"] or checkpoint["epoch"] == config.epochs):
+            check_free_space(folder.path, built.config, built.model)
+        log = RunLog(folder.path, checkpoint["history"] if checkpoint else [])
+        run = Run(built.config, built.model, trainer, folder, identity, log)
     except BaseException:
         folder.discard_if_new()
         raise
@@ -70,13 +73,13 @@ def _progress(folder: RunFolder) -> str:
     return f"resumed after epoch {folder.checkpoint['epoch']}{f' and {steps} steps' if steps else ''}"
 
 
-def _report_changes(run: Run, checkpoint: dict[str, Any]) -> None:
+def _report_changes(identity: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     """Print which settings, and what else in the environment, changed since the checkpoint."""
     for name in sorted(RESUMABLE_FIELDS - {"resume"}):
-        before, value = checkpoint["config"].get(name), getattr(run.config, name)
+        before, value = checkpoint["config"].get(name), identity["config"].get(name)
         if before != value:
             print(f"{name}: {before} -> {value}")
-    for name, value in run.identity["environment"].items():
+    for name, value in identity["environment"].items():
         if checkpoint["environment"].get(name) != value:
             print(
                 f"warning: {name} was {checkpoint['environment'].get(name)} and is {value}; the result won't be "
