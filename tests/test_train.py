@@ -392,7 +392,7 @@ def test_summary(two_classes, capsys):
     assert not Path("logs").exists()
     model = build_model("vit_of_the_tests", 2, (8, 8))
     assert f"{sum(p.numel() for p in model.parameters()):,}" in printed
-    assert "stage 1   epochs 1 to 1, 8 x 8 pixels, frozen: stem or embeddings and first 4 blocks; 4 steps" in printed
+    assert "stage 1   epoch 1, 8 x 8 pixels, frozen: stem or embeddings and first 4 blocks; 4 steps" in printed
     assert "stage 2   epochs 2 to 4, 8 x 8 pixels, frozen: nothing; 6 steps of 6 images per epoch; learning" in printed
     # The second stage continues the cosine of the whole run.
     highest = [float(rate) for rate in re.findall(r"learning rate peaks at ([\d.e-]+), ends at", printed)]

@@ -69,8 +69,9 @@ def _progress(folder: RunFolder) -> str:
     """How far the run had got before this start."""
     if folder.checkpoint is None:
         return "new"
-    steps = len(folder.checkpoint["epoch_losses"])
-    return f"resumed after epoch {folder.checkpoint['epoch']}{f' and {steps} steps' if steps else ''}"
+    epoch, steps = folder.checkpoint["epoch"], len(folder.checkpoint["epoch_losses"])
+    done = [f"epoch {epoch}"] * (epoch > 0) + [f"{steps} steps"] * (steps > 0 or epoch == 0)
+    return f"resumed after {' and '.join(done)}"
 
 
 def _report_changes(identity: dict[str, Any], checkpoint: dict[str, Any]) -> None:

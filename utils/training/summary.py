@@ -91,8 +91,9 @@ def format_stages(stages: Sequence[Stage], num_images: int) -> str:
     lines = []
     for number, stage in enumerate(stages, start=1):
         highest = max(map(stage.learning_rate, np.linspace(stage.start, stage.end, 1000, endpoint=False)))
+        epochs = f"epoch {stage.end}" if stage.end == stage.start + 1 else f"epochs {stage.start + 1} to {stage.end}"
         lines.append(
-            f"stage {number}   epochs {stage.start + 1} to {stage.end}, {stage.input_shape[0]} x "
+            f"stage {number}   {epochs}, {stage.input_shape[0]} x "
             f"{stage.input_shape[1]} pixels, frozen: {stage.frozen}; {num_images // stage.batch_size} steps of "
             f"{stage.batch_size} images per epoch; learning rate peaks at {highest:.2g}, ends at "
             f"{stage.learning_rate(stage.end):.2g}"
