@@ -16,7 +16,7 @@ from utils.modeling.precision import choose_precision, pick_device
 from utils.runs.resume import earlier_choices
 from utils.training.datasets import Data, load_data
 from utils.training.stages import Stage, plan_stages
-from utils.training.summary import warn_about_input_shape
+from utils.training.summary import count_parameters, warn_about_input_shape
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,12 @@ def _choose(asked: TrainConfig, data: Data, network: FreezableNetwork, device: t
     """The choices of the recipe; for a resumed run, those from its start."""
     if (earlier := earlier_choices(asked, data.class_names)) is not None:
         return [Choice(field, value, "as chosen when the run started") for field, value in earlier.items()]
-    head = sum(parameter.numel() for parameter in network.head.parameters())
     known = Known(
         class_counts=np.bincount(data.train_images.class_ids),
         pretrained=bool(asked.pretrained or asked.model_path),
         transformer=network.transformer,
         layers=count_layers(network),
-        parameters=sum(parameter.numel() for parameter in network.parameters()) - head,
+        parameters=count_parameters(network) - count_parameters(network.head),
         on_cpu=device.type == "cpu",
     )
     return choose(asked, known)
