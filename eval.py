@@ -5,13 +5,16 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from nets.weights.seal import digest_file
 from utils.config.train_config import Device
-from utils.data.image_list import ImageList
+from utils.data.image_list import ImageList, read_classes
 from utils.evaluation.compare import compare as compare_scores
 from utils.evaluation.compare import flipped_rows, format_comparison, format_flipped
-from utils.evaluation.eval_lists import count_overlap, read_images, read_ood_images
+from utils.evaluation.eval_lists import check_classes, count_overlap, own_images, read_images, read_ood_images
 from utils.evaluation.evaluation import Evaluation, evaluate_corrupted
 from utils.evaluation.gallery import shown_images
 from utils.evaluation.mistakes import worst_mistakes
@@ -22,20 +25,24 @@ from utils.inference.classifier import BATCH, Classifier, load_classifier
 from utils.inference.fit_calibration import read_embeddings
 from utils.inference.outputs import Outputs, compute_outputs
 from utils.metrics.scores import Scores
-from utils.runs.checkpoint import find_checkpoint
+from utils.runs.checkpoint import find_checkpoint, holds_runs
 from utils.runs.folder import METRICS_FOLDER, is_run, results_folder
+from utils.runs.run_table import format_runs
 from utils.system import cli
 from utils.system.files import read_json, write_text
+from utils.system.text import shorten_list
 
 PAGE = "report.html"
 
 
 def main(
+    model: tyro.conf.Positional[str] = "",
     data: str = "",
     model_path: str = "",
-    classes_path: str = "model_data/cls_classes.txt",
+    classes_path: str = "",
     out: str = "",
     compare: tuple[str, str] | None = None,
+    list_runs: Annotated[bool, tyro.conf.arg(name="list")] = False,
     ood: str = "",
     raw: bool = False,
     max_error: float = 0.05,
@@ -47,10 +54,14 @@ def main(
     """Evaluate a checkpoint on a list or a folder: write metrics, and a report page that shows the mistakes.
 
     Args:
-        data: a list, or a folder with one subfolder of images per class; empty: cls_test.txt, else cls_val.txt.
+        model: as model_path.
+        data: a list, or a folder with one subfolder of images per class; empty: the run's test list, else its
+            validation list.
         model_path: a checkpoint, a run's folder, or a folder of runs (the newest is used); empty: logs/.
-        classes_path: class file of the list, checked against the checkpoint's classes.
-        out: output folder; empty: the run's folder, or metrics_out for a checkpoint outside a run.
+        classes_path: class file of the list, checked against the checkpoint's classes; empty: that of its project.
+        out: output folder; empty: the run's folder, for other images than its own eval/ in it, or metrics_out for a
+            checkpoint outside a run.
+        list_runs: print a table of the runs in model_path, and exit.
         compare: two model paths: test whether the second is better than the first.
         ood: folder of images that belong to no class; the report shows how many are rejected.
         raw: use the network's own probabilities, without the temperature fitted after training.
@@ -61,13 +72,16 @@ def main(
         device: auto, cuda, cpu or mps.
     """
     check_options(batch_size, num_workers, corrupted, max_error, out)
-    data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
+    model_path = one_model(model, model_path)
+    if list_runs:
+        print(format_runs(model_path or "logs"))
+        return
     if compare:
         if model_path or ood:
             raise ValueError("compare can't be combined with model_path or ood: leave them out")
         checkpoints = [find_checkpoint(path) for path in compare]
         classifiers = [load_classifier(path, device, raw) for path in checkpoints]
-        images = read_images(data, classes_path, classifiers[0].class_names)
+        data, images, _ = choose_images(checkpoints[0], classifiers[0], data, classes_path)
         folder = make_writable(Path(out) if out else METRICS_FOLDER)
         compare_classifiers(checkpoints, classifiers, images, data, folder, num_workers, batch_size)
         return
@@ -76,10 +90,10 @@ def main(
     checkpoint = find_checkpoint(model_path)
     sha256 = digest_file(checkpoint)
     classifier = load_classifier(checkpoint, device, raw)
+    data, images, own = choose_images(checkpoint, classifier, data, classes_path)
     print(f"checkpoint {checkpoint} on {data}")
-    images = read_images(data, classes_path, classifier.class_names)
     ood_images = read_ood_images(classifier, ood) if ood else None
-    folder = make_writable(Path(out) if out else results_folder(checkpoint))
+    folder = make_writable(Path(out) if out else results_folder(checkpoint, "" if own else data))
     if (earlier := read_json(folder / "metrics.json").get("data", data)) != data:
         print(f"warning: the results for {cli.printable(str(earlier))} in {folder} are replaced; --out keeps both")
     times.append(time.perf_counter())
@@ -108,6 +122,31 @@ def check_options(batch_size: int, num_workers: int, corrupted: int, max_error: 
     if not 0 <= max_error < 1:
         raise ValueError(f"max_error={max_error}: must be at least 0 and below 1")
     cli.check_folder("out", out)
+
+
+def one_model(model: str, model_path: str) -> str:
+    """The path of the model, which is given as the first word or as model_path.
+
+    Raises:
+        ValueError: both are given, or the first word is a list or a folder of images.
+    """
+    if model and model_path:
+        raise ValueError(f"there are two models, {model} and {model_path}: remove one of them")
+    if model.endswith(".txt") or (Path(model).is_dir() and model and not holds_runs(Path(model))):
+        raise ValueError(f"model={model!r}: it is no checkpoint or run; for images to evaluate on, give --data {model}")
+    return model or model_path
+
+
+def choose_images(
+    checkpoint: Path, classifier: Classifier, data: str, classes_path: str
+) -> tuple[str, ImageList, bool]:
+    """The path of the images to evaluate on, the images, and whether they are of the run's own lists."""
+    if not data and (own := own_images(checkpoint, classifier)):
+        if classes_path:
+            check_classes(read_classes(classes_path), classifier.class_names, classes_path)
+        return *own, True
+    data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
+    return data, read_images(data, classes_path, classifier.class_names), False
 
 
 def make_writable(folder: Path) -> Path:
@@ -163,8 +202,8 @@ def compare_classifiers(
     if set(names) != set(b.class_names):
         only_a, only_b = sorted(set(names) - set(b.class_names)), sorted(set(b.class_names) - set(names))
         raise ValueError(
-            f"compare: the classes differ (only in the first: {', '.join(only_a) or 'none'}; only in the second: "
-            f"{', '.join(only_b) or 'none'}); give two checkpoints with the same classes"
+            f"compare: the classes differ (only in the first: {shorten_list(only_a)}; only in the second: "
+            f"{shorten_list(only_b)}); give two checkpoints with the same classes"
         )
     print(f"A: {checkpoints[0]}\nB: {checkpoints[1]}\non {data}")
     outputs_a = infer(a, images, num_workers, batch_size, "A")

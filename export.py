@@ -14,7 +14,7 @@ from utils.export.model_card import CHECKED, check_card, write_model_card
 from utils.inference.classifier import Classifier, load_classifier
 from utils.inference.exported_metadata import ExportedMetadata
 from utils.runs.checkpoint import find_checkpoint
-from utils.runs.folder import read_run_list
+from utils.runs.folder import list_path, read_run_list
 from utils.system import cli
 from utils.system.files import format_bytes, write_json, write_whole
 
@@ -27,7 +27,7 @@ def main(
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     out: str = "",
     data: str = "",
-    classes_path: str = "model_data/cls_classes.txt",
+    classes_path: str = "",
     check_images: int = 500,
     card: bool = False,
 ) -> None:
@@ -42,7 +42,8 @@ def main(
         out: output folder; empty: "export" in the checkpoint's folder.
         data: a list, or a folder with one subfolder of images per class, to check with; empty: the run's validation
             list.
-        classes_path: class file of the list in data, checked against the checkpoint's classes.
+        classes_path: class file of the list in data, checked against the checkpoint's classes; empty: that of its
+            project.
         check_images: number of images to check with, drawn evenly from the classes.
         card: also write a model card, README.md: classes, metrics of eval.py, limits, usage, file hashes.
     """
@@ -88,7 +89,7 @@ def images_to_check(checkpoint: Path, classifier: Classifier, data: str, classes
     of_run = read_run_list(checkpoint, config, names, "val")
     if of_run is not None:
         return of_run
-    path = config.get("val_annotation_path", "")
+    path = list_path(config, "val")
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"the run's validation list is neither in {checkpoint.parent} nor at {path or 'the path in its settings'}; "

@@ -16,7 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from nets.weights.pretrained import BUNDLED_WEIGHTS
-from utils.annotation.folder_scan import find_images, is_builtin_digit
+from utils.annotation.folder_scan import find_images
 from utils.config.train_config import Device
 from utils.data.image_io import open_image
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifier
@@ -27,10 +27,11 @@ from utils.inference.predictor import BATCH, Predictor
 from utils.inference.rejection import UNKNOWN, Rejection
 from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, save_labeled
 from utils.runs.checkpoint import find_checkpoint
-from utils.runs.folder import CONFIG_FILE
+from utils.runs.folder import CONFIG_FILE, in_run, is_run
 from utils.system import cli
 from utils.system.text import printable
 
+MODEL_SUFFIXES = (ONNX_SUFFIX, WEIGHTS_SUFFIX, ".pth", ".pt", ".pt2")
 EXPLAINED = "explained"
 """The folder for `--explain` without `--save`."""
 
@@ -54,8 +55,8 @@ def main(
 
     Args:
         paths: files, folders (searched recursively) and globs. "-": read paths from standard input, one per line, and
-            classify in batches. Without paths: ask for them one by one. If the first is an exported file, it is the
-            model.
+            classify in batches. Without paths: ask for them one by one. If the first is a checkpoint, a run folder
+            or an exported file, it is the model.
         model_path: a checkpoint, a run folder, a folder of runs (the newest is used), or an .onnx or .safetensors file
             of export.py. Default: logs/, or the bundled weights (ten classes) if there is no run yet.
         top_k: number of classes to print.
@@ -122,16 +123,34 @@ def check_arguments(top_k: int, json_lines: bool, csv_lines: bool, save: str, so
 
 
 def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The path of the model and those of the images: an exported file that comes first in `paths` is the model."""
-    if not paths or not paths[0].lower().endswith((ONNX_SUFFIX, WEIGHTS_SUFFIX)):
-        return model_path, paths
-    if model_path:
-        raise ValueError(f"there are two models, {model_path} and {paths[0]}: remove model_path or the first path")
-    return paths[0], paths[1:]
+    """The path of the model and those of the images: a checkpoint, exported file or run that comes first in `paths` is
+    the model.
+
+    Raises:
+        ValueError: there are two models, or one is among the images.
+    """
+    if paths and is_model(paths[0]):
+        if model_path:
+            raise ValueError(f"there are two models, {model_path} and {paths[0]}: remove model_path or the first path")
+        model_path, *paths = paths
+    for path in paths:
+        if is_model(path):
+            raise ValueError(f"{path}: a model among the images; give the model first, and only one")
+    return model_path, tuple(paths)
+
+
+def is_model(path: str) -> bool:
+    """Whether a path is a checkpoint, an exported file, a run folder or a folder of runs."""
+    folder = Path(path)
+    return path.lower().endswith(MODEL_SUFFIXES) or (
+        folder.is_dir() and (is_run(folder) or any(map(is_run, folder.iterdir())))
+    )
 
 
 def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: bool, reject_below: str) -> Predictor:
     """Open a checkpoint or an exported file, and print its path."""
+    if model_path.lower().endswith(".pt2"):
+        raise ValueError(f"{model_path}: predict.py doesn't read .pt2; give the checkpoint, or export it to ONNX")
     if not is_onnx(model_path):
         checkpoint = find_model(model_path)
         print(f"checkpoint {checkpoint}", file=sys.stderr)
@@ -226,7 +245,7 @@ def choose_format(
 def expand(paths: Iterable[str]) -> Iterator[str]:
     """Yield files, the images below folders, and the matches of globs, sorted; for "-", those of standard input.
 
-    The built-in digits are skipped in a folder that has other images. A path that doesn't exist and a folder without
+    A path that doesn't exist and a folder without
     images are yielded as they are, so that reading them fails with a message.
     """
     for path in paths:
@@ -240,10 +259,13 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
                 continue
             if os.path.isdir(match):
                 searched += (os.path.join(match, ""),)
-                images = find_images(match, skipped := Counter())
-                for reason, count in skipped.items():
+                found = find_images(match, skipped := Counter())
+                of_runs = set(filter(in_run, set(map(os.path.dirname, found))))
+                images = [path for path in found if os.path.dirname(path) not in of_runs]
+                skipped["plots of runs"] += len(found) - len(images)
+                for reason, count in (+skipped).items():
                     print(f"skipped in {match}: {count} {reason}", file=sys.stderr)
-                yield from [path for path in images if not is_builtin_digit(path)] or images or [match]
+                yield from images or [match]
             else:
                 yield match
 

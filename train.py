@@ -6,7 +6,9 @@ All fields, and what they mean: `utils/config/train_config.py` and docs/settings
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -20,6 +22,7 @@ from utils.data.loader import train_loader
 from utils.inference.fit_calibration import calibrate_checkpoint
 from utils.runs.checkpoint import BEST
 from utils.runs.run import Run
+from utils.runs.saved_settings import settings_to_continue, settings_to_resume
 from utils.runs.setup import Setup, prepare
 from utils.runs.start import start_or_resume
 from utils.system import cli
@@ -58,12 +61,14 @@ CONFIG = TrainConfig(
     horizontal_flip=0.0,  # mirrored digits are wrong
     augmentation="none",  # the others would rotate digits
     num_workers=0,  # tiny images load fast
+    demo=True,  # without images of yours: the digits
 )
 
 
 @handle_stop_signals()
 def main(
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG,
+    continue_run: Annotated[str, tyro.conf.arg(name="continue")] = "",
     summary: bool = False,
     find_lr: bool = False,
     cross_validate: int = 0,
@@ -73,11 +78,15 @@ def main(
 
     Args:
         config: the settings.
+        continue_run: run folder: start a new run that trains its best checkpoint further, with its settings but all
+            layers, 10 epochs and a tenth of the learning rate; other flags change these.
         summary: print all settings, the network and the stages, and exit.
         find_lr: run a learning-rate range test, plot the losses, suggest an init_lr, and exit.
         cross_validate: number of folds; trains one run per fold, validated on that fold.
         group_regex: keep each patient, video or burst in one fold, as in txt_annotation.py; needs cross_validate.
     """
+    if continue_run and Path(continue_run) not in Path(config.model_path).parents:
+        raise ValueError("continue: is a flag; in Python give main(settings_to_continue(run))")
     if group_regex and not cross_validate:
         raise ValueError("group_regex: needs cross_validate; for a single split pass it to txt_annotation.py")
     if cross_validate and (summary or find_lr):
@@ -206,12 +215,20 @@ def describe(setup: Setup) -> str:
 
 def print_next_commands(run: Run, setup: Setup) -> None:
     """Print the commands that evaluate the run and predict with it."""
-    model = [] if run.config.save_dir == TrainConfig.save_dir else ["--model-path", str(run.folder)]
-    example = read_first_path("cls_test.txt") or setup.data.val_images.path(0)
+    example = read_first_path(run.config.test_annotation_path) or setup.data.val_images.path(0)
     print(f"done, saved in {run.folder}. Next:")
-    for arguments in (["eval.py", *model], ["predict.py", *model, example]):
-        print(f"  {cli.command('python', *arguments)}")
+    for script, *images in (["eval.py"], ["predict.py", example]):
+        print(f"  {cli.command('python', cli.script_path(script), str(run.folder), *images)}")
+
+
+def saved_settings(args: Sequence[str]) -> dict[str, TrainConfig]:
+    """The settings that flags change, by the name of main's argument: those of the run in --resume or --continue
+    instead of CONFIG."""
+    if run := cli.find_value(args, "--continue"):
+        return {"config": settings_to_continue(run)}
+    run = cli.find_value(args, "--resume")
+    return {} if run in (None, "auto", "no") else {"config": settings_to_resume(run)}
 
 
 if __name__ == "__main__":
-    cli.run(main, OPTIONAL_SWITCHES)
+    cli.run(main, OPTIONAL_SWITCHES, saved_settings)

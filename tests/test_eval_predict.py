@@ -20,10 +20,10 @@ from torch import nn
 import eval as evaluation
 import predict
 from nets.weights.seal import digest_file
-from tests.conftest import write_image
+from tests.conftest import NAMES, write_image
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_io import open_image
-from utils.data.image_list import read_list
+from utils.data.image_list import read_classes, read_list, write_classes
 from utils.data.loader import eval_loader
 from utils.evaluation.corruptions import CORRUPTIONS
 from utils.inference.classifier import load_classifier
@@ -31,7 +31,7 @@ from utils.inference.outputs import compute_outputs
 from utils.inference.prediction import Prediction
 from utils.inference.save_predictions import save_labeled
 from utils.modeling.pixel_network import cast_for_inference
-from utils.runs.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.system import cli
 from utils.training.predict_logits import predict_logits
 
@@ -301,13 +301,32 @@ def test_labels_fit_their_bar_and_differ(here, name):
     assert all(bar[:, -4:].max() == 0 for bar in bars)
 
 
-def test_the_built_in_digits_make_way(trained, tmp_path, capsys):
-    shutil.copytree("datasets/test", tmp_path / "data")
-    write_image(tmp_path / "data" / "7" / "builtin-digit-0001.png")
-    evaluation.main(data=str(tmp_path / "data"), out=str(tmp_path))
-    assert "skipped: 1 built-in digits" in capsys.readouterr().out
-    assert len(list(predict.expand([str(tmp_path / "data")]))) == 11
-    assert len(list(predict.expand([str(tmp_path / "data" / "7")]))) == 1
+def test_a_model_comes_first_and_alone(trained, tmp_path, capsys):
+    """A run that comes first is the model; anything of a run is never taken for an image."""
+    run = find_checkpoint("").parent
+    image = "datasets/test/dark/00.png"
+    for model in (run, run / BEST, "logs"):
+        assert predict.main((str(model), image), json_lines=True) == 0
+        result, text = capsys.readouterr()
+        assert [json.loads(line)["path"] for line in result.splitlines()] == [image]
+        assert f"checkpoint {run / BEST}" in text
+    for model in (str(run), str(run / LAST), "model.pt2", "model.onnx"):
+        with pytest.raises(ValueError, match="a model among the images; give the model first"):
+            predict.main((image, model))
+        with pytest.raises(ValueError, match="there are two models"):
+            predict.main((model, image), model_path="logs")
+    with pytest.raises(ValueError, match=r"doesn't read \.pt2"):
+        predict.main(("model.pt2", image))
+    shutil.copytree("logs", tmp_path / "all/logs")
+    shutil.copy(image, tmp_path / "all")
+    assert [Path(path).name for path in predict.expand([str(tmp_path / "all")])] == ["00.png"]
+    assert "1 plots of runs" in capsys.readouterr().err
+    evaluation.main(str(run), corrupted=0, out=str(tmp_path))
+    with pytest.raises(ValueError, match="there are two models"):
+        evaluation.main(str(run), model_path="logs")
+    for data in ("datasets/test", "cls_test.txt"):
+        with pytest.raises(ValueError, match=f"it is no checkpoint or run; .* give --data {data}"):
+            evaluation.main(data)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
@@ -345,13 +364,42 @@ def test_load_classifier_from_a_run_folder(trained):
 
 
 def test_eval_falls_back_to_the_validation_list(trained, tmp_path, monkeypatch, capsys):
-    model = str(find_checkpoint("").resolve())
-    for name in ("datasets", "model_data"):
+    run = find_checkpoint("").parent.resolve()
+    for name in ("datasets", "model_data", "logs"):
         shutil.copytree(name, tmp_path / name)
-    shutil.copy("cls_val.txt", tmp_path)
     monkeypatch.chdir(tmp_path)
-    evaluation.main(model_path=model)
+    evaluation.main(corrupted=0)
+    assert "on cls_test.txt" in capsys.readouterr().out
+    copy = find_checkpoint("").parent
+    (copy / "test_list.txt").unlink()
+    evaluation.main(corrupted=0)
     assert "on cls_val.txt" in capsys.readouterr().out
+    shutil.copy(trained / "cls_test.txt", tmp_path)
+    evaluation.main(corrupted=0)
+    assert "on cls_test.txt" in capsys.readouterr().out
+    shutil.rmtree("datasets")
+    with pytest.raises(FileNotFoundError, match=r"first image of the run's list, isn't in this working folder.*--data"):
+        evaluation.main(model_path=str(run), corrupted=0)
+
+
+def test_a_run_is_evaluated_on_its_own_test_list_and_other_results_are_kept(trained, tmp_path, monkeypatch, capsys):
+    """Lists of another project in the working folder don't matter."""
+    for name in ("datasets", "logs"):
+        shutil.copytree(name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    write_classes("model_data/cls_classes.txt", ["apple", "pear", "plum"])
+    Path("cls_test.txt").write_text("2;plum.jpg\n")
+    run = find_checkpoint("").parent
+    evaluation.main(str(run), corrupted=0)
+    output = capsys.readouterr().out
+    assert "cls_test.txt has changed since the run started" in output
+    assert "11 images" in output
+    assert read_classes(run / "classes.txt") == NAMES
+    evaluation.main(str(run), data="datasets/train", corrupted=0)
+    data = [json.loads((folder / "metrics.json").read_text())["data"] for folder in (run, run / "eval/datasets_train")]
+    assert data == ["cls_test.txt", "datasets/train"]
+    with pytest.raises(ValueError, match=r"only in model_data/cls_classes\.txt: apple, pear, plum"):
+        evaluation.main(str(run), data="cls_test.txt")
 
 
 def test_eval_names_what_it_passes_over(trained, tmp_path, capsys):

@@ -13,6 +13,7 @@ from utils.annotation.folder_scan import scan_datasets
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import read_classes, read_list
 from utils.evaluation.eval_lists import list_folder
+from utils.training.datasets import load_data
 
 LISTS = ("cls_train.txt", "cls_val.txt", "cls_test.txt", "model_data/cls_classes.txt")
 
@@ -164,31 +165,25 @@ def test_absolute_datasets_path_and_other_list_paths(two_classes, tmp_path):
     assert os.path.isfile(read_list("lists/t.txt", 2).path(0))
 
 
-def test_digits_are_written_if_datasets_is_empty(here, capsys):
-    ensure_lists(TrainConfig())
-    assert "writing the built-in handwritten digits" in capsys.readouterr().out
-    assert read_classes("model_data/cls_classes.txt") == list(demo_digits.CLASSES)
-    assert [len(read_list(name, 10)) for name in LISTS[:3]] == [1294, 144, 359]
-
-
-def test_own_images_replace_the_digits(here, capsys):
-    ensure_lists(TrainConfig())
+def test_digits_are_a_project_of_their_own(here, capsys):
+    assert ensure_lists(TrainConfig(demo=True)) == "demo"
+    assert "training on handwritten digits" in capsys.readouterr().out
+    assert read_classes("demo/cls_classes.txt") == list(demo_digits.CLASSES)
+    assert [len(read_list(f"demo/{name}", 10)) for name in LISTS[:3]] == [1294, 144, 359]
+    assert sorted(path.name for path in here.iterdir()) == ["demo"]
     touch("datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/7/3.jpg", "datasets/train/7/4.jpg")
-    ensure_lists(TrainConfig())
+    assert ensure_lists(TrainConfig(demo=True)) == ""
     assert read_classes("model_data/cls_classes.txt") == ["7", "cat"]
     assert len(entries("cls_train.txt")) + len(entries("cls_val.txt")) == 4
-    assert not Path("cls_test.txt").exists()
-    assert "built-in digits" in capsys.readouterr().out
 
 
-def test_own_classes_replace_the_class_file_of_the_digits(here):
-    ensure_lists(TrainConfig())
-    touch(
-        "datasets/train/cat/1.jpg", "datasets/train/cat/2.jpg", "datasets/train/dog/3.jpg", "datasets/train/dog/4.jpg"
-    )
-    ensure_lists(TrainConfig())
-    assert read_classes("model_data/cls_classes.txt") == ["cat", "dog"]
-    assert len(entries("cls_train.txt")) == 2
+def test_without_images_the_digits_are_only_for_who_asks_for_them(here):
+    Path("datasets").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"no images in datasets/ of .* {here}: .*--data; --demo"):
+        ensure_lists(TrainConfig())
+    assert [path.name for path in here.iterdir()] == ["datasets"]
+    with pytest.raises(FileNotFoundError, match=r"no class file cats/cls_classes\.txt"):
+        load_data(TrainConfig(data=ensure_lists(TrainConfig(data="cats", demo=True))).with_paths())
 
 
 def test_existing_lists_are_not_overwritten(two_classes):
@@ -283,26 +278,17 @@ def test_broken_links_and_hidden_folders_are_skipped(here, capsys):
     assert re.search(r"^a +1 +1 +0 +1 hidden$", table, re.MULTILINE)
 
 
-def test_own_folders_beside_the_splits_of_the_digits(here):
-    ensure_lists(TrainConfig())
-    touch(*(f"datasets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(3)))
-    ensure_lists(TrainConfig())
-    assert read_classes("model_data/cls_classes.txt") == ["cat", "dog"]
-    assert len(entries("cls_train.txt")) == 4
-
-
 @pytest.mark.parametrize("name", ["datasets/loose.jpg", "datasets/train/cat/1.raw", "datasets/train/cat/notes.txt"])
 def test_digits_are_not_written_among_other_files(here, name):
     touch(name)
     with pytest.raises(ValueError, match="at least two classes"):
-        ensure_lists(TrainConfig())
-    assert not list(here.rglob("builtin-digit-*"))
+        ensure_lists(TrainConfig(demo=True))
+    assert not Path("demo").exists()
 
 
 def test_readme_and_hidden_files_count_as_empty(here):
     touch("datasets/README.md", "datasets/.DS_Store")
-    ensure_lists(TrainConfig())
-    assert len(list(here.rglob("builtin-digit-*"))) == 1797
+    assert ensure_lists(TrainConfig(demo=True)) == "demo"
 
 
 def test_empty_validation_list_is_an_error(here):

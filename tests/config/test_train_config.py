@@ -56,7 +56,9 @@ from utils.system.cli import expand_switches
         ("freeze_epoch", 1.5),
         ("freeze_train", "False"),
         ("weight_decay", float("inf")),
-        ("classes_path", None),
+        ("classes_path", 1),
+        ("name", "a/b"),
+        ("name", "x" * 101),
     ],
 )
 def test_invalid_value(field, value):

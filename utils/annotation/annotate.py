@@ -11,18 +11,17 @@ from utils.annotation import demo_digits
 from utils.annotation.audit import AuditedImage, Finding, audit_images, grouped_images
 from utils.annotation.audit_report import format_findings, write_audit
 from utils.annotation.fingerprints import Fingerprints
-from utils.annotation.folder_scan import HIDDEN, SPLIT_NAMES, SPLITS, Scan, is_builtin_digit, scan_datasets
+from utils.annotation.folder_scan import HIDDEN, SPLIT_NAMES, SPLITS, Scan, scan_datasets
 from utils.annotation.split import group_by_name, split_validation
-from utils.config.train_config import TrainConfig
+from utils.config.train_config import TrainConfig, project_files
 from utils.data.image_list import read_classes, read_first_path, write_classes, write_excluded, write_list
+from utils.system.text import shorten_list
 
 EXCLUDED = "excluded.txt"
 
 
 def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
     """Return the class names from the class file, or else the sorted folder names.
-
-    A class file of the built-in digits is ignored once there are other images.
 
     Raises:
         ValueError: the class file matches no folder, or fewer than two classes have training images.
@@ -31,20 +30,19 @@ def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
     path = Path(classes_path)
     if path.is_file():
         names = read_classes(path)
-        only_digits = names == list(demo_digits.CLASSES)
-        if set(names) & set(folders) and not (only_digits and scan.digits_excluded):
+        if set(names) & set(folders):
             return names
-        if folders and not only_digits:
+        if folders:
             raise ValueError(
-                f"{path}: none of its classes ({_some(names)}) is a folder with training images (there are: "
-                f"{_some(folders)}); correct it, or delete it to create it from the folders"
+                f"{path}: none of its classes ({shorten_list(names)}) is a folder with training images (there are: "
+                f"{shorten_list(folders)}); correct it, or delete it to create it from the folders"
             )
     if len(folders) < 2:
         skipped = sum((Counter(reasons) for reasons in scan.skipped.values()), Counter())
         details = "; skipped: " + ", ".join(f"{n} {why}" for why, n in skipped.items()) if skipped else ""
         raise ValueError(
             f"at least two classes are needed, each a folder of images in datasets/train/ or datasets/; folders with "
-            f"training images: {_some(folders)}{details}"
+            f"training images: {shorten_list(folders)}{details}"
         )
     return folders
 
@@ -103,7 +101,7 @@ def annotate(
     names = choose_classes(scan, classes_path)
     groups = group_by_name(scan.paths(), group_regex)
     findings = None
-    if audit and not all(map(is_builtin_digit, scan.paths())):
+    if audit:
         fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
         findings = audit_scan(scan, names, groups, fingerprints, audit_path)
         groups += grouped_images(findings)
@@ -176,7 +174,7 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
         if not entries[split]:
             raise ValueError(
                 f"no {split} images: give each class at least two that are neither near-duplicates nor in one group, "
-                f"or put images of {_some(names)} in {split}/"
+                f"or put images of {shorten_list(names)} in {split}/"
             )
     if not Path(classes_path).is_file() or read_classes(classes_path) != names:
         write_classes(classes_path, names)
@@ -258,39 +256,44 @@ def format_table(scan: Scan, names: list[str]) -> str:
     for split in ("train", "val"):
         missing = [name for name in names if not scan.count(split, name)]
         if missing:
-            lines.append(f"warning: no {split} images of {_some(missing)}; to remove a class, delete the class file")
+            lines.append(
+                f"warning: no {split} images of {shorten_list(missing)}; to remove a class, delete the class file"
+            )
     return "\n".join(lines)
 
 
-def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") -> None:
-    """Create missing lists at their default paths.
+def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") -> str:
+    """Create the lists that `config` lacks at their default places; return the folder of its project.
 
-    If `datasets_path` is empty, the built-in digits are written first. Lists of the built-in digits are replaced once
-    there are other images. Lists at other paths belong to the user and are never written.
+    Lists in another folder or at other paths belong to the user and are never written. Without lists and images, with
+    `config.demo`, the project is the handwritten digits in `demo/`, written if they are missing.
+
+    Raises:
+        FileNotFoundError: there are neither lists nor images.
     """
-    fields = ("train_annotation_path", "val_annotation_path")
-    if any(getattr(config, field) != getattr(TrainConfig, field) for field in fields):
-        return
-    lists_are_demo = is_builtin_digit(read_first_path(config.train_annotation_path) or "")
-    if Path(config.train_annotation_path).is_file() and not lists_are_demo:
-        return
+    files, placed = project_files(""), config.with_paths()
+    elsewhere = any(getattr(placed, field) != files[field] for field in files if field != "test_annotation_path")
+    if elsewhere or Path(placed.train_annotation_path).is_file():
+        return config.data
+    limits = {"cache_dir": config.cache_dir, "max_pixels": config.max_pixels, "allow_truncated": config.allow_truncated}
     root = Path(datasets_path)
-    root.mkdir(exist_ok=True)
-    if not any(entry for entry in root.iterdir() if entry.name != "README.md" and not entry.name.startswith(HIDDEN)):
-        print(f"{root}/ is empty: writing the built-in handwritten digits")
-        print("  for your own images, put one folder per class there, see README.md")
-        demo_digits.write_demo(root)
-    elif lists_are_demo and all(map(is_builtin_digit, scan_datasets(root).paths())):
-        return
-    else:
+    if root.is_dir() and any(e.name != "README.md" and not e.name.startswith(HIDDEN) for e in root.iterdir()):
         print(f"creating lists of the images in {root}/")
-    annotate(
-        root,
-        config.classes_path,
-        cache_dir=config.cache_dir,
-        max_pixels=config.max_pixels,
-        allow_truncated=config.allow_truncated,
-    )
+        annotate(root, **files, **limits)
+        return ""
+    if not config.demo:
+        raise FileNotFoundError(
+            f"there are no lists (cls_train.txt, ...) and no images in {root}/ of the working folder {os.getcwd()}: "
+            f"put one folder of images per class into {root}/, or give the folder of the lists with --data; --demo "
+            f"trains on handwritten digits"
+        )
+    print(f"there are no images in {root}/: training on handwritten digits, in {demo_digits.FOLDER}/")
+    print("  for your own images, put one folder per class there, see README.md")
+    files = project_files(demo_digits.FOLDER)
+    if not Path(files["train_annotation_path"]).is_file():
+        demo_digits.write_demo(demo_digits.FOLDER)
+        annotate(demo_digits.FOLDER, **files, audit=False)
+    return demo_digits.FOLDER
 
 
 def _relative(path: str, list_path: str | Path) -> str:
@@ -301,8 +304,3 @@ def _relative(path: str, list_path: str | Path) -> str:
         return Path(os.path.relpath(path, Path(list_path).parent)).as_posix()
     except ValueError:  # on Windows the list may be on another drive
         return Path(os.path.abspath(path)).as_posix()
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5]) or "none"
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+FOLDER = "demo"
 CLASSES = tuple("0123456789")
-PREFIX = "builtin-digit-"
-"""Prefix of their file names, which distinguishes them from the user's images."""
 
 
 def write_demo(datasets_path: str | Path) -> int:
@@ -23,5 +22,5 @@ def write_demo(datasets_path: str | Path) -> int:
     for index, (pixels, target) in enumerate(zip(images, digits.target, strict=True)):
         folder = Path(datasets_path, "test" if index % 5 == 4 else "train", CLASSES[target])
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(folder / f"{PREFIX}{index:04d}.png")
+        Image.fromarray(pixels).save(folder / f"{index:04d}.png")
     return len(images)

@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.annotation import demo_digits
 from utils.data.image_io import HEIF_SUFFIXES, IMAGE_SUFFIXES
 
 HIDDEN = "."
@@ -24,12 +23,10 @@ class Scan:
     Attributes:
         images: split -> class -> sorted paths; only classes with images.
         skipped: class -> reason -> number of files; class "": files outside class folders.
-        digits_excluded: whether the built-in digits were skipped because there are other images.
     """
 
     images: dict[str, dict[str, list[str]]] = field(default_factory=lambda: {split: {} for split in SPLITS})
     skipped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    digits_excluded: bool = False
 
     def count(self, split: str, name: str) -> int:
         """Return the number of images of a class in a split."""
@@ -43,8 +40,7 @@ class Scan:
 def scan_datasets(root: str | Path) -> Scan:
     """Find images at any depth under `<split>/<class>/`, or under `<class>/`.
 
-    A split is a folder named train, val, valid, validation or test, in any case, that contains folders. The built-in
-    digits are skipped if there are other images.
+    A split is a folder named train, val, valid, validation or test, in any case, that contains folders.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -61,12 +57,7 @@ def scan_datasets(root: str | Path) -> Scan:
     if splits and "train" not in splits.values():
         raise ValueError(f"{root}: it has {next(iter(splits)).name}/ but no train/; put class folders in train/")
     others = [entry for entry in folders if entry not in splits]
-    # Splits with only the built-in digits don't count if other folders have images. These, usually none, are checked
-    # first, to avoid scanning train twice.
-    demo_replaced = (
-        bool(splits) and any(not _holds_only_digits(entry) for entry in others) and all(map(_holds_only_digits, splits))
-    )
-    if splits and not demo_replaced:
+    if splits:
         for entry, split in splits.items():
             scan_classes(entry, scan, split)
         for entry in others:
@@ -74,20 +65,16 @@ def scan_datasets(root: str | Path) -> Scan:
                 scan.skipped[entry.name]["in a folder beside train, val and test, move it into one of them"] += images
         _count_loose(root, scan)
     else:
-        scan_classes(root, scan, "train", ignore=set(splits))
-        scan.digits_excluded = bool(splits)
-    exclude_digits(scan)
+        scan_classes(root, scan, "train")
     return scan
 
 
-def scan_classes(folder: Path, scan: Scan, split: str, ignore: set[Path] | frozenset[Path] = frozenset()) -> None:
-    """Add the images in the class folders of `folder`, except those in `ignore`, to `scan`.
+def scan_classes(folder: Path, scan: Scan, split: str) -> None:
+    """Add the images in the class folders of `folder` to `scan`.
 
     Class names are normalized to Unicode NFC: macOS decomposes accents and Hangul in file names.
     """
     for entry in _folders(folder):
-        if entry in ignore:
-            continue
         name = unicodedata.normalize("NFC", entry.name)
         images = scan.images[split].setdefault(name, [])
         images += find_images(entry, scan.skipped[name])
@@ -149,28 +136,3 @@ def _count_loose(folder: Path, scan: Scan) -> None:
             scan.skipped[entry.name]["a broken link"] += 1
         elif not entry.is_dir() and entry.suffix.lower() in IMAGE_SUFFIXES:
             scan.skipped[""]["outside the class folders"] += 1
-
-
-def is_builtin_digit(path: str) -> bool:
-    """Return whether an image is one of the built-in digits."""
-    return os.path.basename(path).startswith(demo_digits.PREFIX)
-
-
-def _holds_only_digits(folder: Path) -> bool:
-    return all(map(is_builtin_digit, find_images(folder, Counter())))
-
-
-def exclude_digits(scan: Scan) -> None:
-    """Remove the built-in digits from `scan` if there are other images."""
-    if all(map(is_builtin_digit, scan.paths())):
-        return
-    for classes in scan.images.values():
-        for name, paths in list(classes.items()):
-            own = [path for path in paths if not is_builtin_digit(path)]
-            if len(own) < len(paths):
-                scan.digits_excluded = True
-                scan.skipped[""]["built-in digits"] += len(paths) - len(own)
-            if own:
-                classes[name] = own
-            else:
-                del classes[name]

@@ -59,6 +59,11 @@ def setting(
     return dataclasses.field(default=None if by_recipe else default, metadata={"setting": spec})
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a file on any system can be called `name`, or it is empty. Letters of all scripts are allowed."""
+    return len(name.encode()) <= 100 and all(char.isalnum() or char in "-_" for char in name)
+
+
 def lists_to_tuples(config: Any) -> None:
     """Turn lists (from JSON) in the fields of a frozen dataclass into tuples."""
     for field in dataclasses.fields(config):

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from utils.config.frozen import Frozen
@@ -20,6 +21,7 @@ from utils.config.setting import (
     Setting,
     Valid,
     has_type,
+    is_file_name,
     lists_to_tuples,
     setting,
     to_plain,
@@ -79,14 +81,26 @@ class TrainConfig:
 
     # Data
 
-    classes_path: str = "model_data/cls_classes.txt"
-    """File of class names, one per line; the line number is the class id. `txt_annotation.py` writes it."""
+    data: str = setting("", resumable=True)
+    """Folder of a project, written by `txt_annotation.py --out`: its lists and class file, for several projects side by
+    side. Empty: the lists are in the working folder, and the class file is in `model_data/`."""
 
-    train_annotation_path: str = "cls_train.txt"
-    """List of the training images, one `class_id;path` per line. `txt_annotation.py` writes it."""
+    classes_path: str | None = None
+    """File of class names, one per line; the line number is the class id. None: `cls_classes.txt` in `data`."""
 
-    val_annotation_path: str = "cls_val.txt"
-    """List of the validation images, which select the best epoch. Don't use the test images."""
+    train_annotation_path: str | None = None
+    """List of the training images, one `class_id;path` per line. None: `cls_train.txt` in `data`."""
+
+    val_annotation_path: str | None = None
+    """List of the validation images, which select the best epoch. Don't use the test images. None: `cls_val.txt` in
+    `data`."""
+
+    test_annotation_path: str | None = setting(None, resumable=True)
+    """List of the test images. Training doesn't read it; a copy is kept in the run for `eval.py`. None: `cls_test.txt`
+    in `data`, if there is one."""
+
+    demo: bool = setting(False, resumable=True)
+    """If there are no lists and no images in `datasets/`, train on handwritten digits, written to `demo/`."""
 
     # Recipe
 
@@ -339,6 +353,9 @@ class TrainConfig:
     save_dir: str = setting("logs", resumable=True)
     """Parent of the run folders."""
 
+    name: str = setting("", Valid(is_file_name, "must be letters, digits, - and _, at most 100"))
+    """Name of the run, appended to its folder's name. `python eval.py --list` shows all runs."""
+
     resume: str = setting("auto", Valid(lambda value: value != "", "must be auto, no, or a run folder"), resumable=True)
     """`auto`: resume the newest unfinished run in `save_dir` with these settings, else start a new one; rerunning
     the same command resumes. `no`: start a new run. A run folder: resume that run."""
@@ -403,7 +420,12 @@ class TrainConfig:
     def with_defaults(self, **chosen: Any) -> TrainConfig:
         """A copy with `chosen`, and the plain default in every field that is None."""
         unset = {name: value for name, value in PLAIN_DEFAULTS.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **unset | {"recipe": "none"} | chosen)
+        return dataclasses.replace(self.with_paths(), **unset | {"recipe": "none"} | chosen)
+
+    def with_paths(self) -> TrainConfig:
+        """A copy in which lists and class file that aren't set are those of the project `data`."""
+        paths = project_files(self.data)
+        return dataclasses.replace(self, **{field: getattr(self, field) or path for field, path in paths.items()})
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:
@@ -485,6 +507,21 @@ def _options(hint: Any) -> tuple[Any, ...]:
         return get_args(hint)
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
     return _options(kinds[0]) if len(kinds) == 1 else ()
+
+
+PROJECT_FILES = {
+    "classes_path": "cls_classes.txt",
+    "train_annotation_path": "cls_train.txt",
+    "val_annotation_path": "cls_val.txt",
+    "test_annotation_path": "cls_test.txt",
+}
+"""The files of a project, by the field that can set another path."""
+
+
+def project_files(folder: str) -> dict[str, str]:
+    """The paths of a project's files by field; "": the working folder, with the class file in model_data/."""
+    paths = {field: (PurePath(folder) / name).as_posix() for field, name in PROJECT_FILES.items()}
+    return paths if folder else paths | {"classes_path": f"model_data/{PROJECT_FILES['classes_path']}"}
 
 
 def upgrade(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.annotation.folder_scan import SPLIT_NAMES, Scan, exclude_digits, find_images, scan_classes
-from utils.config.train_config import TrainConfig
+from utils.annotation.folder_scan import SPLIT_NAMES, Scan, find_images, scan_classes
+from utils.config.train_config import project_files
 from utils.data.image_list import ImageList, list_in_memory, read_classes, read_list
 from utils.inference.classifier import Classifier
-from utils.runs.folder import LIST_FILES, read_run_list
+from utils.runs.folder import is_run, list_path, read_run_list
+from utils.system.text import shorten_list
 
 
 def read_ood_images(classifier: Classifier, folder: str) -> ImageList:
@@ -34,8 +35,37 @@ def read_ood_images(classifier: Classifier, folder: str) -> ImageList:
     return list_in_memory((0, path) for path in paths)
 
 
+def own_images(checkpoint: Path, classifier: Classifier) -> tuple[str, ImageList] | None:
+    """The path and images of the test list of a checkpoint's run, or else of its validation list; None if it isn't in
+    a run folder. A test list that was written after the run started is found at the path in its settings.
+
+    Raises:
+        FileNotFoundError: the images aren't in this working folder.
+        ValueError: the list can't be read, or has other classes.
+    """
+    config, names = classifier.config, classifier.class_names
+    if not is_run(checkpoint.parent):
+        return None
+    path = list_path(config, "test")
+    images = read_run_list(checkpoint, config, names, "test")
+    if images is None and Path(path).is_file():
+        return path, read_images(path, "", names)
+    if images is None:
+        path, images = list_path(config, "val"), read_run_list(checkpoint, config, names, "val")
+    if not os.path.exists(images.path(0)):
+        raise FileNotFoundError(
+            f"data: {images.path(0)}, the first image of the run's list, isn't in this working folder; run eval.py in "
+            f"the folder where the run was trained, or give a list or a folder of images with --data"
+        )
+    if Path(path).is_file() and Path(path).read_bytes() != images.buffer.tobytes():
+        print(f"{path} has changed since the run started; to evaluate on it as it is now: --data {path}")
+    return path, images
+
+
 def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageList:
     """The images of a list, or of a folder with one subfolder per class, checked against the checkpoint's classes.
+
+    `classes_path` is the class file of a list; empty: that of the list's project, if it has one.
 
     Raises:
         FileNotFoundError: the list or folder, or a class file that was given, does not exist.
@@ -45,8 +75,10 @@ def read_images(data: str, classes_path: str, class_names: list[str]) -> ImageLi
         raise FileNotFoundError(f"data: there is no list or folder {data}; python txt_annotation.py writes lists")
     if Path(data).is_dir():
         return list_folder(data, class_names)
-    if Path(classes_path).is_file() or classes_path not in ("", TrainConfig.classes_path):
-        check_classes(read_classes(classes_path), class_names, classes_path)
+    folder = os.path.dirname(data)
+    of_project = project_files(folder)["classes_path"]
+    if classes_path or Path(of_project).is_file():
+        check_classes(read_classes(classes_path or of_project), class_names, classes_path or of_project)
     return read_list(data, len(class_names))
 
 
@@ -91,8 +123,8 @@ class Overlap:
 def count_overlap(checkpoint: Path, classifier: Classifier, images: ImageList) -> Overlap:
     """How many of `images` are in the lists of the checkpoint's run, compared by resolved path."""
     places = Counter(os.path.realpath(images.path(i)) for i in range(len(images)))
-    counts, known = dict.fromkeys(LIST_FILES, 0), True
-    for key in LIST_FILES:
+    counts, known = {"train": 0, "val": 0}, True
+    for key in counts:
         try:
             of_run = read_run_list(checkpoint, classifier.config, classifier.class_names, key)
         except ValueError:  # not a list of this run
@@ -111,7 +143,6 @@ def list_folder(folder: str, class_names: list[str]) -> ImageList:
     """
     scan = Scan()
     scan_classes(Path(folder), scan, "test")
-    exclude_digits(scan)
     images = scan.images["test"]
     if images.keys() <= SPLIT_NAMES.keys() - set(class_names):
         such_as = f", such as {folder}/test" if Path(folder, "test").is_dir() else ""
@@ -135,8 +166,8 @@ def check_classes(names: list[str], class_names: list[str], source: str, subset:
     missing = [] if subset else sorted(set(class_names) - set(names))
     reordered = not subset and not extra and not missing and names != class_names
     if extra or missing or reordered:
-        parts = [f"only in {source}: {', '.join(extra)}"] if extra else []
-        parts += [f"only in the checkpoint: {', '.join(missing)}"] if missing else []
+        parts = [f"only in {source}: {shorten_list(extra)}"] if extra else []
+        parts += [f"only in the checkpoint: {shorten_list(missing)}"] if missing else []
         raise ValueError(
             f"the classes of {source} differ from the checkpoint's "
             f"({'the same in another order' if reordered else '; '.join(parts)}); rename them, or use the data or the "

@@ -12,7 +12,7 @@ from nets.weights.seal import digest_file
 from utils.export.formats import FORMATS, STEMS
 from utils.inference.classifier import Classifier
 from utils.inference.exported_metadata import ExportedMetadata
-from utils.runs.folder import METRICS_FOLDER, read_run_list
+from utils.runs.folder import METRICS_FOLDER, OTHER_RESULTS, read_run_list
 from utils.system.files import format_bytes, read_json, write_text
 from utils.system.text import printable
 
@@ -108,12 +108,14 @@ def count_images(checkpoint: Path, classifier: Classifier) -> list[dict[str, Any
 
 
 def read_metrics(checkpoint: Path, checkpoint_sha256: str) -> dict[str, Any] | None:
-    """The metrics that eval.py wrote for this state of the checkpoint, for the template; None if there are none.
+    """The metrics that eval.py wrote for this state of the checkpoint, for the template: those on the run's own test
+    list, else the newest; None if there are none.
 
     Raises:
         ValueError: a metrics.json is malformed.
     """
-    for path in (checkpoint.with_name("metrics.json"), METRICS_FOLDER / "metrics.json"):
+    others = sorted(checkpoint.parent.glob(f"{OTHER_RESULTS}/*/metrics.json"), key=lambda path: path.stat().st_mtime_ns)
+    for path in (checkpoint.with_name("metrics.json"), *reversed(others), METRICS_FOLDER / "metrics.json"):
         if not path.is_file():
             continue
         metrics = read_json(path)

@@ -159,6 +159,11 @@ def prune_periodic(folder: Path, keep: int) -> None:
         try_unlink(path, "it is retried after the next epoch")
 
 
+def holds_runs(folder: Path) -> bool:
+    """Whether a folder is a run or contains runs, that is checkpoints."""
+    return any(True for pattern in ("*.pth", "*/*.pth") for _ in folder.glob(pattern))
+
+
 def find_checkpoint(path: str, name: str = BEST) -> Path:
     """The checkpoint that `path` selects: a file itself, the one called `name` in a run folder, or that of the newest
     run in a folder of runs (`logs` if `path` is empty).

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from utils.annotation import demo_digits
 from utils.annotation.audit import SIMILAR_BY_NATURE, AuditedImage, find_duplicates, grouped_images
 from utils.annotation.fingerprints import Fingerprints
-from utils.annotation.folder_scan import is_builtin_digit
 from utils.annotation.split import group_by_name, join_groups
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, list_in_memory, write_list
@@ -98,7 +98,7 @@ def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex
 
     paths = [images.path(i) for i in range(len(images))]
     groups = group_by_name(paths, group_regex)
-    if not all(map(is_builtin_digit, paths)):
+    if config.data != demo_digits.FOLDER:
         cache = Fingerprints(Path(config.cache_dir, "fingerprints.sqlite"), config.max_pixels, config.allow_truncated)
         places = zip(paths, map(str, images.class_ids), cache.read(paths), strict=True)
         audited = [AuditedImage(path, "train", name, found) for path, name, found in places if not found.error]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config.train_config import TrainConfig
+from utils.config.train_config import TrainConfig, project_files
 from utils.data.image_list import ImageList, read_list
 from utils.system.files import PARTIAL, write_bytes, write_json
 from utils.system.folder_lock import LOCK_FILE, FolderLock, InUse
@@ -20,9 +21,14 @@ ASKED_FILE = "asked.json"
 """The settings before the recipe filled unset fields."""
 EVENTS = "events.out.tfevents."
 """Prefix of TensorBoard's file names."""
-LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt"}
+LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
+CLASS_FILE = "classes.txt"
+
+
 METRICS_FOLDER = Path("metrics_out")
 """Where eval.py writes results for a checkpoint outside a run folder."""
+OTHER_RESULTS = "eval"
+"""Folder in a run for results on other images than its own, in a folder for each list or folder of images."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,9 @@ class RunFolder:
 
 def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[str, ImageList]) -> RunFolder:
     """The folder of a new run, with its settings and lists."""
-    path = new_run_folder(config.save_dir)
+    path = new_run_folder(config.save_dir, config.name)
     lock = FolderLock(path)
-    write_lists(path, lists)
+    write_lists(path, lists, config)
     if asked.recipe == "auto":
         write_json(path / ASKED_FILE, asked.as_dict())
     write_json(path / CONFIG_FILE, config.as_dict())
@@ -60,28 +66,40 @@ def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[st
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` was created by a run."""
-    return all((folder / name).is_file() for name in (CONFIG_FILE, *LIST_FILES.values()))
+    return all((folder / name).is_file() for name in (CONFIG_FILE, LIST_FILES["train"], LIST_FILES["val"]))
 
 
-def results_folder(checkpoint: Path) -> Path:
-    """The default output folder of eval.py for a checkpoint."""
-    return checkpoint.parent if is_run(checkpoint.parent) else METRICS_FOLDER
+def in_run(folder: str) -> bool:
+    """Whether `folder` is a run folder, or a folder of results in one."""
+    return any(map(is_run, (Path(folder), *list(Path(folder).parents)[:2])))
 
 
-def write_lists(path: Path, lists: Mapping[str, ImageList]) -> None:
+def results_folder(checkpoint: Path, other_data: str = "") -> Path:
+    """The default output folder of eval.py for a checkpoint; `other_data`: what isn't the run's own list."""
+    if not is_run(checkpoint.parent):
+        return METRICS_FOLDER
+    name = re.sub(r"[^\w.-]+", "_", other_data).strip("._")[-80:]
+    return checkpoint.parent / OTHER_RESULTS / name if other_data else checkpoint.parent
+
+
+def write_lists(path: Path, lists: Mapping[str, ImageList], config: TrainConfig) -> None:
+    """Write the lists of a run, and copies of its test list, if there is one, and of its class file."""
     for key, images in lists.items():
         write_bytes(path / LIST_FILES[key], images.buffer.tobytes())
+    for source, name in ((config.test_annotation_path, LIST_FILES["test"]), (config.classes_path, CLASS_FILE)):
+        if Path(source).is_file():
+            write_bytes(path / name, Path(source).read_bytes())
 
 
-def new_run_folder(save_dir: str | Path) -> Path:
-    """Create a folder in `save_dir`, named by the current time."""
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for name in (stamp, *(f"{stamp}_{number}" for number in range(2, 1000))):
+def new_run_folder(save_dir: str | Path, name: str = "") -> Path:
+    """Create a folder in `save_dir`, named by the current time and `name`."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S") + (f"_{name}" if name else "")
+    for folder in (stamp, *(f"{stamp}_{number}" for number in range(2, 1000))):
         try:
-            Path(save_dir, name).mkdir(parents=True)
+            Path(save_dir, folder).mkdir(parents=True)
         except FileExistsError:
             continue
-        return Path(save_dir, name)
+        return Path(save_dir, folder)
     raise FileExistsError(f"save_dir={str(save_dir)!r}: it has a thousand runs of {stamp}; set another save_dir")
 
 
@@ -107,16 +125,22 @@ def remove_leftovers(save_dir: Path) -> None:
 
 def has_no_checkpoint(folder: Path) -> bool:
     """Whether a run folder contains only what a run writes before its first checkpoint."""
-    initial = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, *LIST_FILES.values()}
+    initial = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, CLASS_FILE, *LIST_FILES.values()}
     return all(
         path.name in initial or path.name.startswith(EVENTS) or path.name.endswith(PARTIAL) for path in folder.iterdir()
     )
 
 
 def read_run_list(checkpoint: Path, config: Mapping[str, Any], class_names: list[str], key: str) -> ImageList | None:
-    """The copy of a list ("train" or "val") in the run folder of a checkpoint; None if there is none. Relative paths in
-    it start from the folder of the original list in `config`."""
+    """The copy of a list (a key of `LIST_FILES`) in the run folder of a checkpoint; None if there is none. Relative
+    paths in it start from the folder of the original list in `config`."""
     copy = checkpoint.with_name(LIST_FILES[key])
     if not copy.is_file():
         return None
-    return replace(read_list(copy, len(class_names)), folder=os.path.dirname(config.get(f"{key}_annotation_path", "")))
+    return replace(read_list(copy, len(class_names)), folder=os.path.dirname(list_path(config, key)))
+
+
+def list_path(config: Mapping[str, Any], key: str) -> str:
+    """The path of a list (a key of `LIST_FILES`) according to the settings that a run stored."""
+    field = f"{key}_annotation_path"
+    return config.get(field) or project_files(config.get("data", ""))[field]

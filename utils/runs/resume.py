@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config.train_config import PLAIN_DEFAULTS, RESUMABLE_FIELDS, TrainConfig, upgrade
+from utils.config.train_config import PLAIN_DEFAULTS, RESUMABLE_FIELDS, TrainConfig, project_files, upgrade
 from utils.data.image_list import ImageList, compare_lists, read_list
 from utils.runs.checkpoint import LAST, SaveError, load_newest, prune_periodic, read_progress, save_checkpoint
 from utils.runs.folder import (
@@ -22,6 +22,7 @@ from utils.runs.folder import (
 )
 from utils.system.files import read_json, write_whole
 from utils.system.folder_lock import FolderLock
+from utils.system.text import shorten_list
 
 
 def open_run(
@@ -88,16 +89,16 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
     if changed := changed_fields(read_json(path / CONFIG_FILE), config):
         differences = ", ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items())
         raise ValueError(
-            f"{given}: {differences}; use the settings in {path / CONFIG_FILE}, or start a new run, with model_path to "
-            f"start from its weights"
+            f"{given}: {differences}; a resumed run can't change this: remove it, or train the run's best checkpoint "
+            f"further in a new run, --continue {path}"
         )
     run, newest = _open_folder(path)
     if run is None:
         raise ValueError(f"{given}: it has no intact checkpoint; start a new run with resume=no")
     if not _has_classes(run, class_names):
         raise ValueError(
-            f"{given}: it has the classes {', '.join(run.checkpoint['class_names'])}, and {config.classes_path} has "
-            f"{', '.join(class_names)}; restore that file, or start a new run with resume=no"
+            f"{given}: it has the classes {shorten_list(run.checkpoint['class_names'])}, and {config.classes_path} "
+            f"has {shorten_list(class_names)}; restore that file, or start a new run with resume=no"
         )
     _prepare_resume(run, newest, config, lists)
     return run
@@ -151,9 +152,10 @@ def changed_fields(saved: Mapping[str, Any], config: TrainConfig) -> dict[str, t
     Fields that are missing in `saved` are newer than the run and had their defaults. If `saved` is empty, because its
     file couldn't be read, all fields differ.
     """
-    now = config.as_dict()
+    now = config.with_paths().as_dict()
     default = TrainConfig() if config.recipe == "auto" else TrainConfig().with_defaults()
     before = default.as_dict() | upgrade(saved) if saved else dict.fromkeys(now)
+    before |= {field: before[field] or path for field, path in project_files(before["data"] or "").items()}
     names = sorted((before.keys() | now.keys()) - RESUMABLE_FIELDS)
     pairs = {name: (before.get(name), now.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -227,4 +229,4 @@ def _prepare_resume(run: RunFolder, newest: Path | None, config: TrainConfig, li
     if changed:  # the digests before the copies: a copy that doesn't match its digest counts as changed by a user
         digests = {key: images.digest() for key, images in lists.items()}
         save_checkpoint(run.path / LAST, run.checkpoint | {"lists": digests})
-    write_lists(run.path, lists)
+    write_lists(run.path, lists, config)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from nets.network import FreezableNetwork
+from utils.annotation.annotate import ensure_lists
 from utils.config.recipe import Choice, Known, choose
 from utils.config.train_config import TrainConfig
 from utils.modeling.build import build_meta_network, check_network
@@ -52,16 +53,16 @@ def prepare(asked: TrainConfig) -> Setup:
     device = pick_device(asked.device)
     network = build_meta_network(asked, num_classes=2)
     if asked.recipe == "none":
-        config = asked.with_defaults()
-        check_network(network, config)  # before lists are written
-    data = load_data(asked)
+        check_network(network, asked.with_defaults())  # before lists are written
+    project = ensure_lists(asked)
+    placed = replace(asked, data=project).with_paths()
+    data = load_data(placed)
     network.head = nn.Linear(network.head.in_features, len(data.class_names), device="meta")
-    choices = []
-    if asked.recipe == "auto":
-        choices = _choose(asked, data, network, device)
-        unset = {choice.field: choice.value for choice in choices if getattr(asked, choice.field) is None}
-        config = asked.with_defaults(**unset)
-        check_network(network, config)
+    choices = _choose(asked, data, network, device) if asked.recipe == "auto" else []
+    config = placed.with_defaults(**{c.field: c.value for c in choices if getattr(asked, c.field) is None})
+    check_network(network, config)
+    if project != asked.data:
+        choices.append(Choice("data", project, "datasets/ has no images", by="demo"))
     warn_about_input_shape(data.train_images, config.input_shape, config.max_pixels)
     stages = plan_stages(config, len(data.train_images), network.transformer)
     return Setup(asked, config, choices, data, network, stages, device, *choose_precision(config.precision, device))

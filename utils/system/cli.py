@@ -24,8 +24,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 SAFE_ESCAPES = re.compile(r"(\x1b\[[\d;]*[mA])")  # colors, and the cursor movement of nested progress bars
 
 
-def run(main: Callable[..., Any], optional_switches: Collection[str] = ()) -> Any:
+def run(
+    main: Callable[..., Any],
+    optional_switches: Collection[str] = (),
+    defaults: Callable[[Sequence[str]], dict[str, Any]] = lambda _: {},
+) -> Any:
     """The result of `main`, called with arguments from the command line; for `optional_switches` see `expand_switches`.
+    `defaults` returns defaults of main's arguments that depend on the command line.
 
     Errors that Thaw raised about user input are printed without a traceback, with exit status 1. Errors from libraries
     keep their traceback, since they may be bugs. Characters that the output encoding lacks, and in a terminal also
@@ -38,7 +43,7 @@ def run(main: Callable[..., Any], optional_switches: Collection[str] = ()) -> An
             stream.write = partial(_write_printable, stream.write)
     with handle_stop_signals():
         try:
-            return _call(main, expand_switches(sys.argv[1:], optional_switches))
+            return _call(main, expand_switches(sys.argv[1:], optional_switches), defaults)
         except Stopped as stopped:
             # Skips the interpreter's shutdown, in which a second signal wouldn't be handled.
             sys.stdout.flush()
@@ -52,9 +57,9 @@ def _write_printable(write: Callable[[str], int], text: str) -> int:
     return write("".join(part if i % 2 else printable(part, keep="\n\r\t") for i, part in enumerate(parts)))
 
 
-def _call(main: Callable[..., Any], args: Sequence[str]) -> Any:
+def _call(main: Callable[..., Any], args: Sequence[str], defaults: Callable[[Sequence[str]], dict[str, Any]]) -> Any:
     try:
-        return tyro.cli(main, args=args)
+        return tyro.cli(partial(main, **defaults(args)), args=args)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -91,10 +96,26 @@ def expand_switches(args: Sequence[str], names: Collection[str]) -> list[str]:
     return expanded
 
 
+def find_value(args: Sequence[str], flag: str) -> str | None:
+    """The last value of a flag in `--flag value` or `--flag=value`; None if it isn't given."""
+    found = None
+    for word, after in zip_longest(args, args[1:]):
+        if word == flag:
+            found = after
+        elif word.startswith(f"{flag}="):
+            found = word.partition("=")[2]
+    return found
+
+
 def check_folder(field: str, folder: str) -> None:
     """Raise a ValueError if an output folder is a file."""
     if folder and Path(folder).exists() and not Path(folder).is_dir():
         raise ValueError(f"{field}={folder!r}: it is a file; give a folder")
+
+
+def script_path(name: str) -> str:
+    """The path of one of Thaw's scripts, from the working folder or, where that is shorter, from the root."""
+    return min(os.path.relpath(PROJECT / name), str(PROJECT / name), key=len)
 
 
 def command(*words: str) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils.annotation.annotate import ensure_lists
 from utils.config.train_config import TrainConfig
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_cache import open_cache
@@ -31,8 +30,7 @@ class Data(NamedTuple):
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Read the lists. If there are none, first write those of the user's folders or of the demo data."""
-    ensure_lists(config)
+    """Read the lists and the class file, whose paths are set."""
     class_names = read_classes(config.classes_path)
     lists = (config.train_annotation_path, config.val_annotation_path)
     return Data(class_names, *(read_list(path, len(class_names)) for path in lists))
