@@ -25,7 +25,7 @@ from utils.inference.classifier import BATCH, Classifier, load_classifier
 from utils.inference.fit_calibration import read_embeddings
 from utils.inference.outputs import Outputs, compute_outputs
 from utils.metrics.scores import Scores
-from utils.runs.checkpoint import find_checkpoint, holds_runs
+from utils.runs.checkpoint import find_checkpoint, given_model
 from utils.runs.folder import METRICS_FOLDER, is_run, results_folder
 from utils.runs.run_table import format_runs
 from utils.system import cli
@@ -72,7 +72,7 @@ def main(
         device: auto, cuda, cpu or mps.
     """
     check_options(batch_size, num_workers, corrupted, max_error, out)
-    model_path = one_model(model, model_path)
+    model_path = given_model(model, model_path)
     if list_runs:
         print(format_runs(model_path or "logs"))
         return
@@ -122,19 +122,6 @@ def check_options(batch_size: int, num_workers: int, corrupted: int, max_error: 
     if not 0 <= max_error < 1:
         raise ValueError(f"max_error={max_error}: must be at least 0 and below 1")
     cli.check_folder("out", out)
-
-
-def one_model(model: str, model_path: str) -> str:
-    """The path of the model, which is given as the first word or as model_path.
-
-    Raises:
-        ValueError: both are given, or the first word is a list or a folder of images.
-    """
-    if model and model_path:
-        raise ValueError(f"there are two models, {model} and {model_path}: remove one of them")
-    if model.endswith(".txt") or (Path(model).is_dir() and model and not holds_runs(Path(model))):
-        raise ValueError(f"model={model!r}: it is no checkpoint or run; for images to evaluate on, give --data {model}")
-    return model or model_path
 
 
 def choose_images(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from nets.weights.seal import digest_file
 from utils.data.image_list import ImageList, sample_indices, select
 from utils.evaluation.eval_lists import read_images
@@ -13,7 +15,7 @@ from utils.export.formats import FORMATS, STEMS, describe_export, write_card
 from utils.export.model_card import CHECKED, check_card, write_model_card
 from utils.inference.classifier import Classifier, load_classifier
 from utils.inference.exported_metadata import ExportedMetadata
-from utils.runs.checkpoint import find_checkpoint
+from utils.runs.checkpoint import find_checkpoint, given_model
 from utils.runs.folder import list_path, read_run_list
 from utils.system import cli
 from utils.system.files import format_bytes, write_json, write_whole
@@ -22,6 +24,7 @@ PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "pt2": ("fp32",), "safetensors":
 
 
 def main(
+    model: tyro.conf.Positional[str] = "",
     model_path: str = "",
     format: Literal["onnx", "pt2", "safetensors"] = "onnx",
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
@@ -34,6 +37,7 @@ def main(
     """Export a checkpoint to one file, and check on real images that both give the same predictions.
 
     Args:
+        model: as model_path.
         model_path: a checkpoint, a run's folder, or a folder of runs (the newest is used); empty: logs/.
         format: onnx: for ONNX Runtime; pt2: for torch alone (torch.export); safetensors: weights for the model_path of
             train.py and predict.py, with a JSON card.
@@ -48,7 +52,7 @@ def main(
         card: also write a model card, README.md: classes, metrics of eval.py, limits, usage, file hashes.
     """
     check_options(format, precision, check_images, out)
-    checkpoint = find_checkpoint(model_path)
+    checkpoint = find_checkpoint(given_model(model, model_path))
     classifier = load_classifier(checkpoint, "cpu", precision="fp32")
     images = images_to_check(checkpoint, classifier, data, classes_path)
     images = select(images, sample_indices(images, check_images, seed=0, by_class=True))

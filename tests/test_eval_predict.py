@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 import eval as evaluation
+import export
 import predict
 from nets.weights.seal import digest_file
 from tests.conftest import NAMES, write_image
@@ -325,8 +326,10 @@ def test_a_model_comes_first_and_alone(trained, tmp_path, capsys):
     with pytest.raises(ValueError, match="there are two models"):
         evaluation.main(str(run), model_path="logs")
     for data in ("datasets/test", "cls_test.txt"):
-        with pytest.raises(ValueError, match=f"it is no checkpoint or run; .* give --data {data}"):
+        with pytest.raises(ValueError, match=f"it is no checkpoint or run; give images as --data {data}"):
             evaluation.main(data)
+        with pytest.raises(ValueError, match=f"give images as --data {data}"):
+            export.main(data)
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

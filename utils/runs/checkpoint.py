@@ -159,6 +159,19 @@ def prune_periodic(folder: Path, keep: int) -> None:
         try_unlink(path, "it is retried after the next epoch")
 
 
+def given_model(model: str, model_path: str) -> str:
+    """The path of the model, which is given as the first word or as model_path.
+
+    Raises:
+        ValueError: both are given, or the first word is a list or a folder of images.
+    """
+    if model and model_path:
+        raise ValueError(f"there are two models, {model} and {model_path}: remove one of them")
+    if model.endswith(".txt") or (Path(model).is_dir() and model and not holds_runs(Path(model))):
+        raise ValueError(f"model={model!r}: it is no checkpoint or run; give images as --data {model}")
+    return model or model_path
+
+
 def holds_runs(folder: Path) -> bool:
     """Whether a folder is a run or contains runs, that is checkpoints."""
     return any(True for pattern in ("*.pth", "*/*.pth") for _ in folder.glob(pattern))
