@@ -141,6 +141,9 @@ def read_run_list(checkpoint: Path, config: Mapping[str, Any], class_names: list
 
 
 def list_path(config: Mapping[str, Any], key: str) -> str:
-    """The path of a list (a key of `LIST_FILES`) according to the settings that a run stored."""
+    """The path of a list (a key of `LIST_FILES`) according to the settings that a run stored; "" if they aren't of a
+    run."""
+    if "val_annotation_path" not in config:
+        return ""
     field = f"{key}_annotation_path"
     return config.get(field) or project_files(config.get("data", ""))[field]
