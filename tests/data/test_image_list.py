@@ -90,9 +90,50 @@ def test_missing_and_empty_list(here):
 
 
 def test_classes_round_trip(here):
-    names = ["a b", "猫", "x;y", " leading", "\udcff"]
+    names = ["a b", "猫", "x;y", "\udcff"]
     write_classes("model_data/classes.txt", names)
     assert read_classes("model_data/classes.txt") == names
+
+
+def test_spaces_around_class_names_are_removed(here):
+    Path("c.txt").write_text("cat\ndog \n\tbird\n  \n", encoding="utf-8")
+    assert read_classes("c.txt") == ["cat", "dog", "bird"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_files_that_an_editor_saved_as_utf_16(here, encoding):
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    Path("c.txt").write_text(f"{mark}cat\r\n猫\r\n", encoding=encoding, newline="")
+    Path("list.txt").write_text(f"{mark}0;a.jpg\r\n1;猫.jpg\r\n", encoding=encoding, newline="")
+    assert read_classes("c.txt") == ["cat", "猫"]
+    images = read_list("list.txt", 2)
+    assert [images.path(i) for i in range(2)] == ["a.jpg", "猫.jpg"]
+    assert read_first_path("list.txt") == "a.jpg"
+    for name in ("c.txt", "list.txt"):
+        Path(name).write_bytes(Path(name).read_bytes()[:-1])
+    for read in (read_classes, lambda path: read_list(path, 2)):
+        with pytest.raises(ValueError, match=r"txt: damaged UTF-16; save it as UTF-8"):
+            read("c.txt" if read is read_classes else "list.txt")
+
+
+def test_class_file_with_nul_bytes(here):
+    Path("c.txt").write_text("a\nb\n", encoding="utf-16-le")
+    with pytest.raises(ValueError, match=r"c\.txt: NUL byte; the file is damaged or isn't UTF-8"):
+        read_classes("c.txt")
+
+
+@pytest.mark.parametrize("block", [4, 1 << 22])
+@pytest.mark.parametrize("line", ["1;b.jpg ", "1; b.jpg", "1;b.jpg\t\r", "1;  b.jpg  "])
+def test_spaces_that_an_editor_added_to_a_path(here, monkeypatch, line, block):
+    monkeypatch.setattr("utils.data.image_list.BLOCK", block)
+    Path("b.jpg").touch()
+    Path("list.txt").write_bytes(f"0;a b.jpg\n{line}\n0;c.jpg".encode())
+    with pytest.raises(
+        ValueError, match=r"list\.txt, line 2: there is no image '.*', but there is one without the spa"
+    ):
+        read_list("list.txt", 2)
+    Path(line.strip("\r")[2:]).touch()
+    assert len(read_list("list.txt", 2)) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Reading and writing image lists and class files.
 
 A list has one `class_id;path` per line, in UTF-8. The id ends at the first `;`, the rest is the path. Relative paths
-start from the list's folder. Bytes that aren't valid UTF-8 are preserved (surrogateescape).
+start from the list's folder. Bytes that aren't valid UTF-8 are preserved (surrogateescape). Files that an editor saved
+as UTF-16 are read, too.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from utils.system.files import write_bytes
+from utils.system.text import shorten_list
 
-NEWLINE, CARRIAGE_RETURN, SEMICOLON = b"\n\r;"
+NEWLINE, CARRIAGE_RETURN, SEMICOLON, SPACE, TAB = b"\n\r; \t"
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_DIGITS = 9
 BLOCK = 1 << 22
 """Bytes, or lines, that are parsed at a time."""
+MAX_CHECKED = 1000
+"""Paths with outer spaces, which are rare, that are looked up."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,8 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the list is empty, or a line isn't `class_id;path` with an id below `num_classes`.
+        ValueError: the list is empty, a line isn't `class_id;path` with an id below `num_classes`, or an image exists
+            only without the spaces around its path.
     """
     path = Path(path)
     if not path.is_file():
@@ -133,6 +141,7 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
     images = _parse(np.fromfile(path, np.uint8), _folder(path), str(path))
     if not len(images):
         raise ValueError(f"{path} is empty: put images into datasets/ and run python txt_annotation.py")
+    _check_spaces(images, path)
     if images.class_ids.max() >= num_classes:
         worst = int(images.class_ids.argmax())
         number = _line_number(images.buffer, images.starts[worst])
@@ -141,6 +150,29 @@ def read_list(path: str | Path, num_classes: int) -> ImageList:
             f"{num_classes - 1}); run python txt_annotation.py with the same flags to rewrite list and class file"
         )
     return images
+
+
+def _check_spaces(images: ImageList, path: Path) -> None:
+    """Raise a ValueError if an image exists only without the spaces around its path, as an editor may add them."""
+    for position in islice(_outer_spaces(images.buffer), MAX_CHECKED):
+        index = max(0, int(np.searchsorted(images.starts, position, side="right")) - 1)
+        written, meant = images.path(index), os.path.join(images.folder, images.name(index).strip())
+        if not os.path.exists(written) and os.path.isfile(meant):
+            number = _line_number(images.buffer, images.starts[index])
+            raise ValueError(
+                f"{path}, line {number}: there is no image {images.name(index)!r}, but there is one without the spaces "
+                f"around the path; remove them"
+            )
+
+
+def _outer_spaces(buffer: np.ndarray) -> Iterator[int]:
+    """Yield the positions of spaces and tabs after a semicolon or at the end of a line."""
+    for start in range(0, len(buffer), BLOCK):
+        block = buffer[start : start + BLOCK]
+        spaces = np.flatnonzero((block == SPACE) | (block == TAB)) + start
+        after = np.where(spaces + 1 < len(buffer), buffer[np.minimum(spaces + 1, len(buffer) - 1)], NEWLINE)
+        outer = (buffer[spaces - 1] == SEMICOLON) | (after == NEWLINE) | (after == CARRIAGE_RETURN)
+        yield from spaces[outer].tolist()
 
 
 def compare_lists(before: ImageList, now: ImageList, class_names: Sequence[str]) -> str:
@@ -174,11 +206,16 @@ def _by_file_name(names: Iterable[str]) -> dict[str, str]:
 
 def _parse(buffer: np.ndarray, folder: str, source: str) -> ImageList:
     """Find lines and ids in the bytes of a list, block by block to save memory."""
+    if buffer[:2].tobytes() in UTF_16:
+        buffer = np.frombuffer(_utf_16_to_utf_8(buffer.tobytes(), source), np.uint8)
     start = len(codecs.BOM_UTF8) if buffer[:3].tobytes() == codecs.BOM_UTF8 else 0
     for i in range(0, len(buffer), BLOCK):
         if not (block := buffer[i : i + BLOCK]).all():
             number = _line_number(buffer, i + int(block.argmin()))
-            raise ValueError(f"{source}, line {number}: NUL byte; the file is damaged, run python txt_annotation.py")
+            raise ValueError(
+                f"{source}, line {number}: NUL byte; the file is damaged or isn't UTF-8: save it as UTF-8, or run "
+                f"python txt_annotation.py"
+            )
     newlines = [np.flatnonzero(buffer[i : i + BLOCK] == NEWLINE) + (i + 1) for i in range(0, len(buffer), BLOCK)]
     starts = np.concatenate([[start], *newlines])
     starts = starts[starts < len(buffer)]
@@ -233,12 +270,20 @@ def _folder(path: str | Path) -> str:
 def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """Yield number and content of the non-empty lines, without byte-order mark and line endings."""
     with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        is_utf_16 = file.peek(2)[:2] in UTF_16
+        for number, line in enumerate(BytesIO(_utf_16_to_utf_8(file.read(), path)) if is_utf_16 else file, start=1):
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             line = line.removesuffix(b"\n").removesuffix(b"\r")
             if line:
                 yield number, line
+
+
+def _utf_16_to_utf_8(content: bytes, source: str | Path) -> bytes:
+    try:
+        return content.decode("utf-16").encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: damaged UTF-16; save it as UTF-8, or run python txt_annotation.py") from error
 
 
 def _one_line(name: str) -> str:
@@ -258,20 +303,31 @@ def write_classes(path: str | Path, names: Sequence[str]) -> None:
     write_bytes(Path(path), _encode("".join(lines)))
 
 
+def normalize_class_name(name: str) -> str:
+    """Return a class name in the form in which names of folders and lines of class files are compared.
+
+    Unicode form NFC, since macOS decomposes accents and Hangul in file names, without the spaces around it, which
+    editors add.
+    """
+    return unicodedata.normalize("NFC", name).strip()
+
+
 def read_classes(path: str | Path) -> list[str]:
-    """Read class names, one per line in the order of class ids, in Unicode form NFC like scanned folder names.
+    """Read class names, one per line in the order of class ids, each normalized.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a name is repeated, or there are fewer than two.
+        ValueError: a name is repeated, there are fewer than two, or the file isn't UTF-8 or UTF-16.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no class file {path}: run python txt_annotation.py")
-    names = [unicodedata.normalize("NFC", _decode(line)) for _, line in _lines(path)]
+    names = [name for _, line in _lines(path) if (name := normalize_class_name(_decode(line)))]
+    if any("\0" in name for name in names):
+        raise ValueError(f"{path}: NUL byte; the file is damaged or isn't UTF-8: save it as UTF-8")
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
-        raise ValueError(f"{path}: repeated class names: {', '.join(repeated)}; give each class one line")
+        raise ValueError(f"{path}: repeated class names: {shorten_list(repeated)}; give each class one line")
     if len(names) < 2:
         raise ValueError(f"{path}: at least two classes are needed, found {len(names)}")
     return names

@@ -1,4 +1,4 @@
-"""Text from untrusted sources, made safe to print."""
+"""Text for messages: counts, names, and text from untrusted sources made safe to print."""
 
 from __future__ import annotations
 
@@ -38,3 +38,9 @@ def printable(text: str, keep: str = "") -> str:
     unsafe = {char for char in valid if unicodedata.category(char) in ("Cc", "Zl", "Zp") or char in DIRECTIONS}
     escapes = {char: char.encode("unicode_escape").decode() for char in unsafe - set(keep)}
     return "".join(escapes.get(char, char) for char in valid)
+
+
+def count_of(number: int, noun: str) -> str:
+    """`number` and `noun`, in the plural unless the number is 1: "1 image", "2 images", "3 classes"."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"

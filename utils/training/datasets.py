@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,6 +18,7 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, TrainTransform
 from utils.modeling.build import at_current_size
 from utils.modeling.pixel_network import PixelNetwork, ThawedPart
+from utils.system.text import shorten_list
 from utils.training.feature_cache import FeatureCache
 from utils.training.stages import Stage, num_cached_views
 
@@ -30,10 +32,15 @@ class Data(NamedTuple):
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Read the lists and the class file, whose paths are set."""
+    """Read the lists and the class file, whose paths are set, and warn about classes without images."""
     class_names = read_classes(config.classes_path)
-    lists = (config.train_annotation_path, config.val_annotation_path)
-    return Data(class_names, *(read_list(path, len(class_names)) for path in lists))
+    paths = (config.train_annotation_path, config.val_annotation_path)
+    lists = [read_list(path, len(class_names)) for path in paths]
+    for path, images, consequence in zip(paths, lists, ("can't be learned", "aren't validated"), strict=True):
+        counts = np.bincount(images.class_ids, minlength=len(class_names))
+        if missing := [name for name, count in zip(class_names, counts, strict=True) if not count]:
+            print(f"warning: {path} has no images of {shorten_list(missing)}, which {consequence}")
+    return Data(class_names, *lists)
 
 
 def make_datasets(data: Data, config: TrainConfig) -> tuple[ImageDataset, ImageDataset]:
