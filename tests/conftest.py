@@ -117,6 +117,13 @@ def write_image(path: Path, level: int = 128, size: tuple[int, int] = (20, 16), 
     return path
 
 
+def touch(*names: str) -> None:
+    """Create empty files, and their parent folders."""
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
 NAMES = ["dark", "light"]
 
 

@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import tracemalloc
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import cv2
@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance
 from tests.conftest import write_image, write_scene
 from utils.annotation import fingerprints, near_duplicates
 from utils.annotation.annotate import annotate
-from utils.annotation.audit import AuditedImage, audit_images
+from utils.annotation.audit import AuditedImage, audit_counts, audit_images
 from utils.annotation.audit_report import format_findings, write_audit
 from utils.annotation.fingerprints import Fingerprint, Fingerprints, take_fingerprint
 from utils.annotation.near_duplicates import MAX_BITS, _candidates, near_duplicate_groups
@@ -262,8 +262,8 @@ def images_of(counts: dict[str, int], make) -> list[AuditedImage]:
     ]
 
 
-def kinds(images, names=("a", "b", "c")):
-    return {finding.kind: finding.message for finding in audit_images(images, names)}
+def kinds(images):
+    return {finding.kind: finding.message for finding in audit_images(images)}
 
 
 def test_format_shortcut():
@@ -307,11 +307,47 @@ def test_mixed_attributes_are_no_shortcut():
 
 
 def test_class_sizes():
-    found = kinds(images_of({"a": 100, "b": 10, "c": 4}, lambda name, i: {}), ("a", "b", "c", "d"))
-    assert found["imbalance"].startswith("a has 100 training images and c 4")
-    assert found["tiny class"] == "fewer than 10 training images of c (4)"
-    assert found["missing class"] == "no train images of d"
-    assert set(kinds(images_of({"a": 99, "b": 10}, lambda name, i: {}), ("a", "b"))) == set()
+    counts = {"train": {"a": 100, "b": 10, "c": 4}, "val": {"a": 2, "b": 1, "c": 1, "d": 2}, "test": {}}
+    assert [(finding.kind, finding.message) for finding in audit_counts(counts, ("a", "b", "c", "d"))] == [
+        ("missing class", "no train images of d"),
+        ("tiny class", "fewer than 10 training images of c (4)"),
+        ("tiny class", "a single val image of b, c: the accuracy of such a class is either 0 or 100%"),
+        (
+            "imbalance",
+            "a has 100 training images and c 4; see class_weights and sampler in utils/config/train_config.py",
+        ),
+    ]
+    assert audit_counts({"train": {"a": 99, "b": 10}, "val": {"a": 2, "b": 2}, "test": {}}, ("a", "b")) == []
+    names = [f"class {i}" for i in range(80)]
+    assert len(max((finding.message for finding in audit_counts(counts, names)), key=len)) < 100
+
+
+def test_class_sizes_are_those_of_the_lists(here, capsys):
+    """160 and 12 images become 112 and 8 for training, and a single validation image of the smaller class."""
+    for name, count in (("many", 160), ("few", 12)):
+        for i in range(count):
+            write_image(here / "datasets" / name / f"{i}.png", size=(16, 12), seed=zlib.crc32(f"{name}{i}".encode()))
+    annotate(test_fraction=0.2)
+    counts = Counter(tuple(Path(line).parts[-2:-1]) for line in Path("cls_train.txt").read_text().splitlines())
+    content = json.loads(Path("audit/audit.json").read_text())
+    messages = {finding["message"] for finding in content["findings"]}
+    assert counts == {("many",): 112, ("few",): 9}
+    assert "fewer than 10 training images of few (9)" in messages
+    assert "many has 112 training images and few 9; see class_weights" in capsys.readouterr().out
+    assert "a single val image of few: the accuracy of such a class is either 0 or 100%" in messages
+
+
+def test_report_says_in_which_list_an_image_is(here):
+    for name in "ab":
+        (here / "datasets" / name).mkdir(parents=True)
+        for i in range(10):
+            (here / "datasets" / name / f"{i}.png").touch()
+    annotate(val_fraction=0.5)
+    (finding,) = [f for f in json.loads(Path("audit/audit.json").read_text())["findings"] if f["kind"] == "unreadable"]
+    listed = {split: Path(f"cls_{split}.txt").read_text() for split in ("train", "val")}
+    for (image,) in finding["groups"]:
+        assert image["path"] in listed[image["split"]]
+    assert len({image["split"] for (image,) in finding["groups"]}) == 2
 
 
 def test_candidates_are_all_pairs_within_max_bits():
@@ -374,7 +410,7 @@ def test_oversampled_images_are_kept_once(here):
             for copy in range(copies):
                 write_image(here / "datasets" / name / f"{i}_{copy}.png", size=(80, 60), seed=100 * copies + i)
     annotate(fix=True)
-    assert set(findings_of()) == {"duplicate within a class"}
+    assert set(findings_of()) == {"duplicate within a class", "tiny class"}
     assert len(read_list("cls_train.txt", 2)) + len(read_list("cls_val.txt", 2)) == 24
 
 
@@ -433,7 +469,7 @@ def test_names_are_escaped_in_the_report(here):
     name = "<script>alert(1)<"
     path = str(write_image(Path("datasets", f"{name} \udcff.png")))
     image = AuditedImage(path, "train", name, Fingerprint(error="<b>broken</b>"))
-    found = audit_images([image], [name])
+    found = audit_images([image])
     write_audit("audit", found, [image], Fingerprints("prints"))
     page = Path("audit/audit.html").read_text(encoding="utf-8")
     assert "<script" not in page

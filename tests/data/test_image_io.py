@@ -227,7 +227,7 @@ def test_pipes_and_folders_do_not_block(here):
             open_image(name)
     skipped = Counter()
     assert find_images(here, skipped) == []
-    assert skipped == {"not a file (a broken link, a link to a folder, a pipe)": 4}
+    assert skipped == {"not a file (a broken link, a pipe)": 4}
     server.close()
 
 

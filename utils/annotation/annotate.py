@@ -3,63 +3,45 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from utils.annotation import demo_digits
-from utils.annotation.audit import AuditedImage, Finding, audit_images, grouped_images
+from utils.annotation.audit import AuditedImage, Finding, audit_counts, audit_images, grouped_images
 from utils.annotation.audit_report import format_findings, write_audit
+from utils.annotation.classes import ClassFile, Repeat, check_nesting, choose_classes, nesting_notes, remove_unused
 from utils.annotation.fingerprints import Fingerprints
-from utils.annotation.folder_scan import HIDDEN, SPLIT_NAMES, SPLITS, Scan, scan_datasets
+from utils.annotation.folder_scan import HIDDEN, SPLITS, Scan, scan_datasets
+from utils.annotation.scan_report import format_table, list_warnings
 from utils.annotation.split import group_by_name, split_validation
 from utils.config.train_config import TrainConfig, project_files
 from utils.data.image_list import read_classes, read_first_path, write_classes, write_excluded, write_list
-from utils.system.text import shorten_list
+from utils.system import cli
+from utils.system.text import count_of, shorten_list
 
-EXCLUDED = "excluded.txt"
-
-
-def choose_classes(scan: Scan, classes_path: str | Path) -> list[str]:
-    """Return the class names from the class file, or else the sorted folder names.
-
-    Raises:
-        ValueError: the class file matches no folder, or fewer than two classes have training images.
-    """
-    folders = sorted(scan.images["train"])
-    path = Path(classes_path)
-    if path.is_file():
-        names = read_classes(path)
-        if set(names) & set(folders):
-            return names
-        if folders:
-            raise ValueError(
-                f"{path}: none of its classes ({shorten_list(names)}) is a folder with training images (there are: "
-                f"{shorten_list(folders)}); correct it, or delete it to create it from the folders"
-            )
-    if len(folders) < 2:
-        skipped = sum((Counter(reasons) for reasons in scan.skipped.values()), Counter())
-        details = "; skipped: " + ", ".join(f"{n} {why}" for why, n in skipped.items()) if skipped else ""
-        raise ValueError(
-            f"at least two classes are needed, each a folder of images in datasets/train/ or datasets/; folders with "
-            f"training images: {shorten_list(folders)}{details}"
-        )
-    return folders
+FILES = project_files("")
+AUDIT, EXCLUDED = "audit", "excluded.txt"
 
 
 def annotate(
     datasets_path: str | Path = "datasets",
-    classes_path: str | Path = "model_data/cls_classes.txt",
-    train_annotation_path: str | Path = "cls_train.txt",
-    val_annotation_path: str | Path = "cls_val.txt",
-    test_annotation_path: str | Path = "cls_test.txt",
+    classes_path: str | Path = FILES["classes_path"],
+    train_annotation_path: str | Path = FILES["train_annotation_path"],
+    val_annotation_path: str | Path = FILES["val_annotation_path"],
+    test_annotation_path: str | Path = FILES["test_annotation_path"],
+    out: str | Path = "",
+    classes_from: Literal["auto", "top", "leaf", "path"] = "auto",
+    class_file: ClassFile = "keep",
     val_fraction: float = 0.1,
     test_fraction: float = 0.0,
     seed: int = 11,
     group_regex: str = "",
     audit: bool = True,
     fix: bool = False,
-    audit_path: str | Path = "audit",
+    audit_path: str | Path = AUDIT,
     cache_dir: str | Path = TrainConfig.cache_dir,
     max_pixels: int = TrainConfig.max_pixels,
     allow_truncated: bool = TrainConfig.allow_truncated,
@@ -75,6 +57,11 @@ def annotate(
         train_annotation_path: the training list.
         val_annotation_path: the validation list.
         test_annotation_path: the test list.
+        out: a folder for all files, for a project of its own: the three lists, cls_classes.txt and audit/.
+        classes_from: which folder names the class: the top one, the one that contains the image (leaf), or all of them
+            (path: fruit/apple); auto: top, but an error if the top folders look like splits.
+        class_file: an existing class file: keep it, add the new folders at its end, or rewrite it from the folders,
+            which changes class ids.
         val_fraction: fraction of each class for validation if there is no val folder, between 0 and 1.
         test_fraction: fraction of each class for testing if there is no test folder; 0: no test list.
         seed: determines which images are held out.
@@ -91,62 +78,90 @@ def annotate(
         FileNotFoundError: there is no folder `datasets_path`.
         ValueError: an argument is invalid, or the folders don't give a training and a validation set.
     """
+    repeat = partial(cli.format_command, "txt_annotation.py", annotate, dict(locals()))
+    check_arguments(val_fraction, test_fraction, audit, fix)
+    lists = (train_annotation_path, val_annotation_path, test_annotation_path)
+    classes_path, *lists, audit_path = place_files(str(out), (classes_path, *lists, audit_path))
+    scan = scan_datasets(datasets_path, "top" if classes_from == "auto" else classes_from, ignore=[audit_path])
+    if classes_from == "auto":
+        check_nesting(scan, repeat)
+    names = choose_classes(scan, classes_path, class_file, repeat)
+    remove_unused(scan, names)
+    check_test_images(scan, lists[-1], test_fraction)
+    notes = nesting_notes(scan, classes_from, repeat)
+    groups = group_by_name(scan.paths(), group_regex)
+    findings, reasons = [], {}
+    if audit:
+        fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
+        images = read_fingerprints(scan, names, fingerprints)
+        findings = audit_images(images, groups)
+        groups += grouped_images(findings)
+    if fix:
+        reasons = exclude(scan, findings)
+    notes = [*hold_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups, repeat), *notes]
+    if audit:
+        images, findings = update_splits(scan, images, findings)
+        findings += audit_counts({split: {name: scan.count(split, name) for name in names} for split in SPLITS}, names)
+        write_audit(audit_path, findings, images, fingerprints)
+    written = write_lists(scan, names, classes_path, dict(zip(SPLITS, lists, strict=True)))
+    record_excluded(Path(audit_path, EXCLUDED), reasons, fix)
+    print(format_table(scan, names))
+    if audit:
+        print(format_findings(findings, audit_path, fix))
+    print(*notes, f"written: {', '.join(written)}", *list_warnings(scan, names, classes_path, repeat), sep="\n")
+
+
+def check_arguments(val_fraction: float, test_fraction: float, audit: bool, fix: bool) -> None:
+    """Raise a ValueError for an invalid argument of `annotate`."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: give a number above 0 and below 1")
     if not 0 <= test_fraction < 1 - val_fraction:
         raise ValueError(f"test_fraction={test_fraction}: leaves no training images; give 0 or a smaller number")
     if fix and not audit:
         raise ValueError("fix=True: needs audit=True, which finds the images to exclude")
-    scan = scan_datasets(datasets_path)
-    names = choose_classes(scan, classes_path)
-    groups = group_by_name(scan.paths(), group_regex)
-    findings = None
-    if audit:
-        fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
-        findings = audit_scan(scan, names, groups, fingerprints, audit_path)
-        groups += grouped_images(findings)
-    reasons = exclude(scan, findings or []) if fix else {}
-    if not test_fraction:
-        check_test_list(scan, test_annotation_path)
-    messages = hold_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups)
-    targets = dict(zip(SPLITS, (train_annotation_path, val_annotation_path, test_annotation_path), strict=True))
-    written = write_lists(scan, names, classes_path, targets)
-    record_excluded(Path(audit_path, EXCLUDED), reasons, fix)
-    print(format_table(scan, names))
-    if findings is not None:
-        print(format_findings(findings, audit_path, fix))
-    for message in messages:
-        print(message)
-    print(f"written: {', '.join(written)}")
 
 
-def check_test_list(scan: Scan, test_annotation_path: str | Path) -> None:
-    """Raise a ValueError if test images held out from train by an earlier run would become training images."""
-    first = read_first_path(test_annotation_path)
-    if first and not scan.images["test"] and os.path.abspath(first) in map(os.path.abspath, scan.paths()):
+def place_files(out: str, paths: Sequence[str | Path]) -> Sequence[str | Path]:
+    """Return where the class file, the lists and the audit are written: in the folder `out`, or at `paths` without it.
+
+    Raises:
+        ValueError: `out` is a file, or one of `paths` isn't the default.
+    """
+    if not out:
+        return paths
+    cli.check_folder("out", out)
+    if list(map(str, paths)) != [*FILES.values(), AUDIT]:
+        raise ValueError(f"out={out!r}: can't be combined with other paths to write to; leave them out")
+    return [*project_files(out).values(), Path(out, AUDIT)]
+
+
+def check_test_images(scan: Scan, test_list: str | Path, test_fraction: float) -> None:
+    """Raise a ValueError if test images would be held out although there is a test folder, or if those that an earlier
+    run held out from train would become training images."""
+    if test_fraction and scan.images["test"]:
+        raise ValueError(f"test_fraction={test_fraction}: there is a test folder with images; remove one of the two")
+    first = read_first_path(test_list)
+    unknown = not test_fraction and first and not scan.images["test"]
+    if unknown and os.path.abspath(first) in map(os.path.abspath, scan.paths()):
         raise ValueError(
-            f"test_fraction=0: {test_annotation_path} has images held out from train, which would become training "
-            f"images; give the same --test-fraction as before, or delete {test_annotation_path}"
+            f"test_fraction=0: {test_list} has images held out from train, which would become training images; give "
+            f"the same --test-fraction as before, or delete {test_list}"
         )
 
 
-def hold_out(scan: Scan, fractions: dict[str, float], seed: int, groups: Sequence[Sequence[str]]) -> list[str]:
-    """Move fractions of the training images to the splits without images; return messages to print.
-
-    Raises:
-        ValueError: a fraction is given for the test split, and it has images.
-    """
+def hold_out(
+    scan: Scan, fractions: dict[str, float], seed: int, groups: Sequence[Sequence[str]], repeat: Repeat
+) -> list[str]:
+    """Move fractions of the training images to the splits without images; return messages to print."""
     messages = []
     total, left = sum(map(len, scan.images["train"].values())), 1.0
     for split, fraction in fractions.items():
         if scan.images[split]:
-            if split == "test" and fraction:
-                raise ValueError(f"test_fraction={fraction}: there is a test folder with images; remove one of the two")
             continue
         if not fraction:
             messages.append(
-                "no test folder: eval.py will use the validation images, which also select the best epoch, so its "
-                "metrics will be optimistic; python txt_annotation.py --test-fraction 0.2 holds out 20% of train"
+                f"no test folder: eval.py will use the validation images, which also select the best epoch, so its "
+                f"metrics will be optimistic; {repeat(test_fraction=0.2)} holds out 20% of train"
             )
             continue
         scan.images[split] = split_validation(scan.images["train"], fraction / left, seed, groups)
@@ -154,12 +169,14 @@ def hold_out(scan: Scan, fractions: dict[str, float], seed: int, groups: Sequenc
         count = sum(map(len, scan.images[split].values()))
         part = count / total
         note = "" if 0.5 < part / fraction < 2 else f", not {fraction:.0%}: groups are kept together"
-        messages.append(f"no {split} folder with images: {count} ({part:.1%}{note}) were held out from train")
+        messages.append(
+            f"no {split} folder with images: {count_of(count, 'image')} ({part:.1%}{note}) held out from train"
+        )
     return messages
 
 
 def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets: dict[str, str | Path]) -> list[str]:
-    """Write the class file if it differs, and the list of each split with images; return their paths.
+    """Write the class file if it differs, and the list of each split with images; return the paths of what was written.
 
     An existing list of a split without images is renamed, since it may be the user's.
 
@@ -176,28 +193,43 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
                 f"no {split} images: give each class at least two that are neither near-duplicates nor in one group, "
                 f"or put images of {shorten_list(names)} in {split}/"
             )
+    written = []
     if not Path(classes_path).is_file() or read_classes(classes_path) != names:
         write_classes(classes_path, names)
+        written.append(str(classes_path))
     for split, target in targets.items():
         if entries[split]:
             write_list(target, entries[split])
+            written.append(str(target))
         elif Path(target).is_file():
             old = f"{target}.old"
             print(f"there are no {split} images: {target} was renamed to {old}")
             os.replace(target, old)
-    return [str(classes_path), *(str(target) for split, target in targets.items() if entries[split])]
+    return written
 
 
-def audit_scan(
-    scan: Scan, names: list[str], groups: Sequence[Sequence[str]], fingerprints: Fingerprints, audit_path: str | Path
-) -> list[Finding]:
-    """Audit every image of the classes `names`, and write the report."""
+def read_fingerprints(scan: Scan, names: list[str], fingerprints: Fingerprints) -> list[AuditedImage]:
+    """Read every image of the classes `names`."""
     placed = [(path, split, name) for split in SPLITS for name in names for path in scan.images[split].get(name, ())]
     prints = fingerprints.read([path for path, *_ in placed])
-    images = [AuditedImage(*place, fingerprint) for place, fingerprint in zip(placed, prints, strict=True)]
-    findings = audit_images(images, names, groups)
-    write_audit(audit_path, findings, images, fingerprints)
-    return findings
+    return [AuditedImage(*place, fingerprint) for place, fingerprint in zip(placed, prints, strict=True)]
+
+
+def update_splits(
+    scan: Scan, images: list[AuditedImage], findings: list[Finding]
+) -> tuple[list[AuditedImage], list[Finding]]:
+    """Return `images` and `findings` with the split in whose list each image is, after images were held out."""
+    splits = {path: split for split, classes in scan.images.items() for paths in classes.values() for path in paths}
+    now = {image.path: replace(image, split=splits.get(image.path, image.split)) for image in images}
+    updated = [
+        replace(
+            finding,
+            groups=[[now[image.path] for image in group] for group in finding.groups],
+            excluded=[now[image.path] for image in finding.excluded],
+        )
+        for finding in findings
+    ]
+    return list(now.values()), updated
 
 
 def exclude(scan: Scan, findings: list[Finding]) -> dict[str, str]:
@@ -224,42 +256,6 @@ def record_excluded(path: Path, reasons: dict[str, str], fix: bool) -> None:
     elif path.is_file():
         print(f"warning: the previous lists were written with --fix; the images in {path} are included again")
         path.unlink()
-
-
-def format_table(scan: Scan, names: list[str]) -> str:
-    """Return a table of image counts and skipped files per class, followed by warnings."""
-    folders = sorted({name for split in SPLITS for name in scan.images[split]} | set(scan.skipped) - {""})
-    rows = [("class", *SPLITS, "skipped")]
-    for name in [*names, *(name for name in folders if name not in names)]:
-        counts = [str(scan.count(split, name)) if name in names else "-" for split in SPLITS]
-        reasons = [f"{count} {reason}" for reason, count in sorted(scan.skipped.get(name, Counter()).items())]
-        total = sum(scan.count(split, name) for split in SPLITS)
-        if name not in names and total:
-            in_train = scan.count("train", name)
-            why = "not in the class file; delete that file to recreate it" if in_train else "no training images"
-            reasons.append(f"{total} images: {why}")
-        if name in names or reasons:
-            rows.append((name, *counts, ", ".join(reasons)))
-    totals = [str(sum(scan.count(split, name) for name in names)) for split in SPLITS]
-    outside = ", ".join(f"{count} {reason}" for reason, count in scan.skipped.get("", Counter()).items())
-    rows.append(("all", *totals, outside))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(row[c].rjust(widths[c]) for c in (1, 2, 3)), row[4]]).rstrip()
-        for row in rows
-    ]
-    lines += [
-        f"warning: {name} is used as a class, since its folder is next to class folders and directly contains images"
-        for name in names
-        if name.lower() in SPLIT_NAMES
-    ]
-    for split in ("train", "val"):
-        missing = [name for name in names if not scan.count(split, name)]
-        if missing:
-            lines.append(
-                f"warning: no {split} images of {shorten_list(missing)}; to remove a class, delete the class file"
-            )
-    return "\n".join(lines)
 
 
 def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,7 @@ from utils.annotation.fingerprints import Fingerprint
 from utils.annotation.folder_scan import SPLITS
 from utils.annotation.near_duplicates import near_duplicate_groups
 from utils.data.image_io import SUFFIXES
+from utils.system.text import count_of, shorten_list
 
 MIN_CLASS_SIZE = 10
 """A class with fewer training images is reported as tiny."""
@@ -54,18 +55,15 @@ class Finding:
     excluded: list[AuditedImage] = field(default_factory=list)
 
 
-def audit_images(
-    images: Sequence[AuditedImage], class_names: Sequence[str], groups: Sequence[Sequence[str]] = ()
-) -> list[Finding]:
-    """Return all problems of a dataset, the most serious first.
+def audit_images(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]] = ()) -> list[Finding]:
+    """Return the problems of the images themselves, the most serious first.
 
     Unreadable files; blank images and placeholders; duplicates and near-duplicates across classes (a label is wrong),
-    across splits (data leakage) and within a class; wrong suffixes; missing, tiny and imbalanced classes; shortcuts:
-    file properties that predict the class.
+    across splits (data leakage) and within a class; wrong suffixes; shortcuts: file properties that predict the class.
+    What depends on the split, which needs these findings, is found by `audit_counts`.
 
     Args:
         images: of all splits.
-        class_names: the expected classes.
         groups: paths that must be in one split, such as the images of one patient.
     """
     readable = [image for image in images if not image.fingerprint.error]
@@ -76,7 +74,6 @@ def audit_images(
         *find_duplicates(readable),
         *_split_groups(readable, groups),
         *_wrong_suffix(readable),
-        *_class_sizes(readable, class_names),
         *_shortcuts(readable),
     ]
 
@@ -94,30 +91,26 @@ def grouped_images(findings: Iterable[Finding]) -> list[list[str]]:
     ]
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _unreadable(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     bad = [image for image in images if image.fingerprint.error]
     if bad:
         causes = Counter(image.fingerprint.error for image in bad).most_common(3)
         details = "; ".join(f"{count} x {cause}" for cause, count in causes)
-        message = f"{_count(len(bad), 'file')} can't be read: {details}"
+        message = f"{count_of(len(bad), 'file')} can't be read: {details}"
         yield Finding("unreadable", message, [[image] for image in bad], bad)
 
 
 def _blank(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     blank = [image for image in images if image.fingerprint.flat]
     if blank:
-        yield Finding("blank", f"{_count(len(blank), 'blank image')} of one color", [[p] for p in blank], blank)
+        yield Finding("blank", f"{count_of(len(blank), 'blank image')} of one color", [[p] for p in blank], blank)
 
 
 def _dark(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     dark = [p for p in images if max(p.fingerprint.thumbnail, default=255) <= MAX_DARK_LEVEL]
     if dark:
         message = (
-            f"{_count(len(dark), 'nearly black image')}; if they are 12-bit images in 16-bit files, as from "
+            f"{count_of(len(dark), 'nearly black image')}; if they are 12-bit images in 16-bit files, as from "
             f"microscopes, multiply the levels by 16: white is 65535"
         )
         yield Finding("dark", message, [[p] for p in dark])
@@ -136,7 +129,7 @@ def find_duplicates(images: Sequence[AuditedImage]) -> Iterator[Finding]:
         (placeholders if is_placeholder else rest).append(group)
     if placeholders:
         copies = [image for group in placeholders for image in group]
-        message = f"{_count(len(copies), 'file')} are copies of {_count(len(placeholders), 'placeholder image')}"
+        message = f"{count_of(len(copies), 'file')} are copies of {count_of(len(placeholders), 'placeholder image')}"
         yield Finding("placeholder", message, placeholders, copies)
     yield from _by_place("duplicate", [group for group in rest if len(group) > 1])
     sizes = Counter(image.class_name for image in images)
@@ -147,7 +140,7 @@ def find_duplicates(images: Sequence[AuditedImage]) -> Iterator[Finding]:
         is_natural = len(group) > max(MIN_CLASS_SIZE, MAX_NEAR_DUPLICATES * smallest)
         (by_nature if is_natural else near_duplicates).append(group)
     if by_nature:
-        count = _count(sum(map(len, by_nature)), "image")
+        count = count_of(sum(map(len, by_nature)), "image")
         message = (
             f"{count} look alike and are a large part of a class, perhaps one scene or a fixed camera; they aren't "
             f"checked further and may be in several splits; use --group-regex to keep related images together"
@@ -173,8 +166,8 @@ def _by_place(kind: str, groups: Sequence[list[AuditedImage]]) -> Iterator[Findi
         ("within a class", "within a class"),
     ):
         if members := places[place]:
-            files = _count(sum(map(len, members)), "file")
-            message = f"{files} in {_count(len(members), 'group')} show {content} {consequence}"
+            files = count_of(sum(map(len, members)), "file")
+            message = f"{files} in {count_of(len(members), 'group')} show {content} {consequence}"
             excluded = [image for group in members for image in _redundant(group, kind, place)]
             yield Finding(f"{kind} {place}", message, members, excluded)
 
@@ -201,8 +194,8 @@ def _split_groups(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]
     members = [[by_path[path] for path in group if path in by_path] for group in groups]
     divided = [group for group in members if len({image.split for image in group}) > 1]
     if divided:
-        files = _count(sum(map(len, divided)), "file")
-        message = f"{files} of {_count(len(divided), 'group')} formed by --group-regex are in different splits"
+        files = count_of(sum(map(len, divided)), "file")
+        message = f"{files} of {count_of(len(divided), 'group')} formed by --group-regex are in different splits"
         excluded = [image for group in divided for image in _redundant(group, "near-duplicate", "across splits")]
         yield Finding("group across splits", message, divided, excluded)
 
@@ -216,24 +209,39 @@ def _wrong_suffix(images: Sequence[AuditedImage]) -> Iterator[Finding]:
     if wrong:
         kinds = Counter((os.path.splitext(p.path)[1].lower(), p.fingerprint.format) for p in wrong).most_common(3)
         details = ", ".join(f"{count} x {kind} named {suffix}" for (suffix, kind), count in kinds)
-        message = f"{_count(len(wrong), 'file')} with a wrong suffix: {details}; Thaw reads them anyway"
+        message = f"{count_of(len(wrong), 'file')} with a wrong suffix: {details}; Thaw reads them anyway"
         yield Finding("wrong suffix", message, [[image] for image in wrong])
 
 
-def _class_sizes(images: Sequence[AuditedImage], class_names: Sequence[str]) -> Iterator[Finding]:
-    counts = {split: Counter(p.class_name for p in images if p.split == split) for split in SPLITS}
-    for split, count in counts.items():
-        missing = [name for name in class_names if not count[name]]
-        if count and missing:
-            yield Finding("missing class", f"no {split} images of {', '.join(missing)}")
-    train = {name: counts["train"][name] for name in class_names if counts["train"][name]}
+def audit_counts(counts: Mapping[str, Mapping[str, int]], class_names: Sequence[str]) -> list[Finding]:
+    """Return the missing, tiny and imbalanced classes.
+
+    Args:
+        counts: split -> class -> number of images in the list.
+        class_names: the expected classes.
+    """
+    findings = []
+    for split in SPLITS:
+        missing = [name for name in class_names if not counts[split].get(name)]
+        if missing and any(counts[split].values()):
+            findings.append(Finding("missing class", f"no {split} images of {shorten_list(missing)}"))
+    train = {name: counts["train"][name] for name in class_names if counts["train"].get(name)}
     tiny = [f"{name} ({count})" for name, count in train.items() if count < MIN_CLASS_SIZE]
     if tiny:
-        yield Finding("tiny class", f"fewer than {MIN_CLASS_SIZE} training images of {', '.join(tiny)}")
+        message = f"fewer than {MIN_CLASS_SIZE} training images of {shorten_list(tiny)}"
+        findings.append(Finding("tiny class", message))
+    for split in SPLITS[1:]:
+        if single := [name for name in class_names if counts[split].get(name) == 1]:
+            message = (
+                f"a single {split} image of {shorten_list(single)}: the accuracy of such a class is either 0 or 100%"
+            )
+            findings.append(Finding("tiny class", message))
     if train and max(train.values()) >= MAX_IMBALANCE * min(train.values()):
         largest, smallest = max(train, key=train.get), min(train, key=train.get)
-        sizes = f"{largest} has {train[largest]} training images and {smallest} {train[smallest]}"
-        yield Finding("imbalance", f"{sizes}; see class_weights and sampler in utils/config/train_config.py")
+        sizes = f"{largest} has {count_of(train[largest], 'training image')} and {smallest} {train[smallest]}"
+        message = f"{sizes}; see class_weights and sampler in utils/config/train_config.py"
+        findings.append(Finding("imbalance", message))
+    return findings
 
 
 def _shortcuts(images: Sequence[AuditedImage]) -> Iterator[Finding]:

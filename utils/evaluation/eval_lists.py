@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.annotation.folder_scan import SPLIT_NAMES, Scan, find_images, scan_classes
+from utils.annotation.folder_scan import Scan, find_images, scan_classes, split_of
 from utils.config.train_config import project_files
 from utils.data.image_list import ImageList, list_in_memory, read_classes, read_list
 from utils.inference.classifier import Classifier
@@ -144,7 +144,7 @@ def list_folder(folder: str, class_names: list[str]) -> ImageList:
     scan = Scan()
     scan_classes(Path(folder), scan, "test")
     images = scan.images["test"]
-    if images.keys() <= SPLIT_NAMES.keys() - set(class_names):
+    if all(split_of(name) and name not in class_names for name in images):
         such_as = f", such as {folder}/test" if Path(folder, "test").is_dir() else ""
         raise ValueError(f"{folder} contains no folders named after classes; give the one that does{such_as}")
     check_classes(list(images), class_names, folder, subset=True)

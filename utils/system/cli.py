@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -121,3 +122,17 @@ def script_path(name: str) -> str:
 def command(*words: str) -> str:
     """A command, quoted for the command line of this system."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def format_command(script: str, main: Callable[..., Any], arguments: Mapping[str, Any], **changes: Any) -> str:
+    """The command that calls the `main` of `script` with `arguments`, except for `changes`."""
+    words = []
+    for name, parameter in inspect.signature(main).parameters.items():
+        value, flag = (arguments | changes)[name], name.replace("_", "-")
+        if str(value) == str(parameter.default):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return command("python", script, *words)
