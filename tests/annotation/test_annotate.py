@@ -1,16 +1,24 @@
 """Tests of utils/annotation/annotate.py."""
 
+import functools
 import os
 import re
+import shutil
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import touch, write_image
 from utils.annotation.annotate import annotate, demo_digits, ensure_lists
+from utils.annotation.folder_scan import SPLITS
 from utils.config.train_config import TrainConfig
-from utils.data.image_list import read_classes, read_list
+from utils.data.image_list import read_classes, read_list, write_classes
 from utils.evaluation.eval_lists import list_folder
 from utils.training.datasets import load_data
 
@@ -115,9 +123,7 @@ def test_class_file_is_used(two_classes, capsys):
     assert not any("other" in line for line in entries("cls_train.txt") + entries("cls_val.txt"))
     output = capsys.readouterr().out
     assert "1 image: not in the class file" in output
-    assert (
-        "warning: no train images of missing; to remove such classes: python txt_annotation.py --class-file" in output
-    )
+    assert "warning: no train images of missing; to remove such classes: python txt_annotation.py --class-f" in output
 
 
 def test_class_file_without_matching_folders(two_classes):
@@ -285,3 +291,120 @@ def test_line_break_in_a_class_name_is_an_error(here):
     with pytest.raises(ValueError, match="line break"):
         annotate()
     assert not Path("model_data/cls_classes.txt").exists()
+
+
+FOLDERS = [f"{split}/{name}" for split in SPLITS for name in ("ant", "bee", "cow", "dog/left", "dog/right")]
+CONTENTS = ("image", "copy", "damaged", "note")
+
+
+@functools.cache
+def noisy_png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def write_project(folders: dict[str, list[str]], classes: list[str] | None) -> None:
+    """Write the files of `folders` and the class file, and delete what an earlier call left."""
+    for name in ("datasets", "model_data", "audit"):
+        shutil.rmtree(name, ignore_errors=True)
+    for path in Path().glob("cls_*"):
+        path.unlink()
+    for number, (folder, contents) in enumerate(folders.items()):
+        Path("datasets", folder).mkdir(parents=True)
+        for i, content in enumerate(contents):
+            path = Path("datasets", folder, f"{i}.{'txt' if content == 'note' else 'png'}")
+            path.write_bytes({"image": noisy_png(10 * number + i), "copy": noisy_png(999)}.get(content, b"damaged"))
+    if classes:
+        write_classes("model_data/cls_classes.txt", classes)
+
+
+@st.composite
+def projects(draw) -> dict:
+    """What is in each folder, the class file, and the arguments of annotate."""
+    contents = st.lists(st.sampled_from(CONTENTS), max_size=6)
+    folders = draw(st.dictionaries(st.sampled_from(FOLDERS), contents, max_size=8))
+    folders |= {f"train/{name}": [*folders.get(f"train/{name}", ()), *["image"] * 3] for name in ("ant", "bee")}
+    classes = draw(st.none() | st.lists(st.sampled_from(["ant", "bee", "cow", "dog", "elk"]), min_size=2, unique=True))
+    arguments = {
+        "test_fraction": draw(st.sampled_from([0.0, 0.3])),
+        "fix": draw(st.booleans()),
+        "classes_from": draw(st.sampled_from(["top", "leaf", "path"])),
+        "class_file": draw(st.sampled_from(["keep", "add"])),
+    }
+    return {"folders": folders, "classes": classes, "arguments": arguments}
+
+
+@pytest.fixture
+def fast(monkeypatch) -> None:
+    """Nothing is flushed to the disk, and the report isn't written."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("utils.annotation.annotate.write_audit", lambda *arguments: None)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(project=projects())
+def test_every_printed_count_is_that_of_the_lists(here, fast, capsys, project):
+    write_project(project["folders"], project["classes"])
+    capsys.readouterr()
+    try:
+        annotate(**project["arguments"])
+    except ValueError:  # too few images, or test images in a folder and a fraction
+        assert not list(here.glob("cls_*.txt"))
+        return
+    output = re.sub(r" and \d+ more", "", capsys.readouterr().out)
+    names = read_classes("model_data/cls_classes.txt")
+    lines = {split: entries(f"cls_{split}.txt") if Path(f"cls_{split}.txt").exists() else [] for split in SPLITS}
+    counts = {split: Counter(names[int(line.partition(";")[0])] for line in lines[split]) for split in SPLITS}
+
+    rows = {words[0]: words[1:4] for words in map(str.split, output.splitlines()) if len(words) > 3}
+    assert all(rows[name] == [str(counts[split][name]) for split in SPLITS] for name in names)
+    assert rows["all"] == [str(counts[split].total()) for split in SPLITS]
+    held_out = dict(re.findall(r"no (\w+) folder with images: (\d+) image", output))
+    for split in ("val", "test"):
+        assert counts[split].total() == int(held_out.get(split, 0)) + sum("/train/" not in p for p in lines[split])
+
+    for names_of in re.findall(r"training images of (.*)", output):
+        assert all(counts["train"][name] == int(count) for name, count in re.findall(r"(\S+) \((\d+)\)", names_of))
+    for largest, most, smallest, least in re.findall(r"(\S+) has (\d+) training images? and (\S+) (\d+);", output):
+        assert (counts["train"][largest], counts["train"][smallest]) == (int(most), int(least))
+    for split, names_of in re.findall(r"a single (\w+) image of (.*):", output):
+        assert {counts[split][name] for name in names_of.split(", ")} == {1}
+    for split, names_of in re.findall(r"no (\w+) images of ([^;\n]*)", output):
+        assert {counts[split][name] for name in names_of.split(", ")} == {0}
+
+    everywhere = sum(count.total() for count in counts.values())
+    excluded = sum(map(int, re.findall(r"(\d+) excluded, see", output)))
+    unused = sum(map(int, re.findall(r"warning: (\d+) images? of", output)))
+    assert everywhere + excluded + unused == len(list(Path("datasets").rglob("*.png")))
+    (written,) = re.findall(r"^written: (.*)", output, re.MULTILINE)
+    changed = ["model_data/cls_classes.txt"] * (names != project["classes"])
+    assert written.split(", ") == changed + [f"cls_{split}.txt" for split in SPLITS if lines[split]]
+
+
+def test_project_in_a_folder_of_its_own(two_classes, capsys):
+    annotate()
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and "cache" not in path.parts}
+    touch(*(f"pets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(6)))
+    annotate("pets", out="pets", test_fraction=0.2)
+    assert {path: path.read_bytes() for path in before} == before
+    names = {"cls_train.txt", "cls_val.txt", "cls_test.txt", "cls_classes.txt", "audit", "cat", "dog"}
+    assert {path.name for path in Path("pets").iterdir()} == names
+    assert Path("pets/audit/audit.html").is_file()
+    images = read_list("pets/cls_train.txt", 2)
+    assert os.path.isfile(images.path(0))
+    assert read_classes("pets/cls_classes.txt") == ["cat", "dog"]
+    touch("pets/audit/thumbnail.png")
+    first = Path("pets/cls_train.txt").read_bytes()
+    annotate("pets", out="pets", test_fraction=0.2)
+    assert Path("pets/cls_train.txt").read_bytes() == first
+    assert "audit  " not in capsys.readouterr().out.partition("all ")[0]
+    annotate(out="new/deep", audit=False)
+    assert {path.name for path in Path("new/deep").iterdir()} == names - {"audit", "cat", "dog"}
+
+
+def test_out_excludes_other_paths(two_classes):
+    with pytest.raises(ValueError, match="out='pets': can't be combined with other paths to write to"):
+        annotate(out="pets", classes_path="classes.txt")
+    with pytest.raises(ValueError, match=r"out='train\.py': it is a file"):
+        touch("train.py")
+        annotate(out="train.py")

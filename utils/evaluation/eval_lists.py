@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.annotation.folder_scan import Scan, find_images, scan_classes, split_of
+from utils.annotation.folder_scan import ClassesFrom, Scan, find_images, scan_classes, split_of
 from utils.config.train_config import project_files
 from utils.data.image_list import ImageList, list_in_memory, read_classes, read_list
 from utils.inference.classifier import Classifier
@@ -136,23 +136,33 @@ def count_overlap(checkpoint: Path, classifier: Classifier, images: ImageList) -
 
 
 def list_folder(folder: str, class_names: list[str]) -> ImageList:
-    """The images in the class folders of `folder`; prints what is skipped.
+    """The images in the class folders of `folder`, which are the top ones, the innermost ones, or the whole paths,
+    whichever the checkpoint knows; prints what is skipped.
 
     Raises:
         ValueError: a subfolder is not a class of the checkpoint, or there are no images.
     """
-    scan = Scan()
-    scan_classes(Path(folder), scan, "test")
+    scan = _scan_test(folder, "top")
     images = scan.images["test"]
     if all(split_of(name) and name not in class_names for name in images):
         such_as = f", such as {folder}/test" if Path(folder, "test").is_dir() else ""
         raise ValueError(f"{folder} contains no folders named after classes; give the one that does{such_as}")
+    if not images.keys() <= set(class_names):
+        others = (_scan_test(folder, "leaf"), _scan_test(folder, "path"))
+        scan = next((other for other in others if other.images["test"].keys() <= set(class_names)), scan)
+        images = scan.images["test"]
     check_classes(list(images), class_names, folder, subset=True)
     for name, reasons in scan.skipped.items():
         _print_skipped(reasons, name)
     return list_in_memory(
         (class_id, path) for class_id, name in enumerate(class_names) for path in images.get(name, ())
     )
+
+
+def _scan_test(folder: str, classes_from: ClassesFrom) -> Scan:
+    scan = Scan()
+    scan_classes(Path(folder), scan, "test", classes_from)
+    return scan
 
 
 def _print_skipped(reasons: Counter[str], source: str) -> None:
