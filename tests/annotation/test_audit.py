@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from tests.conftest import write_image, write_scene
+from tests.conftest import touch, write_image, write_scene
 from utils.annotation import fingerprints, near_duplicates
 from utils.annotation.annotate import annotate
 from utils.annotation.audit import AuditedImage, audit_counts, audit_images
@@ -326,9 +326,7 @@ def test_class_sizes():
 
 def test_class_sizes_are_those_of_the_lists(here, capsys):
     """160 and 12 images become 112 and 9 for training, and a single validation image of the smaller class."""
-    for name, count in (("many", 160), ("few", 12)):
-        for i in range(count):
-            write_image(here / "datasets" / name / f"{i}.png", size=(16, 12), seed=zlib.crc32(f"{name}{i}".encode()))
+    touch(*(f"datasets/{name}/{i}.png" for name, count in (("many", 160), ("few", 12)) for i in range(count)))
     annotate(test_fraction=0.2)
     counts = Counter(tuple(Path(line).parts[-2:-1]) for line in Path("cls_train.txt").read_text().splitlines())
     content = json.loads(Path("audit/audit.json").read_text())
@@ -340,10 +338,7 @@ def test_class_sizes_are_those_of_the_lists(here, capsys):
 
 
 def test_report_says_in_which_list_an_image_is(here):
-    for name in "ab":
-        (here / "datasets" / name).mkdir(parents=True)
-        for i in range(10):
-            (here / "datasets" / name / f"{i}.png").touch()
+    touch(*(f"datasets/{name}/{i}.png" for name in "ab" for i in range(10)))
     annotate(val_fraction=0.5)
     (finding,) = [f for f in json.loads(Path("audit/audit.json").read_text())["findings"] if f["kind"] == "unreadable"]
     listed = {split: Path(f"cls_{split}.txt").read_text() for split in ("train", "val")}

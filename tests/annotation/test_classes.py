@@ -15,13 +15,13 @@ CLASSES = "model_data/cls_classes.txt"
 
 
 def commands(text: str) -> list[str]:
-    return re.findall(r"python txt_annotation\.py[^\n]*", text)
+    return re.findall(r"python \S*txt_annotation\.py[^\n]*", text)
 
 
 def run_command(line: str) -> None:
     """Run a command as it was printed."""
     python, script, *arguments = shlex.split(line)
-    assert (python, script) == ("python", "txt_annotation.py")
+    assert (python, Path(script).name, Path(script).is_file()) == ("python", "txt_annotation.py", True)
     tyro.cli(annotate, args=arguments)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import train
 from utils.system import cli
-from utils.system.cli import expand_switches, is_own
+from utils.system.cli import expand_switches, format_command, is_own
 
 ROOT = Path(train.__file__).parent
 
@@ -48,3 +48,13 @@ def test_switches_get_their_value():
     assert expand_switches(["--no-freeze-train"], names) == ["--freeze-train", "False"]
     for given in (["--freeze-train", "None"], ["--cache-images"], ["freeze_train"], ["--pretrained", "owner/name"]):
         assert expand_switches(given, names) == given
+
+
+def test_commands_repeat_what_was_given(here):
+    def main(folder: str = "datasets", fraction: float = 0.1, audit: bool = True, fix: bool = False) -> None: ...
+
+    script = cli.command(cli.script_path("train.py"))
+    given = {"folder": Path("my pets"), "fraction": 0.1, "audit": False, "fix": True}
+    command = format_command("train.py", main, given, fraction=0.2)
+    assert command == f"python {script} --folder 'my pets' --fraction 0.2 --no-audit --fix"
+    assert format_command("train.py", main, given, folder="datasets", audit=True, fix=False) == f"python {script}"

@@ -125,7 +125,7 @@ def command(*words: str) -> str:
 
 
 def format_command(script: str, main: Callable[..., Any], arguments: Mapping[str, Any], **changes: Any) -> str:
-    """The command that calls the `main` of `script` with `arguments`, except for `changes`."""
+    """The command that calls the `main` of one of Thaw's scripts with `arguments`, except for `changes`."""
     words = []
     for name, parameter in inspect.signature(main).parameters.items():
         value, flag = (arguments | changes)[name], name.replace("_", "-")
@@ -135,4 +135,4 @@ def format_command(script: str, main: Callable[..., Any], arguments: Mapping[str
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", str(value)]
-    return command("python", script, *words)
+    return command("python", script_path(script), *words)
