@@ -68,7 +68,7 @@ class Scan:
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a folder's name stands for, such as "train" for `Training` and `train_data`; else None."""
+    """Return the split that a folder's name stands for, such as "train" for `Training` and `seg_train`; else None."""
     words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     stems = [re.sub(r"(set|data|集)$", "", word) for word in words if word not in FILLER_WORDS]
     return SPLIT_WORDS.get(stems[0]) if len(stems) == 1 else None
