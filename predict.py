@@ -29,7 +29,7 @@ from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, 
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import CONFIG_FILE, in_run, is_run
 from utils.system import cli
-from utils.system.text import printable
+from utils.system.text import count_of, printable
 
 MODEL_SUFFIXES = (ONNX_SUFFIX, WEIGHTS_SUFFIX, ".pth", ".pt", ".pt2")
 EXPLAINED = "explained"
@@ -108,7 +108,7 @@ def main(
     if labels.total() + num_failures > 1:
         print(summarize(labels, num_failures), file=sys.stderr)
     for folder in filter(None, (save, sort_into)):
-        print(f"written to {folder}/: {labels.total()} images", file=sys.stderr)
+        print(f"written to {folder}/: {count_of(labels.total(), 'image')}", file=sys.stderr)
     return 1 if num_failures else 0
 
 
@@ -312,7 +312,7 @@ def summarize(labels: Counter[str], num_failures: int) -> str:
     counts = ", ".join(f"{count} as {shorten(printable(name), 40)}" for name, count in labels.most_common(9))
     more = ", ..." if len(labels) > 9 else ""
     failures = f"; {num_failures} failed" if num_failures else ""
-    return f"{labels.total() + num_failures} images: {counts}{more}{failures}"
+    return f"{count_of(labels.total() + num_failures, 'image')}: {counts}{more}{failures}"
 
 
 if __name__ == "__main__":

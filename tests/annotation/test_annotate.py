@@ -386,6 +386,7 @@ def test_project_in_a_folder_of_its_own(two_classes, capsys):
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file() and "cache" not in path.parts}
     touch(*(f"pets/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(6)))
     annotate("pets", out="pets", test_fraction=0.2)
+    assert re.search(r"^to train on it: python \S*train\.py --data pets$", capsys.readouterr().out, re.MULTILINE)
     assert {path: path.read_bytes() for path in before} == before
     names = {"cls_train.txt", "cls_val.txt", "cls_test.txt", "cls_classes.txt", "audit", "cat", "dog"}
     assert {path.name for path in Path("pets").iterdir()} == names

@@ -108,7 +108,10 @@ def annotate(
     print(format_table(scan, names))
     if audit:
         print(format_findings(findings, audit_path, fix))
-    print(*notes, f"written: {', '.join(written)}", *list_warnings(scan, names, classes_path, repeat), sep="\n")
+    notes.append(f"written: {', '.join(written)}")
+    if out:
+        notes.append(f"to train on it: {cli.command('python', cli.script_path('train.py'), '--data', str(out))}")
+    print(*notes, *list_warnings(scan, names, classes_path, repeat), sep="\n")
 
 
 def check_arguments(val_fraction: float, test_fraction: float, audit: bool, fix: bool) -> None:

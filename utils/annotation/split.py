@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from utils.system.text import count_of
+
 
 def split_validation(
     images: dict[str, list[str]], val_fraction: float, seed: int, groups: Iterable[Sequence[str]] = ()
@@ -78,5 +80,5 @@ def group_by_name(paths: Sequence[str], group_regex: str) -> list[list[str]]:
     if not groups:
         raise ValueError(f"group_regex={group_regex!r}: matches no file name")
     unmatched = len(paths) - sum(map(len, groups.values()))
-    print(f"group_regex: {len(groups)} groups; {unmatched} images without a match are not grouped")
+    print(f"group_regex: {count_of(len(groups), 'group')}; {count_of(unmatched, 'image')} without a match, not grouped")
     return list(groups.values())

@@ -17,6 +17,7 @@ from utils.data.image_io import Box, ImageError, Region, open_to_decode, read_si
 from utils.data.image_list import ImageList
 from utils.system.digests import IMAGE_CODE, digest
 from utils.system.files import format_bytes
+from utils.system.text import count_of
 from utils.system.thread_map import map_parallel
 
 INDEX_ROW = 5 * 8
@@ -89,7 +90,7 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
     path = folder / f"images-{list_digest}-{content_digest}.bin"
     if not _is_complete(path, len(images)):
         expected = _expected_size(images, config)
-        print(f"cache_images: writing {len(images)} images to {path}, about {format_bytes(expected)}")
+        print(f"cache_images: writing {count_of(len(images), 'image')} to {path}, about {format_bytes(expected)}")
         check_disk_space(expected, folder, "cache_images to False")
         with replace_cache(path, replaces=f"images-{list_digest}-*.bin") as file:
             _write(images, config, file)

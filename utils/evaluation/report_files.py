@@ -15,7 +15,7 @@ from utils.evaluation.evaluation import Evaluation
 from utils.evaluation.mistakes import margins
 from utils.runs.folder import EVENTS
 from utils.system.files import try_unlink, write_json, write_text
-from utils.system.text import printable
+from utils.system.text import count_of, printable
 
 EVENTS_FOLDER = "evaluation"
 """Subfolder of a run for the TensorBoard events of its evaluation."""
@@ -97,7 +97,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         values = ["-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall", "f1")]
         cells = "".join(f"{value:>10}" for value in values)
         lines.append(f"{printable(row['class']):<24}{cells}{row['support']:>10}")
-    lines.append(f"{metrics['images']} images; 95% intervals in brackets")
+    lines.append(f"{count_of(metrics['images'], 'image')}; 95% intervals in brackets")
     titles = {
         "top1": "top-1",
         "top5": "top-5",

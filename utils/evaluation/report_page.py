@@ -30,7 +30,7 @@ from utils.inference.rejection import DISTANCE_QUANTILE
 from utils.metrics.intervals import wilson_interval
 from utils.metrics.scores import expected_calibration_error, reliability
 from utils.runs.log import EPOCHS
-from utils.system.text import printable
+from utils.system.text import count_of, printable
 
 MAX_WORST, MAX_UNCERTAIN, MAX_LABEL_ERRORS = 24, 12, 24
 MAX_PAIRS, MAX_IMAGES_PER_PAIR = 8, 3
@@ -66,6 +66,7 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
     pairs = confused_pairs(scores)
     template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["count_of"] = count_of
     environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
     return environment.from_string(template).render(
         metrics=metrics,

@@ -17,6 +17,7 @@ from utils.runs.run import Run
 from utils.runs.saving import check_free_space
 from utils.runs.setup import Setup
 from utils.system.digests import TRAINING_CODE, code_digest
+from utils.system.text import count_of
 from utils.training.trainer import Trainer, build_trainer
 
 
@@ -70,7 +71,7 @@ def _progress(folder: RunFolder) -> str:
     if folder.checkpoint is None:
         return "new"
     epoch, steps = folder.checkpoint["epoch"], len(folder.checkpoint["epoch_losses"])
-    done = [f"epoch {epoch}"] * (epoch > 0) + [f"{steps} steps"] * (steps > 0 or epoch == 0)
+    done = [f"epoch {epoch}"] * (epoch > 0) + [count_of(steps, "step")] * (steps > 0 or epoch == 0)
     return f"resumed after {' and '.join(done)}"
 
 

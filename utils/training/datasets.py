@@ -18,7 +18,7 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, TrainTransform
 from utils.modeling.build import at_current_size
 from utils.modeling.pixel_network import PixelNetwork, ThawedPart
-from utils.system.text import shorten_list
+from utils.system.text import count_of, shorten_list
 from utils.training.feature_cache import FeatureCache
 from utils.training.stages import Stage, num_cached_views
 
@@ -94,5 +94,5 @@ class StageInputs:
         """Print the images that couldn't be read and weren't printed before."""
         for dataset in (self.train_set, self.val_set):
             if new := dataset.newly_unreadable():
-                shown = ", ".join(new[:10]) + (f" and {len(new) - 10} more" if len(new) > 10 else "")
-                print(f"warning: {len(new)} unreadable images, replaced by others of their class: {shown}")
+                shown = shorten_list(new, 10)
+                print(f"warning: {count_of(len(new), 'unreadable image')}, replaced by others of the class: {shown}")

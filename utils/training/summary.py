@@ -16,6 +16,7 @@ from utils.config.recipe import Choice
 from utils.config.train_config import SETTINGS, TrainConfig
 from utils.data.image_io import ImageError, read_size
 from utils.data.image_list import ImageList
+from utils.system.text import count_of
 from utils.training.stages import Stage
 
 
@@ -92,10 +93,10 @@ def format_stages(stages: Sequence[Stage], num_images: int) -> str:
     for number, stage in enumerate(stages, start=1):
         highest = max(map(stage.learning_rate, np.linspace(stage.start, stage.end, 1000, endpoint=False)))
         epochs = f"epoch {stage.end}" if stage.end == stage.start + 1 else f"epochs {stage.start + 1} to {stage.end}"
+        steps = f"{count_of(num_images // stage.batch_size, 'step')} of {count_of(stage.batch_size, 'image')}"
         lines.append(
-            f"stage {number}   {epochs}, {stage.input_shape[0]} x "
-            f"{stage.input_shape[1]} pixels, frozen: {stage.frozen}; {num_images // stage.batch_size} steps of "
-            f"{stage.batch_size} images per epoch; learning rate peaks at {highest:.2g}, ends at "
+            f"stage {number}   {epochs}, {stage.input_shape[0]} x {stage.input_shape[1]} pixels, frozen: "
+            f"{stage.frozen}; {steps} per epoch; learning rate peaks at {highest:.2g}, ends at "
             f"{stage.learning_rate(stage.end):.2g}"
         )
         lines += [f"          {note}" for note in stage.notes]
