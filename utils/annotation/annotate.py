@@ -84,7 +84,7 @@ def annotate(
     classes_path, *lists, audit_path = place_files(str(out), (classes_path, *lists, audit_path))
     scan = scan_datasets(datasets_path, "top" if classes_from == "auto" else classes_from, ignore=[audit_path])
     if classes_from == "auto":
-        check_nesting(scan, repeat)
+        check_nesting(scan, classes_path, repeat)
     names = choose_classes(scan, classes_path, class_file, repeat)
     remove_unused(scan, names)
     check_test_images(scan, lists[-1], test_fraction)

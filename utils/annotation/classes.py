@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,7 @@ def _inner_folders(scan: Scan, repeat: Repeat) -> str:
     return f". {folder} has the folders {shorten_list(sorted(inside))}: to read these, {repeat(datasets_path=folder)}"
 
 
-def check_nesting(scan: Scan, repeat: Repeat) -> None:
+def check_nesting(scan: Scan, classes_path: str | Path, repeat: Repeat) -> None:
     """Raise a ValueError if class folders look like splits: most of the folders in them have the same names."""
     for folder, nested in scan.subfolders.items():
         counts = Counter(name for names in nested.values() for name in names)
@@ -72,11 +72,17 @@ def check_nesting(scan: Scan, repeat: Repeat) -> None:
             ]
         else:
             lines += [
-                f"if {inner} are the classes: {repeat(classes_from='leaf', class_file='rewrite')}",
+                f"if {inner} are the classes: {repeat(classes_from='leaf', **_fitting(shared, classes_path))}",
                 f"if {tops} are splits: rename them to train, val and test",
             ]
-        lines.append(f"if {tops} are the classes: {repeat(classes_from='top')}")
+        lines.append(f"if {tops} are the classes: {repeat(classes_from='top', **_fitting(nested, classes_path))}")
         raise ValueError("\n  ".join(lines))
+
+
+def _fitting(names: Iterable[str], classes_path: str | Path) -> dict[str, str]:
+    """Return the argument to rewrite an existing class file if it has none of `names`."""
+    fits = not Path(classes_path).is_file() or set(names) & set(read_classes(classes_path))
+    return {} if fits else {"class_file": "rewrite"}
 
 
 def remove_unused(scan: Scan, names: list[str]) -> None:
