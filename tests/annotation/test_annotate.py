@@ -272,7 +272,7 @@ def test_digits_are_not_written_among_other_files(here, name):
 
 
 def test_readme_and_hidden_files_count_as_empty(here):
-    touch("datasets/README.md", "datasets/.DS_Store")
+    touch("datasets/README.md", "datasets/.DS_Store", "datasets/@eaDir/1.jpg")
     assert ensure_lists(TrainConfig(demo=True)) == "demo"
 
 

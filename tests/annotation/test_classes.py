@@ -161,8 +161,9 @@ def test_names_that_differ_in_case_are_an_error(here, class_file):
         Path("model_data").mkdir()
         Path(CLASSES).write_text(class_file)
     folder = "train folder Cat and the class cat" if class_file else "val folder cat and the class Cat"
-    with pytest.raises(ValueError, match=rf"the {folder} differ only in upper and lower case: rename one"):
-        annotate(audit=False)
+    for choice in ("keep", "add"):
+        with pytest.raises(ValueError, match=rf"the {folder} differ only in upper and lower case: rename one"):
+            annotate(audit=False, class_file=choice)
 
 
 def test_upper_and_lower_case_letters_may_be_classes(here):

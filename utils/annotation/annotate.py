@@ -14,7 +14,7 @@ from utils.annotation.audit import AuditedImage, Finding, audit_counts, audit_im
 from utils.annotation.audit_report import format_findings, write_audit
 from utils.annotation.classes import ClassFile, Repeat, check_nesting, choose_classes, nesting_notes, remove_unused
 from utils.annotation.fingerprints import Fingerprints
-from utils.annotation.folder_scan import HIDDEN, SPLITS, Scan, scan_datasets
+from utils.annotation.folder_scan import SPLITS, ClassesFrom, Scan, is_hidden, scan_datasets
 from utils.annotation.scan_report import format_table, list_warnings
 from utils.annotation.split import group_by_name, split_validation
 from utils.config.train_config import TrainConfig, project_files
@@ -33,7 +33,7 @@ def annotate(
     val_annotation_path: str | Path = FILES["val_annotation_path"],
     test_annotation_path: str | Path = FILES["test_annotation_path"],
     out: str | Path = "",
-    classes_from: Literal["auto", "top", "leaf", "path"] = "auto",
+    classes_from: Literal["auto"] | ClassesFrom = "auto",
     class_file: ClassFile = "keep",
     val_fraction: float = 0.1,
     test_fraction: float = 0.0,
@@ -276,7 +276,7 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
         return config.data
     limits = {"cache_dir": config.cache_dir, "max_pixels": config.max_pixels, "allow_truncated": config.allow_truncated}
     root = Path(datasets_path)
-    if root.is_dir() and any(e.name != "README.md" and not e.name.startswith(HIDDEN) for e in root.iterdir()):
+    if root.is_dir() and any(e.name != "README.md" and not is_hidden(e.name) for e in root.iterdir()):
         print(f"creating lists of the images in {root}/")
         annotate(root, **files, **limits)
         return ""

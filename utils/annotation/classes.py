@@ -30,7 +30,10 @@ def choose_classes(scan: Scan, classes_path: str | Path, class_file: ClassFile, 
     if path.is_file() and class_file != "rewrite":
         names = read_classes(path)
         if set(names) & set(folders):
-            return names + [name for name in folders if name not in names] if class_file == "add" else names
+            # A folder that may be meant by one of the names is left to `remove_unused`.
+            known = set(names) | {name.casefold() for name in names if name not in folders}
+            new = [name for name in folders if not {name, name.casefold()} & known]
+            return names + new if class_file == "add" else names
         if folders:
             raise ValueError(
                 f"{path}: none of its classes ({shorten_list(names)}) is a folder with training images (there are: "

@@ -168,7 +168,7 @@ def find_images(folder: str | Path, skipped: Counter[str]) -> list[str]:
             skipped["a folder that can't be opened"] += 1
             continue
         for entry in entries:
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 skipped["hidden"] += 1
             elif entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
@@ -189,7 +189,8 @@ def _loop(path: str, real: str, visited: Collection[str]) -> str | None:
     return "a link to a folder already read" if real in visited else None
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is skipped."""
     return name.startswith(HIDDEN) or name.lower() in SYSTEM_FOLDERS or not name.strip()
 
 
@@ -206,7 +207,7 @@ def _skip_reason(entry: os.DirEntry) -> str | None:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name))
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir() and not is_hidden(entry.name))
 
 
 def _count_loose(folder: Path, scan: Scan) -> None:
