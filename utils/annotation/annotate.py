@@ -288,10 +288,9 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
         )
     print(f"there are no images in {root}/: training on handwritten digits, in {demo_digits.FOLDER}/")
     print("  for your own images, put one folder per class there, see README.md")
-    files = project_files(demo_digits.FOLDER)
-    if not Path(files["train_annotation_path"]).is_file():
+    if not Path(project_files(demo_digits.FOLDER)["train_annotation_path"]).is_file():
         demo_digits.write_demo(demo_digits.FOLDER)
-        annotate(demo_digits.FOLDER, **files, audit=False)
+        annotate(demo_digits.FOLDER, out=demo_digits.FOLDER, audit=False)
     return demo_digits.FOLDER
 
 
