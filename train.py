@@ -87,6 +87,8 @@ def main(
     """
     if continue_run and Path(continue_run) not in Path(config.model_path).parents:
         raise ValueError("continue: is a flag; in Python give main(settings_to_continue(run))")
+    if continue_run:
+        print(f"continues {continue_run} with its settings, but all layers and a tenth of its learning rate")
     if group_regex and not cross_validate:
         raise ValueError("group_regex: needs cross_validate; for a single split pass it to txt_annotation.py")
     if cross_validate and (summary or find_lr):
