@@ -18,8 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.conftest import settings
+from utils.annotation.fingerprints import take_fingerprint
 from utils.annotation.folder_scan import find_images
+from utils.data.dataset import FileSource
 from utils.data.image_io import HAS_HEIF, ImageError, Region, open_image, open_to_decode, read_size, upright_rgb
+from utils.data.image_list import list_in_memory
+from utils.data.preprocessing import Preprocessing
 from utils.inference.classifier import load_classifier
 from utils.runs.checkpoint import find_checkpoint
 
@@ -43,16 +48,112 @@ def test_every_mode_becomes_rgb(here, mode):
     ("values", "expected"),
     [
         (np.uint16([[0, 128 * 257, 65535]]), [0, 128, 255]),
-        (np.int32([[-5, 128 * 257, 70000]]), [0, 128, 255]),
+        (np.int32([[0, 128 * 257, 65535]]), [0, 128, 255]),
         (np.float32([[0, 0.5, 1.0]]), [0, 128, 255]),
-        (np.float32([[0, 128.0, 255.0]]), [0, 128, 255]),
-        (np.float32([[np.nan, 0.5, -1.0]]), [0, 128, 0]),
+        (np.float32([[np.nan, 0.5, 1.0]]), [0, 128, 255]),
     ],
 )
 def test_deep_images_are_scaled(here, values, expected):
     for name in ("a.tif", "a.png") if values.dtype == np.uint16 else ("a.tif",):
         Image.fromarray(values).save(name)
         assert np.asarray(open_image(name))[0, :, 0].tolist() == expected
+
+
+def write_tiff(values: np.ndarray, photometric: int, planar: bool = False, extra: tuple[int, ...] = (), bits: int = 0):
+    """Write values (height, width, channels) to a.tif, in layouts that Pillow doesn't write."""
+    channels = values.shape[2]
+    data = (values.transpose(2, 0, 1) if planar else values).tobytes()
+    planes = channels if planar else 1
+    tags = {256: [values.shape[1]], 257: [len(values)], 258: [bits or 8 * values.itemsize] * channels, 259: [1]}
+    tags |= {262: [photometric], 273: [0] * planes, 277: [channels], 279: [len(data) // planes] * planes}
+    tags |= {284: [2 if planar else 1]} | ({338: extra} if extra else {})
+    tags |= {339: [{"u": 1, "i": 2, "f": 3}[values.dtype.kind]] * channels}
+    end = 8 + 2 + 12 * len(tags) + 4  # of the directory; longer values follow, then the pixels
+    first = end + sum(4 * len(numbers) for numbers in tags.values() if len(numbers) > 1)
+    tags[273] = [first + i * len(data) // planes for i in range(planes)]
+    directory, longer = struct.pack("<H", len(tags)), b""
+    for tag, numbers in tags.items():
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        place = packed if len(numbers) == 1 else struct.pack("<I", end + len(longer))
+        longer += packed if len(numbers) > 1 else b""
+        directory += struct.pack("<HHI", tag, 4, len(numbers)) + place
+    Path("a.tif").write_bytes(b"II*\0\x08\0\0\0" + directory + bytes(4) + longer + data)
+
+
+GRAY = np.uint16([[[0], [128 * 257], [65535]]])
+RGB = np.concatenate([GRAY, 0 * GRAY, 65535 - GRAY], axis=2)
+RGBN = np.concatenate([RGB, 65535 - GRAY], axis=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "layout", "expected"),
+    [
+        (GRAY, {"photometric": 0}, [255, 127, 0]),
+        ((GRAY // 2).astype(np.int16), {"photometric": 1}, [0, 128, 255]),
+        (GRAY.astype(np.uint32), {"photometric": 1}, [0, 128, 255]),
+        (RGB, {"photometric": 2}, [[0, 0, 255], [128, 0, 127], [255, 0, 0]]),
+        (RGBN, {"photometric": 2}, [[0, 0, 255], [128, 0, 127], [255, 0, 0]]),
+        (RGBN, {"photometric": 2, "extra": (2,)}, [[0, 0, 255], [192, 128, 191], [255, 255, 255]]),
+        ((RGBN >> 8).astype(np.uint8), {"photometric": 2}, [[0, 0, 255], [128, 0, 127], [255, 0, 0]]),
+        ((RGB >> 8).astype(np.uint8), {"photometric": 2, "planar": True}, [[0, 0, 255], [128, 0, 127], [255, 0, 0]]),
+    ],
+)
+def test_layouts_of_tiff(here, values, layout, expected):
+    """White-is-zero, signed, undeclared fourth channels (near infrared) and alpha, separate planes."""
+    write_tiff(values, **layout)
+    pixels = np.asarray(open_image("a.tif"))[0]
+    assert (pixels if isinstance(expected[0], list) else pixels[:, 0]).tolist() == expected
+    assert np.asarray(upright_rgb(Image.open("a.tif")))[0].tolist() == pixels.tolist()
+
+
+def test_twelve_bits(here):
+    write_tiff(np.uint8([[[0xFF], [0xF0], [0x00]]]), photometric=1, bits=12)
+    width = [struct.pack("<HHII", 256, 4, 1, number) for number in (3, 2)]  # two pixels in three bytes
+    (here / "a.tif").write_bytes((here / "a.tif").read_bytes().replace(*width))
+    assert np.asarray(open_image("a.tif"))[0, :, 0].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "layout", "cause"),
+    [
+        (
+            np.float32([[[0], [1000], [4095]]]),
+            {},
+            r"values go from 0 to 4095.*with values from 0 \(black\) to 1 \(white\)",
+        ),
+        (np.float32([[[0], [np.inf]]]), {}, "values go from 0 to inf"),
+        (np.float32([[[-0.5], [0.5]]]), {}, "values go from -0.5 to 0.5"),
+        (np.int16([[[-5], [5]]]), {}, r"values go from -5 to 5.*32767 \(white\)"),
+        (np.int32([[[-5], [70_000]]]), {}, r"values go from -5 to 70000.*65535 \(white\)"),
+        (np.uint32([[[0], [2**32 - 1]]]), {}, r"values go from 0 to 4.29497e\+09"),
+        (np.int8([[[0], [5]]]), {}, "8-bit integers are signed"),
+        (np.float64([[[0], [1]]]), {}, "a TIFF of 1 channel of 64-bit floats isn't supported; save it as 8-bit RGB"),
+        (np.float32(RGB), {"photometric": 2}, "3 channels of 32-bit floats"),
+        (RGB, {"photometric": 2, "planar": True}, "separate planes of 16 bits"),
+        (np.uint8(np.ones((1, 1, 7))), {"photometric": 2, "extra": (0,) * 4}, "7 channels of 8-bit unsigned integers"),
+    ],
+)
+def test_images_without_a_known_white_are_refused(here, values, layout, cause):
+    write_tiff(values, **{"photometric": 1} | layout)
+    with pytest.raises(ImageError, match=cause):
+        open_image("a.tif")
+    with pytest.raises(ImageError, match=cause), open_to_decode("a.tif"):
+        pass
+
+
+def test_audit_training_and_export_share_the_rule(here):
+    Image.fromarray(np.float32([[0, 1000, 4095]])).save("a.tif")
+    assert "go from 0 to 4095" in take_fingerprint("a.tif").error
+    files = FileSource(list_in_memory([(0, "a.tif")]), Preprocessing.from_config(settings()))
+    with pytest.raises(ImageError, match="go from 0 to 4095"), files.open(0):
+        pass
+    with pytest.raises(ImageError, match="go from 0 to 4095"):
+        upright_rgb(Image.open("a.tif"))
+
+
+def test_alpha_that_is_0_everywhere_is_ignored(here):
+    Image.new("RGBA", (2, 1), (10, 20, 30, 0)).save("a.png")
+    assert open_image("a.png").getpixel((0, 0)) == (10, 20, 30)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -210,9 +311,40 @@ def test_exif_tag_of_an_unusual_type(here, suffix, mode):
 def test_max_pixels(here):
     Image.new("L", (100, 50)).save("a.png")
     for limit in (4999, 100):  # Pillow raises its own error at twice the limit
-        with pytest.raises(ImageError, match=rf"more pixels than max_pixels={limit} allows; raise max_pixels"):
+        with pytest.raises(ImageError, match=rf"more pixels than max_pixels={limit} allows; shrink it"):
             open_image("a.png", max_pixels=limit)
     assert open_image("a.png", max_pixels=5000).size == (100, 50)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_large_jpeg_is_decoded_at_a_lower_scale(here, mode):
+    """As phone photos of 200 megapixels are."""
+    smooth = Image.radial_gradient("L").resize((400, 200)).convert(mode)
+    smooth.save("a.jpg", quality=95)
+    limits = {"max_pixels": 5000}
+    assert read_size("a.jpg", **limits) == (400, 200)
+    image = open_image("a.jpg", **limits)
+    assert image.size == (100, 50)
+    whole = np.asarray(open_image("a.jpg").resize(image.size, Image.Resampling.BOX))
+    assert np.abs(np.asarray(image).astype(int) - whole).mean() < 2
+    region = read_region("a.jpg", lambda w, h: ((0, 0, w / 2, h), (200, 200)), **limits)
+    assert region.pixels.shape == (50, 100, 3)
+    assert region.box == (0, 0, 50, 50)
+
+
+def test_jpeg_that_takes_its_memory_at_any_scale_is_refused(here):
+    """Progressive ones, those of several scans, and those that are too large at 1/8."""
+    image = Image.new("RGB", (400, 200))
+    image.save("progressive.jpg", progressive=True)
+    image.save("a.jpg")
+    header = b"\xff\xda\x00\x0c"
+    content = (here / "a.jpg").read_bytes()
+    (here / "scans.jpg").write_bytes(content.replace(header + b"\x03", header + b"\x01"))
+    assert open_image("a.jpg", max_pixels=1250).size == (50, 25)
+    for name, limit in (("progressive.jpg", 79_999), ("scans.jpg", 79_999), ("a.jpg", 1249)):
+        with pytest.raises(ImageError, match=f"more pixels than max_pixels={limit} allows"):
+            open_image(name, max_pixels=limit)
+    assert open_image("progressive.jpg", max_pixels=80_000).size == (400, 200)
 
 
 def test_pipes_and_folders_do_not_block(here):
@@ -270,7 +402,9 @@ def test_difficult_files(shared):
 
 def test_image_that_claims_to_be_huge_takes_no_memory(here):
     Image.new("1", (13_300, 13_300)).save("a.png")
-    Image.new("L", (13_300, 13_300)).save("a.jpg")
+    Image.new("L", (8, 13_300)).save("a.jpg", progressive=True)
+    header = struct.pack(">HH", 13_300, 8)  # height and width
+    (here / "a.jpg").write_bytes((here / "a.jpg").read_bytes().replace(header, struct.pack(">HH", 65_500, 65_500)))
     result = read_all(here)
     assert result["refused"] == 2
     assert result["peak_mb"] < 300

@@ -26,7 +26,7 @@ THUMBNAIL = 16
 """Side of the gray thumbnails that are compared for near-duplicates."""
 MAX_FLAT_RANGE = 8
 """Range of levels, of 255, within each channel of a blank image."""
-VERSION = 1
+VERSION = 2
 """Increase it when fingerprints are computed differently."""
 SAVE_EVERY = 1000
 """Images between writes to the cache; an interrupted run resumes from the last write."""

@@ -316,7 +316,9 @@ class TrainConfig:
     share of the list the run stops."""
 
     max_pixels: int = setting(100_000_000, FROM_1, shapes_images=True)
-    """Images with more pixels are refused before they are decoded. Decoding takes four bytes per pixel or more."""
+    """Largest number of pixels of a decoded image: the memory that decoding takes is four bytes per pixel or more. A
+    larger JPEG, such as a phone's of 200 megapixels, is decoded at 1/2, 1/4 or 1/8 of its size, unless it is
+    progressive. Other images with more pixels are refused before they are decoded."""
 
     allow_truncated: bool = setting(False, shapes_images=True)
     """Read files that end too early, their missing part gray, instead of refusing them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import stat
 import struct
@@ -17,7 +16,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import PIL
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 
 from utils.config.train_config import TrainConfig
 from utils.system.errors import InputError
@@ -63,7 +63,10 @@ READERS = f"Pillow {PIL.__version__}, OpenCV {cv2.__version__}{', pillow-heif' i
 """Versions of the image libraries; others may decode to different pixels."""
 
 MAX_PIXELS = TrainConfig.max_pixels
-"""Larger images are refused before decoding: a small file can claim to be a huge image."""
+"""Images that decode to more pixels are refused before decoding: a small file can claim to be a huge image."""
+
+WHITE_16 = 65_535
+"""White in images of 16 bits; wider integers are read as such."""
 
 BACKGROUND = (255, 255, 255)
 """Background color behind transparent images."""
@@ -120,18 +123,24 @@ class ImageError(InputError):
     Attributes:
         path: the file.
         cause: why it can't be read.
+        missing: whether the file can't be reached, as on a disk that was disconnected; False: its content is at fault.
     """
 
-    def __init__(self, message: str, path: str = "", cause: str = "") -> None:
+    def __init__(self, message: str, path: str = "", cause: str = "", missing: bool = False) -> None:
         # A worker process sends an error as one message, its traceback followed by the original message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
         self.path = path
         self.cause = cause
+        self.missing = missing
 
     @staticmethod
-    def of(path: str | Path, cause: str) -> ImageError:
+    def of(path: str | Path, cause: str, missing: bool = False) -> ImageError:
         """Return the error for one file."""
-        return ImageError(f"{path} can't be read as an image: {cause}", str(path), cause)
+        return ImageError(f"{path} can't be read as an image: {cause}", str(path), cause, missing)
+
+
+class _Unsupported(ValueError):
+    """An intact image that can't be read right; the message is for the user."""
 
 
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Image.Image:
@@ -141,13 +150,15 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: 
 
     Args:
         path: a file of one of `FORMATS`; the suffix is ignored.
-        max_pixels: images with more pixels are refused before decoding.
+        max_pixels: images with more pixels are refused before decoding, except that a JPEG is decoded at 1/2, 1/4 or
+            1/8 of its size to stay within this number.
         allow_truncated: read incomplete files; missing pixels are gray.
 
     Raises:
         ImageError: the file is missing or can't be read; all other errors are converted to this.
     """
-    with _opened(path, max_pixels, allow_truncated) as image:
+    with _opened(path, max_pixels, allow_truncated) as (image, reduction):
+        _reduce(image, reduction)
         return _upright_rgb(image)
 
 
@@ -159,9 +170,10 @@ class OpenImage:
         height: of the upright image.
     """
 
-    def __init__(self, path: str | Path, image: Image.Image) -> None:
+    def __init__(self, path: str | Path, image: Image.Image, reduction: int) -> None:
         self._path = path
         self._image = image
+        self._min_reduction = reduction
         self._pixels: np.ndarray | None = None
         if image.format in ("JPEG", "MPO"):
             self._orientation = _orientation(image)
@@ -173,17 +185,18 @@ class OpenImage:
     def decode(self, box: Box, size: tuple[int, int]) -> Region:
         """Decode the image for a crop `box` that will be resized to `size` (height, width).
 
-        A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size in a fraction of the time, see `MIN_OVERSAMPLING`.
+        A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size in a fraction of the time, see `MIN_OVERSAMPLING`, and in
+        less memory.
         """
         pixels = self._decode_jpeg(box, size) if self._pixels is None else self._pixels
         return scale_box(pixels, box, self.width, self.height)
 
     def _decode_jpeg(self, box: Box, size: tuple[int, int]) -> np.ndarray:
         max_reduction = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / MIN_OVERSAMPLING
-        reduction = max(n for n in JPEG_REDUCTIONS if n <= max(max_reduction, 1))
+        reduction = max(n for n in JPEG_REDUCTIONS if n <= max(max_reduction, self._min_reduction))
         pixels = _decode_jpeg(self._path, reduction, self._orientation) if self._image.mode == "RGB" else None
         if pixels is None:
-            self._image.draft(None, tuple(math.ceil(side / reduction) for side in self._image.size))
+            _reduce(self._image, reduction)
             pixels = np.array(_upright_rgb(self._image))
         return pixels
 
@@ -200,8 +213,8 @@ def open_to_decode(
     path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
 ) -> Iterator[OpenImage]:
     """Open an image for decoding; arguments and errors are those of `open_image`."""
-    with _opened(path, max_pixels, allow_truncated) as image:
-        yield OpenImage(path, image)
+    with _opened(path, max_pixels, allow_truncated) as (image, reduction):
+        yield OpenImage(path, image, reduction)
 
 
 def _decode_jpeg(path: str | Path, reduction: int, orientation: int) -> np.ndarray | None:
@@ -226,7 +239,7 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
         image: a Pillow image, or a uint8 array, (height, width, 3) in RGB or (height, width) in gray.
 
     Raises:
-        ImageError: the Pillow image's file, which may be read only now, is broken.
+        ImageError: the Pillow image's file, which may be read only now, is broken, or its values have no known white.
         ValueError: the type, dtype or shape isn't one of these.
     """
     if not isinstance(image, np.ndarray | Image.Image):
@@ -239,8 +252,9 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
             )
         image = Image.fromarray(image)
     try:
-        return _upright_rgb(image.copy())
-    except (OSError, SyntaxError) as error:
+        rgb = _upright_rgb(image)
+        return rgb.copy() if rgb is image else rgb
+    except (OSError, SyntaxError, _Unsupported) as error:
         raise ImageError.of(getattr(image, "filename", "") or "an image in memory", str(error)) from error
 
 
@@ -268,44 +282,135 @@ def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]
     Raises:
         ImageError: the file is missing, isn't an image, or has more than `max_pixels`.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(path, max_pixels) as (image, _):
         return image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB: on a white background if transparent, higher bit depths scaled to 8 bits.
 
-    White is 65,535 for integers; for floats it is 1 if no value is above 1, else 255.
+    White is the largest value of the bit depth for integers (those of 32 bits are read as 16 bits), and 1 for floats.
+    Alpha that is 0 everywhere is ignored: the image would be blank.
+
+    Raises:
+        _Unsupported: values are outside this range, or the channels can't be read right.
     """
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image))
-        image = Image.fromarray((values * (255 if values.max() <= 1 else 1)).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
-        image = Image.alpha_composite(background, image)
+    _check_channels(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_scale_to_8_bits(image))
+    if image.has_transparency_data and not _has_unknown_channel(image):
+        rgba = image.convert("RGBA")
+        if rgba.getchannel("A").getextrema() == (0, 0):
+            return Image.merge("RGB", rgba.split()[:3])
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (*BACKGROUND, 255)), rgba)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _scale_to_8_bits(image: Image.Image) -> np.ndarray:
+    """Return an image of mode I or F as uint8; missing values (NaN) become black."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        white, values = 1, np.where(np.isnan(values), 0, values)
+    else:
+        bits = _tag(image, TiffImagePlugin.BITSPERSAMPLE, 16)
+        signed = _tag(image, TiffImagePlugin.SAMPLEFORMAT, 1) == 2
+        white = {(12, False): 4095, (16, True): 32_767}.get((bits, signed), WHITE_16)
+        if bits == 32 and not signed:
+            values = values.view(np.uint32)
+    low, high = values.min(), values.max()
+    if low < 0 or high > white:
+        raise _Unsupported(
+            f"its values go from {low:g} to {high:g}, so black and white are unknown; save it with values from 0 "
+            f"(black) to {white} (white)"
+        )
+    if _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1) == 0:
+        values = white - values
+    return np.multiply(values, 255 / white, dtype=np.float32).round().astype(np.uint8)
+
+
+def _tag(image: Image.Image, number: int, default: int) -> int:
+    """Return a tag of a TIFF, its first value if there are several; `default` if it is missing or for other formats."""
+    value = getattr(image, "tag_v2", {}).get(number, default)
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _check_channels(image: Image.Image) -> None:
+    """Raise `_Unsupported` for TIFFs that Pillow opens but reads wrong."""
+    bits = _tag(image, TiffImagePlugin.BITSPERSAMPLE, 1)
+    planar = _tag(image, TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
+    if bits > 8 and planar and _tag(image, TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1:
+        raise _Unsupported(f"a TIFF with separate planes of {bits} bits isn't supported; save it as 8-bit RGB")
+    if bits == 8 and _tag(image, TiffImagePlugin.SAMPLEFORMAT, 1) == 2:
+        raise _Unsupported("its 8-bit integers are signed, so black is unknown; save it with values from 0 to 255")
+
+
+def _has_unknown_channel(image: Image.Image) -> bool:
+    """Return whether the fourth channel of a TIFF isn't declared as alpha; it may be near infrared."""
+    tags = getattr(image, "tag_v2", None)
+    return tags is not None and image.mode == "RGBA" and TiffImagePlugin.EXTRASAMPLES not in tags
+
+
 @contextmanager
-def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Iterator[Image.Image]:
+def _opened(
+    path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
+) -> Iterator[tuple[Image.Image, int]]:
+    """Open a file; yield the image, not yet decoded, and the reduction at which it must be decoded at least."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or socket would block forever
             raise OSError("it is not a file but a folder or a pipe")
         Image.MAX_IMAGE_PIXELS = max_pixels
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise Image.DecompressionBombError  # Pillow raises this only at twice the limit
+        with _open(path) as image:
+            reduction = _min_reduction(path, image, max_pixels)
             ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
-            yield image
+            yield image, reduction
     except Exception as error:  # on broken files Pillow's decoders raise nearly any exception
-        raise ImageError.of(path, _cause(path, error, max_pixels)) from error
+        # Errors of the system have a number, those of Pillow's decoders have none.
+        missing = isinstance(error, OSError) and error.errno is not None
+        raise ImageError.of(path, _cause(path, error, max_pixels), missing) from error
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError:
+        with suppress(SyntaxError):
+            return JpegImageFile(path)  # may still be decoded at a lower scale
+        raise
+
+
+def _min_reduction(path: str | Path, image: Image.Image, max_pixels: int) -> int:
+    """Return the smallest of `JPEG_REDUCTIONS` at which an image has at most `max_pixels`; 1 for other formats.
+
+    Raises:
+        DecompressionBombError: there is none.
+    """
+    pixels = image.width * image.height
+    if pixels <= max_pixels:
+        return 1
+    if image.format in ("JPEG", "MPO") and pixels <= max_pixels * max(JPEG_REDUCTIONS) ** 2 and _has_one_scan(path):
+        return next(n for n in JPEG_REDUCTIONS if pixels <= max_pixels * n**2)
+    raise Image.DecompressionBombError
+
+
+def _has_one_scan(path: str | Path) -> bool:
+    """Return whether a JPEG is decoded row by row. Others, such as progressive ones, take memory for all coefficients,
+    at any scale."""
+    with JpegImageFile(path) as image:
+        size = 6 + 2 * image.layers  # of the header of a scan of all layers, at whose end Pillow stops
+        image.fp.seek(-size, os.SEEK_CUR)
+        return image.fp.read(3) == bytes((0, size, image.layers)) and not image.info.get("progressive")
+
+
+def _reduce(image: Image.Image, reduction: int) -> None:
+    """Make Pillow decode a JPEG at 1 / `reduction` of its size."""
+    if reduction > 1:
+        image.draft(None, tuple(max(1, side // reduction) for side in image.size))
 
 
 def _cause(path: str | Path, error: Exception, max_pixels: int) -> str:
     """Return the reason for the user, with the package to install if one can read the format."""
+    if isinstance(error, _Unsupported):
+        return str(error)
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, Image.UnidentifiedImageError):
@@ -314,7 +419,28 @@ def _cause(path: str | Path, error: Exception, max_pixels: int) -> str:
             header = file.read(32)
         if header[4:8] == b"ftyp" and header[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
             return "it is HEIC; pip install pillow-heif to read it"
+        if layout := _tiff_layout(path):
+            return f"a TIFF of {layout} isn't supported; save it as 8-bit RGB"
         return "its image format is unknown" if header else "it is empty"
     if isinstance(error, Image.DecompressionBombError):
-        return f"it has more pixels than max_pixels={max_pixels} allows; raise max_pixels or shrink the image"
+        return (
+            f"it has more pixels than max_pixels={max_pixels} allows; shrink it, save it as a JPEG that isn't "
+            f"progressive (decoded at a lower scale), or raise max_pixels"
+        )
     return f"{type(error).__name__}: {error}"
+
+
+def _tiff_layout(path: str | Path) -> str:
+    """Describe the channels of a TIFF that Pillow doesn't open; "" for other files."""
+    try:
+        with Path(path).open("rb") as file:
+            directory = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+            file.seek(directory.next)
+            directory.load(file)
+        (bits, *_) = directory[TiffImagePlugin.BITSPERSAMPLE]
+        (kind, *_) = directory.get(TiffImagePlugin.SAMPLEFORMAT, (1,))
+        channels = directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+    except Exception:  # as in `_opened`
+        return ""
+    kinds = {1: "unsigned integers", 2: "signed integers", 3: "floats"}
+    return f"{channels} channel{'s' * (channels > 1)} of {bits}-bit {kinds.get(kind, 'values')}"
