@@ -178,7 +178,8 @@ def crop_of(dataset, index):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_unreadable_images_raise(two_of_three, workers):
     with pytest.raises(
-        TooManyUnreadable, match=r"^max_bad_fraction=0\.05: 2 of 32 images can't be read: 3.png, 25.png; repair"
+        TooManyUnreadable,
+        match=r"^max_bad_fraction=0\.05: 2 of 32 images can't be read; damaged: 2 \(3.png, 25.png\); repair",
     ):
         list(train_loader(train_set(two_of_three, 0.05), 32, workers))
 

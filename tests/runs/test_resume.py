@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train
-from tests.conftest import SMALL, settings, write_back, write_image
+from tests.conftest import SMALL, TINY, settings, write_back, write_image
 from utils.annotation.annotate import annotate
 from utils.data.image_list import compare_lists, list_in_memory, read_list, write_list
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint, load_newest
@@ -329,3 +329,21 @@ def test_a_run_killed_before_its_final_save(trained, interrupted, rounds):
     last = load_checkpoint(interrupted / LAST)
     assert last["finished"] and last["step"] == 22
     assert len(runs()) == rounds
+
+
+def test_a_run_without_a_step_starts_anew_with_other_lists(two_classes, monkeypatch, capsys):
+    """As after its first image couldn't be read, and the lists were written without it."""
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "start_stage", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(settings(**TINY))
+    (run,) = runs()
+    assert load_checkpoint(run / LAST)["step"] == 0
+    change_images()
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train", lambda run, *_: run.close())
+        train.main(settings(**TINY))
+    assert f"{run} hasn't made a step and its lists have changed: it starts anew\n" in capsys.readouterr().out
+    assert runs() == [run]
+    assert (run / "train_list.txt").read_bytes() == Path("cls_train.txt").read_bytes()

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from utils.data.image_io import MAX_PIXELS, READERS, ImageError, open_image
+from utils.data.retry import read_patiently
 from utils.system.thread_map import map_parallel
 
 PREVIEW = 128
@@ -70,11 +71,8 @@ PREVIEWS = "CREATE TABLE IF NOT EXISTS previews (path BLOB PRIMARY KEY, state TE
 
 
 def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Fingerprint:
-    """Read an image and compute its fingerprint; on failure only `error` is set."""
-    try:
-        image = open_image(path, max_pixels, allow_truncated)
-    except ImageError as error:
-        return Fingerprint(error=error.cause)
+    """Read an image and compute its fingerprint."""
+    image = open_image(path, max_pixels, allow_truncated)
     pixels = np.asarray(image)
     digest = hashlib.blake2b(repr(image.size).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(pixels))
@@ -137,7 +135,11 @@ class Fingerprints:
         return sqlite3.connect(self.path, timeout=LOCK_TIMEOUT)
 
     def read(self, paths: Sequence[str]) -> list[Fingerprint]:
-        """Return the fingerprints of `paths`, in this order."""
+        """Return the fingerprints of `paths`, in this order; those of unreadable images only have an `error`.
+
+        Raises:
+            ImagesGone: most images are missing.
+        """
         keys = [os.fsencode(os.path.abspath(path)) for path in paths]
         states = [self._state(path) for path in paths]
         with closing(self._connect()) as db:
@@ -146,7 +148,15 @@ class Fingerprints:
                 for key, state in zip(keys, states, strict=True)
             ]
             missing = [i for i, fingerprint in enumerate(prints) if fingerprint is None]
-            take = partial(take_fingerprint, max_pixels=self.limits[0], allow_truncated=self.limits[1])
+
+            def take(path: str) -> Fingerprint:
+                try:
+                    max_pixels, allow_truncated = self.limits
+                    read = partial(take_fingerprint, path, max_pixels=max_pixels, allow_truncated=allow_truncated)
+                    return read_patiently(read, len(paths), paths.__getitem__)
+                except ImageError as error:
+                    return Fingerprint(error=error.cause)
+
             computed = map_parallel(take, [paths[i] for i in missing], "reading images")
             rows = []
             for i, fingerprint in zip(missing, computed, strict=True):

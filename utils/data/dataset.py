@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from utils.data.image_io import ImageError
 from utils.data.image_list import ImageList
 from utils.data.preprocessing import Preprocessing
+from utils.data.retry import read_patiently
 from utils.data.sampler import Key
 from utils.data.transforms import Decodable, Transform
 from utils.system.seeds import derive_seed
@@ -99,6 +101,7 @@ class ImageDataset(Dataset):
         Raises:
             ImageError: the file can't be read and can't be replaced.
             TooManyUnreadable: more files are unreadable than `max_bad_fraction` allows.
+        ImagesGone: most images are missing, see `utils.data.retry.read_patiently`.
         """
         return self.__getitems__([key])[0]
 
@@ -141,11 +144,12 @@ class ImageDataset(Dataset):
     def _read(self, key: Key) -> Tensor:
         index = key[1]
         try:
-            return self._crop(index, key)
+            if self.unreadable[index]:  # known, so it isn't waited for again
+                return self._crop(index, key)
+            return read_patiently(lambda: self._crop(index, key), len(self), self.images.path)
         except ImageError as error:
             if self.max_bad_fraction is None:
-                remedy = "repair or remove it, or run python txt_annotation.py with the same flags and --fix"
-                raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
+                raise ImageError(f"{error}; {_remedy([error.path])}", error.path, error.cause) from error
             self.unreadable[index] = True
             self._check_unreadable()
             return self._read_replacement(key, error)
@@ -165,8 +169,24 @@ class ImageDataset(Dataset):
     def _check_unreadable(self) -> None:
         bad = self.unreadable.nonzero().flatten().tolist()
         if len(bad) > self.max_bad_fraction * len(self):
-            paths = ", ".join(self.images.path(i) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            paths = [self.images.path(i) for i in bad]
             raise TooManyUnreadable(
-                f"max_bad_fraction={self.max_bad_fraction}: {len(bad)} of {len(self)} images can't be read: {paths}; "
-                f"repair or remove them, or run python txt_annotation.py with the same flags and --fix"
+                f"max_bad_fraction={self.max_bad_fraction}: {len(bad)} of {len(self)} images can't be read; "
+                f"{_remedy(paths)}"
             )
+
+
+def _remedy(paths: list[str]) -> str:
+    """What to do about unreadable images, of which some may be missing and others damaged."""
+    missing = [path for path in paths if not os.path.exists(path)]
+    damaged = [path for path in paths if os.path.exists(path)]
+    parts = []
+    if missing:
+        parts.append(f"missing: {_some(missing)}; bring them back, or run python txt_annotation.py with the same flags")
+    if damaged:
+        parts.append(f"damaged: {_some(damaged)}; repair them, or add --fix to python txt_annotation.py")
+    return "; ".join(parts)
+
+
+def _some(paths: list[str]) -> str:
+    return f"{len(paths)} ({', '.join(paths[:5])}{', ...' if len(paths) > 5 else ''})"

@@ -15,6 +15,7 @@ from utils.config.train_config import TrainConfig
 from utils.data.cache_file import check_disk_space, describe_files, replace_cache
 from utils.data.image_io import Box, ImageError, Region, open_to_decode, read_size, scale_box
 from utils.data.image_list import ImageList
+from utils.data.retry import read_patiently
 from utils.system.digests import IMAGE_CODE, digest
 from utils.system.files import format_bytes
 from utils.system.text import count_of
@@ -81,6 +82,7 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
 
     Raises:
         ValueError: the disk doesn't have enough space.
+        ImagesGone: most images are missing.
     """
     folder = Path(config.cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,15 +119,12 @@ def cached_size(height: int, width: int, config: TrainConfig) -> tuple[int, int]
     return (height, width) if factor >= 1 else (round(height * factor), round(width * factor))
 
 
-def _downscale(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int] | None:
-    """Return cached pixels (height, width, 3), and the original's height and width; None if it is unreadable."""
-    try:
-        with open_to_decode(path, config.max_pixels, config.allow_truncated) as image:
-            width, height = image.width, image.height
-            size = cached_size(height, width, config)
-            pixels = image.decode((0, 0, width, height), size).pixels
-    except ImageError:
-        return None
+def _downscale(path: str, config: TrainConfig) -> tuple[np.ndarray, int, int]:
+    """Return cached pixels (height, width, 3), and the original's height and width."""
+    with open_to_decode(path, config.max_pixels, config.allow_truncated) as image:
+        width, height = image.width, image.height
+        size = cached_size(height, width, config)
+        pixels = image.decode((0, 0, width, height), size).pixels
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR)), height, width
 
 
@@ -134,7 +133,10 @@ def _write(images: ImageList, config: TrainConfig, file: BinaryIO) -> None:
     index = np.zeros((len(images), 5), np.int64)
 
     def downscale(i: int) -> tuple[np.ndarray, int, int] | None:
-        return _downscale(images.path(i), config)
+        try:
+            return read_patiently(lambda: _downscale(images.path(i), config), len(images), images.path)
+        except ImageError:
+            return None
 
     for i, image in enumerate(map_parallel(downscale, range(len(images)), "writing the image cache")):
         index[i, 0] = file.tell()

@@ -127,8 +127,7 @@ class ImageError(InputError):
     """
 
     def __init__(self, message: str, path: str = "", cause: str = "", missing: bool = False) -> None:
-        # A worker process sends an error as one message, its traceback followed by the original message.
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+        super().__init__(message)
         self.path = path
         self.cause = cause
         self.missing = missing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,7 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
         for path in find_runs(config, finished=False):
             run, newest = _open_folder(path)
             if run and _has_classes(run, class_names):
-                _prepare_resume(run, newest, config, lists)
-                return run
+                return _prepare_resume(run, newest, config, lists)
             reason = "it has other classes" if run else "it has no intact checkpoint"
             print(f"warning: the unfinished run {path} isn't resumed: {reason}")
         _report_differences(config)
@@ -100,8 +100,7 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
             f"{given}: it has the classes {shorten_list(run.checkpoint['class_names'])}, and {config.classes_path} "
             f"has {shorten_list(class_names)}; restore that file, or start a new run with resume=no"
         )
-    _prepare_resume(run, newest, config, lists)
-    return run
+    return _prepare_resume(run, newest, config, lists)
 
 
 def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
@@ -161,13 +160,17 @@ def changed_fields(saved: Mapping[str, Any], config: TrainConfig) -> dict[str, t
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
+def _has_other_lists(run: RunFolder, lists: Mapping[str, ImageList]) -> bool:
+    return any(run.checkpoint["lists"].get(key) != images.digest() for key, images in lists.items())
+
+
 def _check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageList]) -> bool:
     """Whether the lists have changed since the run started.
 
     Raises:
         ValueError: they have, and `accept_changed_lists` isn't set.
     """
-    if run.checkpoint is None:
+    if run.checkpoint is None or not _has_other_lists(run, lists):
         return False
     changes = []
     for key, images in lists.items():
@@ -180,8 +183,6 @@ def _check_lists(run: RunFolder, config: TrainConfig, lists: Mapping[str, ImageL
         known = before is not None and before.digest() == digest
         differences = compare_lists(before, images, names) if known else f"its copy {copy} is missing or changed"
         changes.append(f"{getattr(config, f'{key}_annotation_path')}: {differences}")
-    if not changes:
-        return False
     message = f"the lists have changed since the run started: {'; '.join(changes)}"
     if not config.accept_changed_lists:
         run.lock.release()
@@ -213,12 +214,19 @@ def _open_folder(path: Path) -> tuple[RunFolder | None, Path | None]:
     return None, None
 
 
-def _prepare_resume(run: RunFolder, newest: Path | None, config: TrainConfig, lists: Mapping[str, ImageList]) -> None:
-    """Make the checkpoint `newest` the last one of the run, and store the lists.
+def _prepare_resume(
+    run: RunFolder, newest: Path | None, config: TrainConfig, lists: Mapping[str, ImageList]
+) -> RunFolder:
+    """Make the checkpoint `newest` the last one of the run, store the lists, and return the run.
+
+    A run that hasn't made a step, and whose lists have changed, starts anew in its folder.
 
     Raises:
         ValueError: see `_check_lists`; the folder is unchanged.
     """
+    if run.checkpoint and run.checkpoint["step"] == 0 and _has_other_lists(run, lists):
+        print(f"{run.path} hasn't made a step and its lists have changed: it starts anew")
+        run, newest = replace(run, checkpoint=None), None
     changed = _check_lists(run, config, lists)
     if newest:
         # First free disk space, since a full disk may have interrupted the run; keep at least one, it may be `newest`.
@@ -230,3 +238,4 @@ def _prepare_resume(run: RunFolder, newest: Path | None, config: TrainConfig, li
         digests = {key: images.digest() for key, images in lists.items()}
         save_checkpoint(run.path / LAST, run.checkpoint | {"lists": digests})
     write_lists(run.path, lists, config)
+    return run

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from nets.network import FreezableNetwork
 from utils.config.train_config import TrainConfig
+from utils.data.image_io import ImageError
 from utils.data.preprocessing import Preprocessing
+from utils.data.retry import ImagesGone
 from utils.modeling.build import at_current_size
 from utils.runs.checkpoint import BEST, LAST, SaveError, load_checkpoint, prune_periodic, read_progress, save_checkpoint
 from utils.runs.folder import RunFolder
@@ -180,11 +182,11 @@ class Run:
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
-        """Save the run if a signal arrives or a worker dies within this context; then, or if saving fails, print how
-        to resume."""
+        """Save the run if a signal arrives, a worker dies or images can't be read within this context; then, or if
+        saving fails, print how to resume."""
         try:
             yield
-        except (Stopped, WorkerDied, SaveError) as reason:
+        except (Stopped, WorkerDied, ImageError, ImagesGone, SaveError) as reason:
             clear_pending()
             if self.finished:
                 print(f"\n{type(reason).__name__}: {self.folder} is finished")
