@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +28,7 @@ from utils.runs.checkpoint import find_checkpoint, given_model
 from utils.runs.folder import METRICS_FOLDER, is_run, results_folder
 from utils.runs.run_table import format_runs
 from utils.system import cli
-from utils.system.files import read_json, write_text
+from utils.system.files import make_writable, read_json, write_text
 from utils.system.text import shorten_list
 
 PAGE = "report.html"
@@ -82,7 +81,7 @@ def main(
         checkpoints = [find_checkpoint(path) for path in compare]
         classifiers = [load_classifier(path, device, raw) for path in checkpoints]
         data, images, _ = choose_images(checkpoints[0], classifiers[0], data, classes_path)
-        folder = make_writable(Path(out) if out else METRICS_FOLDER)
+        folder = make_writable(Path(out) if out else METRICS_FOLDER, "--out")
         compare_classifiers(checkpoints, classifiers, images, data, folder, num_workers, batch_size)
         return
 
@@ -93,7 +92,7 @@ def main(
     data, images, own = choose_images(checkpoint, classifier, data, classes_path)
     print(f"checkpoint {checkpoint} on {data}")
     ood_images = read_ood_images(classifier, ood) if ood else None
-    folder = make_writable(Path(out) if out else results_folder(checkpoint, "" if own else data))
+    folder = make_writable(Path(out) if out else results_folder(checkpoint, "" if own else data), "--out")
     if (earlier := read_json(folder / "metrics.json").get("data", data)) != data:
         print(f"warning: the results for {cli.printable(str(earlier))} in {folder} are replaced; --out keeps both")
     times.append(time.perf_counter())
@@ -134,20 +133,6 @@ def choose_images(
         return *own, True
     data = data or ("cls_test.txt" if Path("cls_test.txt").is_file() else "cls_val.txt")
     return data, read_images(data, classes_path, classifier.class_names), False
-
-
-def make_writable(folder: Path) -> Path:
-    """Create the output folder, and check before the evaluation that files can be written to it.
-
-    Raises:
-        OSError: the folder can't be created or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise type(error)(f"nothing can be written to {folder} ({error.strerror}): give another with --out") from error
-    return folder
 
 
 def infer(

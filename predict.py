@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nets.weights.pretrained import BUNDLED_WEIGHTS
 from utils.annotation.folder_scan import find_images
 from utils.config.train_config import Device
-from utils.data.image_io import open_image
+from utils.data.image_io import ImageError, open_image
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifier
 from utils.inference.onnx_classifier import ONNX_SUFFIX, is_onnx, open_onnx
 from utils.inference.output_formats import csv_header, display_width, shorten, to_bars, to_csv, to_json, to_line, to_row
@@ -29,6 +29,7 @@ from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, 
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import CONFIG_FILE, in_run, is_run
 from utils.system import cli
+from utils.system.files import make_writable
 from utils.system.text import count_of, printable
 
 MODEL_SUFFIXES = (ONNX_SUFFIX, WEIGHTS_SUFFIX, ".pth", ".pt", ".pt2")
@@ -73,7 +74,7 @@ def main(
         device: auto, cuda, cpu or mps.
 
     Returns:
-        The exit status: 1 if there is an image without a prediction.
+        The exit status: 1 if there is an image without a prediction, or that couldn't be written.
     """
     check_arguments(top_k, json_lines, csv_lines, save, sort_into)
     model_path, paths = choose_model(model_path, paths)
@@ -90,7 +91,16 @@ def main(
         print(csv_header(top_k))
 
     folders = folder_names([*model.class_names, UNKNOWN])
+    outputs: dict[str, Callable[[Prediction], object]] = {}  # by folder
+    if save:
+        outputs[save] = lambda result: save_image(model, result, Path(save), explain)
+    if sort_into:
+        outputs[sort_into] = lambda result: copy_into(result.path, Path(sort_into, folders[result.label]))
+    for folder, flag in ((save, "--save"), (sort_into, "--sort-into")):
+        if folder:
+            make_writable(Path(folder), flag)
     labels: Counter[str] = Counter()
+    written: Counter[str] = Counter()
     num_failures = 0
     results = model.stream(images, top_k, BATCH if paths else 1, tta, rejection)
     # disable=None shows the bar in terminals only.
@@ -101,15 +111,17 @@ def main(
             num_failures += 1
             continue
         labels[result.label] += 1
-        if save:
-            save_image(model, result, Path(save), explain)
-        if sort_into:
-            copy_into(result.path, Path(sort_into, folders[result.label]))
+        for folder, write in outputs.items():
+            try:
+                write(result)
+                written[folder] += 1
+            except (ImageError, OSError) as error:
+                tqdm.write(f"error: {result.path} isn't written to {folder}/: {error}", file=sys.stderr)
     if labels.total() + num_failures > 1:
         print(summarize(labels, num_failures), file=sys.stderr)
-    for folder in filter(None, (save, sort_into)):
-        print(f"written to {folder}/: {count_of(labels.total(), 'image')}", file=sys.stderr)
-    return 1 if num_failures else 0
+    for folder in outputs:
+        print(f"written to {folder}/: {count_of(written[folder], 'image')}", file=sys.stderr)
+    return 1 if num_failures or written.total() < labels.total() * len(outputs) else 0
 
 
 def check_arguments(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: str) -> None:
@@ -252,7 +264,7 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
         if path == "-":
             yield from expand(line for line in read_lines() if line != "-")
             continue
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True)) or [path]
+        matches = [path] if os.path.exists(path) else find_matches(path) or [path]
         searched: tuple[str, ...] = ()  # "**" matches a folder and also what is in it
         for match in matches:
             if match.startswith(searched):
@@ -268,6 +280,18 @@ def expand(paths: Iterable[str]) -> Iterator[str]:
                 yield from images or [match]
             else:
                 yield match
+
+
+def find_matches(pattern: str) -> list[str]:
+    """Return the sorted matches of a glob. Brackets in the leading part that exists are part of its name, and so are
+    others if nothing matches them."""
+    folder, rest = pattern, ""
+    while folder and not os.path.exists(folder):
+        folder, name = os.path.split(folder)
+        rest = os.path.join(name, rest) if rest else name
+    folder = glob.escape(folder)
+    matches = glob.glob(os.path.join(folder, rest), recursive=True)
+    return sorted(matches or glob.glob(os.path.join(folder, rest.replace("[", "[[]")), recursive=True))
 
 
 def read_lines() -> Iterator[str]:

@@ -243,6 +243,17 @@ def test_folders_globs_and_hidden_files(here):
     assert list(predict.expand(["c", "none*.png", "a/notes.txt"])) == ["c", "none*.png", "a/notes.txt"]
 
 
+def test_brackets_in_names_are_part_of_a_glob_or_of_a_name(here):
+    for name in ("trip [2024]/a.png", "trip [2024]/b[1].png", "trip 2/c.png"):
+        write_image(here / name)
+    both = ["trip [2024]/a.png", "trip [2024]/b[1].png"]
+    assert list(predict.expand(["trip [2024]/*.png"])) == both
+    assert list(predict.expand([f"{here}/trip [2024]/*.png"])) == [f"{here}/{name}" for name in both]
+    assert list(predict.expand(["trip [2024]/[ac]*.png"])) == both[:1]
+    assert list(predict.expand(["trip [2024]/*[1].png"])) == both[1:]
+    assert list(predict.expand(["trip [0-9]/*.png"])) == ["trip 2/c.png"]
+
+
 def test_a_subfolder_that_cannot_be_opened_is_skipped(here, monkeypatch, capsys):
     """`os.scandir` is patched, since the user of the tests may have permission to open any folder."""
     for name in ("a/1.png", "a/b/2.png", "c/3.png"):

@@ -482,13 +482,18 @@ def test_foreign_files_and_graphs_are_rejected(exported, tmp_path):
 
 def test_invalid_probabilities_are_rejected(exported):
     model = open_onnx(exported("fp32"))
+    outputs = iter([np.ones((1, 3)), np.float32([[np.nan, 1]]), np.float32([[0.25, 0.75]])])
 
     class Session:
         def run(self, *_):
-            return [np.full((1, 2), np.nan, np.float32)]
+            return [next(outputs)]
 
+    other = OnnxClassifier(model.path, Session(), model.metadata)
     with pytest.raises(ValueError, match="output is not probabilities"):
-        OnnxClassifier(model.path, Session(), model.metadata).probabilities(np.zeros((1, 4, 4, 3), np.uint8))
+        other.probabilities(np.zeros((1, 4, 4, 3), np.uint8))
+    failure, prediction = other.stream([np.zeros((4, 4, 3), np.uint8)] * 2)  # one image doesn't end the others
+    assert "model.onnx isn't finite" in failure.error
+    assert prediction.label == "light"
 
 
 def test_class_names_come_from_the_checkpoint(trained, tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.conftest import touch, write_image
 from utils.annotation.annotate import annotate, demo_digits, ensure_lists
@@ -20,6 +21,7 @@ from utils.annotation.folder_scan import SPLITS
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import read_classes, read_list, write_classes
 from utils.evaluation.eval_lists import list_folder
+from utils.system.files import WriteError
 from utils.training.datasets import load_data
 
 LISTS = ("cls_train.txt", "cls_val.txt", "cls_test.txt", "model_data/cls_classes.txt")
@@ -409,3 +411,27 @@ def test_out_excludes_other_paths(two_classes):
     with pytest.raises(ValueError, match=r"out='train\.py': it is a file"):
         touch("train.py")
         annotate(out="train.py")
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({"classes_path": "file/classes.txt"}, "file"),
+        ({"train_annotation_path": "folder"}, "folder"),
+        ({"audit_path": "file/audit"}, "file/audit"),
+    ],
+)
+def test_what_cannot_be_written_is_named(two_classes, options, path):
+    Path("file").touch()
+    Path("folder").mkdir()
+    with pytest.raises(WriteError, match=f"^{path} can't be written .*, or choose another place$"):
+        annotate(**options)
+
+
+def test_demo_digits_that_cannot_be_written(here, monkeypatch):
+    def fail(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(WriteError, match=r"^demo/train/0/0000\.png can't be written \(No space"):
+        ensure_lists(TrainConfig(demo=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utils.system import files
-from utils.system.files import PARTIAL, write_whole
+from utils.system.files import PARTIAL, WriteError, make_folder, make_writable, write_text, write_whole
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(here):
@@ -19,6 +19,40 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(here):
         raise KeyboardInterrupt
     assert os.listdir() == ["a"]
     assert Path("a").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(errno.ENOSPC, "free some space"), (errno.EROFS, "make its folder writable")]
+)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_what_cannot_be_written_is_named_with_cause_and_remedy(here, monkeypatch, number, remedy, hidden):
+    def fail(_):
+        try:
+            raise OSError(number, os.strerror(number))
+        finally:
+            if hidden:  # as torch's writer does
+                raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(files, "_sync", fail)
+    with pytest.raises(WriteError) as caught:
+        write_text(Path("a"), "x")
+    assert str(caught.value) == f"a can't be written ({os.strerror(number)}); {remedy}, or choose another place"
+    assert (caught.value.errno, os.listdir()) == (number, [])
+
+
+def test_other_errors_while_a_file_is_written_stay_as_they_are(here):
+    for error in (FileNotFoundError(2, "No such file", "b"), RuntimeError("x"), OSError("of a library")):
+        with pytest.raises(type(error)) as caught, write_whole(Path("a")):
+            raise error
+        assert caught.value is error
+
+
+def test_a_folder_that_cannot_be_created(here):
+    Path("file").touch()
+    with pytest.raises(WriteError, match=r"^file/a/b can't be written \(Not a directory\); make its folder writable"):
+        make_folder("file/a/b")
+    with pytest.raises(OSError, match=r"^nothing can be written to file/a \(Not a directory\): give another"):
+        make_writable(Path("file/a"), "--out")
 
 
 def test_the_old_file_is_replaced_at_the_end(here):

@@ -20,6 +20,7 @@ from utils.annotation.split import group_by_name, split_validation
 from utils.config.train_config import TrainConfig, project_files
 from utils.data.image_list import read_classes, read_first_path, write_classes, write_excluded, write_list
 from utils.system import cli
+from utils.system.files import make_folder, try_unlink
 from utils.system.text import count_of, shorten_list
 
 FILES = project_files("")
@@ -254,11 +255,11 @@ def exclude(scan: Scan, findings: list[Finding]) -> dict[str, str]:
 def record_excluded(path: Path, reasons: dict[str, str], fix: bool) -> None:
     """Write `excluded.txt` with `fix`; otherwise delete an earlier one with a warning."""
     if fix:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_excluded(path, reasons)
     elif path.is_file():
         print(f"warning: the previous lists were written with --fix; the images in {path} are included again")
-        path.unlink()
+        try_unlink(path, "it is out of date")
 
 
 def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") -> str:

@@ -11,7 +11,7 @@ import jinja2
 
 from utils.annotation.audit import AuditedImage, Finding
 from utils.annotation.fingerprints import Fingerprints
-from utils.system.files import write_json, write_text
+from utils.system.files import make_folder, write_json, write_text
 from utils.system.text import printable
 
 MAX_PRINTED = 3
@@ -47,7 +47,7 @@ def write_audit(
 ) -> None:
     """Write `audit.json` with all paths, and `audit.html` with thumbnails of the first groups of each finding."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     content = {"images": len(images), "findings": [_as_dict(finding) for finding in findings]}
     write_json(folder / "audit.json", content)
     template = Path(__file__).with_name("audit_page.html").read_text(encoding="utf-8")

@@ -48,6 +48,10 @@ class FileSource:
         return self.preprocessing.open(self.images.path(index))
 
 
+MISSING_REMEDY = "bring it back, or run python txt_annotation.py with the same flags"
+DAMAGED_REMEDY = "repair or remove it, or run python txt_annotation.py with the same flags and --fix"
+
+
 class TooManyUnreadable(ImageError):
     """More images are unreadable than `max_bad_fraction` allows."""
 
@@ -149,7 +153,8 @@ class ImageDataset(Dataset):
             return read_patiently(lambda: self._crop(index, key), len(self), self.images.path)
         except ImageError as error:
             if self.max_bad_fraction is None:
-                raise ImageError(f"{error}; {_remedy([error.path])}", error.path, error.cause) from error
+                remedy = MISSING_REMEDY if error.missing else DAMAGED_REMEDY
+                raise ImageError(f"{error}; {remedy}", error.path, error.cause) from error
             self.unreadable[index] = True
             self._check_unreadable()
             return self._read_replacement(key, error)
@@ -182,9 +187,9 @@ def _remedy(paths: list[str]) -> str:
     damaged = [path for path in paths if os.path.exists(path)]
     parts = []
     if missing:
-        parts.append(f"missing: {_some(missing)}; bring them back, or run python txt_annotation.py with the same flags")
+        parts.append(f"missing: {_some(missing)}; {MISSING_REMEDY}")
     if damaged:
-        parts.append(f"damaged: {_some(damaged)}; repair them, or add --fix to python txt_annotation.py")
+        parts.append(f"damaged: {_some(damaged)}; {DAMAGED_REMEDY}")
     return "; ".join(parts)
 
 

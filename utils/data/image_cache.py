@@ -17,7 +17,7 @@ from utils.data.image_io import Box, ImageError, Region, open_to_decode, read_si
 from utils.data.image_list import ImageList
 from utils.data.retry import read_patiently
 from utils.system.digests import IMAGE_CODE, digest
-from utils.system.files import format_bytes
+from utils.system.files import format_bytes, make_folder
 from utils.system.text import count_of
 from utils.system.thread_map import map_parallel
 
@@ -85,7 +85,7 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
         ImagesGone: most images are missing.
     """
     folder = Path(config.cache_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     list_digest = digest([os.path.abspath(config.train_annotation_path), str(config.input_shape)])
     fields = ("input_shape", "train_crop", "max_pixels", "allow_truncated")
     content_digest = digest([*(str(getattr(config, field)) for field in fields), *describe_files(images, IMAGE_CODE)])

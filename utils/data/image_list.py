@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.system.files import write_bytes
+from utils.system.files import make_folder, write_bytes
 from utils.system.text import shorten_list
 
 NEWLINE, CARRIAGE_RETURN, SEMICOLON, SPACE, TAB = b"\n\r; \t"
@@ -299,7 +299,7 @@ def write_classes(path: str | Path, names: Sequence[str]) -> None:
         ValueError: a name contains a line break.
     """
     lines = [f"{_one_line(name)}\n" for name in names]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(path).parent)
     write_bytes(Path(path), _encode("".join(lines)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -75,10 +76,12 @@ def open_onnx_file(path: Path, classifier: Classifier) -> Exported:
 
 def write_pt2(classifier: Classifier, metadata: ExportedMetadata, file: BinaryIO) -> None:
     """Write a `torch.export` file, with the metadata as its extra files."""
+    buffer = io.BytesIO()  # on a full disk, torch's writer would end the process
     with warnings.catch_warnings():
         # A warning about weights that are views of one tensor; the check shows that they are saved correctly.
         warnings.filterwarnings("ignore", "No complete tensor found")
-        torch.export.save(trace(classifier), file, extra_files=metadata.as_strings())
+        torch.export.save(trace(classifier), buffer, extra_files=metadata.as_strings())
+    file.write(buffer.getbuffer())
 
 
 def open_pt2(path: Path, classifier: Classifier) -> Exported:

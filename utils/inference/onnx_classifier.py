@@ -56,10 +56,10 @@ class OnnxClassifier:
         """Probabilities (B, classes), fp32, of uint8 RGB images (B, height, width, 3) of any size.
 
         Raises:
-            ValueError: the output has another shape, or isn't finite.
+            ValueError: the output has another shape.
         """
         (output,) = self.session.run([OUTPUT], {INPUT: pixels})
-        if output.shape != (len(pixels), len(self.class_names)) or not np.isfinite(output).all():
+        if output.shape != (len(pixels), len(self.class_names)):
             raise ValueError(
                 f"{self.path} can't be used: its output is not probabilities of {len(self.class_names)} classes"
             )
@@ -88,9 +88,12 @@ class OnnxClassifier:
         def load(image: ImageInput) -> np.ndarray:
             return read_region(image, self.preprocessing, transform).pixels
 
-        def predict(batch: list[tuple[str, np.ndarray]]) -> Iterator[Prediction]:
+        def predict(batch: list[tuple[str, np.ndarray]]) -> Iterator[Prediction | Failure]:
             for path, pixels in batch:
                 (probabilities,) = self.probabilities(pixels[None])
+                if not np.isfinite(probabilities).all():
+                    yield Failure(path, f"{path}: the output of {self.path} isn't finite; use another file")
+                    continue
                 top = np.argsort(-probabilities, kind="stable")[:top_k]
                 classes = tuple((self.class_names[k], float(probabilities[k])) for k in top)
                 yield make_prediction(path, classes, rejection)

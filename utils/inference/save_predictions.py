@@ -7,21 +7,23 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageDraw
 
 from utils.inference.prediction import Prediction
+from utils.system.files import WriteError, make_folder
 from utils.system.text import printable
 
 MIN_SIDE = 224
 MAX_SIDE = 2048
 """Labeled images are scaled to between these sides in pixels, so that labels are readable and files small."""
 
-MAX_BYTES = 240
-"""The longest name of a folder, in bytes; file systems allow 255, and a number may be appended."""
+MAX_BYTES = 255
+"""The longest name of a file or folder that file systems allow, in bytes."""
 
 
 def save_labeled(
@@ -33,15 +35,13 @@ def save_labeled(
 
     Returns:
         The file.
+
+    Raises:
+        WriteError: it can't be written; no partial file is left.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     label = printable(f"{prediction.label}  {prediction.probability:.1%}")
     sheet = _side_by_side({label: _scale(image)} | dict(maps or {}))
-    for name in _numbered(Path(prediction.path).stem):
-        with suppress(FileExistsError), (folder / f"{name}.png").open("xb") as file:
-            sheet.save(file, "PNG")
-            return Path(file.name)
-    raise AssertionError("_numbered is infinite")
+    return _write_new(folder, Path(prediction.path).stem, ".png", lambda file: sheet.save(file, "PNG"))
 
 
 def _scale(image: Image.Image) -> Image.Image:
@@ -78,33 +78,58 @@ def copy_into(path: str, folder: Path) -> Path:
     """Copy a file into a folder and return the copy.
 
     If the file name exists there with the same content, that file is returned; otherwise a number is appended.
+
+    Raises:
+        OSError: the file can't be read, or (WriteError) the copy can't be written; no partial copy is left.
     """
     source = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _numbered(source.stem):
-        target = folder / f"{name}{source.suffix}"
-        if target.exists():
-            if target.is_file() and filecmp.cmp(source, target, shallow=False):
-                return target
-            continue
+    for name in _numbered(source.stem, source.suffix):
+        target = folder / name
+        if not target.exists():
+            break
+        if target.is_file() and filecmp.cmp(source, target, shallow=False):
+            return target
+    with source.open("rb") as original:
+        target = _write_new(folder, source.stem, source.suffix, lambda copy: shutil.copyfileobj(original, copy))
+    with suppress(OSError):  # some USB drives and network shares don't support times and permissions
+        shutil.copystat(source, target)
+    return target
+
+
+def _write_new(folder: Path, stem: str, suffix: str, write: Callable[[BinaryIO], object]) -> Path:
+    """Write a file under the first free name; see `_numbered`."""
+    make_folder(folder)
+    for name in _numbered(stem, suffix):
+        target = folder / name
         try:
-            with source.open("rb") as original, target.open("xb") as copy:
-                shutil.copyfileobj(original, copy)
+            file = target.open("xb")
         except FileExistsError:
             continue
-        except BaseException:
-            target.unlink(missing_ok=True)  # no partial copy
+        except OSError as error:
+            raise WriteError(error.errno, error.strerror, str(target)) from error
+        try:
+            with file:
+                write(file)
+        except BaseException as error:
+            target.unlink(missing_ok=True)  # no partial file
+            if isinstance(error, OSError):
+                raise WriteError(error.errno, error.strerror, str(target)) from error
             raise
-        with suppress(OSError):  # some USB drives and network shares don't support times and permissions
-            shutil.copystat(source, target)
         return target
     raise AssertionError("_numbered is infinite")
 
 
-def _numbered(name: str) -> Iterator[str]:
-    """Yield name, name_2, name_3 and so on."""
-    yield name
-    yield from (f"{name}_{number}" for number in itertools.count(2))
+def _numbered(stem: str, suffix: str = "") -> Iterator[str]:
+    """Yield file names: stem and suffix, then with _2, _3 and so on in between; long stems are shortened."""
+    for number in itertools.count(1):
+        end = f"_{number}{suffix}" if number > 1 else suffix
+        yield _shorten(stem, MAX_BYTES - len(os.fsencode(end))) + end
+
+
+def _shorten(name: str, max_bytes: int) -> str:
+    while len(os.fsencode(name)) > max_bytes:
+        name = name[:-1]
+    return name
 
 
 def folder_names(labels: Sequence[str]) -> dict[str, str]:
@@ -116,9 +141,6 @@ def folder_names(labels: Sequence[str]) -> dict[str, str]:
     used: set[str] = set()
     for label in dict.fromkeys(labels):
         name = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", label).strip(". ") or "_"
-        name = name[:MAX_BYTES]
-        while len(os.fsencode(name)) > MAX_BYTES:
-            name = name[:-1]
         names[label] = next(candidate for candidate in _numbered(name) if candidate.casefold() not in used)
         used.add(names[label].casefold())
     return names

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nets.weights.safe_load import open_safely
 from nets.weights.seal import has_checksum, read_note, seal, verify_checksum
-from utils.system.files import format_bytes, free_bytes, try_unlink, write_whole
+from utils.system.files import WriteError, format_bytes, free_bytes, try_unlink, write_whole
 
 FORMAT_VERSION = 4
 LAST = "last_epoch_weights.pth"
@@ -61,12 +61,9 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         with write_whole(path) as file:
             torch.save({"format_version": FORMAT_VERSION} | content, file)
             seal(file, {"step": content["step"], "finished": content["finished"]})
-    except (OSError, RuntimeError) as error:
-        cause = _os_error(error)
-        if cause is None:
-            raise
+    except WriteError as error:
         raise SaveError(
-            f"{path} can't be written ({cause.strerror}): it needs {format_bytes(count_bytes(content))}, "
+            f"{path} can't be written ({error.strerror}): it needs {format_bytes(count_bytes(content))}, "
             f"{format_bytes(free_bytes(path.parent))} are free, and earlier checkpoints are intact; free some space "
             f"or lower keep_periodic, then resume the run"
         ) from error
@@ -93,13 +90,6 @@ def count_bytes(content: Any) -> int:
     if isinstance(content, dict | list | tuple):
         return sum(map(count_bytes, content.values() if isinstance(content, dict) else content))
     return 0
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The OSError behind `error`, which torch's writer replaces by an error of its own."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from utils.data.image_list import ImageList, list_in_memory, write_list
 from utils.runs.checkpoint import LAST, load_checkpoint
 from utils.runs.resume import find_runs
 from utils.system.digests import digest
-from utils.system.files import write_json
+from utils.system.files import make_folder, write_json
 from utils.training.datasets import Data
 
 FOLDER = "cross_validation"
@@ -124,7 +124,7 @@ def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex
 
 def _prepare_fold(title: str, config: TrainConfig, images: ImageList, validated: np.ndarray, folder: Path) -> Fold:
     """Write the lists of a fold into its folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lists = {"train_annotation_path": folder / "train.txt", "val_annotation_path": folder / "val.txt"}
     for path, which in zip(lists.values(), (~validated, validated), strict=True):
         write_list(path, [(int(images.class_ids[i]), images.path(i)) for i in np.flatnonzero(which)])

@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,41 @@ PAUSES = (0.1, 0.2, 0.5, 1, 2, 4)
 """Seconds between attempts to rename on Windows."""
 
 
+class WriteError(OSError):
+    """A file or folder can't be written, `filename`; `errno` and `strerror` are the cause."""
+
+    def __str__(self) -> str:
+        full = self.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free some space" if full else "make its folder writable"
+        return f"{self.filename} can't be written ({self.strerror}); {remedy}, or choose another place"
+
+
+def make_folder(folder: str | Path) -> None:
+    """Create a folder and its parents, unless it exists.
+
+    Raises:
+        WriteError: it can't be created.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(error.errno, error.strerror, str(folder)) from error
+
+
+def make_writable(folder: Path, flag: str) -> Path:
+    """Create the output folder given with `flag`, and check before any work that files can be written to it.
+
+    Raises:
+        OSError: the folder can't be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise type(error)(f"nothing can be written to {folder} ({error.strerror}): give another with {flag}") from error
+    return folder
+
+
 @contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` atomically at the end of the context: a reader sees the old file or the new one, even
@@ -29,7 +65,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     Are Not Created Equal", 2014, explains why each is needed).
 
     Raises:
-        OSError: it can't be written; `path` is unchanged.
+        WriteError: it can't be written; `path` is unchanged.
     """
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
@@ -38,9 +74,22 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             _sync(file.fileno())
         _replace(unfinished, path)
+    except (OSError, RuntimeError) as error:
+        cause = _os_error(error)
+        if cause is None or cause.errno is None or cause.filename not in (None, str(unfinished)):
+            raise
+        raise WriteError(cause.errno, cause.strerror, str(path)) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # it doesn't exist, or the disk became read-only
+            unfinished.unlink()
     _sync_folder(path.parent)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The OSError behind `error`, which torch's writer replaces by an error of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
 
 
 def write_bytes(path: Path, content: bytes) -> None:

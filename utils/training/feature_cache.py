@@ -21,7 +21,7 @@ from utils.data.transforms import EvalTransform
 from utils.modeling.pixel_network import PixelNetwork
 from utils.modeling.precision import DTYPES, autocast
 from utils.system.digests import TRAINING_CODE, digest
-from utils.system.files import format_bytes
+from utils.system.files import format_bytes, make_folder
 
 MAX_BATCH = 64
 """Largest batch size for computing features."""
@@ -76,7 +76,7 @@ class FeatureCache:
             f"{'' if in_memory else 'not '}held in memory"
         )
         if missing:
-            Path(self.config.cache_dir).mkdir(parents=True, exist_ok=True)
+            make_folder(self.config.cache_dir)
             remedy = "feature_views to fewer, or cache_features to False"
             check_disk_space(len(missing) * size, Path(self.config.cache_dir), remedy)
         views = []

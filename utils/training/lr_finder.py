@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from utils.config.train_config import TrainConfig
 from utils.data.loader import iterate_batches, train_loader
+from utils.system.files import make_folder, write_whole
 from utils.training.datasets import Data, StageInputs, make_datasets
 from utils.training.linear_probe import init_head
 from utils.training.optimizer import batch_scale, build_optimizer, rate_limits, set_learning_rate
@@ -58,6 +59,8 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     Raises:
         ValueError: the loss doesn't fall at any learning rate.
     """
+    path = Path(config.save_dir, "learning_rates.png")
+    make_folder(path.parent)  # before the work
     trainer, built = build_trainer(config, data, device, precision)
     config, model, trainer.ema = built.config, built.model, None
     inputs = StageInputs(config, data, trainer.network, device, precision)
@@ -68,17 +71,17 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     train_set, _ = make_datasets(data, config)
     loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
     result = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
-    path = Path(config.save_dir, "learning_rates.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
     if result.suggestion is None:
-        plot_range_test(result.rates, result.losses).savefig(path)
+        with write_whole(path) as file:
+            plot_range_test(result.rates, result.losses).savefig(file, format="png")
         raise ValueError(
             f"find_lr: the loss doesn't fall at any learning rate, see {path}; check the labels, or start from other "
             f"weights. If the loss is small from the start, keep init_lr as it is"
         )
     lowest, highest = rate_limits(config.optimizer_type, model.transformer)
     suggestion = min(max(result.suggestion, lowest), highest)
-    plot_range_test(result.rates, result.losses, suggestion).savefig(path)
+    with write_whole(path) as file:
+        plot_range_test(result.rates, result.losses, suggestion).savefig(file, format="png")
     init_lr = suggestion / batch_scale(stage.batch_size, model.transformer)
     limits = f" ({config.optimizer_type} is limited to {lowest:.0e} to {highest:.0e})"
     print(
