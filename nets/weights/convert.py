@@ -22,8 +22,8 @@ FOREIGN_PARTS: dict[str, str] = {
     r"\.gamma_1$": "LayerScale under BEiT's name, and relative positions",
 }
 
-TORCH_PREFIXES = ("module.", "_orig_mod.")
-"""Prefixes of DataParallel and torch.compile, which any project may have."""
+TORCH_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+"""Prefixes of DataParallel, torch.compile and modules of Lightning, which any project may have."""
 PREFIXES = (*TORCH_PREFIXES, "backbone.", "encoder.")
 WRAPPERS = ("model", "teacher", "state_dict")
 """Keys under which projects store the state dict in their files."""

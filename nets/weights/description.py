@@ -1,4 +1,8 @@
-"""Read the JSON files that timm and Hugging Face write beside weights: network variant and preprocessing."""
+"""Read the JSON files that timm and Hugging Face write beside weights: network variant and preprocessing.
+
+A file `x.safetensors` is described by `x.config.json` beside it; and by `config.json` if its name is that of weights on
+the hub, or if it is the only file of weights in its folder. The same holds for `preprocessor_config.json`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from nets.weights.hub import DESCRIPTIONS, FILE_SUFFIXES, HUB_FILES
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 """Activation names of Hugging Face -> `nets.vit.ACTIVATIONS`."""
@@ -30,27 +36,38 @@ PREPROCESSING: dict[str, Callable[[Any], bool]] = {
 """Config fields that a description may set, and a check of their values."""
 
 
-def read_variant(folder: Path) -> dict[str, Any]:
-    """Return arguments of `nets.vit.vit` from Hugging Face's `config.json` in `folder`; invalid values are ignored.
+def read_variant(weights: Path) -> dict[str, Any]:
+    """Return arguments of `nets.vit.vit` from Hugging Face's `config.json` of a file; invalid values are ignored.
 
     Raises:
         ValueError: the activation is not a GELU.
     """
-    config = _read_json(folder / "config.json")
+    path = _describing(weights, "config.json")
+    config = _read_json(path)
     variant: dict[str, Any] = {}
     if isinstance(name := config.get("hidden_act"), str):
         if name not in ACTIVATIONS:
-            raise ValueError(f"{folder / 'config.json'} has hidden_act={name!r:.40}, which the ViT doesn't support")
+            raise ValueError(f"{path} has hidden_act={name!r:.40}, which the ViT doesn't support")
         variant["activation"] = ACTIVATIONS[name]
     if _is_fraction(epsilon := config.get("layer_norm_eps")):
         variant["norm_eps"] = float(epsilon)
     return variant
 
 
-def read_preprocessing(folder: Path) -> dict[str, Any]:
-    """Return the fields in `PREPROCESSING` from timm's `config.json` and Hugging Face's `preprocessor_config.json`."""
-    config, processor = _read_json(folder / "config.json"), _read_json(folder / "preprocessor_config.json")
+def read_preprocessing(weights: Path) -> dict[str, Any]:
+    """Return the fields in `PREPROCESSING` from timm's `config.json` and Hugging Face's `preprocessor_config.json` of a
+    file."""
+    config, processor = (_read_json(_describing(weights, name)) for name in DESCRIPTIONS)
     return valid_fields(_of_hugging_face(processor) | _of_timm(config.get("pretrained_cfg")))
+
+
+def _describing(weights: Path, name: str) -> Path:
+    """Return the path of the JSON file `name` that belongs to a file of weights, which may not exist."""
+    own, shared = weights.with_name(f"{weights.stem}.{name}"), weights.with_name(name)
+    if own.is_file() or not shared.is_file():
+        return own
+    others = (path for path in weights.parent.iterdir() if path != weights and path.suffix in FILE_SUFFIXES)
+    return shared if weights.name in HUB_FILES or not any(others) else own
 
 
 def valid_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,14 +15,23 @@ from nets.weights.seal import digest_file
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weights in a repository, in order of preference."""
 DESCRIPTIONS = ("config.json", "preprocessor_config.json")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
+"""Suffixes of files of weights."""
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file of weights and its origin: `repository` and `revision`, `url`, or empty for a local file."""
+    """A file of weights.
+
+    Attributes:
+        path: the file.
+        origin: `repository` and `revision`, `url`, or empty for a local file.
+        preprocessing: what the published weights expect of images, as config fields, where the tensors don't show it.
+    """
 
     path: Path
     origin: Mapping[str, str] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
 
 def download_from_hub(repository: str, revision: str | None, remedy: str) -> WeightsFile:

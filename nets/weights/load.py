@@ -76,7 +76,7 @@ def read_weights(file: str | Path | WeightsFile, of_vit: bool = True) -> Weights
     """Read a `.safetensors`, `.npz` or torch file: a checkpoint of Thaw, a ViT of one of `SOURCES`, or other tensors.
 
     Args:
-        file: the file. A `config.json` or `preprocessor_config.json` of timm or Hugging Face beside it is read too.
+        file: the file. A description by timm or Hugging Face beside it is read too, see `nets.weights.description`.
         of_vit: whether the weights are for `nets.vit`. If not, names are unchanged, since many of timm's networks have
             tensors with the names of a ViT's.
 
@@ -84,9 +84,10 @@ def read_weights(file: str | Path | WeightsFile, of_vit: bool = True) -> Weights
         FileNotFoundError: there is no such file.
         ValueError: it can't be opened, contains code or no state dict, or its network has parts that ours lacks.
     """
-    path, downloaded = (file.path, file.origin) if isinstance(file, WeightsFile) else (Path(file), {})
+    file = file if isinstance(file, WeightsFile) else WeightsFile(Path(file))
+    path = file.path
     content = open_safely(path)
-    origin = {"file": str(path), "sha256": digest_file(path), **downloaded}
+    origin = {"file": str(path), "sha256": digest_file(path), **file.origin}
     if isinstance(content, dict) and isinstance(content.get("weights"), dict):
         return _read_own(path, content["weights"], content, origin, of_vit)
     if metadata := _read_export_metadata(path):
@@ -94,12 +95,12 @@ def read_weights(file: str | Path | WeightsFile, of_vit: bool = True) -> Weights
     try:
         state, wrapped = unwrap(content)
         source = recognize(state, wrapped) if of_vit else None
-        described_preprocessing = read_preprocessing(path.parent)
+        described_preprocessing = dict(file.preprocessing) | read_preprocessing(path)
         if source is None:
             return Weights(path, "a network's own names", state, preprocessing=described_preprocessing, origin=origin)
         state, excluded = convert_names(state, source)
         _check_dimensions(state)
-        described_variant = read_variant(path.parent)
+        described_variant = read_variant(path)
     except (ValueError, IndexError, RuntimeError) as error:  # tensors may have unexpected shapes
         raise ValueError(f"{path} can't be used: {error}") from error
     variant = dict(source.variant)

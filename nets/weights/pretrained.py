@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from nets.timm_networks import TIMM, published_by_timm
 from nets.torchvision_networks import TORCHVISION, published_by_torchvision
-from nets.weights.hub import WeightsFile, download_from_hub, download_from_url
+from nets.weights.hub import FILE_SUFFIXES, WeightsFile, download_from_hub, download_from_url
 from nets.weights.load import BUBBLIIIING_FILE
+from nets.weights.sources import IMAGENET
 
 # timm's weights on the Hugging Face hub. Names include the training data: ImageNet-21k (in21k), in most cases followed
 # by ImageNet-1k (ft_in1k); DINO and DINOv2 are self-supervised.
@@ -26,12 +28,13 @@ HUB_REPOS: dict[str, str] = {
     "vit_l_32": "timm/vit_large_patch32_384.orig_in21k_ft_in1k",
     "vit_h_14": "timm/vit_huge_patch14_224.orig_in21k",
 }
+PUBLISHED_PREPROCESSING: dict[str, dict[str, Any]] = {"vit_s_8": IMAGENET}
+"""What weights of `HUB_REPOS` expect of images unlike others of their project, for files without their description."""
 BUNDLED_FOLDER = Path(__file__).resolve().parents[2] / "model_data"
 """Folder of the weights that are part of the repository."""
 BUNDLED_WEIGHTS = BUNDLED_FOLDER / "vit_xs_4.safetensors"
 """The bundled weights: a small ViT for images of 32 x 32 pixels, see `recipes/cifar10.py`."""
 
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 BUBBLIIIING_FILES: dict[str, str] = {"vit_b_16": BUBBLIIIING_FILE}
 
 
@@ -58,7 +61,7 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
         (folder, BUNDLED_FOLDER), (BUBBLIIIING_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")
     ):
         if file and (place / file).is_file():
-            return WeightsFile(place / file)
+            return WeightsFile(place / file, preprocessing=PUBLISHED_PREPROCESSING.get(name, {}))
     remedy = f"Download it on a computer with internet and put it at {folder / stem}.{{}}, or set pretrained=False"
     if name in TORCHVISION:
         return download_from_url(published_by_torchvision(name)[0], f"pretrained=True: {remedy.format('pth')}")

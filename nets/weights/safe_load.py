@@ -8,6 +8,7 @@ docstring or comment of each names the attack that it stops.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickletools
 import re
@@ -67,9 +68,9 @@ def open_safely(path: str | Path) -> Any:
         _check_pickles(path, is_archive)
     try:
         if is_safetensors:
-            from safetensors.torch import load_file
+            from safetensors.torch import load, load_file
 
-            content = load_file(path)
+            content = load_file(path) if _is_utf8(path) else load(path.read_bytes())
         elif is_archive and _is_npz(path):
             content = _load_npz(path)
         else:
@@ -121,10 +122,17 @@ def read_header(path: Path) -> dict[str, str]:
     """Return the metadata of a `.safetensors` file opened by `open_safely`; empty for other files."""
     if not _is_safetensors(path):
         return {}
-    from safetensors import safe_open
+    with path.open("rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
 
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+
+def _is_utf8(path: Path) -> bool:
+    """Return whether safetensors can open a file by its path."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_safetensors(path: Path) -> bool:

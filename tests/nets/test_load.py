@@ -1,6 +1,7 @@
 """nets/weights/load.py: finding, downloading (from a fake hub) and loading weights; resampling as in timm."""
 
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +10,12 @@ import pytest
 import timm
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from nets.vit import resample_pos_embed, vit
 from nets.weights.load import load_weights, read_weights
 from nets.weights.pretrained import HUB_REPOS, find_pretrained
+from nets.weights.safe_load import read_header
 
 
 def tiny(num_classes=4, input_shape=(16, 16), **options):
@@ -279,11 +281,47 @@ def test_metadata_of_a_file_is_checked(here, arguments, tensors):
             load_weights(tiny(), read_weights("w.pth"))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "net._orig_mod."])
 def test_prefixes_of_torch_do_not_change_the_source(here, prefix):
     torch.save({f"{prefix}{name}": tensor for name, tensor in tiny().state_dict().items()}, "w.pth")
     weights = read_weights("w.pth")
     assert (weights.source, weights.preprocessing["image_mean"]) == ("timm's ViT", (0.5, 0.5, 0.5))
+
+
+def test_a_description_beside_other_weights_is_not_theirs(here):
+    """`config.json` belongs to weights under the hub's name, or to the only ones; others have a description each."""
+    Path("config.json").write_text('{"pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}, "layer_norm_eps": 0.5}')
+    for name in ("model.safetensors", "a.safetensors", "b.safetensors"):
+        save_file(tiny().state_dict(), name)
+    Path("b.config.json").write_text('{"pretrained_cfg": {"mean": [0.4, 0.4, 0.4]}}')
+    read = {name: read_weights(f"{name}.safetensors") for name in ("model", "a", "b")}
+    assert [weights.preprocessing["image_mean"][0] for weights in read.values()] == [0.1, 0.5, 0.4]
+    assert ["norm_eps" in weights.variant for weights in read.values()] == [True, False, False]
+    for name in ("model.safetensors", "b.safetensors"):
+        Path(name).unlink()
+    assert read_weights("a.safetensors").preprocessing["image_mean"] == (0.1, 0.2, 0.3)
+
+
+def test_weights_put_into_the_folder_by_hand_have_the_published_preprocessing(here):
+    """DINO's have timm's names, and ImageNet's mean instead of timm's usual one."""
+    for name in ("vit_s_8", "vit_s_16"):
+        save_file(tiny().state_dict(), f"{name}.safetensors")
+        found = read_weights(find_pretrained(name, folder=here)).preprocessing
+        cfg = timm.models.get_pretrained_cfg(HUB_REPOS[name].removeprefix("timm/"))
+        assert (found["image_mean"], found["image_std"]) == (cfg.mean, cfg.std)
+        assert (found["interpolation"], found["eval_crop"]) == (cfg.interpolation, cfg.crop_pct)
+    Path("vit_s_8.config.json").write_text('{"pretrained_cfg": {"mean": [0.4, 0.4, 0.4]}}')
+    assert read_weights(find_pretrained("vit_s_8", folder=here)).preprocessing["image_mean"] == (0.4, 0.4, 0.4)
+
+
+def test_files_in_a_folder_that_is_not_utf8(here):
+    folder = here / os.fsdecode(b"\xff")
+    folder.mkdir()
+    Path("w.safetensors").write_bytes(save(tiny().state_dict(), {"a": "b"}))
+    shutil.copy("w.safetensors", folder)
+    weights = read_weights(folder / "w.safetensors")
+    assert all(torch.equal(tensor, weights.state[name]) for name, tensor in read_weights("w.safetensors").state.items())
+    assert read_header(folder / "w.safetensors") == {"a": "b"}
 
 
 def test_unsupported_activation_is_an_error(here, capsys):
