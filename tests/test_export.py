@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from utils.inference.onnx_classifier import OnnxClassifier, open_onnx
 from utils.inference.onnx_file import DIGEST, digest
 from utils.modeling.build import build_network
 from utils.modeling.pixel_network import PixelNetwork
-from utils.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import BEST, find_checkpoint, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -306,6 +307,15 @@ def test_int8_may_lose_one_percent_accuracy():
         found[:wrong] = found[:wrong, ::-1]
         comparison = Comparison(["x"] * 200, truth, expected, found, [])
         assert (comparison.fault("int8") == "") == passes
+
+
+def test_names_that_are_not_utf8_are_escaped(classifier, tmp_path):
+    folder = tmp_path / os.fsdecode(b"run \xff")
+    shutil.copytree(find_checkpoint("").parent, folder)
+    provenance = describe_export(classifier, folder / BEST, "fp32").provenance
+    assert provenance["run"] == "run \\udcff"
+    export.main(str(folder), format="safetensors")
+    assert load_classifier(folder / "export" / "model.safetensors").class_names == ["dark", "light"]
 
 
 def test_command_fails_with_a_message(trained, tmp_path, command):

@@ -40,15 +40,20 @@ class Format(NamedTuple):
 def describe_export(classifier: Classifier, checkpoint: Path, precision: str) -> ExportedMetadata:
     """The metadata of an exported file, including its provenance."""
     provenance = {
-        "checkpoint": checkpoint.name,
+        "checkpoint": _valid_text(checkpoint.name),
         "checkpoint_sha256": digest_file(checkpoint),
-        "run": checkpoint.resolve().parent.name,
+        "run": _valid_text(checkpoint.resolve().parent.name),
         "torch": str(torch.__version__),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "precision": precision,
     }
     model = classifier.network.model.arguments
     return ExportedMetadata(classifier.class_names, classifier.preprocessing, classifier.temperature, provenance, model)
+
+
+def _valid_text(name: str) -> str:
+    """Return a file name with undecodable bytes as escapes: metadata is UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def write_onnx(classifier: Classifier, metadata: ExportedMetadata, file: BinaryIO) -> None:
