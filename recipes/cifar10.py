@@ -48,7 +48,7 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
         config: the settings.
         summary: print all settings, the network and the stages, and exit.
     """
-    train.main(config, summary)
+    train.main(config, summary=summary)
 
 
 if __name__ == "__main__":

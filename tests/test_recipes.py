@@ -7,12 +7,14 @@ import pytest
 
 import recipes
 import train
+from utils.annotation.annotate import annotate
 
 NAMES = [module.name for module in pkgutil.iter_modules(recipes.__path__)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_summary(two_classes, capsys, name):
+    annotate(audit=False)
     recipe = importlib.import_module(f"recipes.{name}")
     recipe.main(summary=True)
     printed = capsys.readouterr().out

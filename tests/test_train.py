@@ -29,7 +29,7 @@ from utils.config.train_config import StageConfig
 from utils.data.image_list import read_list
 from utils.data.preprocessing import resolve_preprocessing
 from utils.modeling.build import build_network
-from utils.runs.checkpoint import BEST, LAST, load_checkpoint, save_checkpoint
+from utils.runs.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.folder import new_run_folder
 from utils.runs.log import RunLog
 from utils.runs.resume import open_run
@@ -329,6 +329,16 @@ def test_starting_from_weights(trained, tmp_path, capsys):
     assert torch.equal(model.norm.weight, weights["norm.weight"])
 
 
+def test_a_new_head_differs_from_the_old_heads_initial_numbers(trained):
+    """Otherwise, with the classes in another order, each image would first look like the other class."""
+    initial = build_network(settings(**SMALL), NAMES).model.head.weight
+    old = load_checkpoint(find_checkpoint(""))["weights"]["head.weight"]
+    new = build_network(settings(**SMALL, model_path=str(find_checkpoint(""))), NAMES[::-1]).model.head.weight
+    assert not torch.equal(new, initial)
+    assert torch.cosine_similarity(old[0], initial[0], dim=0) > 0.9
+    assert torch.cosine_similarity(new, initial, dim=1).abs().max() < 0.5
+
+
 def test_model_path_overrides_pretrained(trained):
     best = only_run() / BEST
     model = build_network(settings(**SMALL, pretrained=True, model_path=str(best)), NAMES).model
@@ -386,7 +396,18 @@ def test_two_runs_in_one_second(here):
     assert all(folder.is_dir() for folder in folders)
 
 
+def test_summary_writes_nothing(two_classes, monkeypatch):
+    before = set(Path.cwd().rglob("*"))
+    for folder in (".", "empty"):
+        Path(folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        with pytest.raises(FileNotFoundError, match="there are no lists yet, and --summary writes nothing: run python"):
+            train.main(settings(**TINY, demo=True), summary=True)
+    assert set(two_classes.parent.rglob("*")) == before | {two_classes.parent / "empty"}
+
+
 def test_summary(two_classes, capsys):
+    annotate(audit=False)
     train.main(settings(**TINY), summary=True)
     printed = capsys.readouterr().out
     assert not Path("logs").exists()
@@ -426,6 +447,7 @@ def test_freezing_an_untrained_backbone_warns(capsys):
 
 
 def test_small_images_and_large_input_shape_warn(two_classes, capsys):
+    annotate(audit=False)
     for side, warned in ((64, False), (72, True)):
         train.main(settings(**TINY | {"input_shape": (side, side)}), summary=True)
         assert ("pixels, input_shape (72, 72) enlarges them to 5184" in capsys.readouterr().out) == warned
@@ -435,6 +457,7 @@ def test_photos_and_small_input_shape_warn(here, capsys):
     for name in "ab":
         for i in range(3):
             write_image(here / "datasets" / name / f"{i}.png", size=(400, 300), seed=ord(name) + i)
+    annotate(audit=False)
     train.main(settings(**TINY), summary=True)
     assert "warning: the images have about 120 thousand pixels" in capsys.readouterr().out
 

@@ -1,11 +1,14 @@
 """utils/training/stages.py: stages from settings."""
 
+from contextlib import nullcontext
+
 import pytest
 
+from nets.factory import build_meta_model
 from tests.config.test_train_config import STAGES
 from tests.conftest import settings
 from utils.config.train_config import StageConfig
-from utils.training.stages import plan_stages
+from utils.training.stages import check_single_images, plan_stages
 
 
 def make_stages(num_images=1000, **changes):
@@ -30,6 +33,23 @@ def test_single_thawed_stage(changes):
 def test_single_frozen_stage():
     (stage,) = make_stages(freeze_epoch=10, freeze_blocks="all")
     assert (stage.end, stage.frozen.written) == (10, "all")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "side", "batch_size", "blocks", "refused"),
+    [
+        ("resnet18", 32, 1, 2, True),  # its last feature map is 1 x 1
+        ("resnet18", 32, 2, 2, False),
+        ("resnet18", 64, 1, 2, False),
+        ("resnet18", 32, 1, "all", False),  # frozen: in eval mode
+        ("vit_xs_4", 32, 1, 2, False),
+    ],
+)
+def test_batches_of_one_image_and_batch_norm(backbone, side, batch_size, blocks, refused):
+    stages = make_stages(input_shape=(side, side), freeze_epoch=10, freeze_batch_size=batch_size, freeze_blocks=blocks)
+    network = build_meta_model(backbone, 2, (side, side))
+    with pytest.raises(ValueError, match="resnet18 can't be trained with batches of one") if refused else nullcontext():
+        check_single_images(stages, network)
 
 
 def test_batch_size_is_limited_to_the_list_with_a_note():

@@ -262,15 +262,18 @@ def record_excluded(path: Path, reasons: dict[str, str], fix: bool) -> None:
         try_unlink(path, "it is out of date")
 
 
-def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") -> str:
+def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets", write: bool = True) -> str:
     """Create the lists that `config` lacks at their default places; return the folder of its project.
 
     Lists in another folder or at other paths belong to the user and are never written. Without lists and images, with
     `config.demo`, the project is the handwritten digits in `demo/`, written if they are missing.
 
     Raises:
-        FileNotFoundError: there are neither lists nor images.
+        FileNotFoundError: there are neither lists nor images; or there are no lists and `write` isn't set.
     """
+    no_lists = (
+        "there are no lists yet, and --summary writes nothing: run python txt_annotation.py or python train.py first"
+    )
     files, placed = project_files(""), config.with_paths()
     elsewhere = any(getattr(placed, field) != files[field] for field in files if field != "test_annotation_path")
     if elsewhere or Path(placed.train_annotation_path).is_file():
@@ -278,6 +281,8 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
     limits = {"cache_dir": config.cache_dir, "max_pixels": config.max_pixels, "allow_truncated": config.allow_truncated}
     root = Path(datasets_path)
     if root.is_dir() and any(e.name != "README.md" and not is_hidden(e.name) for e in root.iterdir()):
+        if not write:
+            raise FileNotFoundError(no_lists)
         print(f"creating lists of the images in {root}/")
         annotate(root, **files, **limits)
         return ""
@@ -290,6 +295,8 @@ def ensure_lists(config: TrainConfig, datasets_path: str | Path = "datasets") ->
     print(f"there are no images in {root}/: training on handwritten digits, in {demo_digits.FOLDER}/")
     print("  for your own images, put one folder per class there, see README.md")
     if not Path(project_files(demo_digits.FOLDER)["train_annotation_path"]).is_file():
+        if not write:
+            raise FileNotFoundError(no_lists)
         demo_digits.write_demo(demo_digits.FOLDER)
         annotate(demo_digits.FOLDER, out=demo_digits.FOLDER, audit=False)
     return demo_digits.FOLDER

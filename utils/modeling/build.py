@@ -77,7 +77,12 @@ def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str
         **_activation(config),
     }
     rates = {rate: getattr(config, rate) for rate in DROP_RATES}
-    torch.manual_seed(derive_seed(config.seed, "weights"))
+    parts = ["weights"]
+    if weights and set(weights.class_names) & set(class_names):
+        # Of a seed alone, a new head has the initial numbers of the old one, to which the features were trained: with
+        # classes in another order it would start worse than chance.
+        parts.append(weights.origin["sha256"])
+    torch.manual_seed(derive_seed(config.seed, *parts))
     model = build_model(**(resumed["model"] if resumed else arguments), **rates)
     choices += [Choice(rate, 0.0, "it has no such layers", by="network") for rate in model.ignored_rates if rates[rate]]
     if resumed:

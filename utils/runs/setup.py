@@ -16,7 +16,7 @@ from utils.modeling.build import build_meta_network, check_network
 from utils.modeling.precision import choose_precision, pick_device
 from utils.runs.resume import earlier_choices
 from utils.training.datasets import Data, load_data
-from utils.training.stages import Stage, plan_stages
+from utils.training.stages import Stage, check_single_images, plan_stages
 from utils.training.summary import count_parameters, warn_about_input_shape
 
 
@@ -44,8 +44,8 @@ class Setup:
     precision_reason: str
 
 
-def prepare(asked: TrainConfig) -> Setup:
-    """Plan a run. Nothing is written, except missing lists.
+def prepare(asked: TrainConfig, write_lists: bool = True) -> Setup:
+    """Plan a run. Nothing is written, except, with `write_lists`, missing lists.
 
     Raises:
         FileNotFoundError, ValueError: a setting is invalid, or a file that it refers to is missing.
@@ -54,7 +54,7 @@ def prepare(asked: TrainConfig) -> Setup:
     network = build_meta_network(asked, num_classes=2)
     if asked.recipe == "none":
         check_network(network, asked.with_defaults())  # before lists are written
-    project = ensure_lists(asked)
+    project = ensure_lists(asked, write=write_lists)
     placed = replace(asked, data=project).with_paths()
     data = load_data(placed)
     network.head = nn.Linear(network.head.in_features, len(data.class_names), device="meta")
@@ -65,6 +65,7 @@ def prepare(asked: TrainConfig) -> Setup:
         choices.append(Choice("data", project, "datasets/ has no images", by="demo"))
     warn_about_input_shape(data.train_images, config.input_shape, config.max_pixels)
     stages = plan_stages(config, len(data.train_images), network.transformer)
+    check_single_images(stages, network)
     return Setup(asked, config, choices, data, network, stages, device, *choose_precision(config.precision, device))
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
+from nets.network import FreezableNetwork
 from utils.config.frozen import Frozen
 from utils.config.train_config import TrainConfig
 from utils.training.optimizer import learning_rate_at, scale_learning_rate
@@ -74,6 +79,25 @@ def plan_stages(config: TrainConfig, num_images: int, transformer: bool) -> list
             )
         )
     return stages
+
+
+def check_single_images(stages: Sequence[Stage], network: FreezableNetwork) -> None:
+    """Raise a ValueError if a stage has batches of one image, and batch norm can't compute their variance. `network` is
+    on the meta device; freezing changes it."""
+    if not any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in network.modules()):
+        return
+    for stage in stages:
+        if stage.batch_size > 1:
+            continue
+        stage.frozen.apply(network)
+        try:
+            network.train()(torch.empty(1, 3, *stage.input_shape, device="meta"))
+        except ValueError as error:
+            raise ValueError(
+                f"the batch norm of {network.arguments['name']} can't be trained with batches of one image of "
+                f"{stage.input_shape[0]} x {stage.input_shape[1]} pixels ({error}); set the batch sizes to 2 or more, "
+                f"a larger input_shape, or freeze_blocks to all"
+            ) from error
 
 
 def num_cached_views(stage: Stage, config: TrainConfig) -> int:
