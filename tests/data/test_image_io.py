@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import settings
-from utils.annotation.fingerprints import take_fingerprint
+from utils.annotation.fingerprints import Fingerprints
 from utils.annotation.folder_scan import find_images
 from utils.data.dataset import FileSource
 from utils.data.image_io import HAS_HEIF, ImageError, Region, open_image, open_to_decode, read_size, upright_rgb
@@ -143,7 +143,7 @@ def test_images_without_a_known_white_are_refused(here, values, layout, cause):
 
 def test_audit_training_and_export_share_the_rule(here):
     Image.fromarray(np.float32([[0, 1000, 4095]])).save("a.tif")
-    assert "go from 0 to 4095" in take_fingerprint("a.tif").error
+    assert "go from 0 to 4095" in Fingerprints("prints").read(["a.tif"])[0].error
     files = FileSource(list_in_memory([(0, "a.tif")]), Preprocessing.from_config(settings()))
     with pytest.raises(ImageError, match="go from 0 to 4095"), files.open(0):
         pass
