@@ -159,8 +159,9 @@ def test_code_example_runs_without_thaw(exported, trained, tmp_path):
         shutil.copy(model.with_name(name), tmp_path)
     page = card_of(checkpoint, tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    transparent = Image.fromarray(np.full((50, 70, 4), (60, 60, 60, 0), np.uint8))  # dark without its transparency
-    transparent.save(tmp_path / "image.jpg", "PNG")
+    transparent = np.full((50, 70, 4), (60, 60, 60, 0), np.uint8)  # dark without its transparency
+    transparent[0, 0, 3] = 255
+    Image.fromarray(transparent).save(tmp_path / "image.jpg", "PNG")
     result = subprocess.run(
         [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
     )

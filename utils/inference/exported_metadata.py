@@ -22,8 +22,8 @@ INPUT_DESCRIPTION = {
     "name": INPUT,
     "dtype": "uint8",
     "shape": ["batch", "height", "width", 3],
-    "content": "upright RGB images of any size, the same within a batch, with white in place of transparency; "
-    "no other preprocessing is needed",
+    "content": "upright RGB images of any size, the same within a batch, with white in place of transparency and "
+    "16-bit integers divided by 257; no other preprocessing is needed",
 }
 OUTPUT_DESCRIPTION = {
     "name": OUTPUT,
