@@ -48,7 +48,7 @@ class FileSource:
         return self.preprocessing.open(self.images.path(index))
 
 
-MISSING_REMEDY = "bring it back, or run python txt_annotation.py with the same flags"
+MISSING_REMEDY = "make it available again, or run python txt_annotation.py with the same flags"
 DAMAGED_REMEDY = "repair or remove it, or run python txt_annotation.py with the same flags and --fix"
 
 
