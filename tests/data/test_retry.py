@@ -92,7 +92,7 @@ def test_one_missing_image_is_not_waited_for_long(images, pauses):
 def test_missing_and_damaged_images_are_told_apart(images, pauses):
     os.unlink("disk/3.png")
     Path("disk/4.png").write_text("no image")
-    message = "2 of 30 images can't be read; missing: 1 (disk/3.png); make it available again, or run python txt_annotation.py"
+    message = "2 of 30 images can't be read; missing: 1 (disk/3.png); make it available again, or run"
     with pytest.raises(TooManyUnreadable, match=f"{re.escape(message)}.*damaged: 1 .disk/4.png.; repair"):
         read_all(dataset_of(images))
     assert pauses == list(PAUSES[:PAUSES_FOR_ONE])
