@@ -21,7 +21,7 @@ from utils.config.train_config import Device
 from utils.data.image_io import ImageError, open_image
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifier
 from utils.inference.onnx_classifier import ONNX_SUFFIX, is_onnx, open_onnx
-from utils.inference.output_formats import csv_header, display_width, shorten, to_bars, to_csv, to_json, to_line, to_row
+from utils.inference.output_formats import csv_header, to_bars, to_csv, to_json, to_line, to_row
 from utils.inference.prediction import Failure, Prediction
 from utils.inference.predictor import BATCH, Predictor
 from utils.inference.rejection import UNKNOWN, Rejection
@@ -30,7 +30,7 @@ from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import CONFIG_FILE, in_run, is_run
 from utils.system import cli
 from utils.system.files import make_writable
-from utils.system.text import count_of, printable
+from utils.system.text import count_of, display_width, printable, shorten
 
 MODEL_SUFFIXES = (ONNX_SUFFIX, WEIGHTS_SUFFIX, ".pth", ".pt", ".pt2")
 EXPLAINED = "explained"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -62,6 +63,8 @@ def test_files_of_a_run(trained):
         r["loss"] for r in last["history"]
     ]
     assert (run / "epoch_loss.png").read_bytes().startswith(b"\x89PNG")
+    with Image.open(run / "augmented.png") as grid:
+        assert grid.size == (4 * (8 + 4) + 4, 4 * (8 + 4) + 4)  # 16 images of 8 x 8
 
 
 def test_loss_curve_is_drawn_at_intervals_and_at_the_end(here, monkeypatch):

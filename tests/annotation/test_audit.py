@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import random
+import re
 import shutil
 import sqlite3
 import tracemalloc
@@ -469,9 +471,10 @@ def test_names_are_escaped_in_the_report(here):
     found = audit_images([image])
     write_audit("audit", found, [image], Fingerprints("prints"))
     page = Path("audit/audit.html").read_text(encoding="utf-8")
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert "<b>" not in page
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+    assert "<b>broken" not in page
+    assert "default-src 'none'" in page
     assert json.loads(Path("audit/audit.json").read_text())["findings"][0]["groups"][0][0]["path"] == path
     assert "1 file can't be read: 1 x <b>broken</b>" in format_findings(found, "audit", fix=False)
 
@@ -480,3 +483,28 @@ def test_without_the_audit_no_image_is_read(rubbish, monkeypatch):
     monkeypatch.setattr(image_io, "_opened", None)
     annotate(audit=False)
     assert not Path("audit").exists()
+
+
+def test_the_page_has_all_groups_class_counts_and_samples(rubbish):
+    """What doesn't fit at first sight is folded, not left to audit.json."""
+    for i in range(30):
+        shutil.copy(rubbish / "train" / "glass" / sorted(os.listdir(rubbish / "train" / "glass"))[i % 5], f"{i}.png")
+        shutil.move(f"{i}.png", rubbish / "train" / "glass" / f"copy{i:02d}.png")
+    annotate()
+    page = Path("audit/audit.html").read_text(encoding="utf-8")
+    findings = json.loads(Path("audit/audit.json").read_text())["findings"]
+    for finding in findings:
+        for group in finding["groups"]:
+            assert all(image["path"] in page for image in group)
+    assert "<details>" in page
+    counts = [len(read_list(f"cls_{split}.txt", 10).class_ids) for split in ("train", "val")]
+    cells = re.findall(r"<td>(\d+)</td>", page)
+    assert [sum(map(int, cells[k::3])) for k in (0, 1)] == counts
+
+
+def test_show_writes_samples_only(rubbish, capsys):
+    annotate(show=True)
+    assert "written: audit/samples.html" in capsys.readouterr().out
+    assert [path.name for path in Path("audit").iterdir()] == ["samples.html"]
+    assert not Path("cls_train.txt").exists()
+    assert Path("audit/samples.html").read_text().count("<figure>") > 3

@@ -55,14 +55,14 @@ def test_counts_metrics_and_hashes(own_run, tmp_path, capsys):
     low, high = metrics["intervals"]["top1"]
     assert f"| top-1 | {metrics['top1']:.3f} ({low:.3f} to {high:.3f}) |" in page
     assert digest in page
-    assert f"| model&#46;onnx | 0.00 MB | `{report['sha256']}` |" in page
+    assert f"| model.onnx | 0.00 MB | `{report['sha256']}` |" in page
     assert "gone" not in page
     assert "script" not in page
     assert "were trained on" not in page
     evaluation.main(model_path=str(own_run), data="datasets/train", corrupted=0)
     page = card_of(own_run, folder)
-    assert "- **36 of the 40 images were trained on&#58;" in page
-    assert "- **4 of the 40 images are in the validation list&#44;" in page
+    assert "- **36 of the 40 images were trained on:" in page
+    assert "- **4 of the 40 images are in the validation list," in page
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_checkpoint_outside_a_run(own_run, tmp_path, monkeypatch):
     evaluation.main(model_path=str(alone), data="test", corrupted=0)
     page = card_of(alone, tmp_path)
     assert "Not evaluated" not in page
-    assert "It is unknown whether these images were trained on&#58;" in page
+    assert "It is unknown whether these images were trained on:" in page
 
 
 def test_only_a_model_card_is_overwritten(own_run, tmp_path):
@@ -129,8 +129,11 @@ def test_class_names_are_escaped(own_run, tmp_path):
     assert "\x1b" not in page
     table = page.partition("| class | training")[2].splitlines()[2 : 2 + len(NAMES)]
     assert [len(re.findall(r"\|", line)) for line in table] == [4] * len(NAMES)
-    assert re.fullmatch(r"[A-Za-z0-9 &#;]+", "".join(map(escape, NAMES)))
+    assert re.fullmatch(r"[\w \-,./:()%&#;]+", "".join(map(escape, NAMES)))
     assert escape("a|b") == "a&#124;b"
+    assert escape("2026-11-30, 97.5 %") == "2026-11-30, 97.5 %"
+    for link in ("https://a.b", "www.a.b", "me@a.b", "[a](b)", "<a>", "a_b_"):
+        assert escape(link) != link
 
 
 @pytest.mark.parametrize("letterbox", [False, True])

@@ -20,13 +20,14 @@ import predict
 from tests.conftest import write_image
 from utils.data.image_io import ImageError, open_image
 from utils.inference.classifier import Classifier, load_classifier
-from utils.inference.output_formats import display_width, shorten, to_bars, to_csv, to_json, to_line, to_row
+from utils.inference.output_formats import to_bars, to_csv, to_json, to_line, to_row
 from utils.inference.prediction import Failure, Prediction
 from utils.inference.predictor import read_region
 from utils.inference.rejection import UNKNOWN, Calibration, Rejection
 from utils.inference.save_predictions import copy_into, folder_names
 from utils.inference.tta_views import TTAViews
 from utils.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from utils.system.text import display_width, shorten
 
 ROOT = Path(__file__).resolve().parents[2]
 DARK, LIGHT = "datasets/test/dark/00.png", "datasets/test/light/00.png"

@@ -11,9 +11,9 @@ from typing import Literal
 
 from utils.annotation import demo_digits
 from utils.annotation.audit import AuditedImage, Finding, audit_counts, audit_images, grouped_images
-from utils.annotation.audit_report import format_findings, write_audit
+from utils.annotation.audit_report import format_findings, write_audit, write_samples
 from utils.annotation.classes import ClassFile, Repeat, check_nesting, choose_classes, nesting_notes, remove_unused
-from utils.annotation.fingerprints import Fingerprints
+from utils.annotation.fingerprints import Fingerprint, Fingerprints
 from utils.annotation.folder_scan import SPLITS, ClassesFrom, Scan, is_hidden, scan_datasets
 from utils.annotation.scan_report import format_table, list_warnings
 from utils.annotation.split import group_by_name, split_validation
@@ -42,6 +42,7 @@ def annotate(
     group_regex: str = "",
     audit: bool = True,
     fix: bool = False,
+    show: bool = False,
     audit_path: str | Path = AUDIT,
     cache_dir: str | Path = TrainConfig.cache_dir,
     max_pixels: int = TrainConfig.max_pixels,
@@ -70,7 +71,8 @@ def annotate(
             file names, such as '^(patient\\d+)_'.
         audit: read every image and report problems; results are cached. Also keeps near-duplicates in one split.
         fix: exclude from the lists the images that the audit marks as excluded; no image file is changed.
-        audit_path: folder for audit.json, audit.html and, with fix, excluded.txt.
+        show: write only samples.html, with class counts and samples of each class; no audit, no lists.
+        audit_path: folder for audit.json, audit.html, samples.html and, with fix, excluded.txt.
         cache_dir: folder for cached audit results.
         max_pixels: as in train.py: larger images count as unreadable.
         allow_truncated: as in train.py: incomplete files don't count as unreadable.
@@ -88,12 +90,16 @@ def annotate(
         check_nesting(scan, classes_path, repeat)
     names = choose_classes(scan, classes_path, class_file, repeat)
     remove_unused(scan, names)
+    cache = partial(Fingerprints, Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
+    if show:
+        print(f"written: {write_samples(audit_path, place_images(scan, names), cache())}")
+        return
     check_test_images(scan, lists[-1], test_fraction)
     notes = nesting_notes(scan, classes_from, repeat)
     groups = group_by_name(scan.paths(), group_regex)
     findings, reasons = [], {}
     if audit:
-        fingerprints = Fingerprints(Path(cache_dir, "fingerprints.sqlite"), max_pixels, allow_truncated)
+        fingerprints = cache()
         images = read_fingerprints(scan, names, fingerprints)
         findings = audit_images(images, groups)
         groups += grouped_images(findings)
@@ -103,7 +109,7 @@ def annotate(
     if audit:
         images, findings = update_splits(scan, images, findings)
         findings += audit_counts({split: {name: scan.count(split, name) for name in names} for split in SPLITS}, names)
-        write_audit(audit_path, findings, images, fingerprints)
+        write_audit(audit_path, findings, images, fingerprints, fix)
     written = write_lists(scan, names, classes_path, dict(zip(SPLITS, lists, strict=True)))
     record_excluded(Path(audit_path, EXCLUDED), reasons, fix)
     print(format_table(scan, names))
@@ -212,11 +218,21 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
     return written
 
 
+def place_images(scan: Scan, names: list[str]) -> list[AuditedImage]:
+    """Return the images of the classes `names`, not yet read."""
+    return [
+        AuditedImage(path, split, name, Fingerprint())
+        for split in SPLITS
+        for name in names
+        for path in scan.images[split].get(name, ())
+    ]
+
+
 def read_fingerprints(scan: Scan, names: list[str], fingerprints: Fingerprints) -> list[AuditedImage]:
     """Read every image of the classes `names`."""
-    placed = [(path, split, name) for split in SPLITS for name in names for path in scan.images[split].get(name, ())]
-    prints = fingerprints.read([path for path, *_ in placed])
-    return [AuditedImage(*place, fingerprint) for place, fingerprint in zip(placed, prints, strict=True)]
+    images = place_images(scan, names)
+    prints = fingerprints.read([image.path for image in images])
+    return [replace(image, fingerprint=fingerprint) for image, fingerprint in zip(images, prints, strict=True)]
 
 
 def update_splits(

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-
-import jinja2
+from urllib.parse import quote
 
 from utils.annotation.audit import AuditedImage, Finding
 from utils.annotation.fingerprints import Fingerprints
+from utils.annotation.folder_scan import SPLITS
 from utils.system.files import make_folder, write_json, write_text
+from utils.system.pages import render_page
 from utils.system.text import printable
+from utils.system.thread_map import map_parallel
 
+PAGE, SAMPLES_PAGE = "audit.html", "samples.html"
 MAX_PRINTED = 3
 """Groups per finding, and images per group, printed in the terminal."""
 MAX_GROUPS, MAX_IMAGES = 12, 6
-"""Groups per finding, and images per group, on the page."""
+"""Groups per finding, and images per group, that are unfolded on the page."""
+MAX_PREVIEWS = 4000
+"""Thumbnails on the page, about 5 kB each; further images are links without one."""
+MAX_SAMPLES, MAX_SAMPLES_PER_CLASS = 1000, 12
+"""Samples on the page, of all classes and of one."""
+MAX_OPEN = 20
+"""With more classes, their samples are folded."""
 
 
 def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) -> str:
@@ -29,32 +42,150 @@ def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) 
         fix: whether images were excluded from the lists.
     """
     if not findings:
-        return "audit: no problems found"
+        return f"audit: no problems found; {folder}/{PAGE} has samples of each class"
     width = max(len(finding.kind) for finding in findings)
     lines = []
     for finding in findings:
         lines.append(f"  {finding.kind:<{width}}  {finding.message}")
         for group in finding.groups[:MAX_PRINTED]:
             lines.append(f"  {'':<{width}}    {', '.join(image.path for image in group[:MAX_PRINTED])}")
-    lines.append(f"  full report: {folder}/audit.html, {folder}/audit.json")
-    if not fix and any(finding.excluded for finding in findings):
-        lines.append("  run the same command with --fix to exclude faulty images from the lists; no file is changed")
+    lines.append(f"  full report: {folder}/{PAGE}, {folder}/audit.json")
+    if not fix and (count := len(excluded_paths(findings))):
+        lines.append(f"  the same command with --fix would exclude {count} of them from the lists; no file is changed")
     return "\n".join(["audit:", *lines])
 
 
+def excluded_paths(findings: Sequence[Finding]) -> set[str]:
+    """The images that `--fix` excludes from the lists."""
+    return {image.path for finding in findings for image in finding.excluded}
+
+
 def write_audit(
-    folder: str | Path, findings: Sequence[Finding], images: Sequence[AuditedImage], fingerprints: Fingerprints
+    folder: str | Path,
+    findings: Sequence[Finding],
+    images: Sequence[AuditedImage],
+    fingerprints: Fingerprints,
+    fix: bool = False,
 ) -> None:
-    """Write `audit.json` with all paths, and `audit.html` with thumbnails of the first groups of each finding."""
-    folder = Path(folder)
-    make_folder(folder)
-    content = {"images": len(images), "findings": [_as_dict(finding) for finding in findings]}
-    write_json(folder / "audit.json", content)
-    template = Path(__file__).with_name("audit_page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page_findings = [_for_page(finding, fingerprints) for finding in findings]
-    page = environment.from_string(template).render(images=len(images), findings=page_findings)
-    write_text(folder / "audit.html", page)
+    """Write `audit.json` with all paths, and `audit.html` with all groups, class counts and samples of each class.
+
+    Args:
+        folder: of both files.
+        findings: from `utils.annotation.audit.audit_images`.
+        images: all images.
+        fingerprints: where previews come from.
+        fix: whether images were excluded from the lists.
+    """
+    content = {"images": len(images), "fix": fix, "findings": [_as_dict(finding) for finding in findings]}
+    make_folder(Path(folder))
+    write_json(Path(folder, "audit.json"), content)
+    excluded = excluded_paths(findings)
+    listed = [image for image in images if image.path not in excluded] if fix else images
+    samples = choose_samples(listed)
+    groups = chain(samples.values(), *(finding.groups for finding in findings))
+    figures = Figures(Path(folder), make_previews(chain.from_iterable(groups), fingerprints))
+    shown = [
+        {
+            "kind": finding.kind,
+            "message": printable(finding.message),
+            "excluded": len(finding.excluded),
+            "groups": figures.of(finding.groups),
+        }
+        for finding in findings
+    ]
+    page = _render(listed, samples, figures, findings=shown, audited=len(images), fix=fix, excluded=len(excluded))
+    write_text(Path(folder, PAGE), page)
+
+
+def write_samples(folder: str | Path, images: Sequence[AuditedImage], fingerprints: Fingerprints) -> Path:
+    """Write `samples.html` with class counts and samples of each class, and return its path.
+
+    Args:
+        folder: of the page.
+        images: all images; their fingerprints aren't needed.
+        fingerprints: where previews come from.
+    """
+    path = Path(folder, SAMPLES_PAGE)
+    make_folder(path.parent)
+    samples = choose_samples(images)
+    figures = Figures(path.parent, make_previews(chain.from_iterable(samples.values()), fingerprints))
+    write_text(path, _render(images, samples, figures, findings=None))
+    return path
+
+
+class Figures:
+    """Images as the page shows them.
+
+    Args:
+        folder: of the page.
+        previews: path -> preview, from `make_previews`.
+    """
+
+    def __init__(self, folder: Path, previews: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.previews = previews
+
+    def of(self, groups: Iterable[Sequence[AuditedImage]]) -> list[list[dict[str, str]]]:
+        """Groups of images, for the template."""
+        return [[self._figure(image) for image in group] for group in groups]
+
+    def _figure(self, image: AuditedImage) -> dict[str, str]:
+        return {
+            "path": printable(image.path),
+            "link": link_to(image.path, self.folder),
+            "split": image.split,
+            "class_name": printable(image.class_name),
+            "error": printable(image.fingerprint.error),
+            "preview": self.previews.get(image.path, ""),
+        }
+
+
+def _render(
+    images: Sequence[AuditedImage], samples: Mapping[str, Sequence[AuditedImage]], figures: Figures, **content: Any
+) -> str:
+    return render_page(
+        Path(__file__).with_name("audit_page.html"),
+        images=len(images),
+        splits=SPLITS,
+        classes=_class_rows(images),
+        samples=list(zip(map(printable, samples), figures.of(samples.values()), strict=True)),
+        max_groups=MAX_GROUPS,
+        max_images=MAX_IMAGES,
+        max_open=MAX_OPEN,
+        **content,
+    )
+
+
+def choose_samples(images: Sequence[AuditedImage]) -> dict[str, list[AuditedImage]]:
+    """For as many classes as the page shows, random images of each: the choice depends on the path only, so it hardly
+    changes when images are added."""
+    by_class: dict[str, list[AuditedImage]] = defaultdict(list)
+    for image in images:
+        if not image.fingerprint.error:
+            by_class[image.class_name].append(image)
+    most = min(MAX_SAMPLES_PER_CLASS, max(1, MAX_SAMPLES // max(1, len(by_class))))
+    samples = {}
+    for name, members in islice(by_class.items(), MAX_SAMPLES):
+        shuffled = sorted(members, key=lambda image: hashlib.sha256(os.fsencode(image.path)).digest())
+        samples[name] = sorted(shuffled[:most], key=lambda image: image.path)
+    return samples
+
+
+def make_previews(images: Iterable[AuditedImage], fingerprints: Fingerprints) -> dict[str, str]:
+    """Path -> preview, a JPEG in base64, of the first readable images that the page has room for."""
+    paths = list(dict.fromkeys(image.path for image in images if not image.fingerprint.error))[:MAX_PREVIEWS]
+    previews = zip(paths, map_parallel(fingerprints.preview, paths, "previews"), strict=True)
+    return {path: base64.b64encode(preview).decode() for path, preview in previews if preview}
+
+
+def _class_rows(images: Sequence[AuditedImage]) -> list[dict[str, Any]]:
+    counts = {split: Counter(image.class_name for image in images if image.split == split) for split in SPLITS}
+    total = Counter(image.class_name for image in images)
+    largest = max(total.values(), default=1)
+    return [
+        {"name": printable(name), "counts": [counts[split][name] for split in SPLITS], "part": count / largest}
+        for name, count in total.items()
+    ]
 
 
 def _as_dict(finding: Finding) -> dict[str, Any]:
@@ -62,35 +193,17 @@ def _as_dict(finding: Finding) -> dict[str, Any]:
         "kind": finding.kind,
         "message": finding.message,
         "groups": [
-            [{"path": p.path, "split": p.split, "class": p.class_name} for p in group] for group in finding.groups
+            [{"path": image.path, "split": image.split, "class": image.class_name} for image in group]
+            for group in finding.groups
         ],
         "excluded": [image.path for image in finding.excluded],
     }
 
 
-def _for_page(finding: Finding, fingerprints: Fingerprints) -> dict[str, Any]:
-    groups = [
-        {
-            "images": [_figure(image, fingerprints) for image in group[:MAX_IMAGES]],
-            "more": max(0, len(group) - MAX_IMAGES),
-        }
-        for group in finding.groups[:MAX_GROUPS]
-    ]
-    return {
-        "kind": finding.kind,
-        "message": printable(finding.message),
-        "excluded": len(finding.excluded),
-        "groups": groups,
-        "more": max(0, len(finding.groups) - MAX_GROUPS),
-    }
-
-
-def _figure(image: AuditedImage, fingerprints: Fingerprints) -> dict[str, str]:
-    preview = None if image.fingerprint.error else fingerprints.preview(image.path)
-    return {
-        "path": printable(image.path),
-        "split": image.split,
-        "class_name": printable(image.class_name),
-        "error": printable(image.fingerprint.error),
-        "preview": base64.b64encode(preview).decode() if preview else "",
-    }
+def link_to(path: str, folder: Path) -> str:
+    """The URL of a file, relative to a page in `folder`, so that both can be moved together."""
+    try:
+        relative = Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # on Windows the file may be on another drive
+        return Path(path).absolute().as_uri()
+    return quote(os.fsencode(relative))

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from utils.system.fonts import font_families
+from utils.system.fonts import font_families, warn_about_glyphs
 from utils.system.text import printable
 
 matplotlib.rcParams["font.family"] = font_families()
@@ -25,15 +25,30 @@ def arrange_classes(confusion: np.ndarray) -> np.ndarray:
     from scipy.cluster.hierarchy import leaves_list, linkage  # slow to import
     from scipy.spatial.distance import squareform
 
-    mistakes = confusion - np.diag(np.diag(confusion))
+    mistakes = _mistakes(confusion)
     by_mistakes = np.argsort(-(mistakes.sum(axis=0) + mistakes.sum(axis=1)), kind="stable")
     shown = np.sort(by_mistakes[:MAX_CLASSES])
-    if len(shown) < 3 or not mistakes.any():
+    if not _is_rearranged(confusion):
         return shown
     fraction = mistakes / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     closeness = (fraction + fraction.T)[np.ix_(shown, shown)]
     distance = squareform(1 - closeness / max(closeness.max(), 1e-9), checks=False)
     return shown[leaves_list(linkage(distance, "average", optimal_ordering=True))]
+
+
+def describe_order(confusion: np.ndarray) -> str:
+    """Why `arrange_classes` returns the classes in this order."""
+    if _is_rearranged(confusion):
+        return "ordered so that classes that are often confused are next to each other"
+    return "in the order of the class file"
+
+
+def _is_rearranged(confusion: np.ndarray) -> bool:
+    return len(confusion) > 2 and bool(_mistakes(confusion).any())
+
+
+def _mistakes(confusion: np.ndarray) -> np.ndarray:
+    return confusion - np.diag(np.diag(confusion))
 
 
 def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
@@ -47,8 +62,10 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
     image = axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, shrink=0.8, label="fraction of the true class")
     subset = f": the {n} of {len(confusion)} classes with the most mistakes" if n < len(confusion) else ""
-    axes.set(xlabel="predicted", ylabel="true", title=f"confusion matrix{subset}")
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"confusion matrix{subset}\n{describe_order(confusion)}", fontsize=9)
     names = _labels([class_names[k] for k in shown])
+    warn_about_glyphs(names)
     axes.set_xticks(range(n), names, rotation=90)
     axes.set_yticks(range(n), names)
     counts = confusion[np.ix_(shown, shown)]

@@ -15,12 +15,14 @@ from utils.evaluation.evaluation import Evaluation
 from utils.evaluation.mistakes import margins
 from utils.runs.folder import EVENTS
 from utils.system.files import try_unlink, write_json, write_text
-from utils.system.text import count_of, printable
+from utils.system.text import count_of, format_table
 
 EVENTS_FOLDER = "evaluation"
 """Subfolder of a run for the TensorBoard events of its evaluation."""
 TOP = 5
 """Classes per image in `predictions.csv`."""
+PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1"}
+"""Columns of the table of classes: title by key."""
 MAX_ROWS = 40
 """With more classes, only the `MAX_ROWS // 2` with the lowest F1 are printed."""
 
@@ -89,14 +91,15 @@ def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np
 def format_metrics(metrics: dict[str, Any]) -> str:
     """The metrics as a table for the terminal."""
     rows = metrics["per_class"]
-    lines = [f"{'class':<24}{'precision':>10}{'recall':>10}{'F1':>10}{'support':>10}"]
+    lines = []
     if len(rows) > MAX_ROWS:
         rows = sorted((row for row in rows if row["support"]), key=lambda row: row["f1"])[: MAX_ROWS // 2]
-        lines.insert(0, f"the {len(rows)} classes with the lowest F1; metrics.json has all")
+        lines.append(f"the {len(rows)} classes with the lowest F1; metrics.json has all")
+    table = [("class", *PER_CLASS.values(), "support")]
     for row in rows:
-        values = ["-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall", "f1")]
-        cells = "".join(f"{value:>10}" for value in values)
-        lines.append(f"{printable(row['class']):<24}{cells}{row['support']:>10}")
+        values = ["-" if row[key] is None else f"{row[key]:.2%}" for key in PER_CLASS]
+        table.append((row["class"], *values, str(row["support"])))
+    lines.append(format_table(table, right=table[0][1:]))
     lines.append(f"{count_of(metrics['images'], 'image')}; 95% intervals in brackets")
     titles = {
         "top1": "top-1",

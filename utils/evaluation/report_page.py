@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from utils.config.train_config import TrainConfig
@@ -23,14 +22,15 @@ from utils.evaluation.mistakes import (
     read_sizes,
     worst_mistakes,
 )
-from utils.evaluation.plots import arrange_classes
+from utils.evaluation.plots import arrange_classes, describe_order
 from utils.evaluation.report_files import format_metric
 from utils.inference.fit_calibration import TrainEmbeddings
 from utils.inference.rejection import DISTANCE_QUANTILE
 from utils.metrics.intervals import wilson_interval
 from utils.metrics.scores import expected_calibration_error, reliability
 from utils.runs.log import EPOCHS
-from utils.system.text import count_of, printable
+from utils.system.pages import render_page
+from utils.system.text import printable
 
 MAX_WORST, MAX_UNCERTAIN, MAX_LABEL_ERRORS = 24, 12, 24
 MAX_PAIRS, MAX_IMAGES_PER_PAIR = 8, 3
@@ -64,11 +64,8 @@ def render(evaluation: Evaluation, train: TrainEmbeddings | None) -> str:
     names = [printable(name) for name in classifier.class_names]
     gallery = Gallery(evaluation, train)
     pairs = confused_pairs(scores)
-    template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["count_of"] = count_of
-    environment.filters["percent"] = lambda value: "–" if value is None else f"{value:.1%}"
-    return environment.from_string(template).render(
+    return render_page(
+        Path(__file__).with_name("report_page.html"),
         metrics=metrics,
         checkpoint=printable(str(evaluation.checkpoint)),
         data=printable(evaluation.data),
@@ -160,11 +157,11 @@ def learning_curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) 
 
 
 def confusion_cells(confusion: np.ndarray) -> dict[str, Any]:
-    """The class ids to show, and rows of (count, fraction of the true class)."""
+    """The class ids to show, why in this order, and rows of (count, fraction of the true class)."""
     order = arrange_classes(confusion)
     fraction = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     rows = [[(int(confusion[i, j]), round(float(fraction[i, j]), 3)) for j in order] for i in order]
-    return {"order": order.tolist(), "rows": rows}
+    return {"order": order.tolist(), "order_reason": describe_order(confusion), "rows": rows}
 
 
 def reliability_plots(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -91,8 +91,10 @@ def exported_files(folder: Path, metadata: ExportedMetadata) -> list[Path]:
 
 
 def escape(text: str) -> str:
-    """Text on one line with everything special to Markdown or HTML escaped: class names can be anything."""
-    return re.sub(r"[^A-Za-z0-9 ]", lambda match: f"&#{ord(match[0])};", printable(text))
+    """Text on one line, within one, with everything special to Markdown or HTML escaped: class names can be anything.
+    Of letters, digits and plain punctuation only what begins a link is escaped."""
+    special = re.compile(r"[^\w \-,./:()%]|_|://|www\.", re.IGNORECASE)
+    return special.sub(lambda match: "".join(f"&#{ord(char)};" for char in match[0]), printable(text))
 
 
 def count_images(checkpoint: Path, classifier: Classifier) -> list[dict[str, Any]]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from utils.inference.prediction import Failure, Prediction
 from utils.inference.rejection import UNKNOWN
-from utils.system.text import printable
+from utils.system.text import display_width, pad, printable, shorten
 
 
 def to_json(result: Prediction | Failure) -> str:
@@ -85,32 +84,3 @@ def to_row(result: Prediction | Failure, width: int, label_width: int) -> str:
     bar = UNKNOWN + "?" if result.rejected else "█" * round(8 * p)
     start = f"{label}  {p:>6.1%} {bar:<8}  "
     return start + shorten(printable(result.path), max(8, width - display_width(start)), keep_end=True)
-
-
-def display_width(text: str) -> int:
-    """Columns that `text` takes in a terminal: two for each wide (Chinese, Japanese, Korean) character."""
-    return sum(map(_columns, text))
-
-
-def _columns(character: str) -> int:
-    if unicodedata.combining(character):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def shorten(text: str, width: int, keep_end: bool = False) -> str:
-    """`text` in at most `width` columns, with … in place of its end, or of its beginning with `keep_end`."""
-    if display_width(text) <= width:
-        return text
-    kept, used = [], 1
-    for character in reversed(text) if keep_end else text:
-        used += _columns(character)
-        if used > width:
-            break
-        kept.append(character)
-    return "…" + "".join(reversed(kept)) if keep_end else "".join(kept) + "…"
-
-
-def pad(text: str, width: int) -> str:
-    """`text` with spaces appended up to `width` columns."""
-    return text + " " * (width - display_width(text))

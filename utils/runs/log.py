@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.utils import make_grid
 
 from utils.runs.folder import EVENTS
 from utils.runs.history import Row
 from utils.system.files import try_unlink
 
-EPOCHS = "epochs.csv"
+EPOCHS, AUGMENTED = "epochs.csv", "augmented.png"
 DRAW_EVERY = 10.0
 """Minimum number of seconds between two plots: plotting may take as long as a short epoch."""
 
@@ -54,7 +56,10 @@ class RunLog:
             print(f"warning: the log in {self.folder} can't be written ({error.strerror})")
 
     def log_images(self, network: nn.Module, pixels: Tensor) -> None:
-        """Log training images (B, 3, height, width) uint8, and the graph of `network`."""
+        """Log training images (B, 3, height, width) uint8, also as `augmented.png`, and the graph of `network`."""
+        with self._warn_on_error():
+            grid = make_grid(pixels[:16], nrow=4, padding=4, pad_value=255)  # (3, height, width)
+            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.folder / AUGMENTED)
         try:
             with self._warn_on_error(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # tracing warns of every shape used in Python code

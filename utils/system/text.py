@@ -10,9 +10,33 @@ DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u
 
 
 def display_width(text: str) -> int:
-    """The number of terminal columns of `text`: East Asian wide characters take two, combining ones none."""
-    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
-    return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)
+    """Columns that `text` takes in a terminal: two for each wide (Chinese, Japanese, Korean) character."""
+    return sum(map(_columns, text))
+
+
+def _columns(character: str) -> int:
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def shorten(text: str, width: int, keep_end: bool = False) -> str:
+    """`text` in at most `width` columns, with … in place of its end, or of its beginning with `keep_end`."""
+    if display_width(text) <= width:
+        return text
+    kept, used = [], 1
+    for character in reversed(text) if keep_end else text:
+        used += _columns(character)
+        if used > width:
+            break
+        kept.append(character)
+    return "…" + "".join(reversed(kept)) if keep_end else "".join(kept) + "…"
+
+
+def pad(text: str, width: int, right: bool = False) -> str:
+    """`text` filled with spaces up to `width` columns, after it or, aligned right, before it."""
+    spaces = " " * (width - display_width(text))
+    return spaces + text if right else text + spaces
 
 
 def format_table(rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
@@ -20,8 +44,7 @@ def format_table(rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> st
     columns = []
     for header, *cells in zip(*([printable(cell) for cell in row] for row in rows), strict=True):
         width = max(map(display_width, (header, *cells)))
-        gaps = [" " * (width - display_width(cell)) for cell in (header, *cells)]
-        columns.append([g + c if header in right else c + g for g, c in zip(gaps, (header, *cells), strict=True)])
+        columns.append([pad(cell, width, right=header in right) for cell in (header, *cells)])
     return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
