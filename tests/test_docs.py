@@ -47,8 +47,8 @@ MAINS = {
 }
 PLACEHOLDER = "X"
 """Takes the place of `<...>` in commands."""
-OTHER_FLAGS = {"--index-url", "--logdir", "--field", "--no-field"}
-"""Flags of pip and TensorBoard, and placeholders."""
+OTHER_FLAGS = {"--index-url", "--logdir", "--shm-size", "--ipc", "--signal", "--field", "--no-field"}
+"""Flags of pip, TensorBoard, Docker and Slurm, and placeholders."""
 OTHER_NAMES = {"field", "weights_only", "val_report"}
 OTHER_NAMES |= {"HF_ENDPOINT", "HF_HUB_DISABLE_XET", "CUDA_VISIBLE_DEVICES", "WITH_BATCH_NORM"}
 """What is neither a field nor in the code: placeholders, names of other libraries and tests, a folder of an example."""

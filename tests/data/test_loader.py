@@ -1,6 +1,8 @@
 """Tests of dataset, sampler and loader: samples depend on the seed only, and evaluation reads every image."""
 
 import dataclasses
+import errno
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 
 from tests.conftest import settings, write_image
+from utils.data import loader
 from utils.data.dataset import FileSource, ImageDataset, TooManyUnreadable
 from utils.data.image_io import ImageError
 from utils.data.image_list import ImageList, list_in_memory
@@ -60,6 +63,44 @@ def test_the_number_of_workers_changes_nothing(images, workers):
     alone = epoch_of(images, 0)
     torch.manual_seed(99)
     assert equal(epoch_of(images, workers), alone)
+
+
+@pytest.fixture
+def fresh_warnings():
+    """The loader prints each of its warnings once."""
+    loader._warn_about_pipes.cache_clear()
+    loader._warn_about_semaphores.cache_clear()
+
+
+def test_without_room_in_shared_memory_batches_pass_through_pipes(images, monkeypatch, capsys, fresh_warnings):
+    alone = epoch_of(images, 0)
+    monkeypatch.setattr(loader, "free_bytes", lambda folder: 1 << 10)
+    train = train_loader(ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), 1), 5, 2)
+    batches = [batch for _ in range(2) for batch in loader.iterate_batches(train)]
+    assert equal(batches[:4], alone) and equal(batches[4:], alone)
+    assert batches[0][0].stride() == alone[0][0].stride()  # channels-last
+    output = capsys.readouterr().out
+    assert output.count("warning: /dev/shm is too small for the batches of 2 workers (0.00 MB free)") == 1
+
+
+def test_without_semaphores_the_main_process_loads(images, monkeypatch, capsys, fresh_warnings):
+    left = iter(range(10))  # of which a loader with two workers takes more
+
+    def lock(self):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("multiprocessing.context.BaseContext.Lock", lock)
+    dataset = eval_set(images)
+    assert [eval_loader(dataset, 5, workers).num_workers for workers in (0, 2, 2)] == [0, 0, 0]
+    output = capsys.readouterr().out
+    assert output.count("no room for the semaphores of workers (No space left on device), so the main process") == 1
+
+
+def test_a_dataset_without_workers_needs_no_shared_memory(images, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda self: pytest.fail("shared memory"))
+    assert not eval_set(images).unreadable.any()
 
 
 def test_samples_depend_on_seed_and_epoch(images):

@@ -287,6 +287,22 @@ def stop_at(run, step: int) -> None:
         raise Stopped(signal.SIGINT)
 
 
+def test_a_request_to_save_saves_after_the_step_and_training_continues(two_classes, monkeypatch, capsys):
+    save_if_due = train.Run.save_if_due
+
+    def request(run) -> None:
+        if run.trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        save_if_due(run)
+        if run.trainer.step == 2:
+            assert load_checkpoint(run.folder / LAST)["step"] == 2
+
+    monkeypatch.setattr(train.Run, "save_if_due", request)
+    train.main(settings(**TINY | {"unfreeze_epoch": 1}))
+    assert f"SIGUSR1: {only_run()} is saved at step 2; training continues" in capsys.readouterr().out
+    assert load_checkpoint(only_run() / LAST)["finished"]
+
+
 @pytest.mark.slow
 def test_a_run_that_stopped_at_a_nan_resumes_without_that_step(two_classes, nan_at_step):
     nan_at_step(12)

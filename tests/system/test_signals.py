@@ -8,7 +8,15 @@ import warnings
 
 import pytest
 
-from utils.system.signals import SIGNALS, Stopped, defer_signals, handle_stop_signals
+from utils.system.signals import (
+    SAVE_SIGNAL,
+    SIGNALS,
+    Stopped,
+    defer_signals,
+    handle_stop_signals,
+    ignore_signals,
+    take_save_request,
+)
 
 
 @contextlib.contextmanager
@@ -40,6 +48,38 @@ def test_outside_the_context_a_signal_is_raised_at_once():
     with handle_stop_signals(), pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
+
+
+def test_what_job_queues_send_before_the_end_stops():
+    assert {signal.SIGTERM, signal.SIGUSR2, signal.SIGXCPU} <= set(SIGNALS)
+
+
+def test_the_cpu_limit_which_is_signaled_every_second_stops_once():
+    with handle_stop_signals(), pytest.raises(Stopped) as stopped, defer_signals():
+        os.kill(os.getpid(), signal.SIGXCPU)
+        os.kill(os.getpid(), signal.SIGXCPU)
+    assert stopped.value.status == 128 + signal.SIGXCPU
+
+
+def test_a_request_to_save_is_taken_once_and_stops_nothing():
+    with handle_stop_signals():
+        assert not take_save_request()
+        os.kill(os.getpid(), SAVE_SIGNAL)
+        with defer_signals():
+            pass
+        assert take_save_request()
+        assert not take_save_request()
+
+
+def test_workers_are_stopped_by_the_main_process_only():
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, SAVE_SIGNAL)}
+    try:
+        ignore_signals(0)
+        left = {number for number in before if signal.getsignal(number) != signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert left == {signal.SIGTERM}
 
 
 def test_an_error_in_the_context_takes_precedence():

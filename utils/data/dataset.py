@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -56,6 +58,13 @@ class TooManyUnreadable(ImageError):
     """More images are unreadable than `max_bad_fraction` allows."""
 
 
+def shared_flags(count: int) -> Tensor:
+    """(count,) bool, all False, in memory that worker processes share."""
+    if sys.platform == "linux":  # forked workers inherit the mapping; /dev/shm may be full or read-only
+        return torch.frombuffer(mmap.mmap(-1, max(1, count)), dtype=torch.bool, count=count)
+    return torch.zeros(count, dtype=torch.bool).share_memory_()
+
+
 class ImageDataset(Dataset):
     """The transformed images of a list.
 
@@ -82,8 +91,7 @@ class ImageDataset(Dataset):
         self.max_bad_fraction = max_bad_fraction
         self.images = source.images
         self.class_ids = source.images.class_ids
-        # Shared memory: the main process reports what the workers record here.
-        self.unreadable = torch.zeros(len(self.class_ids), dtype=torch.bool).share_memory_()
+        self.unreadable = shared_flags(len(self.class_ids))  # the main process reports what the workers record
         self._reported: set[int] = set()
 
     def with_transform(self, transform: Transform) -> ImageDataset:

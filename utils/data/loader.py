@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import copy
+import mmap
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,7 +21,14 @@ from torch.utils.data import DataLoader
 from utils.data.dataset import ImageDataset
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.sampler import EpochSampler, Sampling
-from utils.system.signals import WorkerDied, defer_signals, ignore_interrupt, watch_workers
+from utils.system.files import format_bytes, free_bytes
+from utils.system.signals import WorkerDied, defer_signals, ignore_signals, watch_workers
+
+SHARED_MEMORY = "/dev/shm"
+"""Where Linux has the memory that processes share. In a container it is often small, or can't be written to."""
+ENLARGE = "enlarge it, in Docker with --shm-size=2g or --ipc=host"
+PREFETCHED = 2
+"""Batches that each worker loads in advance."""
 
 
 def batch_paths(loader: DataLoader, number: int) -> list[str]:
@@ -50,26 +64,102 @@ def iterate_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         batches = iter(loader)
         watch_workers()
     try:
-        yield from batches
+        for batch in batches:
+            if isinstance(batch, PipedBatch):
+                _warn_about_pipes(loader.num_workers)
+                batch = batch.unpack()
+            yield batch
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise WorkerDied(error) from error
 
 
+@dataclass(frozen=True)
+class PipedBatch:
+    """A batch as arrays, which pass from a worker through a pipe; tensors would pass through shared memory.
+
+    Attributes:
+        arrays: a contiguous array for each tensor.
+        orders: of the dimensions of each tensor in its array; pickling would change the memory format.
+    """
+
+    arrays: tuple[np.ndarray, ...]
+    orders: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def pack(batch: Sequence[Tensor]) -> PipedBatch:
+        orders = tuple(tensor.dim_order() for tensor in batch)
+        return PipedBatch(tuple(x.permute(order).numpy() for x, order in zip(batch, orders, strict=True)), orders)
+
+    def unpack(self) -> tuple[Tensor, ...]:
+        pairs = zip(self.arrays, self.orders, strict=True)
+        return tuple(torch.from_numpy(array).permute(*np.argsort(order).tolist()) for array, order in pairs)
+
+
+@dataclass(frozen=True)
+class WorkerCollate:
+    """Collates a batch in one of `num_workers` workers, as a `PipedBatch` if shared memory is short.
+
+    If a batch doesn't fit there, torch waits for it forever, and its file_system strategy needs the same memory.
+    """
+
+    dataset: ImageDataset | FeatureDataset
+    num_workers: int
+
+    def __call__(self, items: Sequence[Any]) -> tuple[Tensor, ...] | PipedBatch:
+        batch = self.dataset.collate(items)
+        if not os.path.isdir(SHARED_MEMORY):  # not Linux
+            return batch
+        waiting = PREFETCHED * self.num_workers * sum(tensor.nbytes + mmap.PAGESIZE for tensor in batch)
+        return PipedBatch.pack(batch) if free_bytes(SHARED_MEMORY) < waiting else batch
+
+
+@cache
+def _warn_about_pipes(num_workers: int) -> None:
+    """Print, once, that batches pass through pipes."""
+    print(
+        f"warning: {SHARED_MEMORY} is too small for the batches of {num_workers} workers "
+        f"({format_bytes(free_bytes(SHARED_MEMORY))} free), so they pass through pipes, which is slower; {ENLARGE}, "
+        f"or lower num_workers"
+    )
+
+
+@cache
+def _warn_about_semaphores(cause: str) -> None:
+    """Print, once, that the main process loads the images."""
+    print(
+        f"warning: {SHARED_MEMORY} has no room for the semaphores of workers ({cause}), so the main process loads the "
+        f"images (num_workers=0), which is slower; {ENLARGE}"
+    )
+
+
+def _can_connect(num_workers: int) -> bool:
+    """Whether this system provides the semaphores that connect workers; prints a warning if not."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    try:
+        _ = [context.Lock() for _ in range(8 * (num_workers + 1))]  # a loader has 3 for each worker, and 8
+    except OSError as error:
+        _warn_about_semaphores(str(error.strerror))
+        return False
+    return True
+
+
 def _loader(
     dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling | None
 ) -> DataLoader:
+    num_workers = num_workers if num_workers and _can_connect(num_workers) else 0
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=EpochSampler(dataset.class_ids, sampling, dataset.seed),
         num_workers=num_workers,
-        collate_fn=dataset.collate,
+        collate_fn=WorkerCollate(dataset, num_workers) if num_workers else dataset.collate,
         drop_last=sampling is not None,
         pin_memory=torch.cuda.is_initialized(),  # don't initialize CUDA in a CPU run
+        prefetch_factor=PREFETCHED if num_workers else None,
         persistent_workers=num_workers > 0,
-        worker_init_fn=ignore_interrupt,
+        worker_init_fn=ignore_signals,
         # Forked workers share the list in memory; spawned ones would copy it.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
     )

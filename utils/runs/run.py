@@ -21,7 +21,7 @@ from utils.runs.folder import RunFolder
 from utils.runs.history import Row, format_row
 from utils.runs.log import RunLog
 from utils.runs.saving import Saver
-from utils.system.signals import Stopped, WorkerDied, clear_pending, defer_signals
+from utils.system.signals import Stopped, WorkerDied, clear_pending, defer_signals, take_save_request
 from utils.training.non_finite import REMEDY, NonFiniteLoss
 from utils.training.stages import Stage
 from utils.training.trainer import Trainer
@@ -97,9 +97,12 @@ class Run:
         self._epoch_started = time.monotonic()
 
     def save_if_due(self) -> None:
-        """Save if a checkpoint is due, see `Saver.is_due`."""
-        if self.saver.is_due(self.trainer.step):
+        """Save if a checkpoint is due, see `Saver.is_due`, or a signal requests it."""
+        requested = take_save_request()
+        if requested or self.saver.is_due(self.trainer.step):
             self.save()
+        if requested:
+            print(f"SIGUSR1: {self.folder} is saved at step {self.saver.saved_step}; training continues")
 
     def save(self) -> None:
         """Save the run as its last checkpoint, unless this step has been saved.

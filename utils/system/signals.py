@@ -14,8 +14,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType, SimpleNamespace
 from typing import NoReturn
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-"""Ctrl-C; termination by a job queue or a shutdown; a closed terminal; Ctrl-Break on Windows."""
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK", "SIGUSR2", "SIGXCPU")
+SIGNALS = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
+"""Ctrl-C; termination by a job queue or a shutdown; a closed terminal; Ctrl-Break on Windows; a job queue's warning
+before it kills; the end of the CPU time that is allowed."""
+SAVE_SIGNAL = getattr(signal, "SIGUSR1", None)
+"""A request to save and continue; None on Windows."""
 
 
 class Stopped(BaseException):
@@ -37,14 +41,14 @@ class WorkerDied(ChildProcessError):
         super().__init__(f"{str(error).strip()} Workers are usually killed for lack of memory: lower num_workers")
 
 
-_state = SimpleNamespace(active=False, depth=0, pending=None, stopping=False)
+_state = SimpleNamespace(active=False, depth=0, pending=None, stopping=False, save_requested=False)
 """`depth` of nested `defer_signals`, and the `pending` exception that the outermost one raises at its end."""
 
 
 @contextmanager
 def handle_stop_signals() -> Iterator[None]:
     """Within this context `SIGNALS` raise `Stopped`, deferred by `defer_signals`; a second signal kills the child
-    processes and exits at once.
+    processes and exits at once. `SAVE_SIGNAL` is a request that `take_save_request` returns.
 
     Signals that are ignored (a closed terminal under nohup) stay ignored. Outside the main thread, where Python can't
     handle signals, the context has no effect.
@@ -53,14 +57,22 @@ def handle_stop_signals() -> Iterator[None]:
         yield
         return
     _state.active = True
+    handlers = dict.fromkeys(SIGNALS, _stop) | ({SAVE_SIGNAL: _request_save} if SAVE_SIGNAL else {})
     ignored = {signum for signum in SIGNALS[2:] if signal.getsignal(signum) == signal.SIG_IGN}
-    before = {signum: signal.signal(signum, _stop) for signum in SIGNALS if signum not in ignored}
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items() if signum not in ignored}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
         _state.active, _state.depth, _state.pending, _state.stopping = False, 0, None, False
+        _state.save_requested = False
+
+
+def take_save_request() -> bool:
+    """Whether `SAVE_SIGNAL` has arrived since the last call."""
+    requested, _state.save_requested = _state.save_requested, False
+    return requested
 
 
 class defer_signals:
@@ -95,11 +107,13 @@ def watch_workers() -> None:
     signal.signal(signal.SIGCHLD, handle)
 
 
-def ignore_interrupt(_: int) -> None:
-    """Ignore Ctrl-C in a DataLoader worker: the main process, which receives it too, decides when workers stop."""
-    for name in ("SIGINT", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def ignore_signals(_: int) -> None:
+    """Ignore signals in a DataLoader worker, except SIGTERM, by which the main process stops it.
+
+    The main process receives them too, and decides when workers stop.
+    """
+    for signum in {*SIGNALS, SAVE_SIGNAL} - {signal.SIGTERM, None}:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def exit_now(status: int) -> NoReturn:
@@ -112,9 +126,15 @@ def exit_now(status: int) -> NoReturn:
 
 def _stop(signum: int, _: FrameType | None) -> None:
     if _state.stopping:
+        if signum == getattr(signal, "SIGXCPU", None):  # the system repeats it every second
+            return
         exit_now(128 + signum)
     _state.stopping = True
     _raise(Stopped(signum), "\nstopping after this step; a second signal exits at once\n")
+
+
+def _request_save(_: int, __: FrameType | None) -> None:
+    _state.save_requested = True
 
 
 def clear_pending() -> None:
