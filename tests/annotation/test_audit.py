@@ -208,6 +208,19 @@ def test_failures_are_not_cached(here, monkeypatch):
     assert Fingerprints("prints").read([path])[0].error == ""
 
 
+def test_a_file_system_without_locks_has_a_cache(here, monkeypatch, capsys):
+    """SQLite would wait for the lock and then fail, so it is told not to lock: another one's lock is ignored, too."""
+    path = str(write_image(here / "a.png"))
+    monkeypatch.setattr(fingerprints, "supports_locks", lambda folder: False)
+    other = sqlite3.connect("prints")
+    other.execute("BEGIN EXCLUSIVE")
+    expected = Fingerprints("prints").read([path])
+    assert "has no locks: run only one audit at a time" in capsys.readouterr().out
+    monkeypatch.setattr(fingerprints, "take_fingerprint", lambda path, **limits: pytest.fail("read again"))
+    assert Fingerprints("prints").read([path]) == expected
+    other.close()
+
+
 def test_unwritable_cache_is_not_used(here, monkeypatch, capsys):
     monkeypatch.setattr(fingerprints, "LOCK_TIMEOUT", 0)
     path = str(write_image(here / "a.png"))

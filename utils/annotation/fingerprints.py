@@ -19,6 +19,7 @@ from PIL import Image
 
 from utils.data.image_io import MAX_PIXELS, READERS, ImageError, open_image
 from utils.data.retry import read_patiently
+from utils.system.folder_lock import supports_locks
 from utils.system.thread_map import map_parallel
 
 PREVIEW = 128
@@ -31,8 +32,8 @@ VERSION = 2
 """Increase it when fingerprints are computed differently."""
 SAVE_EVERY = 1000
 """Images between writes to the cache; an interrupted run resumes from the last write."""
-LOCK_TIMEOUT = 60
-"""Seconds to wait while another process writes to the cache."""
+LOCK_TIMEOUT = 5
+"""Seconds to wait while another process writes to the cache, which takes it a fraction of a second."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,17 @@ class Fingerprints:
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> None:
         self.path = Path(path)
         self.limits = (max_pixels, allow_truncated)
-        self.writable = True
+        self.writable = self.locks = True
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.locks = supports_locks(self.path.parent)
+            if not self.locks:
+                print(f"warning: the file system of {self.path} has no locks: run only one audit at a time")
             self._open()
         except (OSError, sqlite3.OperationalError) as error:  # the file itself isn't damaged
             self._disable(error)
             self._temporary = tempfile.TemporaryDirectory()  # deleted with this object
-            self.path = Path(self._temporary.name, self.path.name)
+            self.path, self.locks = Path(self._temporary.name, self.path.name), True
             self._prepare()
 
     def _open(self) -> None:
@@ -132,7 +136,9 @@ class Fingerprints:
             db.execute(PREVIEWS)
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=LOCK_TIMEOUT)
+        # Without locks of the file system, SQLite would wait for the timeout and then fail.
+        options = "" if self.locks else "?nolock=1"
+        return sqlite3.connect(self.path.absolute().as_uri() + options, timeout=LOCK_TIMEOUT, uri=True)
 
     def read(self, paths: Sequence[str]) -> list[Fingerprint]:
         """Return the fingerprints of `paths`, in this order; those of unreadable images only have an `error`.

@@ -14,7 +14,7 @@ from typing import Any
 from utils.config.train_config import TrainConfig, project_files
 from utils.data.image_list import ImageList, read_list
 from utils.system.files import PARTIAL, write_bytes, write_json
-from utils.system.folder_lock import LOCK_FILE, FolderLock, InUse
+from utils.system.folder_lock import HELD_FILE, LOCK_FILE, FolderLock, InUse
 
 CONFIG_FILE = "config.json"
 ASKED_FILE = "asked.json"
@@ -125,7 +125,7 @@ def remove_leftovers(save_dir: Path) -> None:
 
 def has_no_checkpoint(folder: Path) -> bool:
     """Whether a run folder contains only what a run writes before its first checkpoint."""
-    initial = {LOCK_FILE, ASKED_FILE, CONFIG_FILE, CLASS_FILE, *LIST_FILES.values()}
+    initial = {LOCK_FILE, HELD_FILE, ASKED_FILE, CONFIG_FILE, CLASS_FILE, *LIST_FILES.values()}
     return all(
         path.name in initial or path.name.startswith(EVENTS) or path.name.endswith(PARTIAL) for path in folder.iterdir()
     )

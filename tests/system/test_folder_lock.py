@@ -1,0 +1,69 @@
+"""utils/system/folder_lock.py: on file systems without locks. tests/runs/test_resume.py has the others."""
+
+import errno
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.system import folder_lock
+from utils.system.folder_lock import HELD_FILE, FolderLock, InUse, supports_locks
+
+
+@pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def no_locks(request, here, monkeypatch) -> int:
+    def refuse(descriptor: int) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(folder_lock, "_lock", refuse)
+    return request.param
+
+
+def test_a_file_takes_the_place_of_the_lock(no_locks, here, capsys):
+    assert not supports_locks(here)
+    lock = FolderLock(here)
+    assert Path(HELD_FILE).read_text().startswith(f"process {os.getpid()} on {socket.gethostname()} since ")
+    assert f"has no locks ({os.strerror(no_locks)}): {HELD_FILE} takes their place" in capsys.readouterr().out
+    lock.release()
+    assert not Path(HELD_FILE).exists()
+
+
+def test_a_living_process_or_one_of_another_computer_holds_the_file(no_locks, here):
+    for holder in (f"process {os.getppid()} on {socket.gethostname()} since now", "process 1 on node7 since now", "?"):
+        Path(HELD_FILE).write_text(holder)
+        with pytest.raises(
+            InUse, match=rf"is in use by {holder[:9]}.*if that process was killed, delete .*{HELD_FILE}"
+        ):
+            FolderLock(here)
+        assert Path(HELD_FILE).read_text() == holder
+
+
+def test_the_file_of_a_killed_process_of_this_computer_is_ignored(no_locks, here):
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getpid()):  # numbers come again in containers
+        Path(HELD_FILE).write_text(f"process {pid} on {socket.gethostname()} since yesterday")
+        FolderLock(here).release()
+
+
+def test_without_exclusive_files_nothing_is_locked(no_locks, here, monkeypatch, capsys):
+    open_file = os.open
+
+    def refuse_exclusive(path, flags, *args, **kwargs):
+        if flags & os.O_EXCL:
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+        return open_file(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse_exclusive)
+    FolderLock(here).release()
+    assert "can't be locked" in capsys.readouterr().out
+
+
+def test_other_errors_are_raised(here, monkeypatch):
+    monkeypatch.setattr(folder_lock, "_lock", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        FolderLock(here)
+    assert supports_locks(here)
