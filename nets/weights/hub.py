@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import re
-from collections.abc import Mapping
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,9 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 DESCRIPTIONS = ("config.json", "preprocessor_config.json")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 """Suffixes of files of weights."""
+TIMEOUT = 8
+"""Seconds to wait for the first answer of a server. The clients would wait and retry for minutes."""
+MIRROR = "Or set the environment variable HF_ENDPOINT to a mirror, such as https://hf-mirror.com"
 
 
 @dataclass(frozen=True)
@@ -50,15 +58,21 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Wei
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     missing = []
+    url = obstacle = ""
 
     def fetch(name: str, revision: str | None) -> Path | None:
         try:
-            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+            found = huggingface_hub.hf_hub_download(
+                repository, name, revision=revision, local_files_only=bool(obstacle)
+            )
+            return Path(found)
         except EntryNotFoundError as error:  # not in the repository, or offline and not in the cache
             missing.append(error)
             return None
 
     try:
+        url = huggingface_hub.hf_hub_url(repository, HUB_FILES[0], revision=revision)
+        obstacle = find_obstacle(lambda: huggingface_hub.get_session().head(url, timeout=TIMEOUT))
         path = next(filter(None, (fetch(name, revision) for name in HUB_FILES)), None)
         if path is None:
             cause = next((error for error in missing if isinstance(error, LocalEntryNotFoundError)), None)
@@ -68,13 +82,41 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Wei
             fetch(name, commit)
     except Exception as error:  # the client passes on any exception of its HTTP library
         pinned = f" at revision {revision}" if revision else ""
+        cause = " ".join((obstacle or str(error)).split())
         raise FileNotFoundError(
-            f"weights of {repository}{pinned}: download from the Hugging Face hub failed ({error}). {remedy}"
+            f"weights of {repository}{pinned}: download from the Hugging Face hub failed: {url} ({cause}). {remedy}"
+            f"{f'. {MIRROR}' if obstacle else ''}"
         ) from error
     expected = path.resolve().name  # the cache names large files by the hub's SHA-256
     if re.fullmatch(r"[0-9a-f]{64}", expected) and digest_file(path) != expected:
         raise ValueError(f"{path} is damaged: its SHA-256 differs from the hub's; delete it and try again")
     return WeightsFile(path, {"repository": repository, "revision": commit})
+
+
+def find_obstacle(request: Callable[[], object]) -> str:
+    """Why a first `request` to a server gets no answer; empty if it does. Takes at most `TIMEOUT` seconds: a thread is
+    waited for, since the time to look up a name can't be limited."""
+    answers: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            request()
+        except Exception as error:  # of any HTTP library
+            answers.put(str(error) or type(error).__name__)
+        else:
+            answers.put("")
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=TIMEOUT)
+    except queue.Empty:
+        return f"no answer within {TIMEOUT} seconds"
+
+
+def _open_url(url: str) -> None:
+    """Raise an error if the server of `url` doesn't answer."""
+    with suppress(urllib.error.HTTPError):  # an answer, which the download handles
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT).close()
 
 
 def download_from_url(url: str, remedy: str) -> WeightsFile:
@@ -91,6 +133,8 @@ def download_from_url(url: str, remedy: str) -> WeightsFile:
     digits = re.search(r"-([0-9a-f]{8,})\.\w+$", name)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        if obstacle := find_obstacle(lambda: _open_url(url)):
+            raise FileNotFoundError(f"{name}: download from {url} failed ({obstacle}). {remedy}")
         try:
             torch.hub.download_url_to_file(url, str(path), digits)
         except (OSError, RuntimeError) as error:

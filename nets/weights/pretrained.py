@@ -62,18 +62,19 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
     ):
         if file and (place / file).is_file():
             return WeightsFile(place / file, preprocessing=PUBLISHED_PREPROCESSING.get(name, {}))
-    remedy = f"Download it on a computer with internet and put it at {folder / stem}.{{}}, or set pretrained=False"
+    remedy = f"Download it on a computer with internet and put it at {folder / stem}.{{}}"
     if name in TORCHVISION:
-        return download_from_url(published_by_torchvision(name)[0], f"pretrained=True: {remedy.format('pth')}")
+        return download_from_url(published_by_torchvision(name)[0], remedy.format("pth"))
     repository = HUB_REPOS.get(name)
     if name.startswith(TIMM):
         repository, _ = published_by_timm(name)
     if repository is None:
         raise ValueError(
             f"pretrained=True: no weights are published for backbone={name!r}, only for "
-            f"{', '.join([*HUB_REPOS, *TORCHVISION])}; choose one of them, or set pretrained=False"
+            f"{', '.join([*HUB_REPOS, *TORCHVISION])}; choose one of them, or with ten thousand images or more "
+            f"train from scratch, pretrained=False"
         )
-    return download_from_hub(repository, None, f"pretrained=True: {remedy.format('safetensors')}")
+    return download_from_hub(repository, None, remedy.format("safetensors"))
 
 
 def _find_named(wanted: str, folder: Path) -> WeightsFile:

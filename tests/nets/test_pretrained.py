@@ -5,11 +5,13 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from safetensors.torch import save
 import nets.weights.hub
 from nets.factory import BACKBONES, build_model
 from nets.torchvision_networks import TORCHVISION, published_by_torchvision
-from nets.weights.hub import download_from_url
+from nets.weights.hub import download_from_url, find_obstacle
 from nets.weights.load import load_weights, read_weights
 from nets.weights.pretrained import find_pretrained
 
@@ -130,6 +132,50 @@ def test_offline_uses_the_cache_or_is_an_error(hub, online):
     assert "to its path, e.g. model_data/other.safetensors" in other.replace(os.sep, "/")
 
 
+@pytest.fixture
+def silent_server():
+    """The address of a server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_without_a_network_there_is_one_line_with_url_place_and_mirror(here, monkeypatch):
+    """Without retries: the client's would take a minute for two file names."""
+    import huggingface_hub
+
+    requests = []
+    session = SimpleNamespace(head=lambda url, timeout: requests.append(url) or [][timeout])
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: session)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "cache"))
+    with pytest.raises(FileNotFoundError) as error:
+        find_pretrained("vit_s_16")
+    url = "https://huggingface.co/timm/vit_small_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors"
+    assert requests == [url]
+    message = str(error.value)
+    assert "\n" not in message and "pretrained=False" not in message
+    for part in (
+        f"failed: {url} (list index",
+        "model_data/vit_s_16.safetensors",
+        "HF_ENDPOINT",
+        "https://hf-mirror.com",
+    ):
+        assert part in message.replace(os.sep, "/")
+
+
+def test_a_server_that_never_answers_is_left_in_time(silent_server, here, monkeypatch):
+    monkeypatch.setattr(nets.weights.hub, "TIMEOUT", 0.05)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "torch"))
+    with pytest.raises(
+        FileNotFoundError, match=r"^x-0123abcd\.pth: download from http.* failed \(.*(timed out|no ans)"
+    ):
+        download_from_url(f"{silent_server}/x-0123abcd.pth", "")
+
+
+def test_a_name_whose_lookup_takes_long_is_left_in_time(monkeypatch):
+    monkeypatch.setattr(nets.weights.hub, "TIMEOUT", 0.05)
+    assert find_obstacle(lambda: threading.Event().wait(5)) == "no answer within 0.05 seconds"
+
+
 @pytest.mark.parametrize(
     "wanted", ["no/such/file.pth", "no/file.pth", "model_data/x", "nothing.pth", "/x", "owner/", "../x"]
 )
@@ -181,7 +227,7 @@ def test_torchvision_weights_are_downloaded_once_and_verified(here, monkeypatch,
 def test_torchvision_weights_that_cannot_be_downloaded(here, monkeypatch):
     published(here, monkeypatch, "resnet18")
     next(here.glob("resnet18-*.pth")).unlink()
-    with pytest.raises(FileNotFoundError, match=r"put it at model_data.resnet18\.pth, or set pretrained=False"):
+    with pytest.raises(FileNotFoundError, match=r"put it at model_data.resnet18\.pth$"):
         find_pretrained("resnet18")
 
 
