@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import utils.system.startup  # noqa: F401, before torch
+
+# isort: split
+
 import time
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +13,7 @@ from typing import Annotated
 import tyro
 
 from nets.weights.seal import digest_file
+from utils.config.other_names import suggest_name
 from utils.config.train_config import Device
 from utils.data.image_list import ImageList, read_classes
 from utils.evaluation.compare import compare as compare_scores
@@ -206,4 +211,4 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, suggest=suggest_name)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import utils.system.startup  # noqa: F401, before torch
+
+# isort: split
+
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
 from nets.weights.seal import digest_file
+from utils.config.other_names import suggest_name
 from utils.data.image_list import ImageList, sample_indices, select
 from utils.evaluation.eval_lists import read_images
 from utils.export.check import Comparison, ExportError, compare
@@ -141,4 +146,4 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, suggest=suggest_name)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import utils.system.startup  # noqa: F401, before torch
+
+# isort: split
+
 import codecs
 import glob
 import os
@@ -17,6 +21,7 @@ from tqdm import tqdm
 
 from nets.weights.pretrained import BUNDLED_WEIGHTS
 from utils.annotation.folder_scan import find_images
+from utils.config.other_names import suggest_name
 from utils.config.train_config import Device
 from utils.data.image_io import ImageError, open_image
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifier
@@ -340,4 +345,4 @@ def summarize(labels: Counter[str], num_failures: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main))
+    sys.exit(cli.run(main, suggest=suggest_name))

@@ -5,6 +5,10 @@ All fields, and what they mean: `utils/config/train_config.py` and docs/settings
 
 from __future__ import annotations
 
+import utils.system.startup  # noqa: F401, before torch
+
+# isort: split
+
 import dataclasses
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,6 +19,7 @@ import tyro
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from utils.config.other_names import suggest_name
 from utils.config.train_config import OPTIONAL_SWITCHES, TrainConfig
 from utils.data.image_cache import open_cache
 from utils.data.image_list import read_first_path
@@ -233,4 +238,4 @@ def saved_settings(args: Sequence[str]) -> dict[str, TrainConfig]:
 
 
 if __name__ == "__main__":
-    cli.run(main, OPTIONAL_SWITCHES, saved_settings)
+    cli.run(main, OPTIONAL_SWITCHES, suggest_name, saved_settings)

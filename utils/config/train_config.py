@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from utils.config.frozen import Frozen
+from utils.config.other_names import NamesChecked
 from utils.config.setting import (
     ABOVE_0,
     ABOVE_0_TO_1,
@@ -32,7 +33,7 @@ Augmentation = Literal["none", "autoaugment", "randaugment", "trivialaugment", "
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(NamesChecked):
     """One stage of a run, see `TrainConfig.stages`.
 
     Attributes:
@@ -69,7 +70,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(NamesChecked):
     """The settings of a run. `CONFIG` at the top of `train.py` sets the common ones; every field but `stages` is also
     a flag.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import dataclasses
 import inspect
 import os
 import re
@@ -13,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -22,34 +24,53 @@ from utils.system.signals import Stopped, exit_now, handle_stop_signals
 from utils.system.text import printable
 
 PROJECT = Path(__file__).resolve().parents[2]
+_, POSITIONAL = get_args(tyro.conf.Positional[str])
 SAFE_ESCAPES = re.compile(r"(\x1b\[[\d;]*[mA])")  # colors, and the cursor movement of nested progress bars
+
+
+def suggest_nothing(name: str, known: Collection[str]) -> str:
+    """No name."""
+    return ""
 
 
 def run(
     main: Callable[..., Any],
     optional_switches: Collection[str] = (),
+    suggest: Callable[[str, Collection[str]], str] = suggest_nothing,
     defaults: Callable[[Sequence[str]], dict[str, Any]] = lambda _: {},
 ) -> Any:
-    """The result of `main`, called with arguments from the command line; for `optional_switches` see `expand_switches`.
-    `defaults` returns defaults of main's arguments that depend on the command line.
+    """The result of `main`, called with arguments from the command line; for `optional_switches` see `expand_switches`,
+    for `suggest` see `order_words`. `defaults` returns defaults of main's arguments that depend on the command line.
 
     Errors that Thaw raised about user input are printed without a traceback, with exit status 1. Errors from libraries
     keep their traceback, since they may be bugs. Characters that the output encoding lacks, and in a terminal also
     control characters, are printed as escapes.
     """
-    for stream in (sys.stdout, sys.stderr):
-        redirected = os.name == "nt" and not stream.isatty()  # Windows would use the code page of the console
-        stream.reconfigure(encoding="utf-8" if redirected else None, errors="backslashreplace")
-        if stream.isatty():
-            stream.write = partial(_write_printable, stream.write)
+    prepare_streams()
     with handle_stop_signals():
         try:
-            return _call(main, expand_switches(sys.argv[1:], optional_switches), defaults)
+            return _call(main, expand_switches(sys.argv[1:], optional_switches), suggest, defaults)
         except Stopped as stopped:
+            if hasattr(builtins, "__IPYTHON__"):  # a notebook, whose kernel must survive
+                raise KeyboardInterrupt from stopped
             # Skips the interpreter's shutdown, in which a second signal wouldn't be handled.
             sys.stdout.flush()
             sys.stderr.flush()
             exit_now(stopped.status)
+
+
+def prepare_streams() -> None:
+    """Make standard output and error print any text, see `run`."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # pythonw has no console
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+            continue
+        if hasattr(stream, "reconfigure"):  # not in notebooks and IDLE, which print any text
+            redirected = os.name == "nt" and not stream.isatty()  # Windows would use the code page of the console
+            stream.reconfigure(encoding="utf-8" if redirected else None, errors="backslashreplace")
+        if stream.isatty():
+            stream.write = partial(_write_printable, stream.write)
 
 
 def _write_printable(write: Callable[[str], int], text: str) -> int:
@@ -58,22 +79,35 @@ def _write_printable(write: Callable[[str], int], text: str) -> int:
     return write("".join(part if i % 2 else printable(part, keep="\n\r\t") for i, part in enumerate(parts)))
 
 
-def _call(main: Callable[..., Any], args: Sequence[str], defaults: Callable[[Sequence[str]], dict[str, Any]]) -> Any:
+def _call(
+    main: Callable[..., Any],
+    args: Sequence[str],
+    suggest: Callable[[str, Collection[str]], str],
+    defaults: Callable[[Sequence[str]], dict[str, Any]],
+) -> Any:
     try:
+        args = order_words(args, main, suggest)
         return tyro.cli(partial(main, **defaults(args)), args=args)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if not is_own(raised_in) and not isinstance(error, InputError):
+    except (ValueError, OSError, ArithmeticError, MemoryError, ModuleNotFoundError) as error:
+        if not (message := error_message(error)):
             raise
-        message = printable(str(error), keep="\n")
-        print(f"error: {message}", file=sys.stderr)
+        print(message, file=sys.stderr)
         sys.exit(1)
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} isn't installed: pip install -r requirements.txt", file=sys.stderr)
-        sys.exit(1)
+
+
+def error_message(error: BaseException) -> str:
+    """The line for an error that the user can fix; empty for one of a library, which may be a bug."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"error: {error.name} isn't installed: pip install -r requirements.txt"
+    if not isinstance(error, ValueError | OSError | ArithmeticError | MemoryError):
+        return ""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    if not is_own(raised_in) and not isinstance(error, InputError):
+        return ""
+    return "error: " + printable(str(error), keep="\n")
 
 
 def is_own(file: Path) -> bool:
@@ -106,6 +140,80 @@ def find_value(args: Sequence[str], flag: str) -> str | None:
         elif word.startswith(f"{flag}="):
             found = word.partition("=")[2]
     return found
+
+
+def order_words(
+    args: Sequence[str], main: Callable[..., Any], suggest: Callable[[str, Collection[str]], str]
+) -> list[str]:
+    """`args` with the words that belong to no flag last: tyro doesn't find those between flags.
+
+    `suggest(name, known)` gives what to use in place of a name that isn't `known`: one that is, a sentence, or "".
+
+    Raises:
+        ValueError: there is no such flag, or a word belongs to none.
+    """
+    flags, words_name = read_flags(main)
+    options: list[str] = []
+    rest: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            rest += words
+        elif words_name and (word == "-" or not word.startswith("-")):
+            rest.append(word)
+        else:
+            options.append(word)
+            if not re.match("--?[A-Za-z]", word):  # a value, such as -1
+                continue
+            name, _, value = word.lstrip("-").partition("=")
+            name = name.replace("-", "_")
+            if name not in flags:
+                _refuse_flag(word, name, flags, words_name, suggest)
+            if words_name and flags[name] and not value:
+                options += [after for after in (next(words, None),) if after is not None]
+    return [*options, *(["--", *rest] if rest else [])]
+
+
+def _refuse_flag(
+    word: str, name: str, flags: Collection[str], words_name: str, suggest: Callable[[str, Collection[str]], str]
+) -> None:
+    known = [flag for flag in flags if not flag.startswith(("no_", "tyro_")) and len(flag) > 1]
+    answer = suggest(name, [*known, words_name])
+    script = Path(sys.argv[0]).name
+    if answer in known:
+        answer = f"use {as_flag(answer)}"
+    elif answer == words_name:
+        answer = f"give the {words_name} without a flag" if words_name else f"python {script} --help lists them"
+    raise ValueError(f"{word.partition('=')[0]}: {script} has no such flag; {answer}")
+
+
+def as_flag(name: str) -> str:
+    """The flag of a parameter."""
+    return "--" + name.replace("_", "-")
+
+
+def read_flags(main: Callable[..., Any]) -> tuple[dict[str, bool], str]:
+    """The names of the flags of `main` and whether they take a value; the parameter of words without a flag, or "".
+
+    As in tyro, the fields of a dataclass are flags, except those that hold dataclasses themselves.
+    """
+    flags = {"help": False, "h": False, "tyro_print_completion": True, "tyro_write_completion": True}
+    words_name = ""
+    hints = get_type_hints(main, include_extras=True)
+    for parameter in inspect.signature(main).parameters:
+        hint, *marks = get_args(hints[parameter]) if get_origin(hints[parameter]) is Annotated else [hints[parameter]]
+        if POSITIONAL in marks:
+            words_name = parameter
+            continue
+        fields = {next((mark.name for mark in marks if getattr(mark, "name", None)), parameter): hint}
+        if dataclasses.is_dataclass(hint):
+            fields = get_type_hints(hint)
+            fields = {field.name: fields[field.name] for field in dataclasses.fields(hint)}
+        for name, kind in fields.items():
+            if not any(map(dataclasses.is_dataclass, get_args(kind))):
+                flags[name] = kind is not bool
+                flags |= {f"no_{name}": False} if kind is bool else {}
+    return flags, words_name
 
 
 def check_folder(field: str, folder: str) -> None:
