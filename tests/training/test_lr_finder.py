@@ -28,6 +28,13 @@ def test_suggestion_is_the_steepest_rate(steepest):
     assert np.quantile(results, [0.1, 0.9]) == pytest.approx(steepest, rel=0.25)
 
 
+def test_no_suggestion_for_a_fitted_head():
+    """Whose loss only falls by as much as it fluctuates, and then rises; measured with DINOv2 and head_init="probe"."""
+    losses = [0.44, 0.46, 0.48, 0.50, 0.51, 0.50, 0.47, 0.44, 0.42, 0.42, 0.47, 0.55, 0.69, 1.0, 1.5, 2.1]
+    fitted = np.interp(np.arange(80) / 5, np.arange(len(losses)), losses)
+    assert suggest(RATES[:80].tolist(), fitted.tolist()) is None
+
+
 @pytest.mark.parametrize("losses", [[], [1.0, 2.0, 3.0], [2.0, 1.0, 3.0]])
 def test_no_suggestion_if_the_loss_never_falls(losses):
     assert suggest(RATES[: len(losses)].tolist(), losses) is None
@@ -42,7 +49,8 @@ def fix_suggestion(monkeypatch, suggestion: float | None) -> None:
 def test_plot_is_saved_if_the_loss_never_falls(two_classes, monkeypatch):
     fix_suggestion(monkeypatch, None)
     with pytest.raises(
-        ValueError, match=r"doesn't fall at any learning rate, see logs/learning_rates\.png; check the labels"
+        ValueError,
+        match=r"less than a fifth at any learning rate, see logs/learning_rates\.png; .* keep init_lr=0\.004, else",
     ):
         train.main(settings(**TINY), find_lr=True)
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
@@ -50,7 +58,9 @@ def test_plot_is_saved_if_the_loss_never_falls(two_classes, monkeypatch):
 
 def test_command_saves_plot_and_creates_no_run(two_classes, capsys):
     train.main(settings(**TINY), find_lr=True)
-    (init_lr,) = re.findall(r"init_lr=([\d.e-]+); see logs/learning_rates\.png", capsys.readouterr().out)
+    (init_lr,) = re.findall(
+        r"init_lr=([\d.e-]+), where 0\.004 is set; see logs/learning_rates\.png\. ", capsys.readouterr().out
+    )
     assert 1e-5 < float(init_lr) < 1
     assert [path.name for path in Path("logs").iterdir()] == ["learning_rates.png"]
 
