@@ -125,7 +125,7 @@ def main(
     if labels.total() + num_failures > 1:
         print(summarize(labels, num_failures), file=sys.stderr)
     for folder in outputs:
-        print(f"written to {folder}/: {count_of(written[folder], 'image')}", file=sys.stderr)
+        print(f"written to {Path(folder)}: {count_of(written[folder], 'image')}", file=sys.stderr)
     return 1 if num_failures or written.total() < labels.total() * len(outputs) else 0
 
 

@@ -34,6 +34,7 @@ from utils.system import cli
 from utils.system.signals import defer_signals, handle_stop_signals
 from utils.training.datasets import StageInputs
 from utils.training.optimizer import build_optimizer, set_learning_rate
+from utils.training.pace import Pace
 from utils.training.stages import Stage
 from utils.training.summary import count_parameters, format_model, format_settings, format_stages
 
@@ -111,11 +112,16 @@ def main(
 
         suggest_learning_rate(setup.config, setup.data, setup.stages[-1], setup.device, setup.precision)
     else:
-        run, choices = start_or_resume(setup)
-        settings = format_settings(run.config, setup.asked, [*setup.choices, *choices], all_fields=False)
-        print(f"non-default settings (--summary prints all)\n{settings}")
-        train(run, setup)
-        print_next_commands(run, setup)
+        print_next_commands(start_and_train(setup), setup)
+
+
+def start_and_train(setup: Setup) -> Run:
+    """Start or resume the run that the settings select, and train it."""
+    run, choices = start_or_resume(setup)
+    settings = format_settings(run.config, setup.asked, [*setup.choices, *choices], all_fields=False)
+    print(f"non-default settings (--summary prints all)\n{settings}")
+    train(run, setup)
+    return run
 
 
 def train(run: Run, setup: Setup) -> None:
@@ -133,14 +139,17 @@ def train(run: Run, setup: Setup) -> None:
             if run.is_past(stage):
                 continue
             inputs, optimizer, loader, val_loader = start_stage(run, stage, inputs)
+            pace = Pace(trainer.device)
             while not run.is_past(stage):
                 epoch = trainer.start_epoch(loader, run.epoch)
+                pace.start()
                 for images, class_ids in epoch.batches():
                     with defer_signals():  # a signal takes effect after the step
                         lr = stage.learning_rate(epoch.position)
                         set_learning_rate(optimizer, lr)
                         loss, hits = trainer.train_step(images, class_ids, optimizer)
                         epoch.record(loss, hits)
+                        pace.record()
                         trainer.non_finite.check(epoch, trainer.step, lr)
                         run.save_if_due()
                 lr = stage.learning_rate(epoch.last_position)
@@ -202,9 +211,16 @@ def train_folds(setup: Setup, num_folds: int, group_regex: str) -> None:
     for fold in folds:
         print(fold.title)
         if setup.config.resume == "no" or fold.find_run() is None:
-            main(fold.config)
+            train_fold(fold.config)
         fold.clear_cache()
     report_folds(folds)
+
+
+def train_fold(config: TrainConfig) -> None:
+    """Train the run of a fold."""
+    setup = prepare(config)
+    print(describe(setup))
+    start_and_train(setup)
 
 
 def describe(setup: Setup) -> str:

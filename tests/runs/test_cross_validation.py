@@ -93,21 +93,23 @@ def test_one_run_per_fold_and_the_same_command_resumes(two_classes, capsys, monk
     config = settings(**TINY)
     trained = []
 
-    main = train.main
+    main, train_fold = train.main, train.train_fold
 
     def fail_at_third(of_fold):
         trained.append(of_fold)
         if len(trained) == 3:
             raise KeyboardInterrupt
-        main(of_fold)
+        train_fold(of_fold)
         Path(of_fold.cache_dir).mkdir(parents=True)
         Path(of_fold.cache_dir, "features").touch()
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "main", fail_at_third)
+        patch.setattr(train, "train_fold", fail_at_third)
         main(config, cross_validate=3)
     main(config, cross_validate=3)
     output = capsys.readouterr().out
+    assert output.count("Next:") == 1
+    assert output.endswith("Next: the same command without --cross-validate trains the network to use\n")
     (results,) = Path("logs/cross_validation").glob("3_folds_*/cross_validation.json")
     rows = json.loads(results.read_text())["folds"]
     assert len(list(Path("logs").rglob(LAST))) == len(rows) == 3
@@ -127,7 +129,7 @@ def test_one_run_per_fold_and_the_same_command_resumes(two_classes, capsys, monk
     def stop(of_fold):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "main", stop)
+    monkeypatch.setattr(train, "train_fold", stop)
     main(config, cross_validate=3)  # all folds are finished
     for folds, regex in ((2, ""), (3, r"(\d)\.png$")):  # another division starts new runs
         with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.conftest import TINY, settings
+from utils.data.image_list import list_in_memory
+from utils.training.datasets import Data
 from utils.training.loss import Batch, TrainingLoss
+from utils.training.trainer import build_trainer
 
 CLASSES = 4
 
@@ -139,3 +143,11 @@ def test_micro_batches_make_up_the_batch():
     assert torch.equal(torch.cat([part.inputs for part in parts]), batch.inputs)
     assert torch.equal(torch.cat([part.mixed_class_ids for part in parts]), batch.mixed_class_ids)
     assert {part.share for part in parts} == {batch.share}
+
+
+@pytest.mark.parametrize(("counts", "printed"), [((20, 20), True), ((24, 16), False)])
+def test_class_weights_of_equal_classes_are_reported(here, capsys, counts, printed):
+    images = list_in_memory((class_id, "x.png") for class_id, count in enumerate(counts) for _ in range(count))
+    config = settings(**TINY | {"class_weights": "balanced"})
+    build_trainer(config, Data(["a", "b"], images, images), torch.device("cpu"), "fp32")
+    assert ("class_weights=balanced: changes nothing" in capsys.readouterr().out) == printed

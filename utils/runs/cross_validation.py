@@ -76,7 +76,7 @@ def report_folds(folds: list[Fold]) -> None:
     write_json(path, {"folds": rows})
     config = folds[0].config
     print(format_folds(rows, selected_last=config.patience > 0 or config.head_init == "probe"))
-    print(f"written to {path}")
+    print(f"written to {path}. Next: the same command without --cross-validate trains the network to use")
 
 
 def join_lists(data: Data) -> ImageList:

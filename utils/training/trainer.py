@@ -187,6 +187,8 @@ def build_trainer(
     network = PixelNetwork(model, Preprocessing.from_config(config), device)
     class_ids = data.train_images.class_ids
     weights = balanced_class_weights(class_ids, len(data.class_names)) if config.class_weights == "balanced" else None
+    if weights is not None and (weights[weights > 0] == 1).all():
+        print("class_weights=balanced: changes nothing, since all classes have equally many training images")
     loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix)
     ema = WeightEMA(model, config.ema_decay) if config.ema_decay else None
     if ema and resumed:
