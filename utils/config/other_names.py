@@ -73,7 +73,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("nan detect_anomaly", ("on_nan",)),
     # data
     ("cache", ("cache_images",)),
-    ("data data_dir data_path dataset datasets dir path root train_dir", ("data", "datasets_path", SPLIT)),
+    ("data data_dir data_path dataset datasets dir path root train_dir", ("data", "paths", "datasets_path", SPLIT)),
     ("train_split train annotation_path train_list", ("train_annotation_path",)),
     ("val_list val_dir", ("val_annotation_path", "data")),
     ("test test_dir test_list", ("test_annotation_path", "data", SPLIT)),

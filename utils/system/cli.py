@@ -13,9 +13,10 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -169,8 +170,8 @@ def order_words(
             name = name.replace("-", "_")
             if name not in flags:
                 _refuse_flag(word, name, flags, words_name, suggest)
-            if words_name and flags[name] and not value:
-                options += [after for after in (next(words, None),) if after is not None]
+            if words_name and not value:
+                options += islice(words, flags[name])
     return [*options, *(["--", *rest] if rest else [])]
 
 
@@ -192,12 +193,12 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_flags(main: Callable[..., Any]) -> tuple[dict[str, bool], str]:
-    """The names of the flags of `main` and whether they take a value; the parameter of words without a flag, or "".
+def read_flags(main: Callable[..., Any]) -> tuple[dict[str, int], str]:
+    """The names of the flags of `main` and how many values they take; the parameter of words without a flag, or "".
 
     As in tyro, the fields of a dataclass are flags, except those that hold dataclasses themselves.
     """
-    flags = {"help": False, "h": False, "tyro_print_completion": True, "tyro_write_completion": True}
+    flags = {"help": 0, "h": 0, "tyro_print_completion": 1, "tyro_write_completion": 2}
     words_name = ""
     hints = get_type_hints(main, include_extras=True)
     for parameter in inspect.signature(main).parameters:
@@ -211,9 +212,18 @@ def read_flags(main: Callable[..., Any]) -> tuple[dict[str, bool], str]:
             fields = {field.name: fields[field.name] for field in dataclasses.fields(hint)}
         for name, kind in fields.items():
             if not any(map(dataclasses.is_dataclass, get_args(kind))):
-                flags[name] = kind is not bool
-                flags |= {f"no_{name}": False} if kind is bool else {}
+                flags[name] = _count_values(kind)
+                flags |= {f"no_{name}": 0} if kind is bool else {}
     return flags, words_name
+
+
+def _count_values(kind: Any) -> int:
+    """How many words a flag of this type takes, apart from None."""
+    if get_origin(kind) is tuple:
+        return len(get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return max(map(_count_values, get_args(kind)))
+    return int(kind is not bool)
 
 
 def check_folder(field: str, folder: str) -> None:
