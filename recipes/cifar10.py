@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 
 import train
+from utils.config.other_names import suggest_name
 from utils.config.train_config import OPTIONAL_SWITCHES, StageConfig, TrainConfig
 from utils.system import cli
 
@@ -52,4 +53,4 @@ def main(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = CONFIG, summar
 
 
 if __name__ == "__main__":
-    cli.run(main, OPTIONAL_SWITCHES)
+    cli.run(main, OPTIONAL_SWITCHES, suggest_name)
