@@ -38,13 +38,14 @@ def hub(here, monkeypatch):
     save_file(peer.state_dict(), here / "cached.safetensors")
     requested = []
 
-    def hf_hub_download(repo_id, filename, revision=None):
+    def hf_hub_download(repo_id, filename, revision=None, local_files_only=False):
         if filename != "model.safetensors":
             raise EntryNotFoundError("no such file")
         requested.append(repo_id)
         return str(here / "cached.safetensors")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("nets.weights.hub.find_obstacle", lambda request: "")
     return SimpleNamespace(peer=peer, requested=requested)
 
 
