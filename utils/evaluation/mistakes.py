@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from utils.data.image_io import ImageError, read_size
 from utils.data.image_list import ImageList
 from utils.metrics.intervals import Interval, wilson_interval
+from utils.metrics.label_errors import find_label_errors
 from utils.metrics.scores import Scores
 from utils.system.thread_map import map_parallel
 
@@ -51,20 +51,8 @@ def confused_pairs(scores: Scores) -> list[ConfusedPair]:
 
 
 def label_errors(scores: Scores) -> list[int]:
-    """Indices of images whose label is likely wrong, the most likely first.
-
-    Confident learning (Northcutt et al., 2021, https://arxiv.org/abs/1911.00068); not valid for training images.
-    """
-    if len(np.unique(scores.class_ids)) < 2:
-        return []
-    from cleanlab.filter import find_label_issues  # slow: imports pandas
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about classes with fewer than five images
-        indices = find_label_issues(
-            scores.class_ids, scores.probabilities, return_indices_ranked_by="self_confidence", n_jobs=1
-        )
-    return [int(i) for i in indices]
+    """Indices of images whose label is likely wrong, the most likely first; not valid for training images."""
+    return find_label_errors(scores.class_ids, scores.probabilities)
 
 
 def nearest(embeddings: Tensor, others: Tensor) -> list[int]:
