@@ -1,4 +1,4 @@
-"""Create lists from folders of images: scan, split, audit, near-duplicates, and the built-in digits.
+"""Create lists from folders of images: scan, split, audit, near-duplicates, outliers, and the built-in digits.
 
-Imports `data` and the floors below it.
+Imports `modeling` and the floors below it.
 """

@@ -41,6 +41,7 @@ def annotate(
     seed: int = 11,
     group_regex: str = "",
     audit: bool = True,
+    deep: bool | str = False,
     fix: bool = False,
     show: bool = False,
     audit_path: str | Path = AUDIT,
@@ -70,6 +71,10 @@ def annotate(
         group_regex: keep images in one split if this expression, or its first group, matches the same text in their
             file names, such as '^(patient\\d+)_'.
         audit: read every image and report problems; results are cached. Also keeps near-duplicates in one split.
+        deep: also report images unlike their class and likely wrong labels, found with a pretrained ViT: a file of
+            weights, or a name such as vit_s_14, whose weights are downloaded unless they are in model_data/. Without a
+            value: weights of DINOv2 in model_data/, else the bundled network, which knows only small images. For
+            photos use DINOv2. These images are only listed, never excluded.
         fix: exclude from the lists the images that the audit marks as excluded; no image file is changed.
         show: write only samples.html, with class counts and samples of each class; no audit, no lists.
         audit_path: folder for audit.json, audit.html, samples.html and, with fix, excluded.txt.
@@ -82,7 +87,7 @@ def annotate(
         ValueError: an argument is invalid, or the folders don't give a training and a validation set.
     """
     repeat = partial(cli.format_command, "txt_annotation.py", annotate, dict(locals()))
-    check_arguments(val_fraction, test_fraction, audit, fix)
+    check_arguments(val_fraction, test_fraction, audit, fix, deep)
     lists = (train_annotation_path, val_annotation_path, test_annotation_path)
     classes_path, *lists, audit_path = place_files(str(out), (classes_path, *lists, audit_path))
     scan = scan_datasets(datasets_path, "top" if classes_from == "auto" else classes_from, ignore=[audit_path])
@@ -103,6 +108,8 @@ def annotate(
         images = read_fingerprints(scan, names, fingerprints)
         findings = audit_images(images, groups)
         groups += grouped_images(findings)
+        if deep:
+            findings += audit_deep(images, deep, cache_dir, max_pixels, allow_truncated)
     if fix:
         reasons = exclude(scan, findings)
     notes = [*hold_out(scan, {"test": test_fraction, "val": val_fraction}, seed, groups, repeat), *notes]
@@ -121,7 +128,7 @@ def annotate(
     print(*notes, *list_warnings(scan, names, classes_path, repeat), sep="\n")
 
 
-def check_arguments(val_fraction: float, test_fraction: float, audit: bool, fix: bool) -> None:
+def check_arguments(val_fraction: float, test_fraction: float, audit: bool, fix: bool, deep: bool | str) -> None:
     """Raise a ValueError for an invalid argument of `annotate`."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction}: give a number above 0 and below 1")
@@ -129,6 +136,8 @@ def check_arguments(val_fraction: float, test_fraction: float, audit: bool, fix:
         raise ValueError(f"test_fraction={test_fraction}: leaves no training images; give 0 or a smaller number")
     if fix and not audit:
         raise ValueError("fix=True: needs audit=True, which finds the images to exclude")
+    if deep and not audit:
+        raise ValueError(f"deep={deep!r}: needs audit=True, of which it is a part")
 
 
 def place_files(out: str, paths: Sequence[str | Path]) -> Sequence[str | Path]:
@@ -233,6 +242,18 @@ def read_fingerprints(scan: Scan, names: list[str], fingerprints: Fingerprints) 
     images = place_images(scan, names)
     prints = fingerprints.read([image.path for image in images])
     return [replace(image, fingerprint=fingerprint) for image, fingerprint in zip(images, prints, strict=True)]
+
+
+def audit_deep(
+    images: list[AuditedImage], deep: bool | str, cache_dir: str | Path, max_pixels: int, allow_truncated: bool
+) -> list[Finding]:
+    """Return what a pretrained network finds in images of all splits; `deep` names it, see `choose_backbone`."""
+    from utils.annotation.embeddings import choose_backbone  # slow: imports torch
+    from utils.annotation.outliers import audit_embeddings
+
+    config = choose_backbone(deep)
+    limits = {"cache_dir": str(cache_dir), "max_pixels": max_pixels, "allow_truncated": allow_truncated}
+    return audit_embeddings(images, replace(config, **limits))
 
 
 def update_splits(

@@ -47,12 +47,14 @@ class Finding:
         message: a description in one sentence.
         groups: the images in groups, for example of duplicates.
         excluded: the images that `--fix` excludes from the lists.
+        likely_classes: for likely wrong labels, path -> the class that the image more likely has.
     """
 
     kind: str
     message: str
     groups: list[list[AuditedImage]] = field(default_factory=list)
     excluded: list[AuditedImage] = field(default_factory=list)
+    likely_classes: dict[str, str] = field(default_factory=dict)
 
 
 def audit_images(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]] = ()) -> list[Finding]:

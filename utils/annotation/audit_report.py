@@ -48,7 +48,7 @@ def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) 
     for finding in findings:
         lines.append(f"  {finding.kind:<{width}}  {finding.message}")
         for group in finding.groups[:MAX_PRINTED]:
-            lines.append(f"  {'':<{width}}    {', '.join(image.path for image in group[:MAX_PRINTED])}")
+            lines.append(f"  {'':<{width}}    {', '.join(_described(image, finding) for image in group[:MAX_PRINTED])}")
     lines.append(f"  full report: {folder}/{PAGE}, {folder}/audit.json")
     if not fix and (count := len(excluded_paths(findings))):
         lines.append(f"  the same command with --fix would exclude {count} of them from the lists; no file is changed")
@@ -89,7 +89,7 @@ def write_audit(
             "kind": finding.kind,
             "message": printable(finding.message),
             "excluded": len(finding.excluded),
-            "groups": figures.of(finding.groups),
+            "groups": figures.of(finding.groups, finding.likely_classes),
         }
         for finding in findings
     ]
@@ -125,16 +125,18 @@ class Figures:
         self.folder = folder
         self.previews = previews
 
-    def of(self, groups: Iterable[Sequence[AuditedImage]]) -> list[list[dict[str, str]]]:
-        """Groups of images, for the template."""
-        return [[self._figure(image) for image in group] for group in groups]
+    def of(
+        self, groups: Iterable[Sequence[AuditedImage]], likely_classes: Mapping[str, str] | None = None
+    ) -> list[list[dict[str, str]]]:
+        """Groups of images, for the template; see `Finding` for `likely_classes`."""
+        return [[self._figure(image, (likely_classes or {}).get(image.path)) for image in group] for group in groups]
 
-    def _figure(self, image: AuditedImage) -> dict[str, str]:
+    def _figure(self, image: AuditedImage, likely: str | None) -> dict[str, str]:
         return {
             "path": printable(image.path),
             "link": link_to(image.path, self.folder),
             "split": image.split,
-            "class_name": printable(image.class_name),
+            "class_name": printable(f"{image.class_name}, perhaps {likely}" if likely else image.class_name),
             "error": printable(image.fingerprint.error),
             "preview": self.previews.get(image.path, ""),
         }
@@ -188,12 +190,22 @@ def _class_rows(images: Sequence[AuditedImage]) -> list[dict[str, Any]]:
     ]
 
 
+def _described(image: AuditedImage, finding: Finding) -> str:
+    likely = finding.likely_classes.get(image.path)
+    return f"{image.path} (perhaps {likely})" if likely else image.path
+
+
 def _as_dict(finding: Finding) -> dict[str, Any]:
+    likely = finding.likely_classes
     return {
         "kind": finding.kind,
         "message": finding.message,
         "groups": [
-            [{"path": image.path, "split": image.split, "class": image.class_name} for image in group]
+            [
+                {"path": image.path, "split": image.split, "class": image.class_name}
+                | ({"likely_class": likely[image.path]} if image.path in likely else {})
+                for image in group
+            ]
             for group in finding.groups
         ],
         "excluded": [image.path for image in finding.excluded],
