@@ -82,7 +82,7 @@ OUTLIERS: dict[str, Draw] = {
     "logo": draw_logo,
     "collage": draw_collage,
 }
-WANTED = {"outlier": tuple(OUTLIERS), "wrong label": ("label",)}
+WANTED = {"outlier": tuple(OUTLIERS), "likely wrong label": ("label",)}
 """The planted kinds that each kind of finding should list."""
 
 
@@ -137,14 +137,15 @@ def main(data: Path, weights: str, images: int = 600, seeds: int = 3, cache_dir:
                 listed[finding.kind] += len(listed_kinds)
                 found.update((finding.kind, kind) for kind in listed_kinds)
                 first[finding.kind] += sum(kind in wanted for kind in listed_kinds[:number]) / number / seeds
-    recall = {kind: found["wrong label" if kind == "label" else "outlier", kind] / n for kind, n in planted.items()}
+    finding_of = {kind: name for name, kinds in WANTED.items() for kind in kinds}
+    recall = {kind: found[finding_of[kind], kind] / n for kind, n in planted.items()}
     precision = {kind: sum(found[kind, wanted] for wanted in WANTED[kind]) / n for kind, n in listed.items()}
     for kind, n in planted.items():
-        print(f"{kind:<12} {n:4d} planted, {recall[kind]:.0%} found")
+        print(f"{kind:<18} {n:4d} planted, {recall[kind]:.0%} found")
     for kind, n in listed.items():
         swapped = f", {found[kind, 'label']} of the others have swapped labels" if kind == "outlier" else ""
-        print(f"{kind:<12} {n:4d} listed, {precision[kind]:.0%} of them planted{swapped}")
-        print(f"{'':<12}      as many as were planted, from the top: {first[kind]:.0%} planted")
+        print(f"{kind:<18} {n:4d} listed, {precision[kind]:.0%} of them planted{swapped}")
+        print(f"{'':<18}      as many as were planted, from the top: {first[kind]:.0%} planted")
     print_result(
         "deep_audit",
         data=data.parent.name if data.name == "train" else data.name,

@@ -99,7 +99,7 @@ def found() -> dict[str, list[dict]]:
 def test_deep_audit_of_images(photos, tiny_weights, monkeypatch, capsys):
     annotate(deep=str(tiny_weights), fix=True)
     assert "datasets/dark/screenshot.png" in [image["path"] for image in found()["outlier"]]
-    wrong = {image["path"]: image["likely_class"] for image in found()["wrong label"]}
+    wrong = {image["path"]: image["likely_class"] for image in found()["likely wrong label"]}
     assert wrong["datasets/dark/swapped.png"] == "light"
     assert "datasets/dark/swapped.png (perhaps light)" in capsys.readouterr().out
     assert "dark, perhaps light" in Path("audit/audit.html").read_text()
@@ -115,6 +115,15 @@ def test_deep_audit_of_images(photos, tiny_weights, monkeypatch, capsys):
     write_image(photos / "light/new.png", 190, (40, 40), seed=5)
     with pytest.raises(AssertionError, match="embedded again"):
         annotate(deep=str(tiny_weights))
+
+
+@pytest.mark.parametrize("words", [("--deep",), ("--deep", "vit_xs_4", "--fix")])
+def test_the_flag(photos, command, words):
+    result = command("txt_annotation.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert "vit_xs_4.safetensors" in result.stdout
+    assert ("for photos give --deep vit_s_14" in result.stdout) == (words == ("--deep",))
+    assert "datasets/dark/swapped.png" in [image["path"] for image in found()["likely wrong label"]]
 
 
 def test_an_interrupted_deep_audit_resumes(photos, tiny_weights, monkeypatch):

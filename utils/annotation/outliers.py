@@ -20,7 +20,7 @@ MIN_DISTANCE_RATIO = 1.4
 """Mean distance to the neighbors of an outlier, as a multiple of the median of its class. Chosen on TrashNet for the
 best F1, see `benchmarks/deep_audit.py`."""
 MAX_LABEL_PROBABILITY = 0.05
-"""Highest probability of a label that is reported as likely wrong, chosen likewise."""
+"""Highest probability of a label that is reported as likely wrong, chosen on TrashNet, too."""
 INVERSE_PENALTIES = (0.001, 0.01, 0.1, 1.0)
 """Values of C to choose from, scikit-learn's inverse strength of the penalty, for standardized embeddings."""
 FOLDS = 5
@@ -53,7 +53,7 @@ def audit_embeddings(images: Sequence[AuditedImage], config: TrainConfig) -> lis
         details = ", ".join(f"{count} x {given} that may be {likely}" for (given, likely), count in pairs)
         message = f"the label of {count_of(len(wrong), 'image')} is likely wrong, the most likely first: {details}"
         groups = [[images[i]] for i, _ in wrong]
-        findings.append(Finding("wrong label", message, groups, likely_classes=likely_classes))
+        findings.append(Finding("likely wrong label", message, groups, likely_classes=likely_classes))
     return findings
 
 
