@@ -160,7 +160,7 @@ def test_commands_name_scripts_and_their_flags(page):
             assert all((ROOT / path).exists() for path in paths), f"{line}: no such test"
         elif program != f"benchmarks/{PLACEHOLDER}.py":
             assert (ROOT / program).is_file(), f"{line}: no such script"
-            arguments = expand_switches(arguments, OPTIONAL_SWITCHES)
+            arguments = expand_switches(arguments, [*OPTIONAL_SWITCHES, "deep"])
             flags = {word.partition("=")[0] for word in arguments if word.startswith("--")}
             assert flags <= known_flags(program), f"{line}: no such flag"
             if program in MAINS and "--help" not in flags:
@@ -273,8 +273,9 @@ def test_every_field_of_the_recipe_is_in_its_page():
 
 
 def test_the_kinds_of_findings_of_the_audit():
-    tree = ast.parse((ROOT / "utils/annotation/audit.py").read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding"]
+    trees = [ast.parse((ROOT / f"utils/annotation/{name}.py").read_text("utf-8")) for name in ("audit", "outliers")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "Finding"]
     kinds = {node.args[0].value for node in calls if isinstance(node.args[0], ast.Constant)} | {SIMILAR_BY_NATURE}
     places = ("across classes", "across splits", "within a class")
     kinds |= {f"{kind} {place}" for kind in ("duplicate", "near-duplicate") for place in places}
