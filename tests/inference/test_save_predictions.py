@@ -41,7 +41,7 @@ def test_an_image_that_can_be_predicted_but_not_saved(trained, tmp_path, monkeyp
     output = capsys.readouterr()
     assert output.out.count("\n") == 2
     assert f"error: {DARK} isn't written to {tmp_path}/s/: " in output.err and "last rows are damaged" in output.err
-    assert f"written to {tmp_path}/s/: 1 image\nwritten to {tmp_path}/c/: 2 images\n" in output.err
+    assert f"written to {tmp_path}/s: 1 image\nwritten to {tmp_path}/c: 2 images\n" in output.err
 
 
 def test_a_full_disk_leaves_no_partial_file(trained, tmp_path, monkeypatch, capsys):
