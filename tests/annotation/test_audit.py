@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from tests.conftest import touch, write_image, write_scene
+from tests.conftest import open_page, touch, write_image, write_scene
 from utils.annotation import fingerprints, near_duplicates
 from utils.annotation.annotate import annotate
 from utils.annotation.audit import AuditedImage, audit_counts, audit_images
@@ -513,6 +513,27 @@ def test_the_page_has_all_groups_class_counts_and_samples(rubbish):
     counts = [len(read_list(f"cls_{split}.txt", 10).class_ids) for split in ("train", "val")]
     cells = re.findall(r"<td>(\d+)</td>", page)
     assert [sum(map(int, cells[k::3])) for k in (0, 1)] == counts
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_the_screen_and_enlarges_images(here, browser, width):
+    """Also with long names without spaces, and with everything unfolded."""
+    for name in ("a" * 60, "b"):
+        for i in range(15):
+            path = Path("datasets", "train", name, f"{'x' * 60}{i}.png")
+            write_image(path, size=(300, 200), seed=100 * len(name) + i)
+        Path("datasets", "train", name, "broken.png").write_bytes(b"no image")
+    annotate()
+    page, errors, _ = open_page(browser, Path("audit/audit.html").absolute(), width)
+    page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("#samples figure img").first.click()
+    page.wait_for_function("document.querySelector('dialog img').naturalWidth === 300")
+    assert page.locator("dialog").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.locator("dialog").click()
+    assert not page.locator("dialog").is_visible()
+    assert errors == []
 
 
 def test_show_writes_samples_only(rubbish, capsys):

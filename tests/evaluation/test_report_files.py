@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval as evaluation_script
 from nets.factory import build_model
-from tests.conftest import SMALL, settings, write_image
+from tests.conftest import SMALL, open_page, settings, write_image
 from utils.data.image_list import list_in_memory, select
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
@@ -50,9 +49,6 @@ AWKWARD = [
     '"><img src=x onerror=alert(1)>',
     "{{ 7 * 7 }}",
 ]
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 
 
 def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12, accuracy: float = 2.0) -> Evaluation:
@@ -298,33 +294,6 @@ def test_uncalibrated_checkpoint_has_no_nearest_training_images(trained, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """Chromium, driven by playwright."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed; on Debian: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
-
-
-def open_page(browser, path: Path, width: int = 1280, scheme: str = "light"):
-    """The page, its errors (console, dialogs, requests), and the seconds it took to load."""
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    errors: list[str] = []
-    page.on("console", lambda message: errors.append(message.text))
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("dialog", lambda dialog: (errors.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda request: request.url.startswith(("file:", "data:")) or errors.append(request.url))
-    start = time.perf_counter()
-    page.goto(path.as_uri())
-    return page, errors, time.perf_counter() - start
-
-
-@pytest.fixture(scope="module")
 def awkward_page(tmp_path_factory) -> Path:
     """A page of classes with awkward names."""
     return make_page(tmp_path_factory.mktemp("awkward"), AWKWARD)
@@ -392,6 +361,15 @@ def test_page_of_ten_thousand_images_loads_in_two_seconds(here, browser):
     assert "The 24 of" in page.locator("#mistakes").inner_text()
     assert page.locator(".matrix tbody tr").count() == MAX_CLASSES
     assert "the 40 of 81 classes with the most mistakes" in page.locator("#confusion").inner_text()
+
+
+def test_tables_that_do_not_fit_say_so(here, browser):
+    page, _, _ = open_page(browser, make_page(here, [f"class {i}" for i in range(60)], n=2000, accuracy=4.0), 390)
+    table = page.locator(".scroll", has=page.locator(".matrix"))
+    assert "scroll in it" in table.locator("xpath=preceding-sibling::p").inner_text()
+    assert table.evaluate("table => table.className") == "scroll more-right more-below"
+    table.evaluate("table => table.scrollTo(1e6, 1e6)")
+    page.wait_for_function("document.querySelector('.matrix').closest('.scroll').className === 'scroll'")
 
 
 def test_page_of_a_thousand_classes(here, browser):
