@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from nets.weights.seal import digest_file
+from nets.weights.digest import digest_file
 from utils.config.other_names import suggest_name
 from utils.config.train_config import Device
 from utils.data.image_list import ImageList, read_classes

@@ -11,7 +11,7 @@ from typing import Literal
 
 import tyro
 
-from nets.weights.seal import digest_file
+from nets.weights.digest import digest_file
 from utils.config.other_names import suggest_name
 from utils.data.image_list import ImageList, sample_indices, select
 from utils.evaluation.eval_lists import read_images

@@ -152,7 +152,7 @@ def write_scene(datasets: Path) -> None:
 def write_back(run: Path, epoch: int) -> None:
     """Set a run back to its periodic checkpoint of `epoch`, as if it had been interrupted there."""
     (kept,) = run.glob(f"ep{epoch:03d}-*")
-    for path in run.glob("*.pth"):
+    for path in run.glob("*.safetensors"):
         if path != kept:
             path.unlink()
     kept.rename(run / LAST)

@@ -20,7 +20,7 @@ from torch import nn
 import eval as evaluation
 import export
 import predict
-from nets.weights.seal import digest_file
+from nets.weights.digest import digest_file
 from tests.conftest import NAMES, write_image
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.image_io import open_image
@@ -80,7 +80,7 @@ def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
 def test_eval_command(trained, tmp_path):
     result = run("eval.py", "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    assert "best_epoch_weights.pth on cls_test.txt" in result.stdout
+    assert "best_epoch_weights.safetensors on cls_test.txt" in result.stdout
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["images"] == 11
     assert [row["support"] for row in metrics["per_class"]] == [6, 5]
@@ -506,7 +506,7 @@ def test_nothing_trained_yet(here, command):
     result = run("eval.py", cwd=here)
     assert result.returncode == 1
     (message,) = result.stderr.splitlines()
-    assert message.startswith("error: there is no best_epoch_weights.pth in a run in logs/: train first")
+    assert message.startswith("error: there is no best_epoch_weights.safetensors in a run in logs/: train first")
     assert message.endswith("train first, python train.py")
     result = command("predict.py", "a.jpg")
     assert result.returncode == 1

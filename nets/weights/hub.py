@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nets.weights.seal import digest_file
+from nets.weights.digest import digest_file
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weights in a repository, in order of preference."""

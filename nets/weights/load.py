@@ -14,9 +14,9 @@ from torch import Tensor
 from nets.network import FreezableNetwork
 from nets.weights.convert import convert_names, unwrap
 from nets.weights.description import ACTIVATIONS, read_preprocessing, read_variant, valid_fields
+from nets.weights.digest import digest_file
 from nets.weights.hub import WeightsFile
 from nets.weights.safe_load import open_safely, read_header
-from nets.weights.seal import digest_file
 from nets.weights.sources import State, recognize
 
 

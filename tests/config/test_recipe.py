@@ -162,7 +162,7 @@ def test_same_command_resumes_a_recipe_run(two_classes, capsys, monkeypatch):
 def test_choices_of_a_run_without_checkpoints_are_not_reused(two_classes, capsys):
     config = small_auto(unfreeze_epoch=1)
     train.main(config)
-    for path in only_run().glob("*.pth"):
+    for path in only_run().glob("*.safetensors"):
         path.unlink()
     capsys.readouterr()
     train.main(config)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import eval as evaluation
 import export
-from nets.weights.seal import digest_file
+from nets.weights.digest import digest_file
 from utils.export.formats import describe_export
 from utils.export.model_card import CARD, check_card, escape, write_model_card
 from utils.inference.classifier import load_classifier

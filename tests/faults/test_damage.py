@@ -1,7 +1,7 @@
 """Damaged files, full disks and malicious files."""
 
-import codecs
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -18,18 +18,28 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import eval as evaluation
 import predict
 import train
-from nets.weights import seal
+from nets.weights import tree
 from nets.weights.load import read_weights
 from nets.weights.pretrained import find_pretrained
 from tests.conftest import NAMES, SMALL, settings
 from utils.modeling.build import build_network
 from utils.runs import saving
-from utils.runs.checkpoint import BEST, LAST, SaveError, load_checkpoint, load_newest, read_progress, save_checkpoint
+from utils.runs.checkpoint import (
+    BEST,
+    LAST,
+    OLD_VERSION,
+    SaveError,
+    load_checkpoint,
+    load_newest,
+    read_progress,
+    save_checkpoint,
+)
 from utils.runs.resume import open_run
 
 
@@ -70,7 +80,7 @@ def test_a_flipped_bit_is_detected_and_an_older_checkpoint_is_loaded(run_copy, c
 
 
 def test_a_run_without_intact_checkpoint_is_refused(run_copy):
-    for path in run_copy.glob("*.pth"):
+    for path in run_copy.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     assert load_newest(run_copy) is None
     with pytest.raises(ValueError, match="it has no intact checkpoint"):
@@ -109,9 +119,9 @@ def test_a_full_disk_keeps_earlier_checkpoints(two_classes, small_disk, monkeypa
     disk = small_disk(int(checkpoints * (run_copy / LAST).stat().st_size))
     monkeypatch.setattr(saving, "free_bytes", lambda folder: 1 << 60)
     os.chdir(two_classes.parent)
-    with pytest.raises(SaveError, match=r"\.pth can't be written \(No space left on device\): it needs .* are free"):
+    with pytest.raises(SaveError, match=r"tensors can't be written \(No space left on device\): it needs .* are free"):
         train.main(settings(**CONFIG, save_dir=str(disk)))
-    kept = list(disk.rglob("*.pth"))
+    kept = list(disk.rglob("*.safetensors"))
     assert (len(kept) > 0) == (checkpoints > 1) and len(kept) >= int(checkpoints)
     for path in kept:
         load_checkpoint(path)
@@ -171,13 +181,6 @@ class Bytes:
         return (bytearray, (600_000_000,))
 
 
-class Encoded:
-    """Bytes that double with each encoding."""
-
-    def __reduce__(self):
-        return (codecs.encode, (codecs.encode(bytes(1 << 20), "hex"), "hex"))
-
-
 class Numbers:
     def __reduce__(self):
         return (torch.FloatTensor, (150_000_000,))
@@ -193,7 +196,9 @@ class Doubles:
 
 def write_trap(kind: str, path: Path, whole: Path) -> None:
     """Write a malicious version of the checkpoint `whole`."""
-    content = torch.load(whole, weights_only=True)
+    content = load_checkpoint(whole) | {"format_version": OLD_VERSION}
+    whole = path.with_name("harmless.pth")
+    torch.save(content, whole)
     if kind == "top level":
         torch.save(Code(), path)
     elif kind in ("optimizer", "model", "history"):
@@ -213,8 +218,6 @@ def write_trap(kind: str, path: Path, whole: Path) -> None:
             for entry in plain.infolist():
                 data = plain.read(entry)
                 bomb.writestr(entry.filename, bytes(1 << 28) if entry.filename.endswith("data/0") else data)
-    elif kind == "repeated encoding":
-        torch.save(content | {"history": [Encoded()]}, path)
     elif kind == "legacy tensor":
         torch.save(content | {"calibration": {"x": Numbers()}}, path)
     elif kind == "expanded doubles":
@@ -262,7 +265,7 @@ TRAPS = (
     *("expanded doubles", "expanded doubles by another name"),
     *("top level", "optimizer", "model", "history", "old format", "tar"),
     *("zip bomb", "bytearray", "expanded terabyte", "nested lists", "recursive list"),
-    *("repeated encoding", "legacy tensor"),
+    "legacy tensor",
     "bytearray in the old format, then an archive",
     *("bytearray in the old format", "bytearray, then a second pickle", "bytearray in capitals"),
 )
@@ -338,7 +341,7 @@ def test_data_is_flushed_before_the_rename(here, tmp_path):
     """In system calls, since a kill doesn't lose what a power failure would."""
     program = (
         "import torch; from utils.runs.checkpoint import KEYS, save_checkpoint; "
-        "save_checkpoint('a.pth', {k: t() for k, t in KEYS.items() if k != 'format_version'})"
+        "save_checkpoint('a.safetensors', {k: t() for k, t in KEYS.items() if k != 'format_version'})"
     )
     command = ["strace", "-f", "-y", "-e", "trace=fsync,rename,renameat2", "-o", "trace", sys.executable, "-c", program]
     if not shutil.which("strace") or subprocess.run(["strace", "-o", "probe", "true"], capture_output=True).returncode:
@@ -346,34 +349,39 @@ def test_data_is_flushed_before_the_rename(here, tmp_path):
     root = Path(__file__).resolve().parents[2]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(root)})
     lines = Path("trace").read_text().splitlines()
-    calls = [line.split(maxsplit=1)[1] for line in lines if ".pth" in line or "fsync" in line]
+    calls = [line.split(maxsplit=1)[1] for line in lines if ".safetensors" in line or "fsync" in line]
     assert [call.partition("(")[0] for call in calls] == ["fsync", "rename", "fsync"]
     assert ".partial" in calls[0]
     assert f"<{here}>" in calls[2]
 
 
-def test_two_archives_in_one_file(run_copy):
-    """The end record points to the first directory, a second one precedes it; readers differ in which they use."""
-    whole = (run_copy / LAST).read_bytes()
-    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
-        directory, end = archive.start_dir, len(whole) - len(archive.comment) - 22
-    twice = whole[:end] + whole[directory:end] + whole[end : end + 20] + bytes(2)
-    (run_copy / LAST).write_bytes(twice)
-    with pytest.raises(ValueError, match="two archives"):
-        load_checkpoint(run_copy / LAST)
-    # The same with a ZIP64 marker in place of the position of the directory.
-    large = whole[:end] + whole[directory:end] + whole[end : end + 16] + b"\xff" * 4 + bytes(2)
-    (run_copy / LAST).write_bytes(large)
-    with pytest.raises(ValueError, match="two archives"):
-        load_checkpoint(run_copy / LAST)
-
-
 @pytest.mark.parametrize("note", ["[1]", "[" * 60_000, '{"step": "x", "finished": false}', "null"])
 def test_malicious_notes(run_copy, monkeypatch, note):
     """Each start reads the notes of all last checkpoints."""
-    with (run_copy / "ep999-loss.pth").open("w+b") as file:
-        torch.save({}, file)
-        monkeypatch.setattr(seal.json, "dumps", lambda _: note)
-        seal.seal(file, {})
-    assert read_progress(run_copy / "ep999-loss.pth") is None
+    metadata = {"plain": "{}", "note": note, "groups": "{}", "sha256": ""}
+    safetensors.torch.save_file({}, run_copy / "ep999-loss.safetensors", metadata)
+    assert read_progress(run_copy / "ep999-loss.safetensors") is None
     assert load_newest(run_copy)[0].name == LAST
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        "[" * 100_000,
+        "[1]",
+        '{"weights": {"$tensor": ["x"]}}',
+        '{"weights": {"$items": 3}}',
+        '{"weights": {"$items": [[[], 1]]}}',
+        '{"format_version": 5}',
+        '{"format_version": {"$tuple": 7}}',
+    ],
+)
+def test_malicious_descriptions(run_copy, plain):
+    """With a checksum that is right."""
+    path = run_copy / LAST
+    monkey = {"plain": plain, "note": "{}", "groups": "{}", "sha256": tree.UNSEALED}
+    header = json.dumps({"__metadata__": monkey}).encode()
+    header = header.replace(tree.UNSEALED.encode(), hashlib.sha256(header).hexdigest().encode())
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ValueError, match=r"is damaged: |can't be used: it lacks|isn't a checkpoint of Thaw"):
+        load_checkpoint(path)

@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.faults.harness import LAST, finish, last_step, outcome, prepare, read_steps, run_folder, start
 from tests.faults.harness import steps as steps_of
-from utils.runs.checkpoint import BEST, load_checkpoint, load_newest, read_progress
+from utils.runs.checkpoint import BEST, SUFFIX, load_checkpoint, load_newest, read_progress
 
 DATA = ("mnist_png", "sign_digits")
 INTERVAL = 2  # save_every_steps
@@ -116,7 +115,7 @@ def kill_while_saving(tmp_path: Path, uninterrupted, point: str, number: int, da
     process = start(folder, fault=point, number=number if point != "in retention" else number % 2)
     process.join(120)
     assert process.exitcode == -9
-    if list(run_folder(folder).glob("*.pth")):
+    if list(run_folder(folder).glob(f"*{SUFFIX}")):
         assert load_newest(run_folder(folder))
     if not is_finished(folder):
         finish(folder)
@@ -130,13 +129,13 @@ def test_the_harness_detects_a_save_that_is_not_atomic(tmp_path):
     process = start(folder, fault="plain mid-write", number=3)
     process.join(120)
     assert process.exitcode == -9
-    assert any(not readable(path) for path in run_folder(folder).glob("*.pth"))
+    assert any(not readable(path) for path in run_folder(folder).glob(f"*{SUFFIX}"))
 
 
 def readable(path: Path) -> bool:
     try:
-        torch.load(path, weights_only=True)
-    except Exception:  # torch raises several types
+        load_checkpoint(path)
+    except ValueError:
         return False
     return True
 

@@ -14,9 +14,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import train
+from nets.weights import tree
 from utils.config.train_config import TrainConfig
 from utils.data.loader import batch_paths
-from utils.runs import checkpoint, saving
+from utils.runs import saving
+from utils.runs.checkpoint import FORMAT_VERSION, SUFFIX
 from utils.system import files
 from utils.system.signals import Stopped
 from utils.training.trainer import Trainer
@@ -70,26 +72,26 @@ def plant(fault: str, number: int) -> None:
         left[0] -= 1
         return left[0] < 0
 
-    save, seal, replace, unlink = torch.save, checkpoint.seal, os.replace, Path.unlink
+    write, replace, unlink = tree.write_tree, os.replace, Path.unlink
     calibrate = train.calibrate_checkpoint
 
-    def half(content, file):
+    def half(file, content, note):
         whole = io.BytesIO()
-        save(content, whole)
+        write(whole, content, note)
         file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
         file.flush()
         die()
 
-    def before_flush(file, note):
-        seal(file, note)
+    def before_flush(file, content, note):
+        write(file, content, note)
         if now():
             die()
 
     def around_replace(old, new):
-        if fault == "before rename" and str(new).endswith(".pth") and now():
+        if fault == "before rename" and str(new).endswith(SUFFIX) and now():
             die()
         replace(old, new)
-        if fault == "after rename" and str(new).endswith(".pth") and now():
+        if fault == "after rename" and str(new).endswith(SUFFIX) and now():
             die()
 
     def finishing(*arguments):
@@ -108,15 +110,15 @@ def plant(fault: str, number: int) -> None:
 
     def dying_unlink(path, missing_ok=False):
         unlink(path, missing_ok)
-        if path.name.startswith("ep") and path.suffix == ".pth" and now():
+        if path.name.startswith("ep") and path.suffix == SUFFIX and now():
             die()
 
     if fault == "at open":
-        checkpoint.torch.save = lambda content, file: die() if now() else save(content, file)
+        tree.write_tree = lambda *arguments: die() if now() else write(*arguments)
     elif fault in ("mid-write", "plain mid-write"):
-        checkpoint.torch.save = lambda content, file: half(content, file) if now() else save(content, file)
+        tree.write_tree = lambda *arguments: half(*arguments) if now() else write(*arguments)
     elif fault == "before flush":
-        checkpoint.seal = before_flush
+        tree.write_tree = before_flush
     elif fault in ("before rename", "after rename"):
         files.os.replace = around_replace
     elif fault == "finishing":
@@ -130,4 +132,4 @@ def plant(fault: str, number: int) -> None:
 def plain_save(path: Path, content: dict[str, Any]) -> None:
     """Save without an atomic rename."""
     with path.open("wb") as file:
-        checkpoint.torch.save({"format_version": checkpoint.FORMAT_VERSION} | content, file)
+        tree.write_tree(file, {"format_version": FORMAT_VERSION} | content, {})

@@ -6,14 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from utils.runs import checkpoint
+from nets.weights import tree
 from utils.runs.checkpoint import (
     BEST,
-    FORMAT_VERSION,
     KEYS,
     LAST,
+    OLD_VERSION,
     SaveError,
     find_checkpoint,
     load_checkpoint,
@@ -39,14 +40,63 @@ def test_round_trip(here):
     assert os.listdir() == ["a.pth"]
 
 
+PLAIN = {
+    "empty": {},
+    "nested": [1, 2.5, None, True, "x", {"a": [{}]}],
+    "tuple": (1, (2, "b")),
+    "by number": {0: {"step": 1}, 7: {}},
+    "infinite": float("inf"),
+}
+TENSORS = {
+    "scalar": torch.tensor(3.0),
+    "empty": torch.zeros(0, 4),
+    "transposed": torch.arange(6.0).reshape(2, 3).t(),
+    "half": torch.randn(3).bfloat16(),
+    "bools": torch.tensor([True, False]),
+}
+
+
+def test_trees_are_read_as_they_were_written(here):
+    content = checkpoint_content(config=PLAIN, weights=TENSORS, optimizer={"state": {0: TENSORS}})
+    save_checkpoint("a.safetensors", content)
+    loaded = load_checkpoint("a.safetensors")
+    assert loaded["config"] == PLAIN
+    assert isinstance(loaded["config"]["tuple"][1], tuple)
+    for found in (loaded["weights"], loaded["optimizer"]["state"][0]):
+        assert found.keys() == TENSORS.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    of_library = safetensors.torch.load_file("a.safetensors")
+    assert torch.equal(of_library["weights/transposed"], TENSORS["transposed"])
+    assert load_checkpoint("a.safetensors", training_state=False)["optimizer"]["state"][0]["half"] is None
+
+
+def test_a_skipped_part_is_not_read(here):
+    """Damage there is only found where it matters."""
+    content = checkpoint_content(optimizer={"state": {0: {"m": torch.full((4,), 7.25)}}})
+    save_checkpoint("a.safetensors", content)
+    damaged = Path("a.safetensors").read_bytes().replace(torch.full((4,), 7.25).numpy().tobytes(), bytes(16))
+    Path("a.safetensors").write_bytes(damaged)
+    assert load_checkpoint("a.safetensors", training_state=False)["weights"]["w"].tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="damaged: the checksum of its optimizer doesn't match"):
+        load_checkpoint("a.safetensors")
+
+
+def test_checkpoints_of_the_version_before_are_read(here):
+    content = checkpoint_content(step=7, format_version=OLD_VERSION)
+    torch.save(content | {"arithmetic": content.pop("environment")}, "best_epoch_weights.pth")
+    loaded = load_checkpoint(find_checkpoint("."))
+    assert loaded["step"] == 7
+    assert torch.equal(loaded["weights"]["w"], torch.ones(3))
+
+
 def test_a_failed_save_leaves_the_old_file(here, monkeypatch):
     save_checkpoint("a.pth", checkpoint_content(step=1))
 
     def fail(*args):
-        args[1].write(b"half")
+        args[0].write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    monkeypatch.setattr(tree, "write_tree", fail)
     with pytest.raises(SaveError, match=r"a\.pth can't be written \(No space left on device\): it needs .* are free"):
         save_checkpoint("a.pth", checkpoint_content(step=2))
     assert os.listdir(here) == ["a.pth"]
@@ -64,12 +114,13 @@ def test_code_in_a_checkpoint_is_not_run(here):
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda: Path("a.pth").write_bytes(b"PK\3\4 no more"), "the end of its archive isn't there"),
+        (lambda: Path("a.pth").write_bytes(b"PK\3\4 no more"), "can't be opened"),
         (lambda: Path("a.pth").write_bytes(b""), "can't be opened"),
         (lambda: torch.save({"w": torch.ones(1)}, "a.pth"), "isn't a checkpoint of Thaw"),
         (lambda: torch.save(checkpoint_content(format_version=99), "a.pth"), "format 99"),
+        (lambda: safetensors.torch.save_file({"w": torch.ones(1)}, "a.pth"), "isn't a checkpoint of Thaw"),
         (
-            lambda: torch.save({"format_version": FORMAT_VERSION, "weights": {}}, "a.pth"),
+            lambda: torch.save({"format_version": OLD_VERSION, "weights": {}}, "a.pth"),
             "can't be used: it lacks best_val_loss, calibration",
         ),
     ],
@@ -93,12 +144,12 @@ def test_find_checkpoint(here):
     for run in ("old", "new"):
         for name in (BEST, LAST):
             Path("logs", run, name).touch()
-    os.utime("logs/old/best_epoch_weights.pth", (time.time() - 100,) * 2)
+    os.utime("logs/old/best_epoch_weights.safetensors", (time.time() - 100,) * 2)
     Path("logs", BEST).touch()  # of another program
     assert find_checkpoint("") == Path("logs/new", BEST)
     assert find_checkpoint("logs/old") == Path("logs/old", BEST)
     assert find_checkpoint("logs/old", LAST) == Path("logs/old", LAST)
-    assert find_checkpoint("logs/old/last_epoch_weights.pth") == Path("logs/old", LAST)
+    assert find_checkpoint("logs/old/last_epoch_weights.safetensors") == Path("logs/old", LAST)
     assert find_checkpoint("logs") == Path("logs", BEST)
     Path("logs").rename("elsewhere")
     Path("elsewhere", BEST).unlink()

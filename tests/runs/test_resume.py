@@ -155,17 +155,17 @@ def test_checkpoints_with_other_names_are_ignored(trained, interrupted):
 def test_surplus_periodic_checkpoints_are_deleted_before_resuming(trained, interrupted, capsys):
     """A full disk has no room for another file."""
     for epoch in (1, 2, 3):
-        shutil.copy(interrupted / LAST, interrupted / f"ep{epoch:03d}-loss0-val_loss0.pth")
+        shutil.copy(interrupted / LAST, interrupted / f"ep{epoch:03d}-loss0-val_loss0.safetensors")
     shutil.copy(next((trained / "logs").glob("*/ep004-*")), interrupted)
     assert load_newest(interrupted)[1]["epoch"] == 4
     change_images()
     with pytest.raises(ValueError, match="the lists have changed"):
         open_run(settings(**SMALL, keep_periodic=2), ["dark", "light"], read_lists())
-    assert len(list(interrupted.glob("ep*.pth"))) == 4
+    assert len(list(interrupted.glob("ep*.safetensors"))) == 4
     annotate()
     run = open_run(settings(**SMALL, keep_periodic=2), ["dark", "light"], {})
     run.lock.release()
-    assert sorted(path.name[:5] for path in interrupted.glob("ep*.pth")) == ["ep003", "ep004"]
+    assert sorted(path.name[:5] for path in interrupted.glob("ep*.safetensors")) == ["ep003", "ep004"]
     assert run.checkpoint["epoch"] == load_checkpoint(interrupted / LAST)["epoch"] == 4
 
 
@@ -215,7 +215,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts_in_its_folder(interru
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_without_its_checkpoints_is_unchanged(interrupted, untrained, monkeypatch, capsys, fails):
     """Its curves and its report are neither replaced nor removed."""
-    for path in interrupted.glob("*.pth"):
+    for path in interrupted.glob("*.safetensors"):
         path.unlink()
     (interrupted / "report.html").write_text("kept")
 
@@ -305,7 +305,7 @@ def test_resume_requires_a_run(here):
 def test_only_the_newest_periodic_checkpoints_are_kept(two_classes):
     train.main(settings(**SMALL | {"save_period": 1, "keep_periodic": 2}))
     (run,) = runs()
-    assert sorted(path.name[:5] for path in run.glob("ep*.pth")) == ["ep003", "ep004"]
+    assert sorted(path.name[:5] for path in run.glob("ep*.safetensors")) == ["ep003", "ep004"]
 
 
 def test_a_lock_ends_with_its_process(here):

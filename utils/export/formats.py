@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from nets.factory import restore_model
-from nets.weights.seal import digest_file
+from nets.weights.digest import digest_file
 from utils.export.check import Exported, by_checkpoint
 from utils.export.graph import trace
 from utils.export.onnx_write import make_onnx

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nets.weights.seal import digest_file
+from nets.weights.digest import digest_file
 from utils.export.formats import FORMATS, STEMS
 from utils.inference.classifier import Classifier
 from utils.inference.exported_metadata import ExportedMetadata

@@ -18,7 +18,7 @@ from nets.weights.safe_load import read_header
 from utils.data.image_io import ImageError
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
-from utils.inference.exported_metadata import ExportedMetadata, valid_class_names, valid_preprocessing
+from utils.inference.exported_metadata import VERSION_KEY, ExportedMetadata, valid_class_names, valid_preprocessing
 from utils.inference.prediction import Failure, Prediction, make_prediction
 from utils.inference.predictor import BATCH, ImageInput, check_stream_arguments, read_region, stream_predictions
 from utils.inference.rejection import Calibration, Rejection
@@ -180,6 +180,11 @@ class Classifier:
                 yield Failure(path, f"{path}: {self.non_finite_message}" if path else self.non_finite_message)
 
 
+def is_exported(path: Path) -> bool:
+    """Whether a file is weights of export.py."""
+    return path.suffix.lower() == WEIGHTS_SUFFIX and VERSION_KEY in read_header(path)
+
+
 def read_exported(path: Path) -> dict[str, Any]:
     """Read a `.safetensors` file of export.py as the part of a checkpoint that a classifier needs.
 
@@ -216,7 +221,7 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
     """
     torch_device = pick_device(device)
     file = find_checkpoint(str(path))
-    checkpoint = read_exported(file) if file.suffix.lower() == WEIGHTS_SUFFIX else load_checkpoint(file)
+    checkpoint = read_exported(file) if is_exported(file) else load_checkpoint(file, training_state=False)
     try:
         model = restore_model(checkpoint["model"], checkpoint["weights"])
         preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, with a checksum, and opened without executing code from the file."""
+"""Checkpoints: safetensors files, written atomically and with checksums."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from nets.weights.safe_load import open_safely
-from nets.weights.seal import has_checksum, read_note, seal, verify_checksum
+from nets.weights import tree
+from nets.weights.safe_load import is_safetensors, open_safely, read_header
 from utils.system.files import WriteError, format_bytes, free_bytes, try_unlink, write_whole
 
-FORMAT_VERSION = 4
-LAST = "last_epoch_weights.pth"
-BEST = "best_epoch_weights.pth"
-PERIODIC = re.compile(r"ep(\d+)-loss.*\.pth")
+FORMAT_VERSION = 5
+OLD_VERSION, OLD_SUFFIX = 4, ".pth"
+"""The format of earlier versions, pickled. Such files are still read."""
+SUFFIX = ".safetensors"
+LAST = f"last_epoch_weights{SUFFIX}"
+BEST = f"best_epoch_weights{SUFFIX}"
+PERIODIC = re.compile(r"ep(\d+)-loss.*\.safetensors")
+TRAINING_STATE = ("weights_in_training", "optimizer")
+"""Groups of tensors that a classifier doesn't need."""
 KEYS: dict[str, type] = {
     # the classifier
     "format_version": int,
@@ -57,10 +61,10 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """
     assert content.keys() | {"format_version"} == KEYS.keys(), content.keys() ^ KEYS.keys()
     path = Path(path)
+    note = {"step": content["step"], "finished": content["finished"]}
     try:
         with write_whole(path) as file:
-            torch.save({"format_version": FORMAT_VERSION} | content, file)
-            seal(file, {"step": content["step"], "finished": content["finished"]})
+            tree.write_tree(file, {"format_version": FORMAT_VERSION} | content, note)
     except WriteError as error:
         raise SaveError(
             f"{path} can't be written ({error.strerror}): it needs {format_bytes(count_bytes(content))}, "
@@ -78,7 +82,7 @@ class Progress(NamedTuple):
 
 def read_progress(path: Path) -> Progress | None:
     """The note of a checkpoint, without verifying its checksum; None if there is none."""
-    note = read_note(path) or {}
+    note = tree.read_note(path) or {}
     step, finished = note.get("step"), note.get("finished")
     return Progress(step, finished) if type(step) is int and type(finished) is bool else None
 
@@ -92,28 +96,46 @@ def count_bytes(content: Any) -> int:
     return 0
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, without executing code from the file.
+def load_checkpoint(path: str | Path, training_state: bool = True) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU. Without `training_state`, the tensors of `TRAINING_STATE` are None, and their
+    bytes aren't read.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, or isn't a checkpoint of this version of Thaw.
     """
-    content = open_safely(path)
-    if not isinstance(content, dict) or "format_version" not in content:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    content = _read(path, () if training_state else TRAINING_STATE) if is_safetensors(path) else _read_old(path)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version is None:
         raise ValueError(f"{path} isn't a checkpoint of Thaw; to train from plain weights, set model_path in train.py")
-    if content["format_version"] != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has checkpoint format {content['format_version']}, this version of Thaw reads {FORMAT_VERSION}; "
-            f"use the version that wrote it"
+            f"{path} has checkpoint format {version!s:.20}, this version of Thaw reads {FORMAT_VERSION}; use the "
+            f"version that wrote it"
         )
-    if "arithmetic" in content:  # its name in earlier versions
-        content["environment"] = content.pop("arithmetic")
     wrong = [name for name, kind in KEYS.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise ValueError(f"{path} can't be used: it lacks {', '.join(sorted(wrong))}")
-    if not has_checksum(Path(path)):
-        raise ValueError(f"{path} is damaged: its checksum is missing, so it was cut off or changed")
+    return content
+
+
+def _read(path: Path, skip: tuple[str, ...]) -> Any:
+    try:
+        return tree.read_tree(path, skip) if "plain" in read_header(path) else {}
+    except tree.Damaged as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _read_old(path: Path) -> Any:
+    """A checkpoint of an earlier version."""
+    content = open_safely(path)
+    if isinstance(content, dict) and content.get("format_version") == OLD_VERSION:
+        content["format_version"] = FORMAT_VERSION
+        if "arithmetic" in content:  # its name in still earlier versions
+            content["environment"] = content.pop("arithmetic")
     return content
 
 
@@ -125,7 +147,8 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         progress = read_progress(path)
         return progress.step if progress else float("inf"), path.name == LAST
 
-    files = [path for path in folder.glob("*.pth") if path.name in (LAST, BEST) or PERIODIC.fullmatch(path.name)]
+    names = [(path, path.with_suffix(SUFFIX).name) for path in folder.iterdir() if path.suffix in (SUFFIX, OLD_SUFFIX)]
+    files = [path for path, name in names if name in (LAST, BEST) or PERIODIC.fullmatch(name)]
     for path in sorted(files, key=steps, reverse=True):
         try:
             return path, load_checkpoint(path)
@@ -136,17 +159,22 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def prune_periodic(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` periodic checkpoints, unless the last checkpoint is damaged."""
-    periodic = {path: int(match[1]) for path in folder.glob("ep*.pth") if (match := PERIODIC.fullmatch(path.name))}
+    periodic = {path: int(match[1]) for path in folder.iterdir() if (match := PERIODIC.fullmatch(path.name))}
     surplus = sorted(periodic, key=periodic.get)[: max(0, len(periodic) - keep)]
     if not surplus:
         return
     try:
-        verify_checksum(folder / LAST)
+        load_checkpoint(folder / LAST)
     except (OSError, ValueError) as error:
         print(f"warning: {error}; periodic checkpoints are not deleted")
         return
     for path in surplus:
         try_unlink(path, "it is retried after the next epoch")
+
+
+def _old_name(name: str) -> str:
+    """The name of a checkpoint in earlier versions."""
+    return name.removesuffix(SUFFIX) + OLD_SUFFIX
 
 
 def given_model(model: str, model_path: str) -> str:
@@ -164,7 +192,8 @@ def given_model(model: str, model_path: str) -> str:
 
 def holds_runs(folder: Path) -> bool:
     """Whether a folder is a run or contains runs, that is checkpoints."""
-    return any(True for pattern in ("*.pth", "*/*.pth") for _ in folder.glob(pattern))
+    names = (BEST, LAST, _old_name(BEST), _old_name(LAST))
+    return any(True for name in names for pattern in (name, f"*/{name}") for _ in folder.glob(pattern))
 
 
 def find_checkpoint(path: str, name: str = BEST) -> Path:
@@ -177,11 +206,13 @@ def find_checkpoint(path: str, name: str = BEST) -> Path:
     place = Path(path or "logs")
     if place.is_file():
         return place
-    if path and (place / name).is_file():
-        return place / name
+    for own in (name, _old_name(name)):
+        if path and (place / own).is_file():
+            return place / own
     if path and not place.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {place}")
-    runs = sorted(place.glob(f"*/{name}"), key=lambda file: file.stat().st_mtime_ns)
+    files = [*place.glob(f"*/{name}"), *place.glob(f"*/{_old_name(name)}")]
+    runs = sorted(files, key=lambda file: file.stat().st_mtime_ns)
     if not runs:
         searched = f"{place}/ or its subfolders" if path else f"a run in {place}/: train first, python train.py"
         raise FileNotFoundError(f"there is no {name} in {searched}")

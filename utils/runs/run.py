@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nets.network import FreezableNetwork
@@ -16,7 +18,16 @@ from utils.data.image_io import ImageError
 from utils.data.preprocessing import Preprocessing
 from utils.data.retry import ImagesGone
 from utils.modeling.build import at_current_size
-from utils.runs.checkpoint import BEST, LAST, SaveError, load_checkpoint, prune_periodic, read_progress, save_checkpoint
+from utils.runs.checkpoint import (
+    BEST,
+    LAST,
+    SUFFIX,
+    SaveError,
+    load_checkpoint,
+    prune_periodic,
+    read_progress,
+    save_checkpoint,
+)
 from utils.runs.folder import RunFolder
 from utils.runs.history import Row, format_row
 from utils.runs.log import RunLog
@@ -92,6 +103,7 @@ class Run:
             # Keep the new options of the groups: `fused` depends on the device.
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": self._resumed["optimizer"]["state"], "param_groups": groups})
+            _use_formats_of_parameters(optimizer)
         self._resumed = None
         self.optimizer = optimizer
         self._epoch_started = time.monotonic()
@@ -164,7 +176,7 @@ class Run:
             print(format_row(row, self.config.epochs, is_best))
             # Log first: a run that is killed in between repeats the epoch and rewrites its log.
             self.log.log_epoch(self.history)
-            names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}.pth"]
+            names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}{SUFFIX}"]
             periodic = names if self.config.keep_periodic and self.epoch % self.config.save_period == 0 else []
             # The best one first, so that it exists if the run is killed and resumed from one of the others.
             self.saver.write(content, *([BEST] if is_best else []), *periodic, LAST)
@@ -210,3 +222,12 @@ class Run:
                 self.log.close()
             finally:
                 self._opened.discard_if_new()
+
+
+def _use_formats_of_parameters(optimizer: Optimizer) -> None:
+    """Give the loaded states of an optimizer the memory format of their parameters, such as channels last, since a file
+    doesn't keep it and sums depend on it."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from utils.config.train_config import TrainConfig
-from utils.runs.checkpoint import count_bytes, save_checkpoint
+from utils.runs.checkpoint import SUFFIX, count_bytes, save_checkpoint
 from utils.system.files import format_bytes, free_bytes
 
 MOMENTS = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 2}
@@ -45,7 +45,7 @@ def check_free_space(folder: Path, config: TrainConfig, model: nn.Module) -> Non
     size = weights * (1 + MOMENTS[config.optimizer_type] + (config.ema_decay > 0))
     periodic = config.keep_periodic and config.keep_periodic + 1  # the oldest is deleted after the newest is saved
     number = 3 + min(periodic, config.epochs // config.save_period)
-    present = sum(path.stat().st_size for path in folder.glob("*.pth"))
+    present = sum(path.stat().st_size for path in folder.glob(f"*{SUFFIX}"))
     needed, free = number * size - present, free_bytes(folder)
     if needed > free:
         raise ValueError(
