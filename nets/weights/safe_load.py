@@ -57,9 +57,8 @@ def read_header(path: Path) -> dict[str, str]:
     if not is_safetensors(path):
         return {}
     try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as error:
+        return tree.read_metadata(path)
+    except tree.Damaged as error:
         raise ValueError(f"{path} can't be opened as weights, it is damaged or was cut off: {error}") from error
 
 
@@ -67,8 +66,7 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     """The tensors of a file, or its tree if it has one, see `nets.weights.tree`."""
     if "plain" in read_header(path):
         return tree.read_tree(path)
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tree.read_tensors(path)
 
 
 def _is_npz(path: Path) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 DTYPES = {
@@ -149,11 +150,7 @@ def read_tree(path: Path, skip: Collection[str] = ()) -> dict[str, Any]:
         raise Damaged("the checksum of its header doesn't match")
     try:
         groups = json.loads(metadata["groups"])
-        tensors = {}
-        with safe_open(path, "pt") as file:
-            names = sorted(name for name in file.keys() if _group(name) not in skip)  # noqa: SIM118
-            for name in names:
-                tensors[name] = file.get_tensor(name)
+        tensors = read_tensors(path, skip)
         _verify(tensors, groups)
         tree = join(json.loads(metadata["plain"]), tensors)
     except (SafetensorError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
@@ -161,6 +158,22 @@ def read_tree(path: Path, skip: Collection[str] = ()) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise Damaged("it holds no dict")
     return tree
+
+
+def read_tensors(path: Path, skip: Collection[str] = ()) -> dict[str, Tensor]:
+    """The tensors in a safetensors file, by name in order, without those of the groups in `skip`.
+
+    Raises:
+        SafetensorError: the file is damaged.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # the library can't open a file by such a name
+        tensors = load(path.read_bytes())
+        return {name: tensors[name] for name in sorted(tensors) if _group(name) not in skip}
+    with safe_open(path, "pt") as file:
+        names = sorted(name for name in file.keys() if _group(name) not in skip)  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
 
 
 def _verify(tensors: Mapping[str, Tensor], groups: Mapping[str, str]) -> None:
@@ -176,10 +189,20 @@ def _verify(tensors: Mapping[str, Tensor], groups: Mapping[str, str]) -> None:
 def read_note(path: Path) -> dict[str, Any] | None:
     """The note of a file, without verifying it; None if there is none."""
     try:
-        note = json.loads(_metadata(read_header_text(path))["note"])
+        note = json.loads(read_metadata(path)["note"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return note if isinstance(note, dict) else None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, not verified.
+
+    Raises:
+        Damaged: there is none, or it is malformed.
+        OSError: the file can't be read.
+    """
+    return _metadata(read_header_text(path))
 
 
 def read_header_text(path: Path) -> bytes:
@@ -199,8 +222,8 @@ def read_header_text(path: Path) -> bytes:
 
 def _metadata(header: bytes) -> dict[str, str]:
     try:
-        metadata = json.loads(header)["__metadata__"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        metadata = json.loads(header).get("__metadata__", {})
+    except (ValueError, AttributeError, RecursionError) as error:
         raise Damaged("its header is malformed") from error
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
         raise Damaged("its header is malformed")

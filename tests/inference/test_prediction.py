@@ -213,7 +213,7 @@ def test_standard_input_between_other_paths(trained, command):
 
 def test_a_path_with_a_line_break_is_one_csv_row():
     rows = list(csv.reader(io.StringIO(to_csv(Failure("a\nb.png", "broken"), 1))))
-    assert rows == [["a\nb.png", "", "", "", "broken"]]
+    assert rows == [[r"a\nb.png", "", "", "", "broken"]]
 
 
 def test_paths_on_standard_input_may_be_any_bytes(trained, tmp_path):

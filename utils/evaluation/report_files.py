@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from matplotlib.figure import Figure
 from utils.evaluation.evaluation import Evaluation
 from utils.evaluation.mistakes import margins
 from utils.runs.folder import EVENTS
+from utils.system.csv_text import csv_row
 from utils.system.files import try_unlink, write_json, write_text
 from utils.system.text import count_of, format_table
 
@@ -61,10 +60,8 @@ def prediction_rows(evaluation: Evaluation) -> list[list[str | float]]:
 
 
 def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Write rows to a CSV file; bytes in file names that are not UTF-8 are escaped."""
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows(rows)
-    write_text(path, table.getvalue())
+    """Write rows to a CSV file."""
+    write_text(path, "".join(f"{csv_row(row)}\r\n" for row in rows))
 
 
 def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np.ndarray) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from utils.inference.prediction import Failure, Prediction
 from utils.inference.rejection import UNKNOWN
+from utils.system.csv_text import csv_row
 from utils.system.text import display_width, pad, printable, shorten
 
 
@@ -28,22 +26,16 @@ def to_json(result: Prediction | Failure) -> str:
 def csv_header(top_k: int) -> str:
     """The first line of `predict.py --csv`."""
     columns = [f"{column}_{k}" for k in range(1, top_k + 1) for column in ("class", "probability")]
-    return _csv_line(["path", "label", *columns, "note"])
+    return csv_row(["path", "label", *columns, "note"])
 
 
 def to_csv(result: Prediction | Failure, top_k: int) -> str:
     """A row of `predict.py --csv`; `note` is why the prediction is rejected, or why the image can't be read."""
     empty = [""] * (2 * top_k)
     if isinstance(result, Failure):
-        return _csv_line([result.path, "", *empty, result.error])
+        return csv_row([result.path, "", *empty, result.error])
     cells = [cell for name, p in result.classes for cell in (name, f"{p:.6f}")]
-    return _csv_line([result.path, result.label, *cells, *empty[len(cells) :], result.reason])
-
-
-def _csv_line(cells: Sequence[str]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerow(cells)
-    return file.getvalue()[:-1]
+    return csv_row([result.path, result.label, *cells, *empty[len(cells) :], result.reason])
 
 
 def to_line(result: Prediction | Failure) -> str:
