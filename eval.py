@@ -33,7 +33,7 @@ from utils.runs.checkpoint import find_checkpoint, given_model
 from utils.runs.folder import METRICS_FOLDER, is_run, results_folder
 from utils.runs.run_table import format_runs
 from utils.system import cli
-from utils.system.files import make_writable, read_json, write_text
+from utils.system.files import make_writable, read_json, write_text, write_whole
 from utils.system.text import shorten_list
 
 PAGE = "report.html"
@@ -202,7 +202,8 @@ def write_report(folder: Path, evaluation: Evaluation) -> None:
     classifier = evaluation.classifier
     write_metrics(folder, evaluation)
     confusion = plot_confusion(evaluation.scores.confusion, classifier.class_names)
-    confusion.savefig(folder / "confusion_matrix.png")
+    with write_whole(folder / "confusion_matrix.png") as file:
+        confusion.savefig(file, format="png")
     train = read_embeddings(evaluation.checkpoint, classifier.calibration, len(classifier.class_names))
     write_text(folder / PAGE, render(evaluation, train))
     if is_run(folder):

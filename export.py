@@ -23,7 +23,7 @@ from utils.inference.exported_metadata import ExportedMetadata
 from utils.runs.checkpoint import find_checkpoint, given_model
 from utils.runs.folder import list_path, read_run_list
 from utils.system import cli
-from utils.system.files import format_bytes, make_writable, write_json, write_whole
+from utils.system.files import format_bytes, make_writable, refuse_link, write_json, write_whole
 
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "pt2": ("fp32",), "safetensors": ("fp32", "fp16")}
 
@@ -62,6 +62,7 @@ def main(
     images = images_to_check(checkpoint, classifier, data, classes_path)
     images = select(images, sample_indices(images, check_images, seed=0, by_class=True))
     metadata = describe_export(classifier, checkpoint, precision)
+    refuse_link(checkpoint.parent / "export")
     path = Path(out or checkpoint.parent / "export", STEMS[precision] + FORMATS[format].suffix)
     make_writable(path.parent, "--out")
     if card:

@@ -13,7 +13,7 @@ from utils.evaluation.evaluation import Evaluation
 from utils.evaluation.mistakes import margins
 from utils.runs.folder import EVENTS
 from utils.system.csv_text import csv_row
-from utils.system.files import try_unlink, write_json, write_text
+from utils.system.files import refuse_link, try_unlink, write_json, write_text
 from utils.system.text import count_of, format_table
 
 EVENTS_FOLDER = "evaluation"
@@ -71,6 +71,7 @@ def write_events(run: Path, evaluation: Evaluation, confusion: Figure, worst: np
     """
     from torch.utils.tensorboard import SummaryWriter
 
+    refuse_link(run / EVENTS_FOLDER)
     for earlier in (run / EVENTS_FOLDER).glob(f"{EVENTS}*"):
         try_unlink(earlier, "TensorBoard will show both evaluations")
     metrics = {f"evaluation/{name}": v for name, v in evaluation.metrics.items() if isinstance(v, float)}

@@ -13,7 +13,7 @@ from typing import Any
 
 from utils.config.train_config import TrainConfig, project_files
 from utils.data.image_list import ImageList, read_list
-from utils.system.files import PARTIAL, write_bytes, write_json
+from utils.system.files import PARTIAL, refuse_link, write_bytes, write_json
 from utils.system.folder_lock import HELD_FILE, LOCK_FILE, FolderLock, InUse
 
 CONFIG_FILE = "config.json"
@@ -75,9 +75,14 @@ def in_run(folder: str) -> bool:
 
 
 def results_folder(checkpoint: Path, other_data: str = "") -> Path:
-    """The default output folder of eval.py for a checkpoint; `other_data`: what isn't the run's own list."""
+    """The default output folder of eval.py for a checkpoint; `other_data`: what isn't the run's own list.
+
+    Raises:
+        WriteError: it is in a linked folder of the run.
+    """
     if not is_run(checkpoint.parent):
         return METRICS_FOLDER
+    refuse_link(checkpoint.parent / OTHER_RESULTS)
     name = re.sub(r"[^\w.-]+", "_", other_data).strip("._")[-80:]
     return checkpoint.parent / OTHER_RESULTS / name if other_data else checkpoint.parent
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from torchvision.utils import make_grid
 
 from utils.runs.folder import EVENTS
 from utils.runs.history import Row
-from utils.system.files import try_unlink
+from utils.system.csv_text import csv_row
+from utils.system.files import try_unlink, write_text, write_whole
 
 EPOCHS, AUGMENTED = "epochs.csv", "augmented.png"
 DRAW_EVERY = 10.0
@@ -59,7 +59,8 @@ class RunLog:
         """Log training images (B, 3, height, width) uint8, also as `augmented.png`, and the graph of `network`."""
         with self._warn_on_error():
             grid = make_grid(pixels[:16], nrow=4, padding=4, pad_value=255)  # (3, height, width)
-            Image.fromarray(grid.permute(1, 2, 0).numpy()).save(self.folder / AUGMENTED)
+            with write_whole(self.folder / AUGMENTED) as file:
+                Image.fromarray(grid.permute(1, 2, 0).numpy()).save(file, format="png")
         try:
             with self._warn_on_error(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # tracing warns of every shape used in Python code
@@ -74,11 +75,9 @@ class RunLog:
             self._add_scalars(history[-1])
             self.writer.flush()
             for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
-                (self.folder / name).write_text("".join(f"{row[key]}\n" for row in history), encoding="utf-8")
-            with (self.folder / EPOCHS).open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, history[-1].keys())
-                writer.writeheader()
-                writer.writerows(history)
+                write_text(self.folder / name, "".join(f"{row[key]}\n" for row in history))
+            rows = [history[-1].keys(), *(row.values() for row in history)]
+            write_text(self.folder / EPOCHS, "".join(f"{csv_row(list(row))}\r\n" for row in rows))
             self._undrawn = history
             if time.monotonic() - self._drawn_at >= DRAW_EVERY:
                 self._draw()
@@ -86,7 +85,8 @@ class RunLog:
     def _draw(self) -> None:
         from utils.runs.curves import plot_losses  # needs matplotlib
 
-        plot_losses(self._undrawn).savefig(self.folder / "epoch_loss.png")
+        with write_whole(self.folder / "epoch_loss.png") as file:
+            plot_losses(self._undrawn).savefig(file, format="png")
         self._undrawn, self._drawn_at = (), time.monotonic()
 
     def close(self) -> None:

@@ -42,6 +42,13 @@ def make_folder(folder: str | Path) -> None:
         raise WriteError(error.errno, error.strerror, str(folder)) from error
 
 
+def refuse_link(folder: Path) -> None:
+    """Raise a WriteError if `folder`, in the folder of a run, is a link: a run from somebody else may have one to any
+    place, whose files would be replaced."""
+    if folder.is_symlink():
+        raise WriteError(errno.ELOOP, "it is a link to another folder", str(folder))
+
+
 def make_writable(folder: Path, flag: str) -> Path:
     """Create the output folder given with `flag`, and check before any work that files can be written to it.
 
