@@ -91,3 +91,17 @@ def test_table_of_runs(trained, tmp_path, capsys):
     evaluation.main(list_runs=True, model_path="logs")
     with pytest.raises(FileNotFoundError, match="there is no run in"):
         format_runs(str(tmp_path))
+
+
+def test_a_run_with_damaged_settings_is_not_lost(two_classes, command, capsys):
+    train.main(settings(**TINY))
+    run = only_run()
+    before = load_checkpoint(run / LAST)["weights"]
+    write_back(run, epoch=2)
+    (run / "config.json").write_bytes(b"")
+    train.main(settings(**TINY | {"unfreeze_epoch": 2}))
+    assert "config.json is damaged, so it is unknown whether this run has the same" in capsys.readouterr().out
+    result = command("train.py", "--resume", str(run))
+    assert "config.json is damaged; the settings in last_epoch_weights" in result.stdout
+    assert result.returncode == 0, result.stderr
+    assert all(before[name].equal(tensor) for name, tensor in load_checkpoint(run / LAST)["weights"].items())

@@ -53,6 +53,7 @@ def open_run(
 def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, ImageList], asked: TrainConfig) -> RunFolder:
     remove_leftovers(Path(config.save_dir))
     if config.resume == "auto":
+        _report_damaged_settings(config.save_dir)
         for path in find_runs(config, finished=False):
             run, newest = _open_folder(path)
             if run and _has_classes(run, class_names):
@@ -63,6 +64,16 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
     elif config.resume != "no":
         return _open_given(config, class_names, lists)
     return create_run_folder(config, asked, lists)
+
+
+def _report_damaged_settings(save_dir: str) -> None:
+    """Print how to resume the runs whose settings can't be compared."""
+    for folder in _newest_first(save_dir):
+        if not read_json(folder / CONFIG_FILE) and not has_no_checkpoint(folder):
+            print(
+                f"warning: {folder / CONFIG_FILE} is damaged, so it is unknown whether this run has the same settings; "
+                f"its checkpoint has them: resume it with --resume {folder}"
+            )
 
 
 def _report_differences(config: TrainConfig) -> None:

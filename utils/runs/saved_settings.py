@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils.config.train_config import TrainConfig
-from utils.runs.checkpoint import BEST
+from utils.runs.checkpoint import BEST, load_newest
 from utils.runs.folder import ASKED_FILE, CONFIG_FILE
-from utils.system.files import read_json
+from utils.system.files import read_json, write_json
 
 MORE_EPOCHS = 10
 LOWER = 0.1
@@ -52,7 +52,7 @@ def settings_to_continue(run: str) -> TrainConfig:
 
 
 def _read(path: Path, field: str, run: str) -> TrainConfig:
-    """Read settings.
+    """Read settings; a damaged `path` is replaced by the settings in the run's checkpoint.
 
     Raises:
         FileNotFoundError: `run` isn't a run folder.
@@ -60,7 +60,12 @@ def _read(path: Path, field: str, run: str) -> TrainConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{field}={run!r}: no run found; python eval.py --list shows the runs")
+    values = read_json(path)
+    if not values and (newest := load_newest(path.parent)):
+        print(f"warning: {path} is damaged; the settings in {newest[0].name} take its place")
+        values = newest[1]["config"]
+        write_json(path, values)
     try:
-        return TrainConfig.from_dict(read_json(path))
+        return TrainConfig.from_dict(values)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{field}={run!r}: {path} isn't valid ({error}); start a new run with resume=no") from error
