@@ -64,7 +64,7 @@ def run(config: TrainConfig, data: Path) -> tuple[TrainConfig, list[Row]]:
         train.main(config)
     (folder,) = Path(config.save_dir).iterdir()
     last = load_checkpoint(folder / LAST)
-    scores = [test_thaw(checkpoint) for checkpoint in sorted(folder.glob("ep*.pth"))]
+    scores = [test_thaw(checkpoint) for checkpoint in sorted(folder.glob("ep*.safetensors"))]
     rows = [row | {"test_top1": score} for row, score in zip(last["history"], scores, strict=True)]
     return TrainConfig.from_dict(last["config"]), rows
 

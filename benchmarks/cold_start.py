@@ -68,7 +68,7 @@ def main(repeats: int = 7) -> None:
         repeats: processes of each, after a warm-up.
     """
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, image = Path(folder, "best.pth"), Path(folder, "image.jpg")
+        checkpoint, image = Path(folder, "best.safetensors"), Path(folder, "image.jpg")
         write_checkpoint(checkpoint)
         Image.effect_noise((500, 375), 50).convert("RGB").save(image)
         commands = {

@@ -140,7 +140,7 @@ def run_thaw(data: Path, config: TrainConfig) -> tuple[float, float, list[tuple[
         train.main(config)
         seconds = time.time() - started
     (run,) = Path(config.save_dir).iterdir()
-    epochs = [(file.stat().st_mtime - started, test_thaw(file)) for file in sorted(run.glob("ep0*.pth"))]
+    epochs = [(file.stat().st_mtime - started, test_thaw(file)) for file in sorted(run.glob("ep0*.safetensors"))]
     return seconds, test_thaw(run / BEST), epochs
 
 

@@ -152,7 +152,7 @@ def test_inconsistent_exported_weights_are_rejected(exported, tmp_path):
     for file, message in (
         (cut, "cut"),
         (named, "names 3 classes"),
-        (bare, "isn't an export of Thaw"),
+        (bare, "isn't a checkpoint of Thaw"),
     ):
         with pytest.raises(ValueError, match=message):
             load_classifier(file)
@@ -467,7 +467,7 @@ def test_external_weights_are_rejected(exported, tmp_path):
         point_elsewhere(model.graph.initializer[0])
 
     for change in (in_the_graph, in_a_nested_graph):
-        with pytest.raises(ValueError, match="weights are in other files"):
+        with pytest.raises(ValueError, match="it has (weights in other files|the operator If)"):
             open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", change))
 
 
@@ -483,8 +483,8 @@ def test_foreign_files_and_graphs_are_rejected(exported, tmp_path):
 
     for change, message in (
         (no_metadata, "isn't an export of Thaw"),
-        (another_input, "its graph doesn't map images|can't be opened by ONNX Runtime"),
-        (unknown_operation, "can't be opened by ONNX Runtime"),
+        (another_input, "its graph doesn't map images|it has the operator NoSuchThing"),
+        (unknown_operation, "it has the operator NoSuchThing"),
     ):
         with pytest.raises(ValueError, match=message):
             open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", change))

@@ -136,8 +136,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def read_tree(path: Path, skip: Collection[str] = ()) -> dict[str, Any]:
-    """The tree in a file; the tensors of the groups in `skip` are None. The file is mapped, so what isn't used takes no
-    memory.
+    """The tree in a file; the tensors of the groups in `skip` are None, and aren't read.
 
     Raises:
         Damaged: the file isn't as it was written.
@@ -154,7 +153,7 @@ def read_tree(path: Path, skip: Collection[str] = ()) -> dict[str, Any]:
         _verify(tensors, groups)
         tree = join(json.loads(metadata["plain"]), tensors)
     except (SafetensorError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
-        raise Damaged(f"it can't be read ({type(error).__name__})") from error
+        raise Damaged(f"it was cut off or changed ({error!s:.80})") from error
     if not isinstance(tree, dict):
         raise Damaged("it holds no dict")
     return tree
@@ -171,7 +170,8 @@ def read_tensors(path: Path, skip: Collection[str] = ()) -> dict[str, Tensor]:
     except UnicodeEncodeError:  # the library can't open a file by such a name
         tensors = load(path.read_bytes())
         return {name: tensors[name] for name in sorted(tensors) if _group(name) not in skip}
-    with safe_open(path, "pt") as file:
+    # Not mapped: a process ends at once if a mapped file is changed in place.
+    with safe_open(path, "pt", backend="pread") as file:
         names = sorted(name for name in file.keys() if _group(name) not in skip)  # noqa: SIM118
         return {name: file.get_tensor(name) for name in names}
 

@@ -50,6 +50,7 @@ def test_linked_folders_are_refused(trained, tmp_path, folder):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "events.out.tfevents.1").write_text("precious")
+    shutil.rmtree(run / folder, ignore_errors=True)
     (run / folder).symlink_to(outside)
     with pytest.raises(WriteError, match="it is a link to another folder"):
         export.main(str(run)) if folder == "export" else evaluation.main(str(run), corrupted=0)

@@ -12,12 +12,10 @@ import torch
 from torch.export import ExportedProgram
 
 from utils.inference.exported_metadata import INPUT, OUTPUT, ExportedMetadata
-from utils.inference.onnx_file import DIGEST, digest
+from utils.inference.onnx_file import DIGEST, OPSET, digest
 
 if TYPE_CHECKING:
     import onnx
-
-OPSET = 18
 
 
 def make_onnx(program: ExportedProgram, metadata: ExportedMetadata) -> bytes:

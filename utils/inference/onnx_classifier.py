@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +18,21 @@ from utils.inference.onnx_file import read_onnx
 from utils.inference.prediction import Failure, Prediction, make_prediction
 from utils.inference.predictor import BATCH, ImageInput, check_stream_arguments, read_region, stream_predictions
 from utils.inference.rejection import Rejection
+from utils.system.files import format_bytes
 from utils.system.thread_map import MAX_AHEAD
 
 if TYPE_CHECKING:
     import onnxruntime
 
 ONNX_SUFFIX = ".onnx"
+MAX_MEMORY = 6 << 30
+"""Bytes for the weights of all files that are open and for the values of an image."""
+EXTEND_AS_REQUESTED = 1
+"""ONNX Runtime's number for growing by what is needed, not by powers of two."""
+SECONDS = 60
+"""Time limit of an image."""
+MAX_DEVIATION = 1e-3
+"""Of a sum of probabilities from 1."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +64,37 @@ class OnnxClassifier:
         return self.metadata.preprocessing
 
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
-        """Probabilities (B, classes), fp32, of uint8 RGB images (B, height, width, 3) of any size.
+        """Probabilities (B, classes), fp32, of uint8 RGB images (B, height, width, 3) of any size; NaN where the
+        network's output isn't finite.
 
         Raises:
-            ValueError: the output has another shape.
+            ValueError: the output isn't probabilities of the classes, or takes too much time or memory.
         """
-        (output,) = self.session.run([OUTPUT], {INPUT: pixels})
-        if output.shape != (len(pixels), len(self.class_names)):
+        output = self._run(pixels)
+        if output.shape != (len(pixels), len(self.class_names)) or not _are_probabilities(output):
             raise ValueError(
                 f"{self.path} can't be used: its output is not probabilities of {len(self.class_names)} classes"
             )
+        return output
+
+    def _run(self, pixels: np.ndarray) -> np.ndarray:
+        """The output for images, within `SECONDS` and `MAX_MEMORY`."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = 4
+        timer = threading.Timer(SECONDS, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
+        try:
+            (output,) = self.session.run([OUTPUT], {INPUT: pixels}, options)
+        except Exception as error:  # ONNX Runtime's exceptions have no other base class
+            raise ValueError(
+                f"{self.path} can't be used: it takes more than {format_bytes(MAX_MEMORY)} or {SECONDS} s for an "
+                f"image, or is inconsistent ({error!s:.120})"
+            ) from error
+        finally:
+            timer.cancel()
         return output
 
     def stream(
@@ -101,6 +133,24 @@ class OnnxClassifier:
         return stream_predictions(images, load, predict, batch_size=1, read_ahead=min(batch_size, MAX_AHEAD))
 
 
+def _are_probabilities(output: np.ndarray) -> bool:
+    """Whether each row has numbers from 0 to 1 whose sum is 1, or isn't finite."""
+    rows = output[np.isfinite(output).all(axis=1)]
+    return bool((rows >= 0).all() and (rows <= 1).all() and (abs(rows.sum(axis=1) - 1) < MAX_DEVIATION).all())
+
+
+@cache
+def _limit_memory() -> None:
+    """Give ONNX Runtime an allocator of limited size for all sessions of this process."""
+    import onnxruntime
+
+    place = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    limits = onnxruntime.OrtArenaCfg({"max_mem": MAX_MEMORY, "arena_extend_strategy": EXTEND_AS_REQUESTED})
+    onnxruntime.create_and_register_allocator(place, limits)
+
+
 def is_onnx(path: str) -> bool:
     """Whether `path` has the suffix of ONNX files."""
     return path.lower().endswith(ONNX_SUFFIX)
@@ -117,7 +167,9 @@ def open_onnx(path: str | Path) -> OnnxClassifier:
 
     path = Path(path)
     content, metadata = read_onnx(path)
+    _limit_memory()
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
     # Without this, ONNX Runtime might detect its own format, which was not checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     options.log_severity_level = 3  # errors are raised anyway

@@ -1,0 +1,143 @@
+"""Files that attack, at every door: refused by a clear error or opened, within limits of time and memory.
+
+The long form has 500 mutated files of each kind: `python -m pytest -m slow tests/hostile`.
+"""
+
+import hashlib
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from utils.inference.onnx_file import DIGEST, OPERATORS, digest
+from utils.runs.checkpoint import find_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 30
+"""Time limit of a file."""
+
+
+def open_all(door: str, paths: Iterable[Path]) -> dict[str, str]:
+    """The outcome of each file at a door, see `tests/hostile/doors.py`."""
+    command = [sys.executable, "-m", "tests.hostile.doors", door, *map(str, paths)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace")
+    rows = [line.split("\t") for line in done.stdout.splitlines() if line.count("\t") == 2]
+    assert done.returncode == 0, f"after {len(rows)} files: {done.stderr[-2000:]}"
+    assert all(float(seconds) < SECONDS for *_, seconds in rows)
+    assert len(rows) == len(list(paths))
+    return {Path(path).name: outcome for path, outcome, _ in rows}
+
+
+def test_hostile_onnx_files_are_refused(shared):
+    """Files that read others, never end, take 6 GB, hide functions, or give no probabilities."""
+    files = sorted((shared / "data/hostile_files").glob("*.onnx"))
+    outcomes = open_all("onnx", files)
+    assert len(outcomes) >= 8
+    assert all(outcome.startswith("refused") for outcome in outcomes.values()), outcomes
+
+
+def mutate_onnx(model: onnx.ModelProto, rng: random.Random) -> None:
+    """Change something about a graph, and seal it again."""
+    nodes, weights = model.graph.node, model.graph.initializer
+    for _ in range(rng.randint(1, 3)):
+        node, tensor = rng.choice(nodes), rng.choice(weights)
+        kind = rng.randrange(7)
+        if kind == 0:
+            node.op_type = rng.choice([*OPERATORS.split(), "Loop", "If"])
+        elif kind == 1 and node.input:
+            node.input[rng.randrange(len(node.input))] = rng.choice(weights).name
+        elif kind == 2:
+            node.input.append(rng.choice(nodes).output[0])
+        elif kind == 3 and node.attribute:
+            attribute = rng.choice(node.attribute)
+            attribute.i, attribute.f = rng.choice([-1, 0, 1 << 40]), rng.choice([0.0, -1.0, float("inf")])
+            attribute.ints[:] = [rng.choice([-5, 0, 1 << 33]) for _ in attribute.ints]
+        elif kind == 4 and tensor.dims:
+            tensor.dims[rng.randrange(len(tensor.dims))] = rng.choice([0, 1, 7, 1 << 40])
+        elif kind == 5 and tensor.raw_data:
+            tensor.raw_data = rng.randbytes(len(tensor.raw_data))
+        elif kind == 6:
+            del nodes[rng.randrange(len(nodes))]
+    for entry in model.metadata_props:
+        if entry.key == DIGEST:
+            entry.value = digest(model)
+
+
+@pytest.mark.parametrize("number", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_mutated_onnx_files(exported, tmp_path, number):
+    whole = exported("fp32").read_bytes()
+    rng = random.Random(number)
+    paths = []
+    for i in range(number):
+        path = tmp_path / f"{i}.onnx"
+        if i % 4 == 0:  # damage that the checksum finds
+            damaged = bytearray(whole)
+            for _ in range(rng.randint(1, 8)):
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+            path.write_bytes(damaged[: rng.choice([len(damaged), rng.randrange(len(damaged))])])
+        else:
+            model = onnx.load_model_from_string(whole)
+            mutate_onnx(model, rng)
+            path.write_bytes(model.SerializeToString())
+        paths.append(path)
+    outcomes = open_all("onnx", paths)
+    assert sum(outcome.startswith("refused") for outcome in outcomes.values()) > number / 2
+
+
+def mutate_value(value: object, rng: random.Random) -> object:
+    """Another value of any type in place of a part of a plain tree."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        return value | {key: mutate_value(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        i = rng.randrange(len(value))
+        return [*value[:i], mutate_value(value[i], rng), *value[i + 1 :]]
+    return rng.choice([None, True, -1, 0, 1 << 70, 1e308, float("nan"), "", "x", [], {}, [[]], {"$tensor": "none"}])
+
+
+def write_mutated_checkpoint(whole: bytes, path: Path, rng: random.Random) -> None:
+    """Write a checkpoint with flipped bytes, or with other plain values and checksums that are right."""
+    if rng.random() < 0.3:
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 8)):
+            damaged[rng.randrange(min(len(damaged), rng.choice([200, 20_000, 1 << 30])))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        return
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = json.loads(whole[8 : 8 + length])
+    metadata = header["__metadata__"]
+    if rng.random() < 0.7:
+        metadata["plain"] = json.dumps(mutate_value(json.loads(metadata["plain"]), rng))
+    else:
+        name = rng.choice([name for name in header if name != "__metadata__"])
+        field, values = rng.choice(
+            [
+                ("dtype", ["F64", "F16", "BOOL", "x"]),
+                ("shape", [[], [1 << 40], [-1]]),
+                ("data_offsets", [[0, 4], [8, 0]]),
+            ]
+        )
+        header[name][field] = rng.choice(values)
+    metadata["sha256"] = "0" * 64
+    text = json.dumps(header).encode()
+    text = text.replace(b"0" * 64, hashlib.sha256(text).hexdigest().encode(), 1)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+
+
+@pytest.mark.parametrize("number", [80, pytest.param(500, marks=pytest.mark.slow)])
+def test_mutated_checkpoints(trained, tmp_path, number):
+    whole = find_checkpoint("").read_bytes()
+    rng = random.Random(number)
+    paths = [tmp_path / f"{i}.safetensors" for i in range(number)]
+    for path in paths:
+        write_mutated_checkpoint(whole, path, rng)
+    outcomes = open_all("checkpoint", paths)
+    assert sum(outcome.startswith("refused") for outcome in outcomes.values()) > number / 2
