@@ -322,7 +322,7 @@ class TrainConfig(NamesChecked):
     progressive. Other images with more pixels are refused before they are decoded."""
 
     allow_truncated: bool = setting(False, shapes_images=True)
-    """Read files that end too early, their missing part gray, instead of refusing them."""
+    """Read files that end too early or are damaged, their missing part gray, instead of refusing them."""
 
     cache_images: bool = setting(False, shapes_images=True)
     """Keep the training images decoded, and shrunk to what `input_shape` needs, in a file that is rebuilt when

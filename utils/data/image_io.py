@@ -16,10 +16,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import PIL
+import simplejpeg
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 
 from utils.config.train_config import TrainConfig
+from utils.data.jpeg import DamagedJpeg, decode_jpeg, has_too_many_scans
 from utils.system.errors import InputError
 
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
@@ -59,7 +61,7 @@ FORMATS = [
     if name in Image.OPEN
 ]
 
-READERS = f"Pillow {PIL.__version__}, OpenCV {cv2.__version__}{', pillow-heif' if HAS_HEIF else ''}"
+READERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}{', pillow-heif' if HAS_HEIF else ''}"
 """Versions of the image libraries; others may decode to different pixels."""
 
 MAX_PIXELS = TrainConfig.max_pixels
@@ -76,13 +78,8 @@ MIN_OVERSAMPLING = 1.5
 differ from full decoding by one level of 255 on average (PSNR above 36 dB, about the loss of JPEG itself); at 1 by two
 levels; 2 is no closer, and 12 megapixels take a third longer."""
 
-JPEG_REDUCTIONS = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
-END_OF_JPEG = b"\xff\xd9"
+JPEG_FORMATS = ("JPEG", "MPO")
+JPEG_REDUCTIONS = (1, 2, 4, 8)
 
 # Transforms that make an image upright, by the EXIF tag Orientation; 1 is already upright.
 TO_UPRIGHT = {
@@ -151,14 +148,54 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: 
         path: a file of one of `FORMATS`; the suffix is ignored.
         max_pixels: images with more pixels are refused before decoding, except that a JPEG is decoded at 1/2, 1/4 or
             1/8 of its size to stay within this number.
-        allow_truncated: read incomplete files; missing pixels are gray.
+        allow_truncated: read incomplete and damaged files; missing pixels are gray.
 
     Raises:
         ImageError: the file is missing or can't be read; all other errors are converted to this.
     """
-    with _opened(path, max_pixels, allow_truncated) as (image, reduction):
-        _reduce(image, reduction)
-        return _upright_rgb(image)
+    with _opened(path, max_pixels, allow_truncated) as file:
+        image = Image.fromarray(file.decode(file.min_reduction))
+        image.format = file.image.format
+        return image
+
+
+class _File(NamedTuple):
+    """An image file, opened but not yet decoded.
+
+    Attributes:
+        path: the file.
+        image: its header.
+        min_reduction: the smallest of `JPEG_REDUCTIONS` at which it may be decoded; 1 for other formats.
+        max_pixels: see `open_image`.
+        allow_truncated: see `open_image`.
+    """
+
+    path: str | Path
+    image: Image.Image
+    min_reduction: int
+    max_pixels: int
+    allow_truncated: bool
+
+    def decode(self, reduction: int) -> np.ndarray:
+        """Return the pixels, uint8 (height, width, 3), upright RGB, at 1 / `reduction` of the size."""
+        pixels = self._decode_jpeg(reduction) if self.image.format in JPEG_FORMATS else None
+        if pixels is None:
+            _reduce(self.image, reduction)
+            return np.array(_upright_rgb(self.image))
+        orientation = _orientation(self.image)
+        return TO_UPRIGHT[orientation](pixels) if orientation in TO_UPRIGHT else pixels
+
+    def _decode_jpeg(self, reduction: int) -> np.ndarray | None:
+        """Decode a JPEG, strictly unless `allow_truncated`; None if it is left to Pillow."""
+        data = Path(self.path).read_bytes()
+        if has_too_many_scans(data, self.image.width * self.image.height, self.max_pixels):
+            raise _Unsupported("a progressive JPEG of so many scans takes too long; save it as a JPEG again")
+        try:
+            return decode_jpeg(data, self.image.size, reduction)
+        except DamagedJpeg:
+            if not self.allow_truncated:
+                raise
+            return None
 
 
 class OpenImage:
@@ -169,16 +206,14 @@ class OpenImage:
         height: of the upright image.
     """
 
-    def __init__(self, path: str | Path, image: Image.Image, reduction: int) -> None:
-        self._path = path
-        self._image = image
-        self._min_reduction = reduction
+    def __init__(self, file: _File) -> None:
+        self._file = file
         self._pixels: np.ndarray | None = None
-        if image.format in ("JPEG", "MPO"):
-            self._orientation = _orientation(image)
-            self.width, self.height = image.size[::-1] if self._orientation in SWAPS_AXES else image.size
+        image = file.image
+        if image.format in JPEG_FORMATS:
+            self.width, self.height = image.size[::-1] if _orientation(image) in SWAPS_AXES else image.size
         else:  # other formats have no lower scales, and their headers aren't reliable
-            self._pixels = np.array(_upright_rgb(image))
+            self._pixels = file.decode(1)
             self.height, self.width = self._pixels.shape[:2]
 
     def decode(self, box: Box, size: tuple[int, int]) -> Region:
@@ -192,12 +227,8 @@ class OpenImage:
 
     def _decode_jpeg(self, box: Box, size: tuple[int, int]) -> np.ndarray:
         max_reduction = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / MIN_OVERSAMPLING
-        reduction = max(n for n in JPEG_REDUCTIONS if n <= max(max_reduction, self._min_reduction))
-        pixels = _decode_jpeg(self._path, reduction, self._orientation) if self._image.mode == "RGB" else None
-        if pixels is None:
-            _reduce(self._image, reduction)
-            pixels = np.array(_upright_rgb(self._image))
-        return pixels
+        reduction = max(n for n in JPEG_REDUCTIONS if n <= max(max_reduction, self._file.min_reduction))
+        return self._file.decode(reduction)
 
 
 def scale_box(pixels: np.ndarray, box: Box, width: int, height: int) -> Region:
@@ -212,23 +243,8 @@ def open_to_decode(
     path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
 ) -> Iterator[OpenImage]:
     """Open an image for decoding; arguments and errors are those of `open_image`."""
-    with _opened(path, max_pixels, allow_truncated) as (image, reduction):
-        yield OpenImage(path, image, reduction)
-
-
-def _decode_jpeg(path: str | Path, reduction: int, orientation: int) -> np.ndarray | None:
-    """Decode an RGB JPEG with OpenCV: the same pixels as Pillow's, faster.
-
-    Returns None if the file looks incomplete or broken, which is left to Pillow and its error messages.
-    """
-    encoded = np.fromfile(path, np.uint8)
-    if encoded[-2:].tobytes() != END_OF_JPEG:
-        return None
-    pixels = cv2.imdecode(encoded, JPEG_REDUCTIONS[reduction] | cv2.IMREAD_IGNORE_ORIENTATION)
-    if pixels is None:
-        return None
-    cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
-    return TO_UPRIGHT[orientation](pixels) if orientation in TO_UPRIGHT else pixels
+    with _opened(path, max_pixels, allow_truncated) as file:
+        yield OpenImage(file)
 
 
 def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
@@ -281,8 +297,8 @@ def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]
     Raises:
         ImageError: the file is missing, isn't an image, or has more than `max_pixels`.
     """
-    with _opened(path, max_pixels) as (image, _):
-        return image.size
+    with _opened(path, max_pixels) as file:
+        return file.image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -350,10 +366,8 @@ def _has_unknown_channel(image: Image.Image) -> bool:
 
 
 @contextmanager
-def _opened(
-    path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
-) -> Iterator[tuple[Image.Image, int]]:
-    """Open a file; yield the image, not yet decoded, and the reduction at which it must be decoded at least."""
+def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Iterator[_File]:
+    """Open a file without decoding it; errors within the context become `ImageError`."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or socket would block forever
             raise OSError("it is not a file but a folder or a pipe")
@@ -361,7 +375,7 @@ def _opened(
         with _open(path) as image:
             reduction = _min_reduction(path, image, max_pixels)
             ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
-            yield image, reduction
+            yield _File(path, image, reduction, max_pixels, allow_truncated)
     except Exception as error:  # on broken files Pillow's decoders raise nearly any exception
         # Errors of the system have a number, those of Pillow's decoders have none.
         missing = isinstance(error, OSError) and error.errno is not None
@@ -386,7 +400,7 @@ def _min_reduction(path: str | Path, image: Image.Image, max_pixels: int) -> int
     pixels = image.width * image.height
     if pixels <= max_pixels:
         return 1
-    if image.format in ("JPEG", "MPO") and pixels <= max_pixels * max(JPEG_REDUCTIONS) ** 2 and _has_one_scan(path):
+    if image.format in JPEG_FORMATS and pixels <= max_pixels * max(JPEG_REDUCTIONS) ** 2 and _has_one_scan(path):
         return next(n for n in JPEG_REDUCTIONS if pixels <= max_pixels * n**2)
     raise Image.DecompressionBombError
 
@@ -410,6 +424,8 @@ def _cause(path: str | Path, error: Exception, max_pixels: int) -> str:
     """Return the reason for the user, with the package to install if one can read the format."""
     if isinstance(error, _Unsupported):
         return str(error)
+    if isinstance(error, DamagedJpeg):
+        return f"it is damaged ({error}); replace it by an intact copy, or set allow_truncated to read what is left"
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
     if isinstance(error, Image.UnidentifiedImageError):
