@@ -4,10 +4,16 @@ The long form has 2,000 damaged photos: `python -m pytest -m slow tests/hostile/
 """
 
 import io
+import json
+import os
 import random
 import re
+import subprocess
+import sys
+import textwrap
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +30,7 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.inference.predictor import read_region
 
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 5
 """Time limit of a file; most take hundredths."""
 
@@ -189,3 +196,95 @@ def test_progressive_images_of_too_many_scans_are_refused(here):
 def test_scan_bomb(shared):
     errors = open_everywhere(str(shared / "data/hostile_files/scan300k.jpg"))
     assert all("scans takes too long" in error for error in errors)
+
+
+MEASURE = """
+    import json, sys
+    from pathlib import Path
+    from utils.data import image_io
+    from utils.data.decode_budget import bytes_per_pixel
+    def memory(field):
+        return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(field))
+    rows = {}
+    for path in sys.argv[1:]:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+        before, allowed, pixels = memory("VmRSS"), 0, 0
+        try:
+            with image_io._opened(path) as file:
+                allowed, pixels = bytes_per_pixel(file.image), file.image.width * file.image.height
+            image_io.open_image(path)
+            with image_io.open_to_decode(path) as image:
+                image.decode((0, 0, image.width, image.height), (image.height, image.width))
+            error = ""
+        except image_io.ImageError as cause:
+            error = str(cause)
+        rows[Path(path).name] = [memory("VmHWM") - before, allowed, pixels, error]
+    print(json.dumps(rows))
+"""
+
+
+def measure_memory(paths: list[Path]) -> dict[str, tuple[int, int, int, str]]:
+    """Of each file: the bytes that reading it took, those assumed per pixel, its pixels, and the error."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("peak memory is read from /proc")
+    command = [sys.executable, "-c", textwrap.dedent(MEASURE), *map(str, paths)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}  # returns what was freed
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("side", [1500, pytest.param(5000, marks=pytest.mark.slow)])
+def test_memory_of_formats(tmp_path, side):
+    """What decoding takes is at most what the budget assumes."""
+    noise = np.random.default_rng(0).integers(0, 256, (side // 50, side // 50, 4), dtype=np.uint8)
+    rgba = Image.fromarray(noise).resize((side, side))
+    rgb = rgba.convert("RGB")
+    gray = rgb.convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(tmp_path / "rgb.jpg", exif=exif)
+    rgb.save(tmp_path / "progressive.jpg", progressive=True, subsampling=0)
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", progressive=True)
+    gray.save(tmp_path / "gray.jpg")
+    rgb.save(tmp_path / "rgb.jp2")
+    rgba.save(tmp_path / "rgba.jp2")
+    rgb.save(tmp_path / "rgb.webp", method=0)
+    rgba.save(tmp_path / "rgba.webp", method=0)
+    rgb.save(tmp_path / "rgb.avif", speed=10)
+    rgba.save(tmp_path / "rgba.avif", speed=10)
+    rgba.save(tmp_path / "rgba.png", compress_level=1, exif=exif)
+    rgb.save(tmp_path / "rgb.png", compress_level=1)
+    rgba.convert("LA").save(tmp_path / "la.png", compress_level=1)
+    rgb.convert("P").save(tmp_path / "palette.png", transparency=3, compress_level=1)
+    deep.save(tmp_path / "deep.png", compress_level=1)
+    deep.save(tmp_path / "deep.jp2")
+    Image.fromarray(np.asarray(gray).astype(np.int32)).save(tmp_path / "integers.tif")
+    Image.fromarray(np.asarray(gray) / np.float32(255)).save(tmp_path / "floats.tif")
+    Image.merge("LAB", rgb.split()).save(tmp_path / "lab.tif")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.tif")
+    rgb.convert("P").save(tmp_path / "palette.gif", transparency=2)
+    for name in ("rgb.bmp", "rgb.ppm", "rgb.tif"):
+        rgb.save(tmp_path / name)
+    measured = measure_memory(sorted(tmp_path.iterdir()))
+    print({name: round(taken / pixels, 1) for name, (taken, _, pixels, _) in measured.items()})
+    for name, (taken, allowed, pixels, error) in measured.items():
+        assert not error, name
+        assert taken <= allowed * pixels + (4 << 20), name
+
+
+def test_sparse_files_are_not_read_whole(tmp_path):
+    """Of 6 GB, on disk almost nothing."""
+    for name in ("a.jpg", "a.png", "a.gif", "a.webp", "a.avif", "a.tif", "a.bmp", "a.ppm", "a.jp2"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (tmp_path / "zeros.jpg").touch()
+    for path in tmp_path.iterdir():
+        os.truncate(path, 6_000_000_000)
+    for name, (taken, _, _, error) in measure_memory(sorted(tmp_path.iterdir())).items():
+        assert taken < 32 << 20, name
+        assert not error if name == "a.tif" else "the file has 6.00 GB" in error, (name, error)
+
+
+def test_image_of_1_kb_that_takes_2_gb(shared):
+    errors = open_everywhere(str(shared / "data/hostile_files/rgb.jp2"))
+    assert all("take 2.00 GB to decode" in error for error in errors)

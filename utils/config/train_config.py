@@ -317,9 +317,10 @@ class TrainConfig(NamesChecked):
     share of the list the run stops."""
 
     max_pixels: int = setting(100_000_000, FROM_1, shapes_images=True)
-    """Largest number of pixels of a decoded image: the memory that decoding takes is four bytes per pixel or more. A
-    larger JPEG, such as a phone's of 200 megapixels, is decoded at 1/2, 1/4 or 1/8 of its size, unless it is
-    progressive. Other images with more pixels are refused before they are decoded."""
+    """Largest number of pixels of a decoded image. Decoding may take 15 bytes for each; images that take more, such as
+    those with alpha and JPEG 2000, may have fewer pixels, see [data](data.md#damaged-and-hostile-images). A larger
+    JPEG, such as a phone's of 200 megapixels, is decoded at 1/2, 1/4 or 1/8 of its size, unless it is progressive.
+    Other images with more pixels are refused before they are decoded."""
 
     allow_truncated: bool = setting(False, shapes_images=True)
     """Read files that end too early or are damaged, their missing part gray, instead of refusing them."""

@@ -21,8 +21,10 @@ from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 
 from utils.config.train_config import TrainConfig
+from utils.data.decode_budget import IN_MEMORY, MOST_PER_PIXEL, budget, bytes_per_pixel
 from utils.data.jpeg import DamagedJpeg, decode_jpeg, has_too_many_scans
 from utils.system.errors import InputError
+from utils.system.files import format_bytes
 
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
 if HAS_HEIF:
@@ -66,6 +68,12 @@ READERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}{', pil
 
 MAX_PIXELS = TrainConfig.max_pixels
 """Images that decode to more pixels are refused before decoding: a small file can claim to be a huge image."""
+
+LENGTH_PER_PIXEL = 8
+"""Bytes per pixel of the longest file that is read: uncompressed RGBA of 16 bits."""
+MIN_LENGTH_LIMIT = 64 << 20
+"""Bytes that a file may have for any `max_pixels`."""
+TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 WHITE_16 = 65_535
 """White in images of 16 bits; wider integers are read as such."""
@@ -153,7 +161,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: 
     Raises:
         ImageError: the file is missing or can't be read; all other errors are converted to this.
     """
-    with _opened(path, max_pixels, allow_truncated) as file:
+    with _opened(path, max_pixels, allow_truncated) as file, budget.take(file.memory):
         image = Image.fromarray(file.decode(file.min_reduction))
         image.format = file.image.format
         return image
@@ -166,6 +174,7 @@ class _File(NamedTuple):
         path: the file.
         image: its header.
         min_reduction: the smallest of `JPEG_REDUCTIONS` at which it may be decoded; 1 for other formats.
+        memory: bytes that decoding takes at most.
         max_pixels: see `open_image`.
         allow_truncated: see `open_image`.
     """
@@ -173,6 +182,7 @@ class _File(NamedTuple):
     path: str | Path
     image: Image.Image
     min_reduction: int
+    memory: int
     max_pixels: int
     allow_truncated: bool
 
@@ -243,7 +253,7 @@ def open_to_decode(
     path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
 ) -> Iterator[OpenImage]:
     """Open an image for decoding; arguments and errors are those of `open_image`."""
-    with _opened(path, max_pixels, allow_truncated) as file:
+    with _opened(path, max_pixels, allow_truncated) as file, budget.take(file.memory):
         yield OpenImage(file)
 
 
@@ -369,17 +379,53 @@ def _has_unknown_channel(image: Image.Image) -> bool:
 def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Iterator[_File]:
     """Open a file without decoding it; errors within the context become `ImageError`."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or socket would block forever
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or socket would block forever
             raise OSError("it is not a file but a folder or a pipe")
+        _check_length(path, status.st_size, max_pixels)
         Image.MAX_IMAGE_PIXELS = max_pixels
         with _open(path) as image:
             reduction = _min_reduction(path, image, max_pixels)
             ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
-            yield _File(path, image, reduction, max_pixels, allow_truncated)
+            memory = _memory(image, reduction, max_pixels)
+            memory += status.st_size if image.format in IN_MEMORY else 0
+            yield _File(path, image, reduction, memory, max_pixels, allow_truncated)
     except Exception as error:  # on broken files Pillow's decoders raise nearly any exception
         # Errors of the system have a number, those of Pillow's decoders have none.
         missing = isinstance(error, OSError) and error.errno is not None
         raise ImageError.of(path, _cause(path, error, max_pixels), missing) from error
+
+
+def _check_length(path: str | Path, length: int, max_pixels: int) -> None:
+    """Refuse a file much longer than its pixels can be: some formats are read whole. TIFFs may hold many pages.
+
+    Raises:
+        _Unsupported: the file is too long.
+    """
+    most = max(MIN_LENGTH_LIMIT, LENGTH_PER_PIXEL * max_pixels)
+    if length > most:
+        with Path(path).open("rb") as file:
+            if file.read(4) not in TIFF_HEADERS:
+                raise _Unsupported(
+                    f"the file has {format_bytes(length)}, of which images of max_pixels={max_pixels} need at most "
+                    f"{format_bytes(most)}; save it as a JPEG"
+                )
+
+
+def _memory(image: Image.Image, reduction: int, max_pixels: int) -> int:
+    """Return the bytes that decoding at 1 / `reduction` of the size takes.
+
+    Raises:
+        _Unsupported: they are more than `max_pixels` allows.
+    """
+    memory = bytes_per_pixel(image) * (image.width * image.height // reduction**2)
+    if memory > MOST_PER_PIXEL * max_pixels:
+        raise _Unsupported(
+            f"{image.width} x {image.height} pixels of {image.format} in mode {image.mode} take {format_bytes(memory)} "
+            f"to decode, more than max_pixels={max_pixels} allows ({MOST_PER_PIXEL} bytes each); shrink it, save it as "
+            f"an RGB JPEG, or raise max_pixels"
+        )
+    return memory
 
 
 def _open(path: str | Path) -> Image.Image:
