@@ -1,5 +1,6 @@
 """Tests of utils/data/image_io.py: any file becomes an image or an ImageError."""
 
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from PIL import Image
 from tests.conftest import settings
 from utils.annotation.fingerprints import Fingerprints
 from utils.annotation.folder_scan import find_images
+from utils.data import image_io
 from utils.data.dataset import FileSource
 from utils.data.image_io import HAS_HEIF, ImageError, Region, open_image, open_to_decode, read_size, upright_rgb
 from utils.data.image_list import list_in_memory
@@ -59,14 +61,21 @@ def test_deep_images_are_scaled(here, values, expected):
         assert np.asarray(open_image(name))[0, :, 0].tolist() == expected
 
 
-def write_tiff(values: np.ndarray, photometric: int, planar: bool = False, extra: tuple[int, ...] = (), bits: int = 0):
+def write_tiff(
+    values: np.ndarray,
+    photometric: int,
+    planar: bool = False,
+    extra: tuple[int, ...] = (),
+    bits: int = 0,
+    colors: tuple[int, ...] = (),
+):
     """Write values (height, width, channels) to a.tif, in layouts that Pillow doesn't write."""
     channels = values.shape[2]
     data = (values.transpose(2, 0, 1) if planar else values).tobytes()
     planes = channels if planar else 1
     tags = {256: [values.shape[1]], 257: [len(values)], 258: [bits or 8 * values.itemsize] * channels, 259: [1]}
     tags |= {262: [photometric], 273: [0] * planes, 277: [channels], 279: [len(data) // planes] * planes}
-    tags |= {284: [2 if planar else 1]} | ({338: extra} if extra else {})
+    tags |= {284: [2 if planar else 1]} | ({320: colors} if colors else {}) | ({338: extra} if extra else {})
     tags |= {339: [{"u": 1, "i": 2, "f": 3}[values.dtype.kind]] * channels}
     end = 8 + 2 + 12 * len(tags) + 4  # of the directory; longer values follow, then the pixels
     first = end + sum(4 * len(numbers) for numbers in tags.values() if len(numbers) > 1)
@@ -281,6 +290,71 @@ def test_heic_error_suggests_pillow_heif(here):
     (here / "a.jpg").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     with pytest.raises(ImageError, match="it is HEIC; pip install pillow-heif"):
         open_image("a.jpg")
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "webp", "avif", "heic"])
+def test_files_whose_headers_are_incomplete(here, suffix, monkeypatch):
+    monkeypatch.setattr(image_io, "HAS_HEIF", True)
+    if suffix == "heic":
+        (here / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    else:
+        Image.new("RGB", (64, 64)).save(f"a.{suffix}")
+    (here / "b").write_bytes((here / f"a.{suffix}").read_bytes()[:12])
+    with pytest.raises(
+        ImageError, match=r"b can't be read as an image: it is a .* file, incomplete or damaged; replace"
+    ):
+        open_image("b")
+
+
+def jpeg_2000(definition: list[tuple[int, int, int]], space: int) -> bytes:
+    """A JPEG 2000 file in pure red, with other channel definitions and color space."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "JPEG2000")
+    data = buffer.getvalue()
+    header = data.index(b"jp2h") - 4
+    end = header + int.from_bytes(data[header : header + 4], "big")
+    content = data[header + 8 : end]
+    place = content.index(b"colr") + 7
+    content = content[:place] + struct.pack(">I", space) + content[place + 4 :]
+    if definition:
+        packed = struct.pack(">H", len(definition)) + b"".join(struct.pack(">HHH", *row) for row in definition)
+        content += struct.pack(">I4s", 8 + len(packed), b"cdef") + packed
+    return data[:header] + struct.pack(">I4s", 8 + len(content), b"jp2h") + content + data[end:]
+
+
+@pytest.mark.parametrize(
+    ("definition", "space", "cause"),
+    [
+        ([], 16, ""),
+        ([(0, 0, 1), (1, 0, 2), (2, 0, 3)], 16, ""),
+        ([(0, 0, 3), (1, 0, 2), (2, 0, 1)], 16, "channels in another order than RGB"),
+        ([], 14, "color space 14"),
+    ],
+)
+def test_colors_of_jpeg_2000(here, definition, space, cause):
+    (here / "a.jp2").write_bytes(jpeg_2000(definition, space))
+    for read in (open_image, lambda path: upright_rgb(Image.open(path))):
+        if cause:
+            with pytest.raises(ImageError, match=cause):
+                read("a.jp2")
+        else:
+            assert read("a.jp2").getpixel((3, 3)) == (254, 0, 0) or read("a.jp2").getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+def test_palettes_of_tiff_of_8_and_16_bits(here, scale):
+    colors = np.zeros((3, 256), int)
+    colors[:, :3] = [[200, 0, 10], [0, 100, 20], [0, 0, 30]]
+    write_tiff(np.uint8([[[0], [1], [2]]]), photometric=3, colors=(colors * scale).flatten().tolist())
+    for image in (open_image("a.tif"), upright_rgb(Image.open("a.tif"))):
+        assert np.asarray(image)[0].tolist() == [[200, 0, 0], [0, 100, 0], [10, 20, 30]]
+
+
+def test_image_without_its_palette(shared):
+    path = shared / "data/hostile_files/wrong_colours/missing_plte.png"
+    for read in (open_image, lambda path: upright_rgb(Image.open(path))):
+        with pytest.raises(ImageError, match="its palette is missing"):
+            read(path)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])

@@ -288,3 +288,9 @@ def test_sparse_files_are_not_read_whole(tmp_path):
 def test_image_of_1_kb_that_takes_2_gb(shared):
     errors = open_everywhere(str(shared / "data/hostile_files/rgb.jp2"))
     assert all("take 2.00 GB to decode" in error for error in errors)
+
+
+def test_images_of_unknown_colors_are_refused(shared):
+    for name in ("file2.jp2", "missing_plte.png"):
+        errors = open_everywhere(str(shared / "data/hostile_files/wrong_colours" / name))
+        assert all(re.search("channels in another order|its palette is missing", error) for error in errors), errors

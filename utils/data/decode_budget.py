@@ -20,7 +20,7 @@ IN_MEMORY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
 
 def bytes_per_pixel(image: Image.Image) -> int:
     """Return the bytes per pixel that decoding to an RGB array takes at most, by format and mode, as measured."""
-    alpha = image.has_transparency_data
+    alpha = image.mode.endswith(("A", "a")) or "transparency" in image.info
     if image.format in ("JPEG2000", "WEBP", "AVIF", "HEIF"):
         return 25 if alpha else 20
     if image.mode in ("F", "I") or alpha:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import stat
 import struct
 import warnings
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -74,6 +75,21 @@ LENGTH_PER_PIXEL = 8
 MIN_LENGTH_LIMIT = 64 << 20
 """Bytes that a file may have for any `max_pixels`."""
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+JPEG2000_SPACES = (12, 16, 17, 18)
+"""CMYK, sRGB, gray and YCbCr, by their numbers in JPEG 2000."""
+MAX_HEADER = 1 << 20
+"""Bytes at the start of a file in which its colors are described."""
+
+# Starts of files, by format; such a file that can't even be opened is broken.
+MAGIC = {
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG",
+    "GIF": rb"GIF8",
+    "WEBP": rb"RIFF.{4}WEBP",
+    "AVIF": rb".{4}ftypavi[fs]",
+    "HEIF": rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
+}
 
 WHITE_16 = 65_535
 """White in images of 16 bits; wider integers are read as such."""
@@ -284,7 +300,10 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.format == "JPEG2000" and image.fp is not None:
+        _check_jpeg2000(image.fp)
     image.load()
+    _mend_palette(image)
     rgb = to_rgb(image)
     if (transform := TO_UPRIGHT.get(_orientation(image))) is not None:
         # Not ImageOps.exif_transpose: it rewrites all of the EXIF data and fails on tags of unusual types.
@@ -367,6 +386,47 @@ def _check_channels(image: Image.Image) -> None:
         raise _Unsupported(f"a TIFF with separate planes of {bits} bits isn't supported; save it as 8-bit RGB")
     if bits == 8 and _tag(image, TiffImagePlugin.SAMPLEFORMAT, 1) == 2:
         raise _Unsupported("its 8-bit integers are signed, so black is unknown; save it with values from 0 to 255")
+
+
+def _check_jpeg2000(file: BinaryIO) -> None:
+    """Raise `_Unsupported` for JPEG 2000 files whose order of channels or color space Pillow ignores."""
+    position = file.tell()
+    file.seek(0)
+    boxes = dict(_boxes(file.read(MAX_HEADER)))
+    file.seek(position)
+    boxes = dict(_boxes(boxes.get(b"jp2h", b"")))  # none: a bare codestream
+    definition = boxes.get(b"cdef", b"")[2:]
+    channels = [struct.unpack_from(">HHH", definition, i) for i in range(0, len(definition) - 5, 6)]
+    if any(kind == 0 and color != number + 1 for number, kind, color in channels):
+        raise _Unsupported("a JPEG 2000 with channels in another order than RGB isn't supported; save it as RGB")
+    color = boxes.get(b"colr", b"")
+    space = int.from_bytes(color[3:7], "big")
+    if color[:1] == b"\1" and space not in JPEG2000_SPACES:
+        raise _Unsupported(f"a JPEG 2000 of color space {space} isn't supported; save it as RGB")
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield type and content of the boxes of a JPEG 2000 file; the last may be cut."""
+    position = 0
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        yield kind, data[position + 8 : position + length]
+        if length < 8:  # until the end of the file, or of 64 bits: the codestream
+            return
+        position += length
+
+
+def _mend_palette(image: Image.Image) -> None:
+    """Scale the palette of TIFFs that hold 8-bit values instead of 16-bit ones, which Pillow would make black.
+
+    Raises:
+        _Unsupported: the palette is missing.
+    """
+    if image.mode == "P" and image.palette is None:
+        raise _Unsupported("its palette is missing, so its colors are unknown")
+    colors = getattr(image, "tag_v2", {}).get(TiffImagePlugin.COLORMAP, ())
+    if image.mode == "P" and colors and max(colors) < 256:
+        image.putpalette(np.reshape(colors, (3, -1)).T.astype(np.uint8).tobytes())
 
 
 def _has_unknown_channel(image: Image.Image) -> bool:
@@ -478,8 +538,11 @@ def _cause(path: str | Path, error: Exception, max_pixels: int) -> str:
         header = b""
         with suppress(OSError), Path(path).open("rb") as file:
             header = file.read(32)
-        if header[4:8] == b"ftyp" and header[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-            return "it is HEIC; pip install pillow-heif to read it"
+        for name, magic in MAGIC.items():
+            if re.match(magic, header, re.DOTALL):
+                if name == "HEIF" and not HAS_HEIF:
+                    return "it is HEIC; pip install pillow-heif to read it"
+                return f"it is a {name} file, incomplete or damaged; replace it by an intact copy"
         if layout := _tiff_layout(path):
             return f"a TIFF of {layout} isn't supported; save it as 8-bit RGB"
         return "its image format is unknown" if header else "it is empty"
