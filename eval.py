@@ -185,7 +185,8 @@ def compare_classifiers(
     print(f"A: {checkpoints[0]}\nB: {checkpoints[1]}\non {data}")
     outputs_a = infer(a, images, num_workers, batch_size, "A")
     outputs_b = infer(b, images, num_workers, batch_size, "B")
-    reordered = outputs_b.logits[:, [b.class_names.index(name) for name in names]]
+    columns = {name: k for k, name in enumerate(b.class_names)}
+    reordered = outputs_b.logits[:, [columns[name] for name in names]]
     scores_a = Scores.from_logits(outputs_a.logits, outputs_a.class_ids, a.temperature)
     scores_b = Scores.from_logits(reordered, outputs_b.class_ids, b.temperature)
     overlaps = tuple(count_overlap(path, of, images) for path, of in zip(checkpoints, classifiers, strict=True))

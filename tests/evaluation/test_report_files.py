@@ -4,11 +4,14 @@ import csv
 import json
 import re
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.sparse import csr_array
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import eval as evaluation_script
@@ -25,6 +28,7 @@ from utils.evaluation.report_files import EVENTS_FOLDER, format_metrics, write_c
 from utils.evaluation.report_page import (
     MAX_LABEL_ERRORS,
     MAX_WORST,
+    confusion_cells,
     label_gallery,
     learning_curves,
     render,
@@ -60,7 +64,7 @@ def make_evaluation(folder: Path, names: list[str], n: int = 60, files: int = 12
     class_ids = torch.arange(n) % len(names)
     paths = [write_image(folder / "images" / f"<b>{i}&.png", 20 * (i % 12), (20 + i, 16), i) for i in range(files)]
     images = list_in_memory((int(k), str(paths[i % files])) for i, k in enumerate(class_ids))
-    logits = torch.randn(n, len(names), generator=generator) + accuracy * torch.eye(len(names))[class_ids]
+    logits = torch.randn(n, len(names), generator=generator) + accuracy * F.one_hot(class_ids, len(names))
     embeddings = torch.randn(n, 192, generator=generator) + 3 * torch.eye(192)[class_ids % 192]
     calibration = fit_calibration(logits, embeddings, class_ids, embeddings, class_ids)
     network = PixelNetwork(model, preprocessing, torch.device("cpu")).eval()
@@ -109,6 +113,23 @@ def test_awkward_class_names_in_all_files(here):
     assert {"class_5", "probability_5"} <= predictions[0].keys() and "class_6" not in predictions[0]
     table = format_metrics(read)
     assert all(name.encode("utf-8", "backslashreplace").decode() in table for name in AWKWARD)
+
+
+def test_confusion_matrix_of_many_classes_is_in_long_form(here):
+    """Nothing grows with the square of the classes: 8,000 of them would be a matrix of 500 MB."""
+    names = [f"class {i}" for i in range(8000)]
+    evaluation = make_evaluation(here, names, n=16)
+    tracemalloc.start()
+    write_metrics(here, evaluation)
+    assert confusion_cells(evaluation.scores.confusion)["rows"]
+    plot_confusion(evaluation.scores.confusion, names)
+    assert len(evaluation.metrics["notes"]) and all(len(note) < 1000 for note in evaluation.metrics["notes"])
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
+    header, *rows = csv.reader((here / "confusion_matrix.csv").open(encoding="utf-8"))
+    assert header == ["true", "predicted", "count"]
+    assert sum(int(count) for *_, count in rows) == 16
+    assert sum(int(count) for true, predicted, count in rows if true == predicted) == 16 * evaluation.metrics["top1"]
 
 
 def test_rejection_metrics(here):
@@ -193,7 +214,7 @@ def test_worst_mistakes_in_tensorboard(here):
     assert len(worst) > 10
     images = shown_images(evaluation, worst)
     assert len(images) == len(worst)
-    write_events(here, evaluation, plot_confusion(np.eye(3, dtype=int), ["a", "b", "c"]), images)
+    write_events(here, evaluation, plot_confusion(csr_array(np.eye(3, dtype=int)), ["a", "b", "c"]), images)
     images = EventAccumulator(str(here / EVENTS_FOLDER), size_guidance={"images": 0}).Reload()
     assert sum(tag.startswith("worst mistakes") for tag in images.Tags()["images"]) >= 1
 

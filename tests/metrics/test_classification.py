@@ -57,7 +57,22 @@ def test_worked_example():
 
 def test_rows_of_the_confusion_matrix_are_true_classes():
     confusion = Scores.from_logits(LOGITS, CLASS_IDS).confusion
-    assert confusion.tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert confusion.toarray().tolist() == [[2, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+    logits, class_ids = random_case()
+    confusion = Scores.from_logits(logits, class_ids).confusion
+    assert (confusion.toarray() == sk.confusion_matrix(class_ids, logits.argmax(1))).all()
+
+
+def test_classes_without_images_change_no_metric():
+    """They are skipped when the images are drawn again for intervals."""
+    logits, class_ids = random_case()
+    more = torch.cat([logits, torch.full((len(logits), 50), -80.0)], dim=1)
+    few, many = evaluate(logits, class_ids), evaluate(more, class_ids)
+    assert many["macro_f1"] == pytest.approx(few["macro_f1"])
+    for name, interval in few["intervals"].items():
+        assert many["intervals"][name] == pytest.approx(interval)
+    for row, same in zip(few["per_class"], many["per_class"], strict=False):
+        assert {key: pytest.approx(value) for key, value in row.items()} == same
 
 
 def test_cross_entropy_by_hand():

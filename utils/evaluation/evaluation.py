@@ -22,6 +22,10 @@ from utils.inference.outputs import Outputs
 from utils.metrics.classification import evaluation_metrics
 from utils.metrics.intervals import wilson_interval
 from utils.metrics.scores import Scores, expected_calibration_error
+from utils.system.text import shorten_list
+
+MAX_LISTED = 20
+"""Classes listed in a note; `absent_classes` has all."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Evaluation:
         """Warnings to read before the metrics."""
         notes = count_overlap(self.checkpoint, self.classifier, self.images).notes
         if absent_classes:
-            notes.append(f"No images, so excluded from the averages: {', '.join(absent_classes)}")
+            notes.append(f"No images, so excluded from the averages: {shorten_list(absent_classes, MAX_LISTED)}")
         classifier = self.classifier
         if classifier.calibration is None and classifier.temperature != 1:
             notes.append("Exported weights: probabilities are calibrated, but rejection needs the original checkpoint")

@@ -18,6 +18,8 @@ from utils.system.text import count_of, format_table
 
 EVENTS_FOLDER = "evaluation"
 """Subfolder of a run for the TensorBoard events of its evaluation."""
+MAX_COLUMNS = 1000
+"""With more classes, `confusion_matrix.csv` is in long form."""
 TOP = 5
 """Classes per image in `predictions.csv`."""
 PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1"}
@@ -29,11 +31,19 @@ MAX_ROWS = 40
 def write_metrics(folder: Path, evaluation: Evaluation) -> None:
     """Write `metrics.json`, `predictions.csv` and `confusion_matrix.csv`."""
     write_json(folder / "metrics.json", evaluation.metrics)
-    names = evaluation.classifier.class_names
-    header = ["true \\ predicted", *names]
-    rows = ([name, *map(int, row)] for name, row in zip(names, evaluation.scores.confusion, strict=True))
-    write_csv(folder / "confusion_matrix.csv", [header, *rows])
+    write_csv(folder / "confusion_matrix.csv", confusion_rows(evaluation))
     write_csv(folder / "predictions.csv", prediction_rows(evaluation))
+
+
+def confusion_rows(evaluation: Evaluation) -> list[list[str | int]]:
+    """The rows of `confusion_matrix.csv`: the matrix, or, above `MAX_COLUMNS` classes, its counts that aren't zero."""
+    confusion, names = evaluation.scores.confusion, evaluation.classifier.class_names
+    if len(names) <= MAX_COLUMNS:
+        rows = ([name, *row] for name, row in zip(names, confusion.toarray().tolist(), strict=True))
+        return [["true \\ predicted", *names], *rows]
+    counts = confusion.tocoo()
+    cells = zip(counts.row.tolist(), counts.col.tolist(), counts.data.tolist(), strict=True)
+    return [["true", "predicted", "count"], *([names[i], names[j], count] for i, j, count in sorted(cells))]
 
 
 def write_comparison(folder: Path, comparison: dict[str, Any], flipped: Sequence[Sequence[str]]) -> None:
@@ -46,13 +56,11 @@ def prediction_rows(evaluation: Evaluation) -> list[list[str | float]]:
     """The rows of `predictions.csv`: the header, then one row per image."""
     scores, names = evaluation.scores, evaluation.classifier.class_names
     top = min(TOP, len(names))
-    order = np.argsort(-scores.probabilities, axis=1, kind="stable")[:, :top]
     margin = margins(scores)
     others = [f"{column}_{k}" for k in range(2, top + 1) for column in ("class", "probability")]
     rows: list[list[str | float]] = [["path", "truth", "prediction", "probability", "margin", "loss", *others]]
-    for i, ranked in enumerate(order):
-        probability = scores.probabilities[i]
-        first, *rest = ranked.tolist()
+    for i, probability in enumerate(scores.probabilities):
+        first, *rest = np.argsort(-probability, kind="stable")[:top].tolist()
         row = [evaluation.images.path(i), names[scores.class_ids[i]], names[first], f"{probability[first]:.6f}"]
         row += [f"{margin[i]:.6f}", f"{scores.losses[i]:.6f}"]
         rows.append(row + [cell for k in rest for cell in (names[k], f"{probability[k]:.6f}")])

@@ -6,9 +6,7 @@ import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from utils.config.train_config import TrainConfig
 from utils.evaluation.evaluation import Evaluation
@@ -22,7 +20,7 @@ from utils.evaluation.mistakes import (
     read_sizes,
     worst_mistakes,
 )
-from utils.evaluation.plots import arrange_classes, describe_order
+from utils.evaluation.plots import arrange_classes, describe_order, fractions, select
 from utils.evaluation.report_files import format_metric
 from utils.inference.fit_calibration import TrainEmbeddings
 from utils.inference.rejection import DISTANCE_QUANTILE
@@ -31,6 +29,9 @@ from utils.metrics.scores import expected_calibration_error, reliability
 from utils.runs.log import EPOCHS
 from utils.system.pages import render_page
 from utils.system.text import printable
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 MAX_WORST, MAX_UNCERTAIN, MAX_LABEL_ERRORS = 24, 12, 24
 MAX_PAIRS, MAX_IMAGES_PER_PAIR = 8, 3
@@ -156,11 +157,13 @@ def learning_curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) 
     }
 
 
-def confusion_cells(confusion: np.ndarray) -> dict[str, Any]:
+def confusion_cells(confusion: csr_array) -> dict[str, Any]:
     """The class ids to show, why in this order, and rows of (count, fraction of the true class)."""
     order = arrange_classes(confusion)
-    fraction = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    rows = [[(int(confusion[i, j]), round(float(fraction[i, j]), 3)) for j in order] for i in order]
+    rows = [
+        [(count, round(fraction, 3)) for count, fraction in zip(*row, strict=True)]
+        for row in zip(select(confusion, order).tolist(), fractions(confusion, order).tolist(), strict=True)
+    ]
     return {"order": order.tolist(), "order_reason": describe_order(confusion), "rows": rows}
 
 

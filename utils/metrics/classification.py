@@ -92,14 +92,16 @@ def _class_row(
     scores: Scores, by_class: dict[str, np.ndarray], f1_intervals: list[list[float] | None], k: int
 ) -> dict[str, float | list[float] | None]:
     """The metrics of class `k`; None, except for `predicted`, if it has no images."""
-    confusion = scores.confusion
-    hits, support, predicted = (int(count) for count in (confusion[k, k], confusion[k].sum(), confusion[:, k].sum()))
+    hits, support, predicted = (int(counts[k]) for counts in (scores.hits, scores.support, scores.predictions))
     row: dict[str, Any] = {"predicted": predicted}
+    if not support:
+        intervals = ("precision_interval", "recall_interval", "f1_interval")
+        return row | dict.fromkeys((*by_class, *intervals))
     row |= {name: None if np.isnan(values[k]) else float(values[k]) for name, values in by_class.items()}
     row["precision_interval"] = list(wilson_interval(hits, predicted))
     row["recall_interval"] = list(wilson_interval(hits, support))
     row["f1_interval"] = f1_intervals[k]
-    return row if support else dict.fromkeys(row) | {"predicted": predicted}
+    return row
 
 
 def _mean(values: np.ndarray) -> float | None:

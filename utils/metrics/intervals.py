@@ -54,7 +54,10 @@ def bootstrap_intervals(scores: Scores) -> tuple[dict[str, list[float] | None], 
     if scores.probabilities.size <= MAX_RANKED:
         weights = _draw(len(scores), RANK_RESAMPLES, generator)
         metrics["roc_auc"], metrics["average_precision"] = resampled_rank_metrics(scores, weights)
-    return {name: _interval(values) for name, values in metrics.items()}, [_interval(v) for v in np.concatenate(f1).T]
+    f1_intervals: list[list[float] | None] = [None] * scores.num_classes
+    for k, values in zip(np.flatnonzero(scores.support), np.concatenate(f1).T, strict=True):
+        f1_intervals[k] = _interval(values)
+    return {name: _interval(values) for name, values in metrics.items()}, f1_intervals
 
 
 def _interval(values: np.ndarray | None) -> list[float] | None:
@@ -74,14 +77,19 @@ def _draw(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def _resampled_metrics(scores: Scores, weights: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Metrics (resamples,) of images with these weights (resamples, n), and the F1 of each class (resamples, classes).
+    """Metrics (resamples,) of images with these weights (resamples, n), and the F1 of each class that has images
+    (resamples, such classes).
 
-    F1 is NaN for a class without images.
+    F1 is NaN for a class without images in the resample.
     """
-    n = len(scores)
-    support = _sum_by(scores.class_ids, weights, scores.num_classes)
-    predicted = _sum_by(scores.predicted, weights, scores.num_classes)
-    hits = _sum_by(scores.class_ids, weights * scores.correct.astype(np.float32), scores.num_classes)
+    n, present = len(scores), np.flatnonzero(scores.support)
+    num_present = len(present)
+    class_ids = np.searchsorted(present, scores.class_ids)  # among the classes that have images: often far fewer
+    is_present = scores.support[scores.predicted] > 0
+    predicted_ids = np.searchsorted(present, scores.predicted[is_present])
+    support = _sum_by(class_ids, weights, num_present)
+    predicted = _sum_by(predicted_ids, weights[:, is_present], num_present)
+    hits = _sum_by(class_ids, weights * scores.correct.astype(np.float32), num_present)
     absent = support == 0
     precision, recall, f1 = (
         np.where(absent, np.nan, numerator / np.maximum(denominator, 1))

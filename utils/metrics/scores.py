@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 ECE_BINS = 15
 """Bins of the expected calibration error, as in Guo et al., 2017."""
@@ -42,14 +47,10 @@ class Scores:
             raise ValueError(
                 f"the network's outputs for {num_bad} of {len(logits)} images aren't finite; train it again"
             )
-        scaled = logits.double() / temperature
+        scaled = logits.to(torch.float64, copy=True).div_(temperature)  # large with many classes
+        losses = F.cross_entropy(scaled, class_ids, reduction="none").numpy()
         probabilities = scaled.softmax(dim=1).numpy()
-        return Scores(
-            class_ids.numpy(),
-            probabilities,
-            probabilities.argmax(axis=1),
-            F.cross_entropy(scaled, class_ids, reduction="none").numpy(),
-        )
+        return Scores(class_ids.numpy(), probabilities, probabilities.argmax(axis=1), losses)
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -75,17 +76,29 @@ class Scores:
         return np.bincount(self.class_ids, minlength=self.num_classes)
 
     @cached_property
-    def confusion(self) -> np.ndarray:
-        """Counts (classes, classes): rows are true classes, columns predicted ones."""
-        from sklearn.metrics import confusion_matrix  # slow to import
+    def predictions(self) -> np.ndarray:
+        """(classes,), the number of images predicted as each class."""
+        return np.bincount(self.predicted, minlength=self.num_classes)
 
-        return confusion_matrix(self.class_ids, self.predicted, labels=range(self.num_classes))
+    @cached_property
+    def hits(self) -> np.ndarray:
+        """(classes,), the number of images of each class that are classified correctly."""
+        return np.bincount(self.class_ids[self.correct], minlength=self.num_classes)
+
+    @cached_property
+    def confusion(self) -> csr_array:
+        """Counts (classes, classes), sparse: rows are true classes, columns predicted ones."""
+        from scipy.sparse import coo_array  # slow to import
+
+        ones, shape = np.ones(len(self), dtype=int), (self.num_classes, self.num_classes)
+        return coo_array((ones, (self.class_ids, self.predicted)), shape=shape).tocsr()  # sums equal pairs
 
     @cached_property
     def briers(self) -> np.ndarray:
         """(N,), the squared error of the probabilities, summed over the classes: 0 to 2 (Brier, 1950)."""
         true_probabilities = self.probabilities[np.arange(len(self)), self.class_ids]
-        return (self.probabilities**2).sum(axis=1) - 2 * true_probabilities + 1
+        squares = np.einsum("nk,nk->n", self.probabilities, self.probabilities)  # without a copy
+        return squares - 2 * true_probabilities + 1
 
     def bins(self) -> np.ndarray:
         """(N,), the index of the confidence among `ECE_BINS` bins of equal width; a bin includes its upper end."""
