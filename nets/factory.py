@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nets.arguments import check_arguments
 from nets.network import FreezableNetwork
 from nets.timm_networks import TIMM, build_timm, published_by_timm
 from nets.torchvision_networks import TORCHVISION, build_torchvision, published_by_torchvision
@@ -32,6 +33,7 @@ def build_model(name: str, num_classes: int, input_shape: Sequence[int], **optio
     Raises:
         ValueError: unknown name, unsupported option, or an input shape that the network can't take.
     """
+    check_arguments({"name": name, "num_classes": num_classes, "input_shape": input_shape, **options})
     if name in SIZES:
         return build_vit(input_shape, False, num_classes, name=name, **options)
     if name not in TORCHVISION and not name.startswith(TIMM):
@@ -66,19 +68,28 @@ def restore_model(arguments: Mapping[str, Any], weights: Mapping[str, Tensor]) -
     """Rebuild a network from its `FreezableNetwork.arguments` and weights.
 
     Raises:
-        ValueError, TypeError: the arguments are invalid.
+        ValueError: the arguments are invalid, or a weight has another type than the network's.
         RuntimeError: the weights don't fit.
     """
+    check_arguments(arguments)
     if "head.bias" in weights and len(weights["head.bias"]) != arguments.get("num_classes"):
         raise RuntimeError("the size of its head differs from num_classes")
     # On the meta device, no time is spent on initialization and no memory on tensors that the file doesn't contain.
     with torch.device("meta"):
         model = build_model(**arguments)
+    check_types(model, weights)
     model.load_state_dict(weights, assign=True)
     if any(buffer.is_meta for buffer in model.buffers()):  # some networks have buffers that are not saved
         model = build_model(**arguments)
         model.load_state_dict(weights)
     return model
+
+
+def check_types(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if one of `weights` has another type than in the network `model`."""
+    for name, own in model.state_dict().items():
+        if name in weights and weights[name].dtype != own.dtype:
+            raise ValueError(f"its weight {name} is of type {weights[name].dtype}, not {own.dtype}")
 
 
 def expected_preprocessing(name: str) -> dict[str, Any]:

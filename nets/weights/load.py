@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from nets.arguments import check_arguments
 from nets.network import FreezableNetwork
 from nets.weights.convert import convert_names, unwrap
-from nets.weights.description import ACTIVATIONS, read_preprocessing, read_variant, valid_fields
+from nets.weights.description import read_preprocessing, read_variant, valid_fields
 from nets.weights.digest import digest_file
 from nets.weights.hub import WeightsFile
 from nets.weights.safe_load import open_safely, read_header
 from nets.weights.sources import State, recognize
+from nets.weights.tree import DTYPES
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,10 @@ def read_weights(file: str | Path | WeightsFile, of_vit: bool = True) -> Weights
         source = recognize(state, wrapped) if of_vit else None
         described_preprocessing = dict(file.preprocessing) | read_preprocessing(path)
         if source is None:
+            _check_tensors(state)
             return Weights(path, "a network's own names", state, preprocessing=described_preprocessing, origin=origin)
         state, excluded = convert_names(state, source)
-        _check_dimensions(state)
+        _check_tensors(state)
         described_variant = read_variant(path)
     except (ValueError, IndexError, RuntimeError) as error:  # tensors may have unexpected shapes
         raise ValueError(f"{path} can't be used: {error}") from error
@@ -125,19 +128,18 @@ def _read_own(
 ) -> Weights:
     """Return the weights of a checkpoint of Thaw, or of its export, whose metadata describe network and images."""
     arguments, preprocessing = metadata.get("model"), metadata.get("preprocessing")
-    sides = arguments.get("input_shape") if isinstance(arguments, dict) else None
-    if not (isinstance(sides, list) and len(sides) == 2 and all(type(side) is int for side in sides)):
+    if not isinstance(arguments, dict) or not isinstance(arguments.get("input_shape"), list):
         raise ValueError(f"{path} can't be used: it has the layout of a checkpoint of Thaw, but no input_shape")
     try:
+        check_arguments(arguments)
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise ValueError("some of its weights are not tensors")
-        _check_dimensions(state)
-        variant = {name: value for name, value in arguments.items() if name not in OF_EVERY_NETWORK}
-        if unknown := variant.keys() - VARIANT.keys():
-            raise ValueError(f"unknown arguments of its network: {', '.join(map(repr, sorted(unknown)))}")
-        if wrong := [name for name, value in variant.items() if not VARIANT[name](value, state)]:
-            pairs = ", ".join(f"{name}={variant[name]!r:.40}" for name in wrong)
-            raise ValueError(f"invalid arguments of its network: {pairs}")
+        _check_tensors(state)
+        sides = arguments["input_shape"]
+        variant = {name: value for name, value in arguments.items() if name in VARIANT}
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        if variant.get("num_registers", registers) != registers:
+            raise ValueError(f"num_registers={variant['num_registers']}: it has {registers}")
         if "pos_embed" in state:
             patch = state["patch_embed.proj.weight"].shape[-1]
             if (sides[0] // patch) * (sides[1] // patch) != state["pos_embed"].shape[1] - 1:
@@ -156,24 +158,18 @@ def _read_own(
     )
 
 
-def _num_registers(state: State) -> int:
-    return state["reg_token"].shape[1] if "reg_token" in state else 0
-
-
-VARIANT: dict[str, Callable[[Any, State], bool]] = {
-    "activation": lambda value, _: value in ACTIVATIONS.values(),
-    "norm_eps": lambda value, _: type(value) is float and 0 < value < 1,
-    "num_registers": lambda value, state: type(value) is int and value == _num_registers(state),
-}
-"""Arguments of `nets.vit.vit` in a checkpoint, and a check of their values."""
-
-OF_EVERY_NETWORK = ("name", "num_classes", "input_shape")
+VARIANT = ("activation", "norm_eps", "num_registers")
+"""Arguments of `nets.vit.vit` in a checkpoint that its weights decide."""
 
 DIMENSIONS = {"pos_embed": 3, "reg_token": 3, "patch_embed.proj.weight": 4, "head.bias": 1}
 
 
-def _check_dimensions(state: State) -> None:
-    """Raise a ValueError if a tensor whose shape is read later has the wrong number of dimensions."""
+def _check_tensors(state: State) -> None:
+    """Raise a ValueError if a tensor is of a type that weights don't have, or if one whose shape is read later has the
+    wrong number of dimensions."""
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"its {name} is of type {tensor.dtype}, which isn't one of plain weights")
     for name, dimensions in DIMENSIONS.items():
         tensor = state.get(name)
         if tensor is not None and (tensor.ndim != dimensions or 0 in tensor.shape):

@@ -14,8 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from nets.weights.load import read_weights
+from utils.config.train_config import TrainConfig
 from utils.inference.classifier import load_classifier
 from utils.inference.onnx_classifier import open_onnx
+from utils.modeling.build import build_network
 from utils.runs.checkpoint import load_checkpoint
 
 MEMORY = 8 << 30
@@ -31,7 +33,8 @@ def use_onnx(path: str) -> None:
 
 def use_checkpoint(path: str) -> None:
     """Read a checkpoint to resume, to classify, and as weights."""
-    load_checkpoint(path)
+    content = load_checkpoint(path)
+    build_network(TrainConfig.from_dict(content["config"]).with_defaults(), content["class_names"], content)
     classifier = load_classifier(path, "cpu")
     classifier.predict(np.full((8, 8, 3), 128, np.uint8))
     read_weights(path)

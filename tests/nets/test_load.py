@@ -12,7 +12,9 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save, save_file
 
-from nets.vit import resample_pos_embed, vit
+from nets import arguments
+from nets.factory import restore_model
+from nets.vit import ACTIVATIONS, resample_pos_embed, vit
 from nets.weights.load import load_weights, read_weights
 from nets.weights.pretrained import HUB_REPOS, find_pretrained
 from nets.weights.safe_load import read_header
@@ -333,3 +335,25 @@ def test_unsupported_activation_is_an_error(here, capsys):
     Path("config.json").write_text('{"hidden_act": "gelu", "layer_norm_eps": 1' + "0" * 400 + "}")
     load_weights(tiny(), read_weights("w.pth"))
     assert "timm's ViT: activation gelu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_types_that_weights_do_not_have_are_refused(here, dtype):
+    state = tiny().state_dict()
+    save_file(state | {"norm.weight": state["norm.weight"].to(dtype)}, "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors can't be used: its norm.weight is of type"):
+        read_weights("w.safetensors")
+
+
+def test_weights_in_float64_are_converted(here):
+    """Files of other projects; a checkpoint must have the types of its network."""
+    model, state = tiny(), tiny(num_classes=4).state_dict()
+    save_file({name: tensor.double() for name, tensor in state.items()}, "w.safetensors")
+    load_weights(model, read_weights("w.safetensors"))
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    with pytest.raises(ValueError, match=r"is of type torch\.float64, not torch\.float32"):
+        restore_model(model.arguments, {name: tensor.double() for name, tensor in state.items()})
+
+
+def test_names_of_activations():
+    assert set(arguments.ACTIVATIONS) == set(ACTIVATIONS)

@@ -1,7 +1,9 @@
 """utils/runs/checkpoint.py: atomic writes, and no code is executed."""
 
 import errno
+import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from utils.runs.checkpoint import (
 
 def checkpoint_content(**changes):
     plain = {name: kind() for name, kind in KEYS.items() if name != "format_version"}
-    return plain | {"weights": {"w": torch.ones(3)}} | changes
+    model = {"name": "vit_xs_4", "num_classes": 2, "input_shape": [8, 8]}
+    return plain | {"model": model, "weights": {"w": torch.ones(3)}} | changes
 
 
 class Trap:
@@ -158,3 +161,31 @@ def test_find_checkpoint(here):
         find_checkpoint("elsewhere/unfinished")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint elsewhere/gone"):
         find_checkpoint("elsewhere/gone")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"history": [{"epoch": "x"}]}, "of another type than in a checkpoint: history"),
+        ({"history": [{"epoch": 1}]}, "a row of history lacks"),
+        ({"weights": {"w": None}}, "of another type than in a checkpoint: weights"),
+        ({"class_names": "ab"}, "of another type than in a checkpoint: class_names"),
+        ({"step": -1}, "step=-1: must be 0 or more"),
+        ({"epoch": True}, "of another type than in a checkpoint: epoch"),
+        ({"config": {"precision": "fp8"}}, "precision='fp8': must be one of auto, fp32"),
+        ({"config": {"drop_rate": float("nan")}}, "drop_rate=nan: must be of type"),
+        ({"config": {"stages": [{"epochs": 0}]}}, "stages="),
+        ({"model": {"norm_eps": "x"}}, "norm_eps='x': must be a number between 0 and 1"),
+        ({"model": {}}, "the network's name, num_classes, input_shape is missing"),
+        ({"model": {"wide": 1}}, "a network has no argument 'wide'"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(here, changes, message):
+    save_checkpoint("a.safetensors", checkpoint_content(**changes))
+    with pytest.raises(ValueError, match=re.escape(f"a.safetensors can't be used: {message}")):
+        load_checkpoint("a.safetensors")
+
+
+def test_fields_of_other_versions_are_no_error(here):
+    save_checkpoint("a.safetensors", checkpoint_content(config={"of a later version": None, "best_val_loss": math.inf}))
+    load_checkpoint("a.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import UnionType
@@ -78,18 +79,28 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def has_type(value: object, hint: Any) -> bool:
-    """Whether `value` has the type `hint`. Integers count as floats, lists as tuples; NaN and infinity don't count as
-    floats."""
+def has_type(value: object, hint: Any, finite: bool = True) -> bool:
+    """Whether `value` has the type `hint`. Integers count as floats, lists as tuples; NaN and infinity count as floats
+    unless `finite`."""
     args = get_args(hint)
+    if hint is Any:
+        return True
+    if get_origin(hint) is list:
+        return type(value) is list and all(has_type(item, args[0], finite) for item in value)
+    if get_origin(hint) is dict:
+        return type(value) is dict and all(
+            has_type(key, args[0]) and has_type(item, args[1], finite) for key, item in value.items()
+        )
     if get_origin(hint) is Literal:
         return value in args
     if get_origin(hint) in (Union, UnionType):
-        return any(has_type(value, arg) for arg in args)
+        return any(has_type(value, arg, finite) for arg in args)
     if get_origin(hint) is tuple and args[-1] is Ellipsis:
         return isinstance(value, tuple | list) and all(has_type(item, args[0]) for item in value)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple | list) and len(value) == len(args) and all(map(has_type, value, args))
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if type(value) is int:
+            return abs(value) <= sys.float_info.max
+        return isinstance(value, float) and (math.isfinite(value) or not finite)
     return value is None if hint is type(None) else type(value) is hint

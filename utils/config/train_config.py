@@ -384,13 +384,8 @@ class TrainConfig(NamesChecked):
 
     def __post_init__(self) -> None:
         lists_to_tuples(self)
-        for field, hint in field_types().items():
-            literals = [value for value in _options(hint) if value is not None]
-            remedy = f"must be one of {', '.join(literals)}" if literals else f"must be of type {hint}"
-            self._check(field, has_type(getattr(self, field), hint), remedy)
-            valid = SETTINGS[field].valid
-            if valid and getattr(self, field) is not None:
-                self._check(field, valid.test(getattr(self, field)), valid.remedy)
+        for field in SETTINGS:
+            check_value(field, getattr(self, field))
         self._check_pairs()
 
     def _check(self, field: str, holds: bool, remedy: str) -> None:
@@ -503,6 +498,31 @@ def field_types() -> dict[str, Any]:
 
 OPTIONAL_SWITCHES = [name for name, hint in field_types().items() if hint is not bool and has_type(True, hint)]
 """Fields that take True, False and something else, see `utils.system.cli.expand_switches`."""
+
+
+def check_value(field: str, value: Any) -> None:
+    """Raise a ValueError if `value` isn't valid in `field`."""
+    hint, valid = field_types()[field], SETTINGS[field].valid
+    literals = [option for option in _options(hint) if option is not None]
+    remedy = f"must be one of {', '.join(literals)}" if literals else f"must be of type {hint}"
+    if not has_type(value, hint):
+        raise ValueError(f"{field}={value!r}: {remedy}")
+    if valid and value is not None and not valid.test(value):
+        raise ValueError(f"{field}={value!r}: {valid.remedy}")
+
+
+def check_saved(values: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a value of `TrainConfig.as_dict` isn't valid. Fields of other versions aren't checked."""
+    for field in values.keys() & SETTINGS.keys():
+        if field != "stages":
+            check_value(field, values[field])
+        elif not has_type(values[field], list[dict[str, Any]]):
+            raise ValueError(f"stages={values[field]!r:.60}: must be a list of stages")
+    try:
+        for stage in values.get("stages", []):
+            StageConfig(**stage)
+    except TypeError as error:
+        raise ValueError(f"stages={values['stages']!r:.60}: {error}") from error
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -229,7 +229,7 @@ def load_classifier(path: str | Path, device: str = "auto", raw: bool = False, p
         chosen_precision, _ = choose_precision(precision or checkpoint["config"]["precision"], torch_device)
         calibration = Calibration.from_dict(checkpoint["calibration"])
         _check_parts(model, preprocessing, checkpoint["class_names"], calibration)
-    except (TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} can't be used: its contents are inconsistent ({error})") from error
     origin = checkpoint["origin"]
     return Classifier(

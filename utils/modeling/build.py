@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nets.factory import build_meta_model, build_model, expected_preprocessing
+from nets.factory import build_meta_model, build_model, check_types, expected_preprocessing
 from nets.network import FreezableNetwork
 from nets.vit import SIZES
 from nets.weights.load import Weights, load_weights, read_weights
@@ -86,7 +86,12 @@ def build_network(config: TrainConfig, class_names: list[str], resumed: dict[str
     model = build_model(**(resumed["model"] if resumed else arguments), **rates)
     choices += [Choice(rate, 0.0, "it has no such layers", by="network") for rate in model.ignored_rates if rates[rate]]
     if resumed:
-        model.load_state_dict(resumed["weights_in_training"] or resumed["weights"])
+        try:
+            weights = resumed["weights_in_training"] or resumed["weights"]
+            check_types(model, weights)
+            model.load_state_dict(weights)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the checkpoint's weights don't fit its network: {error}; start a new run") from error
         return BuiltNetwork(resolved, model, resumed["origin"], choices)
     if weights:
         load_weights(model, weights, class_names)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from nets.arguments import check_arguments
 from nets.weights import tree
 from nets.weights.safe_load import is_safetensors, open_safely, read_header
+from utils.config.setting import has_type
+from utils.config.train_config import check_saved
+from utils.runs.history import COLUMNS
 from utils.system.files import WriteError, format_bytes, free_bytes, try_unlink, write_whole
 
 FORMAT_VERSION = 5
@@ -21,32 +26,33 @@ BEST = f"best_epoch_weights{SUFFIX}"
 PERIODIC = re.compile(r"ep(\d+)-loss.*\.safetensors")
 TRAINING_STATE = ("weights_in_training", "optimizer")
 """Groups of tensors that a classifier doesn't need."""
-KEYS: dict[str, type] = {
+KEYS: dict[str, Any] = {
     # the classifier
     "format_version": int,
-    "model": dict,
-    "weights": dict,
-    "class_names": list,
-    "preprocessing": dict,
-    "config": dict,
-    "calibration": dict,
-    "origin": dict,
+    "model": dict[str, Any],
+    "weights": dict[str, Tensor],
+    "class_names": list[str],
+    "preprocessing": dict[str, Any],
+    "config": dict[str, Any],
+    "calibration": dict[str, Any],
+    "origin": dict[str, str],
     # the training state
-    "weights_in_training": dict,
-    "optimizer": dict,
-    "scaler": dict,
+    "weights_in_training": dict[str, Tensor],
+    "optimizer": dict[str, Any],
+    "scaler": dict[str, float],
     "epoch": int,
     "step": int,
     "epoch_losses": Tensor,
     "epoch_hits": Tensor,
     "micro_batches": int,
     "best_val_loss": float,
-    "history": list,
+    "history": list[dict[str, float]],
     "finished": bool,
-    "lists": dict,
-    "environment": dict,
+    "lists": dict[str, str],
+    "environment": dict[str, Any],
 }
 """The keys of a checkpoint, and the types of their values."""
+COUNTS, MAX_COUNT = ("epoch", "step", "micro_batches"), 1 << 53
 
 
 class SaveError(OSError):
@@ -116,10 +122,27 @@ def load_checkpoint(path: str | Path, training_state: bool = True) -> dict[str, 
             f"{path} has checkpoint format {version!s:.20}, this version of Thaw reads {FORMAT_VERSION}; use the "
             f"version that wrote it"
         )
-    wrong = [name for name, kind in KEYS.items() if not isinstance(content.get(name), kind)]
-    if wrong:
-        raise ValueError(f"{path} can't be used: it lacks {', '.join(sorted(wrong))}")
+    try:
+        _check_content(content, KEYS.keys() - (() if training_state else TRAINING_STATE))
+    except ValueError as error:
+        raise ValueError(f"{path} can't be used: {error}") from error
     return content
+
+
+def _check_content(content: dict[str, Any], keys: Set[str]) -> None:
+    """Raise a ValueError if the value of one of `keys` is missing or of another type."""
+    if missing := sorted(KEYS.keys() - content.keys()):
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    if wrong := sorted(name for name in keys if not has_type(content[name], KEYS[name], finite=False)):
+        raise ValueError(f"of another type than in a checkpoint: {', '.join(wrong)}")
+    if wrong := [name for name in COUNTS if not 0 <= content[name] < MAX_COUNT]:
+        raise ValueError(f"{wrong[0]}={content[wrong[0]]!r:.40}: must be 0 or more")
+    if not all(row.keys() >= set(COLUMNS) for row in content["history"]):
+        raise ValueError(f"a row of history lacks some of {', '.join(COLUMNS)}")
+    if content["epoch_losses"].ndim != 1 or content["epoch_losses"].shape != content["epoch_hits"].shape:
+        raise ValueError("epoch_losses and epoch_hits must have one value per step of the epoch")
+    check_arguments(content["model"])
+    check_saved(content["config"])
 
 
 def _read(path: Path, skip: tuple[str, ...]) -> Any:

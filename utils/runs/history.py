@@ -6,6 +6,10 @@ from collections.abc import Mapping
 
 from utils.system.text import count_of
 
+COLUMNS = (
+    *("epoch", "step", "loss", "top1", "val_loss", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error"),
+    *("learning_rate", "skipped", "seconds", "time"),
+)
 Row = dict[str, float]
 """One epoch: epoch (from 1), step (optimizer steps so far), loss, top1, val_loss, val_top1, val_calibrated_loss (after
 temperature scaling), val_calibrated_loss_error (its standard error), learning_rate, skipped (steps), seconds, time (its

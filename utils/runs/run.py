@@ -102,8 +102,14 @@ class Run:
         if self._resumed and (self.epoch > stage.start or self.trainer.epoch.done):
             # Keep the new options of the groups: `fused` depends on the device.
             groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": self._resumed["optimizer"]["state"], "param_groups": groups})
-            _use_formats_of_parameters(optimizer)
+            try:
+                optimizer.load_state_dict({"state": self._resumed["optimizer"]["state"], "param_groups": groups})
+                _use_formats_of_parameters(optimizer)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise ValueError(
+                    f"{self.folder} can't be resumed: the state of its optimizer is damaged ({error!r:.200}); "
+                    f"start a new run with resume=no"
+                ) from error
         self._resumed = None
         self.optimizer = optimizer
         self._epoch_started = time.monotonic()
@@ -229,5 +235,9 @@ def _use_formats_of_parameters(optimizer: Optimizer) -> None:
     doesn't keep it and sums depend on it."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
+            if not isinstance(value, Tensor | float | int) or (isinstance(value, Tensor) and value.is_complex()):
+                raise TypeError(f"{name} is no tensor of real numbers")
+            if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+                raise ValueError(f"{name} has the shape {tuple(value.shape)}, its weight {tuple(parameter.shape)}")
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
