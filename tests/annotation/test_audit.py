@@ -542,3 +542,33 @@ def test_show_writes_samples_only(rubbish, capsys):
     assert [path.name for path in Path("audit").iterdir()] == ["samples.html"]
     assert not Path("cls_train.txt").exists()
     assert Path("audit/samples.html").read_text().count("<figure>") > 3
+
+
+RECURSIVE = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i AS path FROM n"
+
+
+@pytest.mark.parametrize("name", ["fingerprints", "previews", "other"])
+def test_a_view_in_the_cache_is_not_run(here, capsys, name):
+    """It could run without end."""
+    path = str(write_image(here / "a.png"))
+    expected = Fingerprints("prints").read([path])
+    other = sqlite3.connect("prints")
+    other.execute(f"DROP TABLE IF EXISTS {name}")
+    other.execute(f"CREATE VIEW {name} AS {RECURSIVE}")
+    other.commit()
+    other.close()
+    found = Fingerprints("prints")
+    assert "prints is damaged" in capsys.readouterr().out
+    assert found.read([path]) == expected
+    assert found.preview(path).startswith(fingerprints.JPEG)
+
+
+@pytest.mark.parametrize(("column", "value"), [("width", "x"), ("height", 1 << 60), ("phash", b""), ("format", None)])
+def test_wrong_values_in_the_cache_are_computed_again(here, column, value):
+    path = str(write_image(here / "a.png"))
+    expected = Fingerprints("prints").read([path])
+    other = sqlite3.connect("prints")
+    other.execute(f"UPDATE fingerprints SET {column} = ?", (value,))
+    other.commit()
+    other.close()
+    assert Fingerprints("prints").read([path]) == expected

@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import get_type_hints
 
 import imagehash
 import numpy as np
@@ -20,10 +21,14 @@ from PIL import Image
 from utils.data.image_io import MAX_PIXELS, READERS, ImageError, open_image
 from utils.data.retry import read_patiently
 from utils.system.folder_lock import supports_locks
+from utils.system.text import printable
 from utils.system.thread_map import map_parallel
 
 PREVIEW = 128
 """Longer side of the images on the audit page."""
+JPEG = b"\xff\xd8"
+"""The first bytes of a preview."""
+MAX_SIDE = 1 << 31
 THUMBNAIL = 16
 """Side of the gray thumbnails that are compared for near-duplicates."""
 MAX_FLAT_RANGE = 8
@@ -68,7 +73,14 @@ COLUMNS = ", ".join(field.name for field in fields(Fingerprint))
 PLACEHOLDERS = ", ".join("?" * (2 + len(fields(Fingerprint))))
 TABLE = f"CREATE TABLE IF NOT EXISTS fingerprints (path BLOB PRIMARY KEY, state TEXT, {COLUMNS})"
 SELECT = f"SELECT state, {COLUMNS} FROM fingerprints WHERE path = ?"
+SCHEMA = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL"
 PREVIEWS = "CREATE TABLE IF NOT EXISTS previews (path BLOB PRIMARY KEY, state TEXT, jpeg BLOB)"
+CREATED = {
+    ("table", name, sql.replace("IF NOT EXISTS ", ""))
+    for name, sql in (("fingerprints", TABLE), ("previews", PREVIEWS))
+}
+"""What `SCHEMA` gives for a database that was made here."""
+TYPES = get_type_hints(Fingerprint)
 
 
 def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> Fingerprint:
@@ -88,6 +100,18 @@ def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: b
         phash=np.packbits(imagehash.phash(small).hash).tobytes(),
         thumbnail=np.asarray(small.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)).tobytes(),
     )
+
+
+def _from_row(values: Sequence[object]) -> Fingerprint | None:
+    """The fingerprint in a row; None if a value has another type or size than those of `take_fingerprint`, so that the
+    image is read again."""
+    typed = [int if kind is bool else kind for kind in TYPES.values()]
+    if not all(type(value) is kind for value, kind in zip(values, typed, strict=True)):
+        return None
+    fingerprint = Fingerprint(*values)
+    sizes = len(fingerprint.digest), len(fingerprint.phash), len(fingerprint.thumbnail)
+    bounded = 0 < fingerprint.width < MAX_SIDE and 0 < fingerprint.height < MAX_SIDE
+    return fingerprint if bounded and sizes == (16, 8, THUMBNAIL**2) and not fingerprint.error else None
 
 
 class Fingerprints:
@@ -123,12 +147,15 @@ class Fingerprints:
             self._prepare()
         except sqlite3.OperationalError:
             raise
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            print(f"warning: {printable(f'{self.path} is damaged ({error})')}: it is made anew")
             self.path.unlink()
             self._prepare()
 
     def _prepare(self) -> None:
         with closing(self._connect()) as db, db:
+            if others := set(db.execute(SCHEMA)) - CREATED:  # such as views and triggers, which are code
+                raise sqlite3.DatabaseError(f"it has other tables: {others!r:.100}")
             (status,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if status != "ok":
                 raise sqlite3.DatabaseError(status)
@@ -150,7 +177,7 @@ class Fingerprints:
         states = [self._state(path) for path in paths]
         with closing(self._connect()) as db:
             prints = [
-                Fingerprint(*row[1:]) if (row := db.execute(SELECT, (key,)).fetchone()) and row[0] == state else None
+                _from_row(row[1:]) if (row := db.execute(SELECT, (key,)).fetchone()) and row[0] == state else None
                 for key, state in zip(keys, states, strict=True)
             ]
             missing = [i for i, fingerprint in enumerate(prints) if fingerprint is None]
@@ -180,7 +207,7 @@ class Fingerprints:
         with closing(self._connect()) as db:
             key = os.fsencode(os.path.abspath(path))
             row = db.execute("SELECT state, jpeg FROM previews WHERE path = ?", (key,)).fetchone()
-            if row and row[0] == state:
+            if row and row[0] == state and isinstance(row[1], bytes) and row[1].startswith(JPEG):
                 return row[1]
             try:
                 image = open_image(path, *self.limits)
