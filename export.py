@@ -23,7 +23,7 @@ from utils.inference.exported_metadata import ExportedMetadata
 from utils.runs.checkpoint import find_checkpoint, given_model
 from utils.runs.folder import list_path, read_run_list
 from utils.system import cli
-from utils.system.files import format_bytes, make_writable, refuse_link, write_json, write_whole
+from utils.system.files import format_bytes, make_writable, refuse_link, remove_abandoned, write_json, write_whole
 
 PRECISIONS = {"onnx": ("fp32", "fp16", "int8"), "pt2": ("fp32",), "safetensors": ("fp32", "fp16")}
 
@@ -116,6 +116,7 @@ def export(classifier: Classifier, metadata: ExportedMetadata, format: str, imag
     """
     precision = metadata.provenance["precision"]
     failed = path.with_name(f"{path.name}.failed.json")
+    remove_abandoned(path.parent, path.name)
     with write_whole(path) as file:
         FORMATS[format].write(classifier, metadata, file)
         file.flush()

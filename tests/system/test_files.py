@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from utils.system import files
-from utils.system.files import PARTIAL, WriteError, make_folder, make_writable, write_text, write_whole
+from utils.system.files import (
+    PARTIAL,
+    WriteError,
+    make_folder,
+    make_writable,
+    remove_abandoned,
+    write_text,
+    write_whole,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(here):
@@ -122,3 +130,16 @@ def test_mounts_that_do_not_support_flushing_a_folder(here, monkeypatch, number,
     with nullcontext() if written else pytest.raises(OSError, match="refused"):
         files.write_text(here / "a.txt", "a")
     assert (here / "a.txt").read_text() == "a"
+
+
+def test_only_own_abandoned_partial_files_are_deleted(here):
+    own, recent = Path("a.onnx.0123abcd.partial"), Path("a.onnx.abcdef01.partial")
+    others = [
+        Path(name) for name in ("a.onnx.partial", "film.mp4.partial", "b.onnx.0123abcd.partial", "a.onnx.x.partial")
+    ]
+    for path in (own, recent, *others):
+        path.touch()
+    for path in (own, *others):
+        os.utime(path, (1, 1))
+    remove_abandoned(here, "a.onnx")
+    assert sorted(here.iterdir()) == sorted(path.absolute() for path in (recent, *others))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from utils.system import folder_lock
-from utils.system.folder_lock import HELD_FILE, FolderLock, InUse, supports_locks
+from utils.system.folder_lock import HELD_FILE, LOCK_FILE, FolderLock, InUse, supports_locks
 
 
 @pytest.fixture(params=[errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -70,3 +70,9 @@ def test_other_errors_are_raised(here, monkeypatch):
     with pytest.raises(OSError, match="broken"):
         FolderLock(here)
     assert supports_locks(here)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such mode")
+def test_the_lock_file_is_not_executable(here):
+    FolderLock(here).release()
+    assert not Path(LOCK_FILE).stat().st_mode & 0o111

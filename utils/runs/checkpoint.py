@@ -171,7 +171,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         return progress.step if progress else float("inf"), path.name == LAST
 
     names = [(path, path.with_suffix(SUFFIX).name) for path in folder.iterdir() if path.suffix in (SUFFIX, OLD_SUFFIX)]
-    files = [path for path, name in names if name in (LAST, BEST) or PERIODIC.fullmatch(name)]
+    files = [path for path, name in names if path.is_file() and (name in (LAST, BEST) or PERIODIC.fullmatch(name))]
     for path in sorted(files, key=steps, reverse=True):
         try:
             return path, load_checkpoint(path)
@@ -182,7 +182,8 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def prune_periodic(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` periodic checkpoints, unless the last checkpoint is damaged."""
-    periodic = {path: int(match[1]) for path in folder.iterdir() if (match := PERIODIC.fullmatch(path.name))}
+    names = [(path, PERIODIC.fullmatch(path.name)) for path in folder.iterdir() if path.is_file()]
+    periodic = {path: int(match[1]) for path, match in names if match}
     surplus = sorted(periodic, key=periodic.get)[: max(0, len(periodic) - keep)]
     if not surplus:
         return
@@ -216,7 +217,7 @@ def given_model(model: str, model_path: str) -> str:
 def holds_runs(folder: Path) -> bool:
     """Whether a folder is a run or contains runs, that is checkpoints."""
     names = (BEST, LAST, _old_name(BEST), _old_name(LAST))
-    return any(True for name in names for pattern in (name, f"*/{name}") for _ in folder.glob(pattern))
+    return any(file.is_file() for name in names for pattern in (name, f"*/{name}") for file in folder.glob(pattern))
 
 
 def find_checkpoint(path: str, name: str = BEST) -> Path:
@@ -235,7 +236,7 @@ def find_checkpoint(path: str, name: str = BEST) -> Path:
     if path and not place.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {place}")
     files = [*place.glob(f"*/{name}"), *place.glob(f"*/{_old_name(name)}")]
-    runs = sorted(files, key=lambda file: file.stat().st_mtime_ns)
+    runs = sorted(filter(Path.is_file, files), key=lambda file: file.stat().st_mtime_ns)
     if not runs:
         searched = f"{place}/ or its subfolders" if path else f"a run in {place}/: train first, python train.py"
         raise FileNotFoundError(f"there is no {name} in {searched}")

@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from utils.config.train_config import TrainConfig, project_files
+from utils.config.train_config import TrainConfig, check_saved, project_files
 from utils.data.image_list import ImageList, read_list
-from utils.system.files import PARTIAL, refuse_link, write_bytes, write_json
+from utils.system.files import PARTIAL, is_partial, read_json, refuse_link, write_bytes, write_json
 from utils.system.folder_lock import HELD_FILE, LOCK_FILE, FolderLock, InUse
 
 CONFIG_FILE = "config.json"
@@ -64,6 +64,16 @@ def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[st
     return RunFolder(path, lock, None)
 
 
+def read_settings(folder: Path, name: str = CONFIG_FILE) -> dict[str, Any]:
+    """The settings in a file of a run; empty if it can't be read, or one isn't valid."""
+    values = read_json(folder / name)
+    try:
+        check_saved(values)
+    except ValueError:
+        return {}
+    return values
+
+
 def is_run(folder: Path) -> bool:
     """Whether `folder` was created by a run."""
     return all((folder / name).is_file() for name in (CONFIG_FILE, LIST_FILES["train"], LIST_FILES["val"]))
@@ -110,14 +120,18 @@ def new_run_folder(save_dir: str | Path, name: str = "") -> Path:
 
 def remove_leftovers(save_dir: Path) -> None:
     """Delete partial files of killed runs, and folders of runs that were killed before their settings were written."""
-    partial = {file.parent for file in save_dir.glob(f"*/*{PARTIAL}") if (file.parent / LOCK_FILE).exists()}
-    empty = {file.parent for file in save_dir.glob(f"*/{LOCK_FILE}") if not (file.parent / CONFIG_FILE).exists()}
+    files = [file for file in save_dir.glob(f"*/*{PARTIAL}") if is_partial(file) and not file.parent.is_symlink()]
+    partial = {file.parent for file in files if (file.parent / LOCK_FILE).exists()}
+    locks = [file for file in save_dir.glob(f"*/{LOCK_FILE}") if not file.parent.is_symlink()]
+    empty = {file.parent for file in locks if not (file.parent / CONFIG_FILE).exists()}
     for folder in partial | empty:
         try:
             lock = FolderLock(folder)
         except (InUse, OSError):  # a running process, or a lock file that isn't Thaw's
             continue
-        for file in folder.glob(f"*{PARTIAL}"):
+        for file in filter(is_partial, folder.glob(f"*{PARTIAL}")):
+            if file.is_dir():  # not Thaw's
+                continue
             print(f"deleted {file}: a killed run left it incomplete")
             file.unlink(missing_ok=True)
         removable = folder in empty and has_no_checkpoint(folder)
@@ -131,9 +145,7 @@ def remove_leftovers(save_dir: Path) -> None:
 def has_no_checkpoint(folder: Path) -> bool:
     """Whether a run folder contains only what a run writes before its first checkpoint."""
     initial = {LOCK_FILE, HELD_FILE, ASKED_FILE, CONFIG_FILE, CLASS_FILE, *LIST_FILES.values()}
-    return all(
-        path.name in initial or path.name.startswith(EVENTS) or path.name.endswith(PARTIAL) for path in folder.iterdir()
-    )
+    return all(path.name in initial or path.name.startswith(EVENTS) or is_partial(path) for path in folder.iterdir())
 
 
 def read_run_list(checkpoint: Path, config: Mapping[str, Any], class_names: list[str], key: str) -> ImageList | None:

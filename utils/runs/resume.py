@@ -18,10 +18,11 @@ from utils.runs.folder import (
     RunFolder,
     create_run_folder,
     has_no_checkpoint,
+    read_settings,
     remove_leftovers,
     write_lists,
 )
-from utils.system.files import read_json, write_whole
+from utils.system.files import write_whole
 from utils.system.folder_lock import FolderLock
 from utils.system.text import shorten_list
 
@@ -69,7 +70,7 @@ def _open(config: TrainConfig, class_names: list[str], lists: Mapping[str, Image
 def _report_damaged_settings(save_dir: str) -> None:
     """Print how to resume the runs whose settings can't be compared."""
     for folder in _newest_first(save_dir):
-        if not read_json(folder / CONFIG_FILE) and not has_no_checkpoint(folder):
+        if not read_settings(folder) and not has_no_checkpoint(folder):
             print(
                 f"warning: {folder / CONFIG_FILE} is damaged, so it is unknown whether this run has the same settings; "
                 f"its checkpoint has them: resume it with --resume {folder}"
@@ -79,7 +80,7 @@ def _report_damaged_settings(save_dir: str) -> None:
 def _report_differences(config: TrainConfig) -> None:
     """Print which settings of the newest run differ, if it is unfinished: a flag may have been forgotten."""
     newest = next(iter(_newest_first(config.save_dir)), None)
-    if newest is None or _is_finished(newest) or not (saved := read_json(newest / CONFIG_FILE)):
+    if newest is None or _is_finished(newest) or not (saved := read_settings(newest)):
         return
     if changed := changed_fields(saved, config):
         settings = ", ".join(f"{name}={before!r}" for name, (before, _) in changed.items())
@@ -97,7 +98,7 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
     path = _folder_of(config.resume)
     if not path.is_dir() or not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{given}: no run found; give a run folder, auto or no")
-    if changed := changed_fields(read_json(path / CONFIG_FILE), config):
+    if changed := changed_fields(read_settings(path), config):
         differences = ", ".join(f"{name} was {before!r} and is {now!r}" for name, (before, now) in changed.items())
         raise ValueError(
             f"{given}: {differences}; a resumed run can't change this: remove it, or train the run's best checkpoint "
@@ -117,7 +118,7 @@ def _open_given(config: TrainConfig, class_names: list[str], lists: Mapping[str,
 def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
     """The finished or unfinished runs in `save_dir` with these settings, newest first."""
     for folder in _newest_first(config.save_dir):
-        if _is_finished(folder) == finished and not changed_fields(read_json(folder / CONFIG_FILE), config):
+        if _is_finished(folder) == finished and not changed_fields(read_settings(folder), config):
             yield folder
 
 
@@ -127,7 +128,7 @@ def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any
         return None
     folders = _newest_first(asked.save_dir) if asked.resume == "auto" else [_folder_of(asked.resume)]
     for folder in folders:
-        saved, now = read_json(folder / ASKED_FILE), read_json(folder / CONFIG_FILE)
+        saved, now = read_settings(folder, ASKED_FILE), read_settings(folder)
         if not saved or not now or changed_fields(saved, asked) or (asked.resume == "auto" and _is_finished(folder)):
             continue
         newest = load_newest(folder)
@@ -141,7 +142,7 @@ def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any
 
 def _newest_first(save_dir: str) -> list[Path]:
     """The run folders in `save_dir`, the latest start first."""
-    files = Path(save_dir).glob(f"*/{CONFIG_FILE}")
+    files = filter(Path.is_file, Path(save_dir).glob(f"*/{CONFIG_FILE}"))
     return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)]
 
 

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.config.setting import has_type
 from utils.config.train_config import TrainConfig
 from utils.runs.checkpoint import LAST, read_progress
-from utils.runs.folder import CONFIG_FILE, list_path
+from utils.runs.folder import CONFIG_FILE, list_path, read_settings
 from utils.runs.log import EPOCHS
 from utils.system.files import format_bytes, read_json
 from utils.system.text import format_table
@@ -25,18 +26,20 @@ def format_runs(folder: str) -> str:
     Raises:
         FileNotFoundError: there is no run.
     """
-    runs = sorted(path.parent for path in Path(folder).glob(f"*/{CONFIG_FILE}"))
+    runs = sorted(path.parent for path in Path(folder).glob(f"*/{CONFIG_FILE}") if path.is_file())
     if not runs:
         raise FileNotFoundError(f"there is no run in {folder}/: train first, python train.py")
     return format_table([COLUMNS, *map(_row, runs)], right=COLUMNS[3:])
 
 
 def _row(run: Path) -> tuple[str, ...]:
-    config, metrics = read_json(run / CONFIG_FILE), read_json(run / "metrics.json")
+    config, metrics = read_settings(run), read_json(run / "metrics.json")
     history = _read_history(run / EPOCHS)
     progress = read_progress(run / LAST)
     state = "" if progress and progress.finished else " unfinished"
     test = metrics.get("top1") if metrics.get("data") == list_path(config, "test") else None
+    if not has_type(test, float):
+        test = None
     size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
     return (
         run.name,

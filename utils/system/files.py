@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -17,6 +18,10 @@ from typing import Any, BinaryIO
 
 PARTIAL = ".partial"
 """Suffix of files that are being written. If no process writes to one, a killed process left it."""
+TOKEN = 8
+"""Hexadecimal digits before the suffix."""
+STALE_AFTER = 3600
+"""Seconds without a write after which a partial file is considered abandoned by a killed process."""
 PAUSES = (0.1, 0.2, 0.5, 1, 2, 4)
 """Seconds between attempts to rename on Windows."""
 
@@ -74,7 +79,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     Raises:
         WriteError: it can't be written; `path` is unchanged.
     """
-    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(TOKEN // 2)}{PARTIAL}")
     try:
         with unfinished.open("x+b") as file:
             yield file
@@ -90,6 +95,19 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):  # it doesn't exist, or the disk became read-only
             unfinished.unlink()
     _sync_folder(path.parent)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether `write_whole` has made a file, by its name. Other programs' partial files have other names."""
+    return bool(re.fullmatch(rf".+\.[0-9a-f]{{{TOKEN}}}{re.escape(PARTIAL)}", path.name, re.DOTALL))
+
+
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Delete the partial files that killed processes left of files whose names match the glob `name`."""
+    for path in folder.glob(f"{name}.*{PARTIAL}"):
+        with suppress(OSError):  # another process may have renamed it in the meantime
+            if is_partial(path) and time.time() - path.lstat().st_mtime > STALE_AFTER:
+                path.unlink()
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

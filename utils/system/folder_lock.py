@@ -50,7 +50,7 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK_FILE
         self._held: Path | None = None
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             self._acquire(path)
         except BaseException:
@@ -118,7 +118,7 @@ def _hold(path: Path, reason: OSError) -> Path | None:
             raise InUse(f"{_in_use(path.parent, holder)}; if that process was killed, delete {path}")
         path.unlink(missing_ok=True)
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError as error:  # another process was faster
         raise InUse(_in_use(path.parent, "")) from error
     except OSError as error:
