@@ -92,6 +92,18 @@ def test_cache_is_written_once(images, cached, capsys):
     assert len(cached) == 4 * 12
 
 
+def test_an_altered_cache_is_made_anew(images, cached, capsys):
+    first = open_cache(images, CONFIG)
+    content, pixels = bytearray(first.path.read_bytes()), batch(first)[0].clone()
+    content[100] ^= 1
+    first.path.unlink()  # still mapped
+    first.path.write_bytes(content)
+    capsys.readouterr()
+    assert torch.equal(batch(open_cache(images, CONFIG))[0], pixels)
+    assert f"warning: {first.path} isn't as it was written" in capsys.readouterr().out
+    assert len(cached) == 2 * 12
+
+
 @pytest.mark.parametrize("change", ["content", "time", "shape", "crop", "code"])
 def test_cache_is_written_again_after_a_change(images, cached, monkeypatch, change):
     first, config = open_cache(images, CONFIG), CONFIG

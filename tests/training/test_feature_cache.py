@@ -11,6 +11,7 @@ import torch
 import train
 from nets.factory import build_model
 from tests.conftest import SMALL, TINY, settings, write_back, write_image
+from utils.data.cache_file import CHECKSUM
 from utils.data.dataset import FileSource, ImageDataset
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.image_list import list_in_memory
@@ -130,6 +131,11 @@ def test_features_are_computed_once_and_size_is_printed_first(images, computed, 
     os.truncate(path, path.stat().st_size // 2)  # torch would pad it with zeros
     assert same_features(open_features(images), first)
     assert len(computed) == 4
+    with path.open("r+b") as file:
+        file.write(bytes(8))
+    capsys.readouterr()
+    assert same_features(open_features(images), first)
+    assert f"warning: {path} isn't as it was written: it is made anew" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -198,7 +204,7 @@ def test_features_beyond_the_limit_are_read_from_file(images, capsys, gigabytes)
     assert ("not held in memory" in capsys.readouterr().out) == (gigabytes == 0)
     expected = [view.clone() for view in features.views]
     for path in Path("cache").iterdir():
-        assert path.stat().st_size == expected[0].nbytes + 18
+        assert path.stat().st_size == expected[0].nbytes + 18 + CHECKSUM
         with path.open("r+b") as file:  # only seen if the file is mapped
             file.write(bytes(8))
     for view, before in zip(features.views, expected, strict=True):

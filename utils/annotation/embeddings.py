@@ -17,7 +17,7 @@ from nets.weights.load import Weights, read_weights
 from nets.weights.pretrained import BUNDLED_FOLDER, BUNDLED_WEIGHTS
 from utils.annotation.audit import AuditedImage
 from utils.config.train_config import TrainConfig
-from utils.data.cache_file import replace_cache
+from utils.data.cache_file import is_intact, replace_cache
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.modeling.build import build_network
@@ -154,6 +154,8 @@ def _class_tokens(network: PixelNetwork, pixels: Tensor) -> Tensor:
 
 def _read_cache(path: Path) -> dict[bytes, np.ndarray]:
     try:
+        if not is_intact(path):
+            return {}
         with np.load(path) as stored:
             return dict(zip(map(bytes, stored["digests"]), stored["embeddings"], strict=True))
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # missing or damaged

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,10 +12,34 @@ from typing import BinaryIO
 from utils.data.image_io import READERS
 from utils.data.image_list import ImageList
 from utils.system.digests import code_digest
-from utils.system.files import PARTIAL, format_bytes, free_bytes, write_whole
+from utils.system.files import format_bytes, free_bytes, remove_abandoned, write_whole
 
-STALE_AFTER = 3600
-"""Seconds without a write after which a partial file is considered abandoned by a killed process."""
+CHECKSUM = hashlib.sha256().digest_size
+"""Bytes at the end of a cache file: the SHA-256 of what is before them."""
+BLOCK = 1 << 20
+
+
+def is_intact(path: Path, size: int | None = None) -> bool:
+    """Whether `path` is a cache as it was written, of `size` bytes without its checksum. If it isn't, a warning says
+    so, unless there is none."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    length = path.stat().st_size - CHECKSUM
+    with path.open("rb") as file:
+        if length >= 0 and size in (None, length) and _checksum(file, length) == file.read(CHECKSUM):
+            return True
+    print(f"warning: {path} isn't as it was written: it is made anew")
+    return False
+
+
+def _checksum(file: BinaryIO, length: int) -> bytes:
+    """The checksum of the first `length` bytes of a file, which is then at their end."""
+    checksum = hashlib.sha256()
+    file.seek(0)
+    while length > 0 and (block := file.read(min(length, BLOCK))):
+        checksum.update(block)
+        length -= len(block)
+    return checksum.digest()
 
 
 def describe_files(images: ImageList, packages: tuple[str, ...]) -> Iterator[str]:
@@ -43,17 +67,16 @@ def check_disk_space(size: int, folder: Path, remedy: str) -> None:
 
 @contextmanager
 def replace_cache(path: Path, replaces: str) -> Iterator[BinaryIO]:
-    """Open a file that is renamed to `path` when complete (see `write_whole`), then delete older ones.
+    """Open a file to which a checksum is added, and which is renamed to `path` when complete (see `write_whole`); then
+    delete older ones.
 
     Older files are those in the same folder that match the glob `replaces`. Partial files of killed processes are
     deleted first.
     """
-    for partial in path.parent.glob(f"*{PARTIAL}"):
-        with suppress(OSError):  # another run may have renamed it in the meantime
-            if time.time() - partial.stat().st_mtime > STALE_AFTER:
-                partial.unlink()
+    remove_abandoned(path.parent, f"{path.name.partition('-')[0]}-*{path.suffix}")
     with write_whole(path) as file:
         yield file
+        file.write(_checksum(file, file.tell()))
     for old in path.parent.glob(replaces):
         if old != path:
             with suppress(OSError):  # on Windows, another run may have it open

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from utils.config.train_config import TrainConfig
-from utils.data.cache_file import check_disk_space, describe_files, replace_cache
+from utils.data.cache_file import CHECKSUM, check_disk_space, describe_files, is_intact, replace_cache
 from utils.data.image_io import Box, ImageError, Region, open_to_decode, read_size, scale_box
 from utils.data.image_list import ImageList
 from utils.data.retry import read_patiently
@@ -40,7 +40,7 @@ class ImageCache:
         self._map()
 
     def _map(self) -> None:
-        self._bytes = np.memmap(self.path, np.uint8, mode="r+")
+        self._bytes = np.memmap(self.path, np.uint8, mode="r+")[:-CHECKSUM]
         self.index = self._bytes[len(self._bytes) - len(self.images) * INDEX_ROW :].view(np.int64).reshape(-1, 5)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,11 +105,14 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
 
 def _is_complete(path: Path, num_images: int) -> bool:
     """Return whether the file holds `num_images` images, and all pixels that its index refers to."""
-    index_start = path.stat().st_size - num_images * INDEX_ROW if path.is_file() else -1
+    if not is_intact(path):
+        return False
+    index_start = path.stat().st_size - CHECKSUM - num_images * INDEX_ROW
     if index_start < 0:
         return False
-    start, height, width, *_ = np.fromfile(path, np.int64, offset=index_start).reshape(num_images, 5).T
-    return bool((start >= 0).all() and (start + height * width * 3 <= index_start).all())
+    values = np.fromfile(path, np.int64, num_images * 5, offset=index_start).reshape(num_images, 5)
+    start, height, width, *_ = values.T
+    return bool((values >= 0).all() and (start + height * width * 3 <= index_start).all())
 
 
 def cached_size(height: int, width: int, config: TrainConfig) -> tuple[int, int]:

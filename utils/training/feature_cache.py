@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.config.train_config import IMAGE_FIELDS, TrainConfig
-from utils.data.cache_file import check_disk_space, describe_files, replace_cache
+from utils.data.cache_file import check_disk_space, describe_files, is_intact, replace_cache
 from utils.data.dataset import ImageDataset
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.loader import eval_loader, iterate_batches
@@ -68,7 +68,7 @@ class FeatureCache:
         shape = (len(dataset), *self._compute(blank).shape[1:])
         size = math.prod(shape) * self.dtype.itemsize  # bytes per view
         files = self._files(dataset, list_path, num_views)
-        missing = [view for view, (path, _) in enumerate(files) if not _has_size(path, size + len(dataset))]
+        missing = [view for view, (path, _) in enumerate(files) if not is_intact(path, size + len(dataset))]
         in_memory = num_views * size <= self.config.feature_cache_gb * 1e9
         print(
             f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} images: "
@@ -128,10 +128,6 @@ class FeatureCache:
             path = Path(self.config.cache_dir, f"features-{list_digest}-{content_digest}.bin")
             files.append((path, f"features-{list_digest}-*.bin"))
         return files
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def _bytes(tensor: Tensor) -> memoryview:
