@@ -522,11 +522,13 @@ def test_a_value_that_cannot_work_on_the_command_line(here, command):
 def test_what_is_printed_does_not_steer_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x"])
     text = "class \x1b[2J\u202egpj\u2029: 3\ttabs, ü, \u732b\n"
-    cli.run(lambda: print(text, end=""))  # a file can't be steered, and gets names as they are
-    assert capsys.readouterr().out == text
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    cli.run(lambda: print(f"\x1b[1m{text}\x1b[0m", end=""))
-    assert capsys.readouterr().out == "\x1b[1mclass \\x1b[2J\\u202egpj\\u2029: 3\ttabs, ü, \u732b\n\x1b[0m"
+    escaped = "class \\x1b[2J\\u202egpj\\u2029: 3\ttabs, ü, \u732b\n"
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        cli.run(lambda: print(f"\x1b[1m{text}\x1b[A", end=""))
+        assert capsys.readouterr().out == f"\\x1b[1m{escaped}\\x1b[A"
+        cli.run(lambda: print("\n\x1b[A", end=""))  # of a progress bar
+        assert capsys.readouterr().out == "\n\x1b[A"
 
 
 def test_a_fault_inside_a_library_keeps_its_traceback(monkeypatch):

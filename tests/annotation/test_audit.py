@@ -20,7 +20,7 @@ from PIL import Image, ImageEnhance
 from tests.conftest import open_page, touch, write_image, write_scene
 from utils.annotation import fingerprints, near_duplicates
 from utils.annotation.annotate import annotate
-from utils.annotation.audit import AuditedImage, audit_counts, audit_images
+from utils.annotation.audit import AuditedImage, Finding, audit_counts, audit_images
 from utils.annotation.audit_report import format_findings, write_audit
 from utils.annotation.fingerprints import Fingerprint, Fingerprints, take_fingerprint
 from utils.annotation.near_duplicates import MAX_BITS, _candidates, near_duplicate_groups
@@ -490,6 +490,16 @@ def test_names_are_escaped_in_the_report(here):
     assert "default-src 'none'" in page
     assert json.loads(Path("audit/audit.json").read_text())["findings"][0]["groups"][0][0]["path"] == path
     assert "1 file can't be read: 1 x <b>broken</b>" in format_findings(found, "audit", fix=False)
+
+
+def test_the_audit_does_not_steer_the_terminal_and_an_empty_class_name_is_one(here):
+    image = AuditedImage("\x1b[2Ja.png", "train", "\x1b[A", Fingerprint())
+    finding = Finding("likely wrong label", "of \x1b[2J", [[image]], [], {image.path: ""})
+    text = format_findings([finding], "audit", fix=False)
+    assert "\x1b" not in text and "of \\x1b[2J" in text
+    assert "\\x1b[2Ja.png (perhaps )" in text
+    write_audit("audit", [finding], [image], Fingerprints("prints"))
+    assert "\\x1b[A, perhaps " in Path("audit/audit.html").read_text(encoding="utf-8")
 
 
 def test_without_the_audit_no_image_is_read(rubbish, monkeypatch):

@@ -103,7 +103,7 @@ def test_link_to_a_folder_that_contains_the_class_is_followed_once(here):
     assert find_images("datasets/cat", Counter()) == ["datasets/cat/1.jpg", "datasets/cat/x/2.jpg"]
 
 
-@pytest.mark.parametrize("name", sorted(SYSTEM_FOLDERS | {"@eaDir", "__MACOSX", "$RECYCLE.BIN", " "}))
+@pytest.mark.parametrize("name", sorted(SYSTEM_FOLDERS | {"@eaDir", "__MACOSX", "$RECYCLE.BIN"}))
 def test_folders_of_systems_are_no_classes(here, name):
     touch(f"datasets/{name}/1.jpg", f"datasets/a/{name}/1.jpg", "datasets/a/1.jpg", "datasets/b/1.jpg")
     scan = scan_datasets("datasets")
@@ -128,3 +128,11 @@ def test_classes_from_nested_folders(here):
         "leaf": {"Fruit": [3], "Fuji": [1], "Pear": [2, 5], "Apple": [4]},
         "path": {"Fruit": [3], "Fruit/Apple/Fuji": [1], "Fruit/Pear": [2], "Juice/Apple": [4], "Juice/Pear": [5]},
     }
+
+
+@pytest.mark.parametrize(("folders", "classes_from"), [(" ", "top"), ("a/ ", "leaf"), ("a/ ", "path")])
+def test_a_class_folder_with_a_blank_name_is_no_class_but_an_error(here, folders, classes_from):
+    """The class file can't hold it, and its images must not be missing in silence."""
+    touch(f"datasets/train/{folders}/1.jpg", "datasets/train/b/1.jpg")
+    with pytest.raises(ValueError, match=rf"the class folder '{folders}' has a blank name: rename it"):
+        scan_datasets("datasets", classes_from)

@@ -46,7 +46,7 @@ def format_findings(findings: Sequence[Finding], folder: str | Path, fix: bool) 
     width = max(len(finding.kind) for finding in findings)
     lines = []
     for finding in findings:
-        lines.append(f"  {finding.kind:<{width}}  {finding.message}")
+        lines.append(f"  {finding.kind:<{width}}  {printable(finding.message)}")
         for group in finding.groups[:MAX_PRINTED]:
             lines.append(f"  {'':<{width}}    {', '.join(_described(image, finding) for image in group[:MAX_PRINTED])}")
     lines.append(f"  full report: {folder}/{PAGE}, {folder}/audit.json")
@@ -136,7 +136,9 @@ class Figures:
             "path": printable(image.path),
             "link": link_to(image.path, self.folder),
             "split": image.split,
-            "class_name": printable(f"{image.class_name}, perhaps {likely}" if likely else image.class_name),
+            "class_name": printable(
+                f"{image.class_name}, perhaps {likely}" if likely is not None else image.class_name
+            ),
             "error": printable(image.fingerprint.error),
             "preview": self.previews.get(image.path, ""),
         }
@@ -192,7 +194,7 @@ def _class_rows(images: Sequence[AuditedImage]) -> list[dict[str, Any]]:
 
 def _described(image: AuditedImage, finding: Finding) -> str:
     likely = finding.likely_classes.get(image.path)
-    return f"{image.path} (perhaps {likely})" if likely else image.path
+    return printable(image.path if likely is None else f"{image.path} (perhaps {likely})")
 
 
 def _as_dict(finding: Finding) -> dict[str, Any]:

@@ -141,9 +141,16 @@ def scan_classes(
 
 
 def _class_of(parts: tuple[str, ...], classes_from: ClassesFrom) -> str:
-    """Return the class of the images in a folder; `parts` is its path below the folder of the classes."""
+    """Return the class of the images in a folder; `parts` is its path below the folder of the classes.
+
+    Raises:
+        ValueError: it has no name that the class file could hold.
+    """
     names = [normalize_class_name(part) for part in parts]
-    return {"leaf": names[-1], "path": "/".join(names)}.get(classes_from, names[0])
+    used = {"leaf": names[-1:], "path": names}.get(classes_from, names[:1])
+    if "" in used:
+        raise ValueError(f"the class folder {'/'.join(parts)!r} has a blank name: rename it")
+    return "/".join(used)
 
 
 def find_images(folder: str | Path, skipped: Counter[str]) -> list[str]:
@@ -191,7 +198,7 @@ def _loop(path: str, real: str, visited: Collection[str]) -> str | None:
 
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder of this name is skipped."""
-    return name.startswith(HIDDEN) or name.lower() in SYSTEM_FOLDERS or not name.strip()
+    return name.startswith(HIDDEN) or name.lower() in SYSTEM_FOLDERS
 
 
 def _skip_reason(entry: os.DirEntry) -> str | None:

@@ -11,8 +11,9 @@ import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from itertools import islice, zip_longest
 from pathlib import Path
 from types import UnionType
@@ -26,7 +27,8 @@ from utils.system.text import printable
 
 PROJECT = Path(__file__).resolve().parents[2]
 _, POSITIONAL = get_args(tyro.conf.Positional[str])
-SAFE_ESCAPES = re.compile(r"(\x1b\[[\d;]*[mA])")  # colors, and the cursor movement of nested progress bars
+CURSOR_MOVES = re.compile(r"[\r\n]*(\x1b\[A)*")
+"""What nested progress bars write by itself, between lines."""
 
 
 def suggest_nothing(name: str, known: Collection[str]) -> str:
@@ -44,8 +46,8 @@ def run(
     for `suggest` see `order_words`. `defaults` returns defaults of main's arguments that depend on the command line.
 
     Errors that Thaw raised about user input are printed without a traceback, with exit status 1. Errors from libraries
-    keep their traceback, since they may be bugs. Characters that the output encoding lacks, and in a terminal also
-    control characters, are printed as escapes.
+    keep their traceback, since they may be bugs. Characters that the output encoding lacks, and control characters, are
+    printed as escapes, also into a file, which may be shown in a terminal later.
     """
     prepare_streams()
     with handle_stop_signals():
@@ -70,14 +72,25 @@ def prepare_streams() -> None:
         if hasattr(stream, "reconfigure"):  # not in notebooks and IDLE, which print any text
             redirected = os.name == "nt" and not stream.isatty()  # Windows would use the code page of the console
             stream.reconfigure(encoding="utf-8" if redirected else None, errors="backslashreplace")
-        if stream.isatty():
-            stream.write = partial(_write_printable, stream.write)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Escape control characters in what is printed within this context: names of files, classes and tensors from
+    untrusted sources may contain them."""
+    streams = [sys.stdout, sys.stderr]
+    originals = [stream.write for stream in streams]
+    for stream, write in zip(streams, originals, strict=True):
+        stream.write = partial(_write_printable, write)
+    try:
+        yield
+    finally:
+        for stream, write in zip(streams, originals, strict=True):
+            stream.write = write
 
 
 def _write_printable(write: Callable[[str], int], text: str) -> int:
-    """Escape control characters, which names of files, classes and tensors from untrusted sources may contain."""
-    parts = SAFE_ESCAPES.split(text)  # every second part is a safe escape
-    return write("".join(part if i % 2 else printable(part, keep="\n\r\t") for i, part in enumerate(parts)))
+    return write(text if CURSOR_MOVES.fullmatch(text) else printable(text, keep="\n\r\t"))
 
 
 def _call(
@@ -86,9 +99,14 @@ def _call(
     suggest: Callable[[str, Collection[str]], str],
     defaults: Callable[[Sequence[str]], dict[str, Any]],
 ) -> Any:
+    @wraps(main)
+    def printing(*values: Any, **named: Any) -> Any:  # tyro's help has colors
+        with printable_output():
+            return main(*values, **named)
+
     try:
         args = order_words(args, main, suggest)
-        return tyro.cli(partial(main, **defaults(args)), args=args)
+        return tyro.cli(partial(printing, **defaults(args)), args=args)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
