@@ -467,7 +467,7 @@ def test_external_weights_are_rejected(exported, tmp_path):
         point_elsewhere(model.graph.initializer[0])
 
     for change in (in_the_graph, in_a_nested_graph):
-        with pytest.raises(ValueError, match="it has (weights in other files|the operator If)"):
+        with pytest.raises(ValueError, match=r"it has (weights in other files|the operator If)"):
             open_onnx(rewrite(exported("fp32"), tmp_path / "x.onnx", change))
 
 
