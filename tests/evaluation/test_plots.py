@@ -28,8 +28,8 @@ def test_confused_classes_are_adjacent():
     assert sorted(order) == list(range(8))
     assert all(abs(order.index(i) - order.index(i + 4)) == 1 for i in range(4))
     names = [f"class {i}" for i in range(8)]
-    assert "often confused are next to each other" in plot_confusion(confusion, names).axes[0].get_title()
-    no_mistakes = plot_confusion(10 * np.eye(8, dtype=int), names).axes[0]
+    assert "often confused are next to each other" in plot_confusion(csr_array(confusion), names).axes[0].get_title()
+    no_mistakes = plot_confusion(csr_array(10 * np.eye(8, dtype=int)), names).axes[0]
     assert "in the order of the class file" in no_mistakes.get_title()
     assert [label.get_text() for label in no_mistakes.get_yticklabels()] == names
 

@@ -300,7 +300,7 @@ def test_timm_network_is_restored_with_buffers_that_are_not_saved():
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("resnet18", (0, 0), "can't take such images"),
+        ("resnet18", (0, 0), "must be height and width"),
         ("vgg11", (16, 16), "can't take such images"),
         ("timm/test_vit", (30, 64), "can't take such images"),
     ],
