@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nets.weights import tree, unpickle
@@ -113,8 +113,5 @@ def _load_pickled(path: Path) -> Any:
         if done.returncode:
             lines = done.stderr.decode(errors="replace").splitlines()
             raise unpickle.Refused(lines[-1][:500] if lines else f"opening it needed more than {seconds} s or crashed")
-        # Not mapped, since the file is deleted.
-        with safe_open(output, "pt", backend="pread") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            plain = file.metadata()["plain"]
+        tensors, plain = tree.read_tensors(output), tree.read_metadata(output)["plain"]
     return tree.join(json.loads(plain), tensors)
