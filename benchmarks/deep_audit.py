@@ -20,7 +20,7 @@ import tyro
 from measure import print_result
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from utils.annotation.audit import AuditedImage
+from utils.annotation.audited_images import AuditedImage
 from utils.annotation.embeddings import choose_backbone
 from utils.annotation.fingerprints import take_fingerprint
 from utils.annotation.outliers import audit_embeddings

@@ -20,10 +20,13 @@ from PIL import Image, ImageEnhance
 from tests.conftest import open_page, touch, write_image, write_scene
 from utils.annotation import fingerprints, near_duplicates
 from utils.annotation.annotate import annotate
-from utils.annotation.audit import AuditedImage, Finding, audit_counts, audit_images
+from utils.annotation.audit import Finding, audit_counts, audit_images
 from utils.annotation.audit_report import format_findings, write_audit
-from utils.annotation.fingerprints import Fingerprint, Fingerprints, take_fingerprint
-from utils.annotation.near_duplicates import MAX_BITS, _candidates, near_duplicate_groups
+from utils.annotation.audited_images import AuditedImage, AuditedImages
+from utils.annotation.fingerprint_table import Fingerprint, FingerprintTable
+from utils.annotation.fingerprints import Fingerprints, take_fingerprint
+from utils.annotation.folder_scan import SPLITS
+from utils.annotation.near_duplicates import MAX_BITS, NARROW, WIDE, _candidates, near_duplicate_groups
 from utils.data import image_io
 from utils.data.image_list import read_list
 
@@ -194,7 +197,7 @@ def test_damaged_cache_and_interrupted_run(here, monkeypatch):
     monkeypatch.setattr(
         fingerprints, "take_fingerprint", lambda path, **limits: again.append(path) or take_fingerprint(path)
     )
-    assert Fingerprints("prints").read(paths) == expected
+    assert list(Fingerprints("prints").read(paths)) == expected
     assert len(again) == 3
     write_image(Path("2.png"), seed=99)
     assert Fingerprints("prints").read(paths)[2] == take_fingerprint("2.png") != expected[2]
@@ -214,29 +217,29 @@ def test_a_file_system_without_locks_has_a_cache(here, monkeypatch, capsys):
     monkeypatch.setattr(fingerprints, "supports_locks", lambda folder: False)
     other = sqlite3.connect("prints")
     other.execute("BEGIN EXCLUSIVE")
-    expected = Fingerprints("prints").read([path])
+    expected = list(Fingerprints("prints").read([path]))
     assert "has no locks: run only one audit at a time" in capsys.readouterr().out
     monkeypatch.setattr(fingerprints, "take_fingerprint", lambda path, **limits: pytest.fail("read again"))
-    assert Fingerprints("prints").read([path]) == expected
+    assert list(Fingerprints("prints").read([path])) == expected
     other.close()
 
 
 def test_unwritable_cache_is_not_used(here, monkeypatch, capsys):
     monkeypatch.setattr(fingerprints, "LOCK_TIMEOUT", 0)
     path = str(write_image(here / "a.png"))
-    expected = Fingerprints("prints").read([path])
+    expected = list(Fingerprints("prints").read([path]))
     new = str(write_image(here / "b.png", seed=2))
     other = sqlite3.connect("prints")
     for place, lock in (("prints", "IMMEDIATE"), ("prints", "EXCLUSIVE"), ("a.png/prints", "EXCLUSIVE")):
         other.execute(f"BEGIN {lock}")
         found = Fingerprints(place)
-        assert found.read([path, new])[:1] == expected
+        assert list(found.read([path, new]))[:1] == expected
         assert found.preview(path)
         assert capsys.readouterr().out.count(f"{place} can't be used") == 1
         other.rollback()
     monkeypatch.setattr(fingerprints, "take_fingerprint", lambda path, **limits: pytest.fail("read again"))
     other.execute("BEGIN IMMEDIATE")
-    assert Fingerprints("prints").read([path]) == expected  # cached results are still read
+    assert list(Fingerprints("prints").read([path])) == expected  # cached results are still read
     other.close()
 
 
@@ -257,24 +260,38 @@ def test_fine_texture_is_not_blank(here):
     assert take_fingerprint("white.jpg").flat
 
 
-def images_of(counts: dict[str, int], make) -> list[AuditedImage]:
+def audited(*images: AuditedImage) -> AuditedImages:
+    """These images in columns."""
+    names = list(dict.fromkeys(image.class_name for image in images))
+    return AuditedImages(
+        [image.path for image in images],
+        np.array([SPLITS.index(image.split) for image in images]),
+        np.array([names.index(image.class_name) for image in images]),
+        names,
+        FingerprintTable.of(image.fingerprint for image in images),
+    )
+
+
+def images_of(counts: dict[str, int], make) -> AuditedImages:
     """Return training images with synthetic fingerprints; `make(name, i)` returns fields to override."""
     rng = random.Random(0)
     defaults = {"format": "JPEG", "width": 640, "height": 480}
-    return [
-        AuditedImage(
-            f"{name}/{i}.jpg",
-            "train",
-            name,
-            Fingerprint(
-                **defaults
-                | {"digest": rng.randbytes(16), "phash": rng.randbytes(8), "thumbnail": rng.randbytes(256)}
-                | make(name, i)
-            ),
+    return audited(
+        *(
+            AuditedImage(
+                f"{name}/{i}.jpg",
+                "train",
+                name,
+                Fingerprint(
+                    **defaults
+                    | {"digest": rng.randbytes(16), "phash": rng.randbytes(8), "thumbnail": rng.randbytes(256)}
+                    | make(name, i)
+                ),
+            )
+            for name, count in counts.items()
+            for i in range(count)
         )
-        for name, count in counts.items()
-        for i in range(count)
-    ]
+    )
 
 
 def kinds(images):
@@ -362,17 +379,39 @@ def test_report_says_in_which_list_an_image_is(here):
     assert len({image["split"] for (image,) in finding["groups"]}) == 2
 
 
-def test_candidates_are_all_pairs_within_max_bits():
+@pytest.mark.parametrize("bands", [NARROW, WIDE])
+def test_candidates_are_all_pairs_within_max_bits(bands, monkeypatch):
+    """Each once, also where many hashes are compared in several blocks."""
+    monkeypatch.setattr(near_duplicates, "ROWS", 7)
+    monkeypatch.setattr(near_duplicates, "COLUMNS", 5)
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**63, 300, np.uint64)
     near = [int(h) ^ sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 10), replace=False)) for h in hashes]
-    every = np.concatenate([hashes, np.array(near, np.uint64)])
-    prints = [Fingerprint(phash=int(h).to_bytes(8, "little")) for h in every]
+    every = np.concatenate([hashes, np.array(near, np.uint64), hashes[:1] ^ np.arange(30, dtype=np.uint64)])
     distance = np.bitwise_count(every[:, None] ^ every[None])
     expected = np.stack(np.nonzero(np.triu(distance <= MAX_BITS, k=1)), axis=1)
     assert len(expected) > 200
-    found = np.sort(np.concatenate(list(_candidates(prints, np.arange(len(prints))))), axis=1)
+    found = np.sort(np.concatenate(list(_candidates(every, np.arange(len(every)), bands))), axis=1)
     np.testing.assert_array_equal(found[np.lexsort(found.T[::-1])], expected)
+
+
+def test_many_images_have_the_same_groups_as_few(monkeypatch):
+    """From `MANY` images on the hash is searched in other bands."""
+    rng = np.random.default_rng(0)
+    thumbnails = rng.integers(0, 256, (400, 256), np.uint8)
+    prints = []
+    for number in rng.integers(0, 400, 1500):  # copies of few images, of which each differs in some bits and levels
+        bits = sum(1 << int(bit) for bit in rng.choice(64, rng.integers(0, 6), replace=False))
+        level = np.clip(thumbnails[number] + rng.normal(0, rng.choice([5, 40]), 256), 0, 255).astype(np.uint8)
+        phash = (int(number) * 0x9E3779B97F4A7C15 % 2**64 ^ bits).to_bytes(8, "little")
+        prints.append(Fingerprint("", "JPEG", 640, 480, digest=bytes(16), phash=phash, thumbnail=level.tobytes()))
+    table, indices = FingerprintTable.of(prints), np.arange(3, 1500)
+    expected = near_duplicate_groups(table, indices)
+    assert len(expected) > 100
+    assert expected == sorted(map(sorted, expected))
+    monkeypatch.setattr(near_duplicates, "MANY", 0)
+    monkeypatch.setattr(near_duplicates, "PAIRS", 10)
+    assert near_duplicate_groups(table, indices) == expected
 
 
 def test_one_scene_is_no_fault(here):
@@ -408,9 +447,10 @@ def test_many_near_duplicates_take_little_memory_and_time(monkeypatch):
     rng = np.random.default_rng(0)
     hashes = [int(rng.integers(0, 2)) << int(rng.integers(0, 64)) for _ in range(3000)]
     thumbnail = rng.integers(0, 256, 256, np.uint8).tobytes()
-    prints = [Fingerprint(phash=h.to_bytes(8, "little"), thumbnail=thumbnail, width=640, height=480) for h in hashes]
+    fields = {"thumbnail": thumbnail, "width": 640, "height": 480, "digest": bytes(16)}
+    prints = FingerprintTable.of(Fingerprint(phash=h.to_bytes(8, "little"), **fields) for h in hashes)
     tracemalloc.start()
-    assert near_duplicate_groups(prints) == [list(range(3000))]
+    assert near_duplicate_groups(prints, np.arange(3000)) == [list(range(3000))]
     assert tracemalloc.get_traced_memory()[1] < 300e6
     assert sum(pairs) < 1_000_000  # of 4.5 million
     tracemalloc.stop()
@@ -472,17 +512,18 @@ def test_shortcuts_in_real_photos(rubbish, change, message):
 def test_images_of_one_kind_are_not_near_duplicates(shared, name, limit):
     """Handwritten digits, and hands before one wall: hundreds of pairs have similar hashes."""
     paths = sorted(str(path) for path in (shared / "data" / name).rglob("*") if path.is_file())[::2]
-    prints = [take_fingerprint(path) for path in paths]
-    assert sum(map(len, near_duplicate_groups(prints))) <= limit
-    assert sum(map(len, _candidates(prints, np.arange(len(prints))))) > 20
+    prints = FingerprintTable.of(map(take_fingerprint, paths))
+    every = np.arange(len(prints))
+    assert sum(map(len, near_duplicate_groups(prints, every))) <= limit
+    assert sum(map(len, _candidates(prints.rows["phash"].view(np.uint64)[:, 0], every, NARROW))) > 20
 
 
 def test_names_are_escaped_in_the_report(here):
     name = "<script>alert(1)<"
     path = str(write_image(Path("datasets", f"{name} \udcff.png")))
     image = AuditedImage(path, "train", name, Fingerprint(error="<b>broken</b>"))
-    found = audit_images([image])
-    write_audit("audit", found, [image], Fingerprints("prints"))
+    found = audit_images(audited(image))
+    write_audit("audit", found, audited(image), Fingerprints("prints"))
     page = Path("audit/audit.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
@@ -493,12 +534,12 @@ def test_names_are_escaped_in_the_report(here):
 
 
 def test_the_audit_does_not_steer_the_terminal_and_an_empty_class_name_is_one(here):
-    image = AuditedImage("\x1b[2Ja.png", "train", "\x1b[A", Fingerprint())
+    image = AuditedImage("\x1b[2Ja.png", "train", "\x1b[A", Fingerprint(error="gone"))
     finding = Finding("likely wrong label", "of \x1b[2J", [[image]], [], {image.path: ""})
     text = format_findings([finding], "audit", fix=False)
     assert "\x1b" not in text and "of \\x1b[2J" in text
     assert "\\x1b[2Ja.png (perhaps )" in text
-    write_audit("audit", [finding], [image], Fingerprints("prints"))
+    write_audit("audit", [finding], audited(image), Fingerprints("prints"))
     assert "\\x1b[A, perhaps " in Path("audit/audit.html").read_text(encoding="utf-8")
 
 
@@ -561,7 +602,7 @@ RECURSIVE = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SEL
 def test_a_view_in_the_cache_is_not_run(here, capsys, name):
     """It could run without end."""
     path = str(write_image(here / "a.png"))
-    expected = Fingerprints("prints").read([path])
+    expected = list(Fingerprints("prints").read([path]))
     other = sqlite3.connect("prints")
     other.execute(f"DROP TABLE IF EXISTS {name}")
     other.execute(f"CREATE VIEW {name} AS {RECURSIVE}")
@@ -569,16 +610,16 @@ def test_a_view_in_the_cache_is_not_run(here, capsys, name):
     other.close()
     found = Fingerprints("prints")
     assert "prints is damaged" in capsys.readouterr().out
-    assert found.read([path]) == expected
+    assert list(found.read([path])) == expected
     assert found.preview(path).startswith(fingerprints.JPEG)
 
 
-@pytest.mark.parametrize(("column", "value"), [("width", "x"), ("height", 1 << 60), ("phash", b""), ("format", None)])
+@pytest.mark.parametrize(("column", "value"), [("width", "x"), ("height", 1 << 60), ("phash", b""), ("format", "X")])
 def test_wrong_values_in_the_cache_are_computed_again(here, column, value):
     path = str(write_image(here / "a.png"))
-    expected = Fingerprints("prints").read([path])
+    expected = list(Fingerprints("prints").read([path]))
     other = sqlite3.connect("prints")
     other.execute(f"UPDATE fingerprints SET {column} = ?", (value,))
     other.commit()
     other.close()
-    assert Fingerprints("prints").read([path]) == expected
+    assert list(Fingerprints("prints").read([path])) == expected

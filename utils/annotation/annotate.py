@@ -9,11 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from utils.annotation import demo_digits
-from utils.annotation.audit import AuditedImage, Finding, audit_counts, audit_images, grouped_images
+from utils.annotation.audit import Finding, audit_counts, audit_images, grouped_images
 from utils.annotation.audit_report import format_findings, write_audit, write_samples
+from utils.annotation.audited_images import AuditedImage, AuditedImages
 from utils.annotation.classes import ClassFile, Repeat, check_nesting, choose_classes, nesting_notes, remove_unused
-from utils.annotation.fingerprints import Fingerprint, Fingerprints
+from utils.annotation.fingerprint_table import FingerprintTable
+from utils.annotation.fingerprints import Fingerprints
 from utils.annotation.folder_scan import SPLITS, ClassesFrom, Scan, is_hidden, scan_datasets
 from utils.annotation.scan_report import format_table, list_warnings
 from utils.annotation.split import group_by_name, split_validation
@@ -105,7 +109,8 @@ def annotate(
     findings, reasons = [], {}
     if audit:
         fingerprints = cache()
-        images = read_fingerprints(scan, names, fingerprints)
+        images = place_images(scan, names)
+        images = replace(images, prints=fingerprints.read(images.paths))
         findings = audit_images(images, groups)
         groups += grouped_images(findings)
         if deep:
@@ -227,25 +232,21 @@ def write_lists(scan: Scan, names: list[str], classes_path: str | Path, targets:
     return written
 
 
-def place_images(scan: Scan, names: list[str]) -> list[AuditedImage]:
+def place_images(scan: Scan, names: list[str]) -> AuditedImages:
     """Return the images of the classes `names`, not yet read."""
-    return [
-        AuditedImage(path, split, name, Fingerprint())
-        for split in SPLITS
-        for name in names
-        for path in scan.images[split].get(name, ())
-    ]
-
-
-def read_fingerprints(scan: Scan, names: list[str], fingerprints: Fingerprints) -> list[AuditedImage]:
-    """Read every image of the classes `names`."""
-    images = place_images(scan, names)
-    prints = fingerprints.read([image.path for image in images])
-    return [replace(image, fingerprint=fingerprint) for image, fingerprint in zip(images, prints, strict=True)]
+    paths: list[str] = []
+    counts = np.zeros((len(SPLITS), len(names)), np.int64)
+    for split in SPLITS:
+        for k, name in enumerate(names):
+            paths += scan.images[split].get(name, ())
+            counts[SPLITS.index(split), k] = scan.count(split, name)
+    splits = np.repeat(np.arange(len(SPLITS), dtype=np.uint8), counts.sum(axis=1))
+    class_ids = np.repeat(np.tile(np.arange(len(names), dtype=np.int32), len(SPLITS)), counts.ravel())
+    return AuditedImages(paths, splits, class_ids, names, FingerprintTable(len(paths)))
 
 
 def audit_deep(
-    images: list[AuditedImage], deep: bool | str, cache_dir: str | Path, max_pixels: int, allow_truncated: bool
+    images: AuditedImages, deep: bool | str, cache_dir: str | Path, max_pixels: int, allow_truncated: bool
 ) -> list[Finding]:
     """Return what a pretrained network finds in images of all splits; `deep` names it, see `choose_backbone`."""
     from utils.annotation.embeddings import choose_backbone  # slow: imports torch
@@ -256,21 +257,27 @@ def audit_deep(
     return audit_embeddings(images, replace(config, **limits))
 
 
-def update_splits(
-    scan: Scan, images: list[AuditedImage], findings: list[Finding]
-) -> tuple[list[AuditedImage], list[Finding]]:
+def update_splits(scan: Scan, images: AuditedImages, findings: list[Finding]) -> tuple[AuditedImages, list[Finding]]:
     """Return `images` and `findings` with the split in whose list each image is, after images were held out."""
-    splits = {path: split for split, classes in scan.images.items() for paths in classes.values() for path in paths}
-    now = {image.path: replace(image, split=splits.get(image.path, image.split)) for image in images}
+    held_out = {path: split for split in SPLITS[1:] for paths in scan.images[split].values() for path in paths}
+    numbers = {split: number for number, split in enumerate(SPLITS)}
+    splits = images.splits.copy()
+    for i, path in enumerate(images.paths):
+        if split := held_out.get(path):
+            splits[i] = numbers[split]
+
+    def update(image: AuditedImage) -> AuditedImage:
+        return replace(image, split=held_out.get(image.path, image.split))
+
     updated = [
         replace(
             finding,
-            groups=[[now[image.path] for image in group] for group in finding.groups],
-            excluded=[now[image.path] for image in finding.excluded],
+            groups=[list(map(update, group)) for group in finding.groups],
+            excluded=list(map(update, finding.excluded)),
         )
         for finding in findings
     ]
-    return list(now.values()), updated
+    return replace(images, splits=splits), updated
 
 
 def exclude(scan: Scan, findings: list[Finding]) -> dict[str, str]:

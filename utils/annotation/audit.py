@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils.annotation.fingerprints import Fingerprint
+from utils.annotation.audited_images import AuditedImage, AuditedImages
+from utils.annotation.fingerprint_table import FingerprintTable
 from utils.annotation.folder_scan import SPLITS
 from utils.annotation.near_duplicates import near_duplicate_groups
 from utils.data.image_io import SUFFIXES
@@ -26,16 +27,8 @@ MAX_DARK_LEVEL = 16
 """Highest level, on a scale to 255, of 12-bit images in 16-bit files."""
 MAX_IMBALANCE = 10
 """Largest ratio of class sizes that isn't reported."""
-
-
-@dataclass(frozen=True)
-class AuditedImage:
-    """An image with its split, class and fingerprint."""
-
-    path: str
-    split: str
-    class_name: str
-    fingerprint: Fingerprint
+MAX_SIZES = 200_000
+"""Images whose sizes are looked at for a shortcut; of more, evenly spaced ones."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class Finding:
     likely_classes: dict[str, str] = field(default_factory=dict)
 
 
-def audit_images(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]] = ()) -> list[Finding]:
+def audit_images(images: AuditedImages, groups: Sequence[Sequence[str]] = ()) -> list[Finding]:
     """Return the problems of the images themselves, the most serious first.
 
     Unreadable files; blank images and placeholders; duplicates and near-duplicates across classes (a label is wrong),
@@ -68,15 +61,14 @@ def audit_images(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]]
         images: of all splits.
         groups: paths that must be in one split, such as the images of one patient.
     """
-    readable = [image for image in images if not image.fingerprint.error]
     return [
         *_unreadable(images),
-        *_blank(readable),
-        *_dark(readable),
-        *find_duplicates(readable),
-        *_split_groups(readable, groups),
-        *_wrong_suffix(readable),
-        *_shortcuts(readable),
+        *_blank(images),
+        *_dark(images),
+        *find_duplicates(images),
+        *_split_groups(images, groups),
+        *_wrong_suffix(images),
+        *_shortcuts(images),
     ]
 
 
@@ -93,8 +85,8 @@ def grouped_images(findings: Iterable[Finding]) -> list[list[str]]:
     ]
 
 
-def _unreadable(images: Sequence[AuditedImage]) -> Iterator[Finding]:
-    bad = [image for image in images if image.fingerprint.error]
+def _unreadable(images: AuditedImages) -> Iterator[Finding]:
+    bad = images.pick(sorted(images.prints.errors))
     if bad:
         causes = Counter(image.fingerprint.error for image in bad).most_common(3)
         details = "; ".join(f"{count} x {cause}" for cause, count in causes)
@@ -102,14 +94,16 @@ def _unreadable(images: Sequence[AuditedImage]) -> Iterator[Finding]:
         yield Finding("unreadable", message, [[image] for image in bad], bad)
 
 
-def _blank(images: Sequence[AuditedImage]) -> Iterator[Finding]:
-    blank = [image for image in images if image.fingerprint.flat]
+def _blank(images: AuditedImages) -> Iterator[Finding]:
+    blank = images.pick(np.flatnonzero(images.prints.rows["flat"]))
     if blank:
         yield Finding("blank", f"{count_of(len(blank), 'blank image')} of one color", [[p] for p in blank], blank)
 
 
-def _dark(images: Sequence[AuditedImage]) -> Iterator[Finding]:
-    dark = [p for p in images if max(p.fingerprint.thumbnail, default=255) <= MAX_DARK_LEVEL]
+def _dark(images: AuditedImages) -> Iterator[Finding]:
+    readable = images.prints.readable()
+    highest = images.prints.rows["thumbnail"].max(axis=1)
+    dark = images.pick(readable[highest[readable] <= MAX_DARK_LEVEL])
     if dark:
         message = (
             f"{count_of(len(dark), 'nearly black image')}; if they are 12-bit images in 16-bit files, as from "
@@ -118,29 +112,32 @@ def _dark(images: Sequence[AuditedImage]) -> Iterator[Finding]:
         yield Finding("dark", message, [[p] for p in dark])
 
 
-def find_duplicates(images: Sequence[AuditedImage]) -> Iterator[Finding]:
+def find_duplicates(images: AuditedImages) -> Iterator[Finding]:
     """Yield duplicates and near-duplicates among readable images that aren't blank."""
-    images = [image for image in images if not image.fingerprint.flat]
-    by_digest = defaultdict(list)
-    for image in images:
-        by_digest[image.fingerprint.digest].append(image)
-    placeholders, rest = [], []
-    for group in by_digest.values():
+    readable = images.prints.readable()
+    compared = readable[~images.prints.rows["flat"][readable]]
+    placeholders, copies = [], {}
+    for group in duplicate_groups(images.prints, compared):
         # Copies within one class are more likely oversampling.
-        is_placeholder = len(group) >= MIN_PLACEHOLDER_COPIES and len({image.class_name for image in group}) > 1
-        (placeholders if is_placeholder else rest).append(group)
+        is_placeholder = len(group) >= MIN_PLACEHOLDER_COPIES and len(set(images.class_ids[group].tolist())) > 1
+        if is_placeholder:
+            placeholders.append(group)
+        else:
+            copies[int(group[0])] = group
     if placeholders:
-        copies = [image for group in placeholders for image in group]
-        message = f"{count_of(len(copies), 'file')} are copies of {count_of(len(placeholders), 'placeholder image')}"
-        yield Finding("placeholder", message, placeholders, copies)
-    yield from _by_place("duplicate", [group for group in rest if len(group) > 1])
-    sizes = Counter(image.class_name for image in images)
+        groups = [images.pick(group) for group in placeholders]
+        members = [image for group in groups for image in group]
+        message = f"{count_of(len(members), 'file')} are copies of {count_of(len(groups), 'placeholder image')}"
+        yield Finding("placeholder", message, groups, members)
+    yield from _by_place("duplicate", [images.pick(group) for group in copies.values()])
+    repeated = [*placeholders, *(group[1:] for group in copies.values())]
+    distinct = np.setdiff1d(compared, np.concatenate(repeated), assume_unique=True) if repeated else compared
+    sizes = np.bincount(images.class_ids[compared], minlength=len(images.class_names))
     near_duplicates, by_nature = [], []
-    for indices in near_duplicate_groups([group[0].fingerprint for group in rest]):
-        group = [image for i in indices for image in rest[i]]
-        smallest = min(sizes[image.class_name] for image in group)
-        is_natural = len(group) > max(MIN_CLASS_SIZE, MAX_NEAR_DUPLICATES * smallest)
-        (by_nature if is_natural else near_duplicates).append(group)
+    for indices in near_duplicate_groups(images.prints, distinct):
+        group = np.concatenate([copies.get(i, [i]) for i in indices])
+        is_natural = len(group) > max(MIN_CLASS_SIZE, MAX_NEAR_DUPLICATES * sizes[images.class_ids[group]].min())
+        (by_nature if is_natural else near_duplicates).append(images.pick(group))
     if by_nature:
         count = count_of(sum(map(len, by_nature)), "image")
         message = (
@@ -149,6 +146,21 @@ def find_duplicates(images: Sequence[AuditedImage]) -> Iterator[Finding]:
         )
         yield Finding(SIMILAR_BY_NATURE, message, by_nature)
     yield from _by_place("near-duplicate", near_duplicates)
+
+
+def duplicate_groups(prints: FingerprintTable, indices: np.ndarray) -> list[np.ndarray]:
+    """Return groups of two or more of `indices` (n,), ascending, with the same digest, by their first index.
+
+    Sorting in memory takes 50 bytes an image: less than the thumbnails, which are in memory, too.
+    """
+    halves = np.ascontiguousarray(prints.rows["digest"][indices]).view(np.uint64)  # (n, 2)
+    order = np.lexsort(halves.T)  # stable
+    halves = halves[order]
+    starts = np.append(0, np.flatnonzero((halves[1:] != halves[:-1]).any(axis=1)) + 1)
+    sizes = np.diff(np.append(starts, len(order)))
+    repeated = zip(starts[sizes > 1], sizes[sizes > 1], strict=True)
+    groups = [indices[order[start : start + size]] for start, size in repeated]
+    return sorted(groups, key=lambda group: group[0])
 
 
 def _by_place(kind: str, groups: Sequence[list[AuditedImage]]) -> Iterator[Finding]:
@@ -191,10 +203,10 @@ def _redundant(group: list[AuditedImage], kind: str, place: str) -> list[Audited
     return [image for image in group if image is not kept]
 
 
-def _split_groups(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]]) -> Iterator[Finding]:
-    by_path = {image.path: image for image in images}
-    members = [[by_path[path] for path in group if path in by_path] for group in groups]
-    divided = [group for group in members if len({image.split for image in group}) > 1]
+def _split_groups(images: AuditedImages, groups: Sequence[Sequence[str]]) -> Iterator[Finding]:
+    index_of = {images.paths[i]: i for i in images.prints.readable()} if groups else {}
+    members = [[index_of[path] for path in group if path in index_of] for group in groups]
+    divided = [images.pick(group) for group in members if len(set(images.splits[group].tolist())) > 1]
     if divided:
         files = count_of(sum(map(len, divided)), "file")
         message = f"{files} of {count_of(len(divided), 'group')} formed by --group-regex are in different splits"
@@ -202,15 +214,17 @@ def _split_groups(images: Sequence[AuditedImage], groups: Sequence[Sequence[str]
         yield Finding("group across splits", message, divided, excluded)
 
 
-def _wrong_suffix(images: Sequence[AuditedImage]) -> Iterator[Finding]:
-    wrong = [
-        image
-        for image in images
-        if os.path.splitext(image.path)[1].lower() not in SUFFIXES.get(image.fingerprint.format, ())
-    ]
+def _wrong_suffix(images: AuditedImages) -> Iterator[Finding]:
+    formats = images.prints.formats
+    wrong, kinds = [], Counter()
+    readable = images.prints.readable()
+    for i, number in zip(readable, images.prints.rows["format"][readable], strict=True):
+        suffix, kind = os.path.splitext(images.paths[i])[1].lower(), formats[number]
+        if suffix not in SUFFIXES.get(kind, ()):
+            wrong.append(images[i])
+            kinds[suffix, kind] += 1
     if wrong:
-        kinds = Counter((os.path.splitext(p.path)[1].lower(), p.fingerprint.format) for p in wrong).most_common(3)
-        details = ", ".join(f"{count} x {kind} named {suffix}" for (suffix, kind), count in kinds)
+        details = ", ".join(f"{count} x {kind} named {suffix}" for (suffix, kind), count in kinds.most_common(3))
         message = f"{count_of(len(wrong), 'file')} with a wrong suffix: {details}; Thaw reads them anyway"
         yield Finding("wrong suffix", message, [[image] for image in wrong])
 
@@ -246,26 +260,37 @@ def audit_counts(counts: Mapping[str, Mapping[str, int]], class_names: Sequence[
     return findings
 
 
-def _shortcuts(images: Sequence[AuditedImage]) -> Iterator[Finding]:
-    train = [image for image in images if image.split == "train"]
-    yield from _value_shortcut(train, "format", lambda image: image.fingerprint.format)
-    yield from _value_shortcut(train, "color", lambda image: "gray" if image.fingerprint.grey else "color")
-    yield from _size_shortcut(train)
+def _shortcuts(images: AuditedImages) -> Iterator[Finding]:
+    readable = images.prints.readable()
+    train = readable[images.splits[readable] == SPLITS.index("train")]
+    rows = images.prints.rows
+    yield from _value_shortcut(images, train, "format", images.prints.formats, rows["format"])
+    yield from _value_shortcut(images, train, "color", ["color", "gray"], rows["grey"])
+    yield from _size_shortcut(images, train)
 
 
 def _value_shortcut(
-    images: Sequence[AuditedImage], attribute: str, value_of: Callable[[AuditedImage], str]
+    images: AuditedImages, indices: np.ndarray, attribute: str, values: Sequence[str], numbers: np.ndarray
 ) -> Iterator[Finding]:
-    """Check whether nearly all images of a class have a value that hardly any of another class have."""
-    by_class = defaultdict(Counter)
-    for image in images:
-        by_class[image.class_name][value_of(image)] += 1
-    classes = {name: count for name, count in by_class.items() if count.total() >= 5}
+    """Check whether nearly all images of a class have a value that hardly any of another class have.
+
+    Args:
+        images: with N images.
+        indices: those to check.
+        attribute: what the values are.
+        values: the values.
+        numbers: (N,) of each image's value.
+    """
+    shape = len(images.class_names), len(values)
+    table = np.zeros(shape, np.int64)  # (classes, values)
+    np.add.at(table, (images.class_ids[indices], numbers[indices].astype(np.int64)), 1)
+    classes = np.flatnonzero(table.sum(axis=1) >= 5)
+    parts = table[classes] / table[classes].sum(axis=1, keepdims=True)
+    names = [images.class_names[k] for k in classes]
     shortcuts = []
-    for value in sorted({value for count in classes.values() for value in count}):
-        parts = {name: count[value] / count.total() for name, count in classes.items()}
-        nearly_all = [name for name, part in parts.items() if part >= 0.9]
-        hardly_any = [name for name, part in parts.items() if part <= 0.1]
+    for value, part in zip(values, parts.T, strict=True):
+        nearly_all = [name for name, p in zip(names, part, strict=True) if p >= 0.9]
+        hardly_any = [name for name, p in zip(names, part, strict=True) if p <= 0.1]
         if nearly_all and hardly_any:
             shortcuts.append((len(nearly_all), value, nearly_all, hardly_any))
     if shortcuts:  # the value that identifies the fewest classes is the most specific
@@ -277,21 +302,22 @@ def _value_shortcut(
         yield Finding("shortcut", message)
 
 
-def _size_shortcut(images: Sequence[AuditedImage]) -> Iterator[Finding]:
+def _size_shortcut(images: AuditedImages, indices: np.ndarray) -> Iterator[Finding]:
     """Check whether width and height predict the class, by the cross-validated recall of a small decision tree."""
-    counts = Counter(image.class_name for image in images)
-    usable = [image for image in images if counts[image.class_name] >= 5]
-    names = sorted({image.class_name for image in usable})
-    sizes = np.log([[p.fingerprint.width, p.fingerprint.height] for p in usable]) if usable else np.zeros((0, 2))
-    if len(names) < 2 or len(np.unique(sizes, axis=0)) < 2:
+    indices = indices[:: max(1, -(-len(indices) // MAX_SIZES))]
+    counts = np.bincount(images.class_ids[indices], minlength=len(images.class_names))
+    usable = indices[counts[images.class_ids[indices]] >= 5]
+    ranks = np.unique(images.class_names, return_inverse=True)[1]  # of the names, in the order of the alphabet
+    labels = ranks[images.class_ids[usable]]
+    sizes = np.log(np.stack([images.prints.rows[side][usable] for side in ("width", "height")], axis=1, dtype=float))
+    if len(np.unique(labels)) < 2 or len(np.unique(sizes, axis=0)) < 2:
         return
     from sklearn.model_selection import cross_val_score  # slow to import
     from sklearn.tree import DecisionTreeClassifier
 
     tree = DecisionTreeClassifier(max_depth=6, min_samples_leaf=2, class_weight="balanced", random_state=0)
-    labels = [image.class_name for image in usable]
     recall = cross_val_score(tree, sizes, labels, cv=5, scoring="balanced_accuracy").mean()
-    chance = 1 / len(names)
+    chance = 1 / len(np.unique(labels))
     if recall >= chance + (1 - chance) / 2:
         message = (
             f"size predicts the class: width and height alone give {recall:.0%} balanced accuracy (chance: "

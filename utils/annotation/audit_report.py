@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from heapq import nsmallest
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from utils.annotation.audit import AuditedImage, Finding
+import numpy as np
+
+from utils.annotation.audit import Finding
+from utils.annotation.audited_images import AuditedImage, AuditedImages
 from utils.annotation.fingerprints import Fingerprints
 from utils.annotation.folder_scan import SPLITS
 from utils.system.files import make_folder, write_json, write_text
@@ -63,7 +67,7 @@ def excluded_paths(findings: Sequence[Finding]) -> set[str]:
 def write_audit(
     folder: str | Path,
     findings: Sequence[Finding],
-    images: Sequence[AuditedImage],
+    images: AuditedImages,
     fingerprints: Fingerprints,
     fix: bool = False,
 ) -> None:
@@ -80,8 +84,8 @@ def write_audit(
     make_folder(Path(folder))
     write_json(Path(folder, "audit.json"), content)
     excluded = excluded_paths(findings)
-    listed = [image for image in images if image.path not in excluded] if fix else images
-    samples = choose_samples(listed)
+    unlisted = excluded if fix else ()
+    samples = choose_samples(images, unlisted)
     groups = chain(samples.values(), *(finding.groups for finding in findings))
     figures = Figures(Path(folder), make_previews(chain.from_iterable(groups), fingerprints))
     shown = [
@@ -93,11 +97,12 @@ def write_audit(
         }
         for finding in findings
     ]
-    page = _render(listed, samples, figures, findings=shown, audited=len(images), fix=fix, excluded=len(excluded))
+    counts = {"audited": len(images), "excluded": len(excluded)}
+    page = _render(images, samples, figures, unlisted, findings=shown, fix=fix, **counts)
     write_text(Path(folder, PAGE), page)
 
 
-def write_samples(folder: str | Path, images: Sequence[AuditedImage], fingerprints: Fingerprints) -> Path:
+def write_samples(folder: str | Path, images: AuditedImages, fingerprints: Fingerprints) -> Path:
     """Write `samples.html` with class counts and samples of each class, and return its path.
 
     Args:
@@ -109,7 +114,7 @@ def write_samples(folder: str | Path, images: Sequence[AuditedImage], fingerprin
     make_folder(path.parent)
     samples = choose_samples(images)
     figures = Figures(path.parent, make_previews(chain.from_iterable(samples.values()), fingerprints))
-    write_text(path, _render(images, samples, figures, findings=None))
+    write_text(path, _render(images, samples, figures, (), findings=None))
     return path
 
 
@@ -145,13 +150,17 @@ class Figures:
 
 
 def _render(
-    images: Sequence[AuditedImage], samples: Mapping[str, Sequence[AuditedImage]], figures: Figures, **content: Any
+    images: AuditedImages,
+    samples: Mapping[str, Sequence[AuditedImage]],
+    figures: Figures,
+    unlisted: Collection[str],
+    **content: Any,
 ) -> str:
     return render_page(
         Path(__file__).with_name("audit_page.html"),
-        images=len(images),
+        images=len(images) - len(unlisted),
         splits=SPLITS,
-        classes=_class_rows(images),
+        classes=_class_rows(images, unlisted),
         samples=list(zip(map(printable, samples), figures.of(samples.values()), strict=True)),
         max_groups=MAX_GROUPS,
         max_images=MAX_IMAGES,
@@ -160,18 +169,18 @@ def _render(
     )
 
 
-def choose_samples(images: Sequence[AuditedImage]) -> dict[str, list[AuditedImage]]:
-    """For as many classes as the page shows, random images of each: the choice depends on the path only, so it hardly
-    changes when images are added."""
-    by_class: dict[str, list[AuditedImage]] = defaultdict(list)
-    for image in images:
-        if not image.fingerprint.error:
-            by_class[image.class_name].append(image)
+def choose_samples(images: AuditedImages, unlisted: Collection[str] = ()) -> dict[str, list[AuditedImage]]:
+    """For as many classes as the page shows, random images of each but the `unlisted` paths: the choice depends on the
+    path only, so it hardly changes when images are added."""
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for i, (path, class_id) in enumerate(zip(images.paths, images.class_ids.tolist(), strict=True)):
+        if i not in images.prints.errors and path not in unlisted:
+            by_class[class_id].append(i)
     most = min(MAX_SAMPLES_PER_CLASS, max(1, MAX_SAMPLES // max(1, len(by_class))))
     samples = {}
-    for name, members in islice(by_class.items(), MAX_SAMPLES):
-        shuffled = sorted(members, key=lambda image: hashlib.sha256(os.fsencode(image.path)).digest())
-        samples[name] = sorted(shuffled[:most], key=lambda image: image.path)
+    for class_id, members in islice(by_class.items(), MAX_SAMPLES):
+        chosen = nsmallest(most, members, key=lambda i: hashlib.sha256(os.fsencode(images.paths[i])).digest())
+        samples[images.class_names[class_id]] = sorted(images.pick(chosen), key=lambda image: image.path)
     return samples
 
 
@@ -182,13 +191,20 @@ def make_previews(images: Iterable[AuditedImage], fingerprints: Fingerprints) ->
     return {path: base64.b64encode(preview).decode() for path, preview in previews if preview}
 
 
-def _class_rows(images: Sequence[AuditedImage]) -> list[dict[str, Any]]:
-    counts = {split: Counter(image.class_name for image in images if image.split == split) for split in SPLITS}
-    total = Counter(image.class_name for image in images)
-    largest = max(total.values(), default=1)
+def _class_rows(images: AuditedImages, unlisted: Collection[str]) -> list[dict[str, Any]]:
+    listed = np.array([path not in unlisted for path in images.paths], bool)
+    class_ids = images.class_ids[listed]
+    counts = np.zeros((len(images.class_names), len(SPLITS)), np.int64)
+    np.add.at(counts, (class_ids, images.splits[listed]), 1)
+    largest = counts.sum(axis=1).max(initial=1)
+    _, first = np.unique(class_ids, return_index=True)
     return [
-        {"name": printable(name), "counts": [counts[split][name] for split in SPLITS], "part": count / largest}
-        for name, count in total.items()
+        {
+            "name": printable(images.class_names[k]),
+            "counts": counts[k].tolist(),
+            "part": float(counts[k].sum() / largest),
+        }
+        for k in class_ids[np.sort(first)]
     ]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from nets.vit import SIZES
 from nets.weights.load import Weights, read_weights
 from nets.weights.pretrained import BUNDLED_FOLDER, BUNDLED_WEIGHTS
-from utils.annotation.audit import AuditedImage
+from utils.annotation.audited_images import AuditedImage
 from utils.config.train_config import TrainConfig
 from utils.data.cache_file import is_intact, replace_cache
 from utils.data.preprocessing import Preprocessing

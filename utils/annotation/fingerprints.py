@@ -7,9 +7,10 @@ import io
 import os
 import sqlite3
 import tempfile
+from array import array
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
 from typing import get_type_hints
@@ -18,7 +19,8 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from utils.data.image_io import MAX_PIXELS, READERS, ImageError, open_image
+from utils.annotation.fingerprint_table import THUMBNAIL, Fingerprint, FingerprintTable
+from utils.data.image_io import FORMATS, MAX_PIXELS, READERS, ImageError, open_image
 from utils.data.retry import read_patiently
 from utils.system.folder_lock import supports_locks
 from utils.system.text import printable
@@ -29,8 +31,6 @@ PREVIEW = 128
 JPEG = b"\xff\xd8"
 """The first bytes of a preview."""
 MAX_SIDE = 1 << 31
-THUMBNAIL = 16
-"""Side of the gray thumbnails that are compared for near-duplicates."""
 MAX_FLAT_RANGE = 8
 """Range of levels, of 255, within each channel of a blank image."""
 VERSION = 2
@@ -41,36 +41,8 @@ LOCK_TIMEOUT = 5
 """Seconds to wait while another process writes to the cache, which takes it a fraction of a second."""
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """The properties of one image.
-
-    Attributes:
-        error: why it can't be read; the other fields are empty then.
-        format: the format of the content, such as "JPEG"; the suffix may differ.
-        width: of the upright image.
-        height: of the upright image.
-        grey: whether all pixels are gray.
-        flat: whether it is blank: one color, or nearly.
-        digest: of the pixels, independent of the file format.
-        phash: 64-bit perceptual hash; near-duplicates differ in few bits (Zauner, "Implementation and Benchmarking of
-            Perceptual Image Hash Functions", 2010).
-        thumbnail: gray levels (16, 16), as bytes.
-    """
-
-    error: str = ""
-    format: str = ""
-    width: int = 0
-    height: int = 0
-    grey: bool = False
-    flat: bool = False
-    digest: bytes = b""
-    phash: bytes = b""
-    thumbnail: bytes = b""
-
-
 COLUMNS = ", ".join(field.name for field in fields(Fingerprint))
-PLACEHOLDERS = ", ".join("?" * (2 + len(fields(Fingerprint))))
+INSERT = f"INSERT OR REPLACE INTO fingerprints VALUES ({', '.join('?' * (2 + len(fields(Fingerprint))))})"
 TABLE = f"CREATE TABLE IF NOT EXISTS fingerprints (path BLOB PRIMARY KEY, state TEXT, {COLUMNS})"
 SELECT = f"SELECT state, {COLUMNS} FROM fingerprints WHERE path = ?"
 SCHEMA = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL"
@@ -103,15 +75,35 @@ def take_fingerprint(path: str, max_pixels: int = MAX_PIXELS, allow_truncated: b
 
 
 def _from_row(values: Sequence[object]) -> Fingerprint | None:
-    """The fingerprint in a row; None if a value has another type or size than those of `take_fingerprint`, so that the
-    image is read again."""
+    """The fingerprint in a row; None if a value isn't one that `take_fingerprint` could give, so that the image is read
+    again."""
     typed = [int if kind is bool else kind for kind in TYPES.values()]
     if not all(type(value) is kind for value, kind in zip(values, typed, strict=True)):
         return None
     fingerprint = Fingerprint(*values)
     sizes = len(fingerprint.digest), len(fingerprint.phash), len(fingerprint.thumbnail)
     bounded = 0 < fingerprint.width < MAX_SIDE and 0 < fingerprint.height < MAX_SIDE
-    return fingerprint if bounded and sizes == (16, 8, THUMBNAIL**2) and not fingerprint.error else None
+    known = fingerprint.format in FORMATS and not fingerprint.error
+    return fingerprint if known and bounded and sizes == (16, 8, THUMBNAIL**2) else None
+
+
+def _key(path: str) -> bytes:
+    return os.fsencode(os.path.abspath(path))
+
+
+def _check(db: sqlite3.Connection) -> None:
+    """Raise a DatabaseError if a database is damaged, or wasn't made here."""
+    if others := set(db.execute(SCHEMA)) - CREATED:  # such as views and triggers, which are code
+        raise sqlite3.DatabaseError(f"it has other tables: {others!r:.100}")
+    (status,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if status != "ok":
+        raise sqlite3.DatabaseError(status)
+
+
+def _find(db: sqlite3.Connection, key: bytes, state: str) -> Fingerprint | None:
+    """The fingerprint of an image in a database; None if it has none of this `state`."""
+    row = db.execute(SELECT, (key,)).fetchone()
+    return _from_row(row[1:]) if row and row[0] == state else None
 
 
 class Fingerprints:
@@ -154,11 +146,7 @@ class Fingerprints:
 
     def _prepare(self) -> None:
         with closing(self._connect()) as db, db:
-            if others := set(db.execute(SCHEMA)) - CREATED:  # such as views and triggers, which are code
-                raise sqlite3.DatabaseError(f"it has other tables: {others!r:.100}")
-            (status,) = db.execute("PRAGMA quick_check(1)").fetchone()
-            if status != "ok":
-                raise sqlite3.DatabaseError(status)
+            _check(db)
             db.execute(TABLE)
             db.execute(PREVIEWS)
 
@@ -167,45 +155,52 @@ class Fingerprints:
         options = "" if self.locks else "?nolock=1"
         return sqlite3.connect(self.path.absolute().as_uri() + options, timeout=LOCK_TIMEOUT, uri=True)
 
-    def read(self, paths: Sequence[str]) -> list[Fingerprint]:
+    def read(self, paths: Sequence[str]) -> FingerprintTable:
         """Return the fingerprints of `paths`, in this order; those of unreadable images only have an `error`.
 
         Raises:
             ImagesGone: most images are missing.
         """
-        keys = [os.fsencode(os.path.abspath(path)) for path in paths]
-        states = [self._state(path) for path in paths]
+        prints = FingerprintTable(len(paths))
+        max_pixels, allow_truncated = self.limits
         with closing(self._connect()) as db:
-            prints = [
-                _from_row(row[1:]) if (row := db.execute(SELECT, (key,)).fetchone()) and row[0] == state else None
-                for key, state in zip(keys, states, strict=True)
-            ]
-            missing = [i for i, fingerprint in enumerate(prints) if fingerprint is None]
+            missing = self._look_up(db, paths, prints)
 
-            def take(path: str) -> Fingerprint:
+            def read(path: str) -> tuple[str, Fingerprint]:
+                return self._state(path), take_fingerprint(path, max_pixels=max_pixels, allow_truncated=allow_truncated)
+
+            def take(i: int) -> tuple[str, Fingerprint]:
                 try:
-                    max_pixels, allow_truncated = self.limits
-                    read = partial(take_fingerprint, path, max_pixels=max_pixels, allow_truncated=allow_truncated)
-                    return read_patiently(read, len(paths), paths.__getitem__)
+                    return read_patiently(partial(read, paths[i]), len(paths), paths.__getitem__)
                 except ImageError as error:
-                    return Fingerprint(error=error.cause)
+                    return "", Fingerprint(error=error.cause)
 
-            computed = map_parallel(take, [paths[i] for i in missing], "reading images")
+            computed = map_parallel(take, missing, "reading images")
             rows = []
-            for i, fingerprint in zip(missing, computed, strict=True):
+            for i, (state, fingerprint) in zip(missing, computed, strict=True):
                 prints[i] = fingerprint
                 if not fingerprint.error:
-                    rows.append((keys[i], states[i], *astuple(fingerprint)))
+                    rows.append((_key(paths[i]), state, *astuple(fingerprint)))
                 if len(rows) == SAVE_EVERY or i == missing[-1]:
-                    self._write(db, f"INSERT OR REPLACE INTO fingerprints VALUES ({PLACEHOLDERS})", rows)
+                    self._write(db, INSERT, rows)
                     rows.clear()
         return prints
+
+    def _look_up(self, db: sqlite3.Connection, paths: Sequence[str], prints: FingerprintTable) -> Sequence[int]:
+        """Fill `prints` with what is known of `paths`; return the indices of the others."""
+        missing = array("q")
+        for i, path in enumerate(paths):
+            if fingerprint := _find(db, _key(path), self._state(path)):
+                prints[i] = fingerprint
+            else:
+                missing.append(i)
+        return missing
 
     def preview(self, path: str) -> bytes | None:
         """Return a small JPEG of an image; None if it can't be read."""
         state = f"{PREVIEW} {self._state(path)}"
         with closing(self._connect()) as db:
-            key = os.fsencode(os.path.abspath(path))
+            key = _key(path)
             row = db.execute("SELECT state, jpeg FROM previews WHERE path = ?", (key,)).fetchone()
             if row and row[0] == state and isinstance(row[1], bytes) and row[1].startswith(JPEG):
                 return row[1]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tqdm import tqdm
 
-from utils.annotation.audit import AuditedImage, Finding
+from utils.annotation.audit import Finding
+from utils.annotation.audited_images import AuditedImage
 from utils.annotation.embeddings import embed_images
 from utils.config.train_config import TrainConfig
 from utils.metrics.label_errors import find_label_errors
@@ -28,7 +29,7 @@ ROWS = 1024
 """Images whose distances to their class are in memory at a time."""
 
 
-def audit_embeddings(images: Sequence[AuditedImage], config: TrainConfig) -> list[Finding]:
+def audit_embeddings(images: Iterable[AuditedImage], config: TrainConfig) -> list[Finding]:
     """Return outliers and likely wrong labels among the images, except unreadable and blank ones, found otherwise.
 
     Args:

@@ -52,12 +52,21 @@ def join_groups(paths: Iterable[str], groups: Iterable[Sequence[str]]) -> list[l
     """Partition `paths`: paths connected by `groups`, directly or through others, are in one part."""
     from scipy.cluster.hierarchy import DisjointSet  # slow to import
 
-    units = DisjointSet(paths)
+    paths = dict.fromkeys(paths)
+    joined = DisjointSet()  # only of the paths in groups: it takes half a kilobyte for each
     for group in groups:
-        grouped_images = [path for path in group if path in units]
-        for path in grouped_images[1:]:
-            units.merge(grouped_images[0], path)
-    return [sorted(unit) for unit in units.subsets()]
+        members = [path for path in group if path in paths]
+        for path in members:
+            joined.add(path)
+            joined.merge(members[0], path)
+    parts, placed = [], set()
+    for path in paths:
+        if path not in joined:
+            parts.append([path])
+        elif joined[path] not in placed:
+            placed.add(joined[path])
+            parts.append(sorted(joined.subset(path)))
+    return parts
 
 
 def group_by_name(paths: Sequence[str], group_regex: str) -> list[list[str]]:

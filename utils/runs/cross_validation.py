@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from utils.annotation import demo_digits
-from utils.annotation.audit import SIMILAR_BY_NATURE, AuditedImage, find_duplicates, grouped_images
+from utils.annotation.audit import SIMILAR_BY_NATURE, find_duplicates, grouped_images
+from utils.annotation.audited_images import AuditedImages
 from utils.annotation.fingerprints import Fingerprints
 from utils.annotation.split import group_by_name, join_groups
 from utils.config.train_config import TrainConfig
@@ -100,9 +101,9 @@ def assign_folds(images: ImageList, folds: int, config: TrainConfig, group_regex
     groups = group_by_name(paths, group_regex)
     if config.data != demo_digits.FOLDER:
         cache = Fingerprints(Path(config.cache_dir, "fingerprints.sqlite"), config.max_pixels, config.allow_truncated)
-        places = zip(paths, map(str, images.class_ids), cache.read(paths), strict=True)
-        audited = [AuditedImage(path, "train", name, found) for path, name, found in places if not found.error]
-        findings = list(find_duplicates(audited))
+        names = list(map(str, range(images.class_ids.max() + 1)))
+        training = np.zeros(len(paths), np.uint8)
+        findings = list(find_duplicates(AuditedImages(paths, training, images.class_ids, names, cache.read(paths))))
         groups += grouped_images(findings)
         for finding in findings:
             if finding.kind == SIMILAR_BY_NATURE:
