@@ -25,6 +25,7 @@ from utils.config.train_config import TrainConfig, project_files
 from utils.data.image_list import read_classes, read_first_path, write_classes, write_excluded, write_list
 from utils.system import cli
 from utils.system.files import make_folder, try_unlink
+from utils.system.part import Part
 from utils.system.text import count_of, shorten_list
 
 FILES = project_files("")
@@ -48,6 +49,7 @@ def annotate(
     deep: bool | str = False,
     fix: bool = False,
     show: bool = False,
+    part: str = "",
     audit_path: str | Path = AUDIT,
     cache_dir: str | Path = TrainConfig.cache_dir,
     max_pixels: int = TrainConfig.max_pixels,
@@ -81,6 +83,8 @@ def annotate(
             photos use DINOv2. These images are only listed, never excluded.
         fix: exclude from the lists the images that the audit marks as excluded; no image file is changed.
         show: write only samples.html, with class counts and samples of each class; no audit, no lists.
+        part: only read the images of one part, such as 3/16, into cache_dir, and write nothing else; then the same
+            command without it, on one machine, reads what is missing and writes all.
         audit_path: folder for audit.json, audit.html, samples.html and, with fix, excluded.txt.
         cache_dir: folder for cached audit results.
         max_pixels: as in train.py: larger images count as unreadable.
@@ -92,6 +96,7 @@ def annotate(
     """
     repeat = partial(cli.format_command, "txt_annotation.py", annotate, dict(locals()))
     check_arguments(val_fraction, test_fraction, audit, fix, deep)
+    chosen = check_part(part, audit, show) if part else None
     lists = (train_annotation_path, val_annotation_path, test_annotation_path)
     classes_path, *lists, audit_path = place_files(str(out), (classes_path, *lists, audit_path))
     scan = scan_datasets(datasets_path, "top" if classes_from == "auto" else classes_from, ignore=[audit_path])
@@ -104,11 +109,15 @@ def annotate(
         print(f"written: {write_samples(audit_path, place_images(scan, names), cache())}")
         return
     check_test_images(scan, lists[-1], test_fraction)
+    if chosen:
+        print(read_part(place_images(scan, names).paths, chosen, cache(part=chosen), repeat))
+        return
     notes = nesting_notes(scan, classes_from, repeat)
     groups = group_by_name(scan.paths(), group_regex)
     findings, reasons = [], {}
     if audit:
         fingerprints = cache()
+        fingerprints.merge_parts()
         images = place_images(scan, names)
         images = replace(images, prints=fingerprints.read(images.paths))
         findings = audit_images(images, groups)
@@ -143,6 +152,18 @@ def check_arguments(val_fraction: float, test_fraction: float, audit: bool, fix:
         raise ValueError("fix=True: needs audit=True, which finds the images to exclude")
     if deep and not audit:
         raise ValueError(f"deep={deep!r}: needs audit=True, of which it is a part")
+
+
+def check_part(part: str, audit: bool, show: bool) -> Part:
+    """Return the part that `annotate` reads.
+
+    Raises:
+        ValueError: it isn't one, or there is nothing to read in parts.
+    """
+    if not audit or show:
+        other = "--show" if show else "--no-audit"
+        raise ValueError(f"part={part!r}: only the audit is done in parts; leave out {other}")
+    return Part.parse(part)
 
 
 def place_files(out: str, paths: Sequence[str | Path]) -> Sequence[str | Path]:
@@ -243,6 +264,17 @@ def place_images(scan: Scan, names: list[str]) -> AuditedImages:
     splits = np.repeat(np.arange(len(SPLITS), dtype=np.uint8), counts.sum(axis=1))
     class_ids = np.repeat(np.tile(np.arange(len(names), dtype=np.int32), len(SPLITS)), counts.ravel())
     return AuditedImages(paths, splits, class_ids, names, FingerprintTable(len(paths)))
+
+
+def read_part(paths: Sequence[str], part: Part, fingerprints: Fingerprints, repeat: Repeat) -> str:
+    """Read the part's share of `paths`, the images of all parts in their order; return a message to print."""
+    share = part.of(paths)
+    errors = len(fingerprints.read(share).errors)
+    unreadable = f", {errors} of them unreadable" if errors else ""
+    return (
+        f"part {part}: {len(share)} of {count_of(len(paths), 'image')} read{unreadable}: {fingerprints.path}\n"
+        f"when all parts are done: {repeat(part='')}"
+    )
 
 
 def audit_deep(

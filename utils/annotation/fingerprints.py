@@ -8,8 +8,9 @@ import os
 import sqlite3
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import astuple, fields
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,10 @@ from PIL import Image
 from utils.annotation.fingerprint_table import THUMBNAIL, Fingerprint, FingerprintTable
 from utils.data.image_io import FORMATS, MAX_PIXELS, READERS, ImageError, open_image
 from utils.data.retry import read_patiently
+from utils.system.files import try_unlink
 from utils.system.folder_lock import supports_locks
-from utils.system.text import printable
+from utils.system.part import Part, find_parts
+from utils.system.text import count_of, printable
 from utils.system.thread_map import map_parallel
 
 PREVIEW = 128
@@ -37,6 +40,8 @@ VERSION = 2
 """Increase it when fingerprints are computed differently."""
 SAVE_EVERY = 1000
 """Images between writes to the cache; an interrupted run resumes from the last write."""
+MERGE_EVERY = 10_000
+"""Images of a part between writes; others can read the cache in between."""
 LOCK_TIMEOUT = 5
 """Seconds to wait while another process writes to the cache, which takes it a fraction of a second."""
 
@@ -45,6 +50,7 @@ COLUMNS = ", ".join(field.name for field in fields(Fingerprint))
 INSERT = f"INSERT OR REPLACE INTO fingerprints VALUES ({', '.join('?' * (2 + len(fields(Fingerprint))))})"
 TABLE = f"CREATE TABLE IF NOT EXISTS fingerprints (path BLOB PRIMARY KEY, state TEXT, {COLUMNS})"
 SELECT = f"SELECT state, {COLUMNS} FROM fingerprints WHERE path = ?"
+SELECT_ALL = f"SELECT path, state, {COLUMNS} FROM fingerprints"
 SCHEMA = "SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL"
 PREVIEWS = "CREATE TABLE IF NOT EXISTS previews (path BLOB PRIMARY KEY, state TEXT, jpeg BLOB)"
 CREATED = {
@@ -116,16 +122,29 @@ class Fingerprints:
             is cached.
         max_pixels: see `utils.data.image_io.open_image`.
         allow_truncated: see `utils.data.image_io.open_image`.
+        part: write to a database beside `path`, for `merge_parts`: SQLite doesn't let several machines write to one.
+            What `path` has is only read.
+
+    Raises:
+        ValueError: the database of a part can't be used.
     """
 
-    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        max_pixels: int = MAX_PIXELS,
+        allow_truncated: bool = False,
+        part: Part | None = None,
+    ) -> None:
+        self.part = part
+        self.merged = Path(path)
+        self.path = part.place(self.merged) if part else self.merged
         self.limits = (max_pixels, allow_truncated)
         self.writable = self.locks = True
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.locks = supports_locks(self.path.parent)
-            if not self.locks:
+            if not self.locks and not part:
                 print(f"warning: the file system of {self.path} has no locks: run only one audit at a time")
             self._open()
         except (OSError, sqlite3.OperationalError) as error:  # the file itself isn't damaged
@@ -145,25 +164,28 @@ class Fingerprints:
             self._prepare()
 
     def _prepare(self) -> None:
-        with closing(self._connect()) as db, db:
+        with closing(self._connect(self.path)) as db, db:
             _check(db)
             db.execute(TABLE)
             db.execute(PREVIEWS)
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, path: Path, mode: str = "rwc") -> sqlite3.Connection:
         # Without locks of the file system, SQLite would wait for the timeout and then fail.
-        options = "" if self.locks else "?nolock=1"
-        return sqlite3.connect(self.path.absolute().as_uri() + options, timeout=LOCK_TIMEOUT, uri=True)
+        options = f"?mode={mode}" + ("" if self.locks else "&nolock=1")
+        db = sqlite3.connect(path.absolute().as_uri() + options, timeout=LOCK_TIMEOUT, uri=True)
+        db.text_factory = partial(str, encoding="utf-8", errors="replace")  # or invalid text would be an error
+        return db
 
     def read(self, paths: Sequence[str]) -> FingerprintTable:
         """Return the fingerprints of `paths`, in this order; those of unreadable images only have an `error`.
 
         Raises:
             ImagesGone: most images are missing.
+            ValueError: the database of a part can't be written to.
         """
         prints = FingerprintTable(len(paths))
         max_pixels, allow_truncated = self.limits
-        with closing(self._connect()) as db:
+        with closing(self._connect(self.path)) as db:
             missing = self._look_up(db, paths, prints)
 
             def read(path: str) -> tuple[str, Fingerprint]:
@@ -189,17 +211,68 @@ class Fingerprints:
     def _look_up(self, db: sqlite3.Connection, paths: Sequence[str], prints: FingerprintTable) -> Sequence[int]:
         """Fill `prints` with what is known of `paths`; return the indices of the others."""
         missing = array("q")
-        for i, path in enumerate(paths):
-            if fingerprint := _find(db, _key(path), self._state(path)):
-                prints[i] = fingerprint
-            else:
-                missing.append(i)
+        with ExitStack() as stack:
+            merged = self._open_merged(stack) if self.part else None
+            for i, path in enumerate(paths):
+                key, state = _key(path), self._state(path)
+                fingerprint = _find(db, key, state)
+                if merged and not fingerprint:
+                    try:
+                        fingerprint = _find(merged, key, state)
+                    except sqlite3.DatabaseError:  # another process is writing to it for long
+                        merged = None
+                if fingerprint:
+                    prints[i] = fingerprint
+                else:
+                    missing.append(i)
         return missing
+
+    def _open_merged(self, stack: ExitStack) -> sqlite3.Connection | None:
+        """The database of all parts, only to be read; None if there is none, or another process is writing to it."""
+        try:
+            db = stack.enter_context(closing(self._connect(self.merged, "ro")))
+            _check(db)
+            db.execute(SELECT, (b"",))
+        except sqlite3.DatabaseError:
+            return None
+        return db
+
+    def merge_parts(self) -> None:
+        """Add what the parts have read, and delete their databases. What is invalid in them is skipped."""
+        taken: Counter[int] = Counter()
+        images = 0
+        for part, path in find_parts(self.merged).items() if self.writable else ():
+            try:
+                images += self._merge(path)
+                taken[part.count] += 1
+            except sqlite3.OperationalError as error:
+                print(f"warning: {path} can't be used ({printable(str(error))}): is that part still running?")
+                continue
+            except sqlite3.DatabaseError as error:
+                print(f"warning: {printable(f'{path} is damaged ({error})')}: its images are read again")
+            if self.writable:
+                try_unlink(path, "it is merged again next time")
+        if taken:
+            parts = ", ".join(f"{number} of {count}" for count, number in sorted(taken.items()))
+            print(f"merged: {parts} parts with {count_of(images, 'image')}; what is missing is read now")
+
+    def _merge(self, path: Path) -> int:
+        """Add the valid rows of the database of a part; return how many."""
+        count = 0
+        with closing(self._connect(path, "rw")) as part, closing(self._connect(self.path)) as db:
+            _check(part)
+            part.execute(TABLE)  # it may have been killed before
+            found = part.execute(SELECT_ALL)
+            while rows := found.fetchmany(MERGE_EVERY):
+                valid = [row for row in rows if (type(row[0]), type(row[1])) == (bytes, str) and _from_row(row[2:])]
+                self._write(db, INSERT, valid)
+                count += len(valid)
+        return count
 
     def preview(self, path: str) -> bytes | None:
         """Return a small JPEG of an image; None if it can't be read."""
         state = f"{PREVIEW} {self._state(path)}"
-        with closing(self._connect()) as db:
+        with closing(self._connect(self.path)) as db:
             key = _key(path)
             row = db.execute("SELECT state, jpeg FROM previews WHERE path = ?", (key,)).fetchone()
             if row and row[0] == state and isinstance(row[1], bytes) and row[1].startswith(JPEG):
@@ -224,6 +297,11 @@ class Fingerprints:
 
     def _disable(self, error: Exception) -> None:
         self.writable = False
+        if self.part:
+            raise ValueError(
+                f"part='{self.part}': {self.path} can't be used ({error}), and a part has no other result; give a "
+                f"--cache-dir that all parts can write to"
+            ) from error
         print(f"warning: {self.path} can't be used ({error}): audit results are not cached")
 
     def _state(self, path: str) -> str:
