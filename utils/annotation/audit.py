@@ -12,7 +12,7 @@ import numpy as np
 from utils.annotation.audited_images import AuditedImage, AuditedImages
 from utils.annotation.fingerprint_table import FingerprintTable
 from utils.annotation.folder_scan import SPLITS
-from utils.annotation.near_duplicates import near_duplicate_groups
+from utils.annotation.near_duplicates import near_duplicate_groups, split_repeated
 from utils.data.image_io import SUFFIXES
 from utils.system.text import count_of, shorten_list
 
@@ -156,10 +156,7 @@ def duplicate_groups(prints: FingerprintTable, indices: np.ndarray) -> list[np.n
     halves = np.ascontiguousarray(prints.rows["digest"][indices]).view(np.uint64)  # (n, 2)
     order = np.lexsort(halves.T)  # stable
     halves = halves[order]
-    starts = np.append(0, np.flatnonzero((halves[1:] != halves[:-1]).any(axis=1)) + 1)
-    sizes = np.diff(np.append(starts, len(order)))
-    repeated = zip(starts[sizes > 1], sizes[sizes > 1], strict=True)
-    groups = [indices[order[start : start + size]] for start, size in repeated]
+    groups = [indices[group] for group in split_repeated(order, (halves[1:] != halves[:-1]).any(axis=1))]
     return sorted(groups, key=lambda group: group[0])
 
 

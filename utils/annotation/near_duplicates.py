@@ -53,8 +53,17 @@ def near_duplicate_groups(prints: FingerprintTable, indices: np.ndarray) -> list
             first, second = (_standardize(prints.rows["thumbnail"][indices[side]]) for side in chunk.T)
             labels[:] = _merge(labels, chunk[(first * second).mean(axis=1) >= threshold[chunk].max(axis=1)])
     order = np.argsort(labels, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return [indices[group].tolist() for group in groups if len(group) > 1]
+    return [indices[group].tolist() for group in split_repeated(order, np.diff(labels[order]) != 0)]
+
+
+def split_repeated(order: np.ndarray, changes: np.ndarray) -> list[np.ndarray]:
+    """Return the runs of two or more in `order` (n,); `changes` (n - 1,) is where another one starts.
+
+    Unlike with `np.split`, runs of one, which are nearly all, take no memory.
+    """
+    starts = np.append(0, np.flatnonzero(changes) + 1)
+    sizes = np.diff(np.append(starts, len(order)))
+    return [order[start : start + size] for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True)]
 
 
 def _merge(labels: np.ndarray, pairs: np.ndarray) -> np.ndarray:
