@@ -28,7 +28,7 @@ from utils.evaluation.report_page import MAX_WORST, render
 from utils.inference.classifier import BATCH, Classifier, load_classifier
 from utils.inference.fit_calibration import read_embeddings
 from utils.inference.outputs import Outputs, compute_outputs
-from utils.metrics.scores import Scores
+from utils.metrics.scores import Scores, finite_rows
 from utils.runs.checkpoint import find_checkpoint, given_model
 from utils.runs.folder import METRICS_FOLDER, is_run, results_folder
 from utils.runs.run_table import format_runs
@@ -150,7 +150,7 @@ def infer(
         ValueError: an output isn't finite, or no OOD image can be read.
     """
     outputs = compute_outputs(classifier, images, num_workers, batch_size, skip_unreadable=ood, title=title)
-    if len(broken := (~outputs.logits.isfinite().all(dim=1)).nonzero()):
+    if len(broken := (~finite_rows(outputs.logits)).nonzero()):
         first = images.path(int(outputs.indices[broken[0]]))
         raise ValueError(f"{first}, one of {len(broken)} affected images: {classifier.non_finite_message}")
     if not len(outputs.indices):

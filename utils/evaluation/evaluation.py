@@ -19,6 +19,7 @@ from utils.evaluation.corruptions import CORRUPTIONS, corrupt
 from utils.evaluation.eval_lists import count_overlap
 from utils.inference.classifier import Classifier
 from utils.inference.outputs import Outputs
+from utils.inference.rejection import most_probable
 from utils.metrics.classification import evaluation_metrics
 from utils.metrics.intervals import wilson_interval
 from utils.metrics.scores import Scores, expected_calibration_error
@@ -121,7 +122,7 @@ class Evaluation:
         """For the images, then any OOD images: probability of the predicted class, distance to the nearest class."""
         return [
             (
-                (outputs.logits / self.classifier.temperature).softmax(dim=1).amax(dim=1),
+                most_probable(outputs.logits, self.classifier.temperature)[0],
                 self.classifier.calibration.distances(outputs.embeddings),
             )
             for outputs in (self.outputs, self.ood)
@@ -139,7 +140,7 @@ def evaluate_corrupted(
     if max_images == 0:
         return {}
     drawn = sample_indices(images, max_images, seed=0)
-    unchanged = (outputs.logits[drawn].argmax(dim=1) == outputs.class_ids[drawn]).sum()
+    unchanged = (outputs.logits.argmax(dim=1) == outputs.class_ids)[drawn].sum()
     correct = {"none": int(unchanged)} | dict.fromkeys(CORRUPTIONS, 0)
     source = FileSource(select(images, drawn), classifier.preprocessing)
     loader = eval_loader(ImageDataset(source, classifier.transform, seed=0), batch_size, num_workers)

@@ -62,7 +62,7 @@ class Gallery:
             "classes": f"{truth} {predicted}",
             "right": truth == predicted,
             "probability": float(scores.confidence[index]),
-            "of_truth": float(scores.probabilities[index, truth]),
+            "of_truth": float(scores.true_probabilities[index]),
             "maps": [],
             "nearest": None,
         }

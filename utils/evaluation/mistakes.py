@@ -24,8 +24,7 @@ def worst_mistakes(scores: Scores, n: int) -> list[int]:
 
 def margins(scores: Scores) -> np.ndarray:
     """The probability (N,) of the most likely class minus that of the second."""
-    second, first = np.partition(scores.probabilities, -2, axis=1)[:, -2:].T
-    return first - second
+    return scores.top_probabilities[:, 0] - scores.top_probabilities[:, 1]
 
 
 def least_certain(scores: Scores, n: int) -> list[int]:
@@ -52,7 +51,7 @@ def confused_pairs(scores: Scores) -> list[ConfusedPair]:
 
 def label_errors(scores: Scores) -> list[int]:
     """Indices of images whose label is likely wrong, the most likely first; not valid for training images."""
-    return find_label_errors(scores.class_ids, scores.probabilities)
+    return find_label_errors(np.searchsorted(scores.present, scores.class_ids), scores.present_probabilities)
 
 
 def nearest(embeddings: Tensor, others: Tensor) -> list[int]:

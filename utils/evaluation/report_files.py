@@ -20,8 +20,6 @@ EVENTS_FOLDER = "evaluation"
 """Subfolder of a run for the TensorBoard events of its evaluation."""
 MAX_COLUMNS = 1000
 """With more classes, `confusion_matrix.csv` is in long form."""
-TOP = 5
-"""Classes per image in `predictions.csv`."""
 PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1"}
 """Columns of the table of classes: title by key."""
 MAX_ROWS = 40
@@ -55,15 +53,14 @@ def write_comparison(folder: Path, comparison: dict[str, Any], flipped: Sequence
 def prediction_rows(evaluation: Evaluation) -> list[list[str | float]]:
     """The rows of `predictions.csv`: the header, then one row per image."""
     scores, names = evaluation.scores, evaluation.classifier.class_names
-    top = min(TOP, len(names))
     margin = margins(scores)
-    others = [f"{column}_{k}" for k in range(2, top + 1) for column in ("class", "probability")]
+    others = [f"{column}_{k}" for k in range(2, scores.top.shape[1] + 1) for column in ("class", "probability")]
     rows: list[list[str | float]] = [["path", "truth", "prediction", "probability", "margin", "loss", *others]]
-    for i, probability in enumerate(scores.probabilities):
-        first, *rest = np.argsort(-probability, kind="stable")[:top].tolist()
-        row = [evaluation.images.path(i), names[scores.class_ids[i]], names[first], f"{probability[first]:.6f}"]
+    for i, (ids, probabilities) in enumerate(zip(scores.top, scores.top_probabilities, strict=True)):
+        first, *rest = [(names[k], f"{p:.6f}") for k, p in zip(ids, probabilities, strict=True)]
+        row = [evaluation.images.path(i), names[scores.class_ids[i]], *first]
         row += [f"{margin[i]:.6f}", f"{scores.losses[i]:.6f}"]
-        rows.append(row + [cell for k in rest for cell in (names[k], f"{probability[k]:.6f}")])
+        rows.append(row + [cell for pair in rest for cell in pair])
     return rows
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.metrics.blocks import map_rows
 from utils.metrics.temperature import fit_temperature
 
 UNKNOWN = "unknown"
@@ -85,7 +86,12 @@ class Calibration:
         images of the classes do.
         """
         whitened = F.normalize((embeddings.float() - self.centre) @ self.whitening, dim=1)
-        return (whitened @ self.directions.T).amax(dim=1).clamp(-1, 1).acos().rad2deg()
+
+        def highest(block: Tensor) -> tuple[Tensor]:
+            return ((block @ self.directions.T).amax(dim=1),)
+
+        (cosines,) = map_rows(highest, len(self.directions), whitened)
+        return cosines.clamp(-1, 1).acos().rad2deg()
 
     @property
     def max_distance(self) -> float:
@@ -160,9 +166,19 @@ def fit_calibration(
     """
     temperature = fit_temperature(logits, class_ids)
     distance = _fit_distance(train_embeddings, train_class_ids)
-    probability, predicted = (logits / temperature).softmax(dim=1).max(dim=1)
+    probability, predicted = most_probable(logits, temperature)
     fitted = Calibration(temperature, *distance, probability, predicted == class_ids, torch.zeros(0))
     return Calibration(**(fitted.as_dict() | {"distance": fitted.distances(embeddings)}))
+
+
+def most_probable(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Probability and id of the most probable class, each (N,), by logits (N, classes) / temperature."""
+
+    def highest(block: Tensor) -> tuple[Tensor, Tensor]:
+        return (block / temperature).softmax(dim=1).max(dim=1)
+
+    probability, predicted = map_rows(highest, logits.shape[1], logits)
+    return probability, predicted
 
 
 def _fit_distance(embeddings: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

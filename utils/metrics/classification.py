@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.metrics.blocks import map_rows
 from utils.metrics.intervals import bootstrap_intervals, wilson_interval
-from utils.metrics.scores import Scores, expected_calibration_error
+from utils.metrics.scores import Scores, expected_calibration_error, true_ranks
 
 CLASS_METRICS = ("precision", "recall", "f1", "roc_auc", "average_precision")
 
@@ -24,16 +24,10 @@ def cross_entropy(logits: Tensor, class_ids: Tensor) -> float:
     return F.cross_entropy(logits.float(), class_ids).item()
 
 
-def true_ranks(values: Tensor, class_ids: Tensor) -> Tensor:
-    """Ranks (N,) of the true classes, from 0, by logits or probabilities (N, classes); ties go to the lower id."""
-    true_values = values.gather(1, class_ids[:, None])  # (N, 1)
-    lower_id = torch.arange(values.shape[1]) < class_ids[:, None]  # (N, classes)
-    return ((values > true_values) | ((values == true_values) & lower_id)).sum(dim=1)
-
-
 def top_k_accuracy(logits: Tensor, class_ids: Tensor, k: int) -> float:
     """Fraction of images whose class is among the `k` with the highest logits."""
-    return (true_ranks(logits, class_ids) < k).double().mean().item()
+    (ranks,) = map_rows(lambda *block: (true_ranks(*block),), logits.shape[1], logits, class_ids)
+    return (ranks < k).double().mean().item()
 
 
 def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, Any]:
@@ -43,8 +37,7 @@ def evaluation_metrics(scores: Scores, class_names: Sequence[str]) -> dict[str, 
     have None for their own metrics, and are excluded from means over classes.
     """
     n, support = len(scores), scores.support
-    ranks = true_ranks(torch.from_numpy(scores.probabilities), torch.from_numpy(scores.class_ids))
-    top = {f"top{k}": int((ranks < k).sum()) for k in (1, 5) if k == 1 or len(class_names) > k}
+    top = {f"top{k}": int((scores.true_ranks < k).sum()) for k in (1, 5) if k == 1 or len(class_names) > k}
     by_class = class_metrics(scores)
     precision, recall, f1, roc_auc, average_precision = (by_class[name] for name in CLASS_METRICS)
     present = support > 0
@@ -81,8 +74,10 @@ def class_metrics(scores: Scores) -> dict[str, np.ndarray]:
         scores.class_ids, scores.predicted, labels=range(scores.num_classes), zero_division=0
     )
     roc_auc, average_precision = np.full((2, scores.num_classes), np.nan)
-    for k in np.flatnonzero((support > 0) & (support < len(scores))):
-        positive, score = scores.class_ids == k, scores.probabilities[:, k]
+    for k, score in zip(scores.present, scores.present_probabilities.T, strict=True):
+        if support[k] == len(scores):
+            continue
+        positive = scores.class_ids == k
         roc_auc[k] = roc_auc_score(positive, score)
         average_precision[k] = average_precision_score(positive, score)
     return dict(zip(CLASS_METRICS, (precision, recall, f1, roc_auc, average_precision), strict=True))

@@ -51,11 +51,11 @@ def bootstrap_intervals(scores: Scores) -> tuple[dict[str, list[float] | None], 
     # Resampling noise increases the absolute gaps, and so the ECE of every resample, by about the same amount.
     metrics["ece"] = np.maximum(metrics["ece"] - metrics["ece"].mean() + expected_calibration_error(scores), 0)
     metrics |= dict.fromkeys(("roc_auc", "average_precision"))
-    if scores.probabilities.size <= MAX_RANKED:
+    if len(scores) * scores.num_classes <= MAX_RANKED:
         weights = _draw(len(scores), RANK_RESAMPLES, generator)
         metrics["roc_auc"], metrics["average_precision"] = resampled_rank_metrics(scores, weights)
     f1_intervals: list[list[float] | None] = [None] * scores.num_classes
-    for k, values in zip(np.flatnonzero(scores.support), np.concatenate(f1).T, strict=True):
+    for k, values in zip(scores.present, np.concatenate(f1).T, strict=True):
         f1_intervals[k] = _interval(values)
     return {name: _interval(values) for name, values in metrics.items()}, f1_intervals
 
@@ -82,7 +82,7 @@ def _resampled_metrics(scores: Scores, weights: np.ndarray) -> tuple[dict[str, n
 
     F1 is NaN for a class without images in the resample.
     """
-    n, present = len(scores), np.flatnonzero(scores.support)
+    n, present = len(scores), scores.present
     num_present = len(present)
     class_ids = np.searchsorted(present, scores.class_ids)  # among the classes that have images: often far fewer
     is_present = scores.support[scores.predicted] > 0
@@ -125,9 +125,9 @@ def resampled_rank_metrics(scores: Scores, weights: np.ndarray) -> tuple[np.ndar
     mean is NaN if none does.
     """
     areas = []
-    for k in range(scores.num_classes):
-        order = np.argsort(-scores.probabilities[:, k], kind="stable")
-        score = scores.probabilities[order, k]
+    for k, probabilities in zip(scores.present, scores.present_probabilities.T, strict=True):
+        order = np.argsort(-probabilities, kind="stable")
+        score = probabilities[order]
         starts = np.flatnonzero(np.r_[True, score[1:] < score[:-1]])  # images of equal score form one group
         positive = (scores.class_ids[order] == k).astype(np.float32)
         sorted_weights = weights[:, order]

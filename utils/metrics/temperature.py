@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.metrics.blocks import map_rows, row_blocks
+
 
 def fit_temperature(logits: Tensor, class_ids: Tensor) -> float:
     """Return the temperature that minimizes the cross-entropy of logits (n, classes) / temperature.
@@ -13,15 +15,19 @@ def fit_temperature(logits: Tensor, class_ids: Tensor) -> float:
     Guo et al., 2017, https://arxiv.org/abs/1706.04599, by L-BFGS. A standard normal prior on the logarithm of the
     temperature, with the weight of a single image, keeps the temperature above 0 when all of a few images are correct.
     """
-    logits, class_ids = logits.double(), class_ids.clone()  # tensors of inference_mode can't take part in autograd
+    class_ids = class_ids.clone()  # tensors of inference_mode can't take part in autograd
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        likelihood = F.cross_entropy(logits / log_temperature.exp(), class_ids, reduction="sum")
-        value = likelihood + log_temperature.square() / 2
-        value.backward()
+        prior = log_temperature.square() / 2
+        prior.backward()
+        value = prior.detach()
+        for block, ids in row_blocks(logits.shape[1], logits, class_ids):
+            likelihood = F.cross_entropy(block.double() / log_temperature.exp(), ids, reduction="sum")
+            likelihood.backward()  # adds to the gradient
+            value += likelihood.detach()
         return value
 
     optimizer.step(loss)
@@ -30,5 +36,10 @@ def fit_temperature(logits: Tensor, class_ids: Tensor) -> float:
 
 def calibrated_loss(logits: Tensor, class_ids: Tensor) -> tuple[float, float]:
     """Cross-entropy in nats of logits (n, classes) at their fitted temperature, and its standard error."""
-    losses = F.cross_entropy(logits / fit_temperature(logits, class_ids), class_ids, reduction="none")
+    temperature = fit_temperature(logits, class_ids)
+
+    def cross_entropies(logits: Tensor, class_ids: Tensor) -> tuple[Tensor]:
+        return (F.cross_entropy(logits / temperature, class_ids, reduction="none"),)
+
+    (losses,) = map_rows(cross_entropies, logits.shape[1], logits, class_ids)
     return losses.mean().item(), losses.std(correction=0).item() / len(losses) ** 0.5
