@@ -45,8 +45,9 @@ def calibrate_checkpoint(
     classifier = load_classifier(checkpoint, config.device)
     max_embeddings = max(MAX_EMBEDDINGS, MIN_PER_CLASS * len(classifier.class_names))
     sample = select(train_images, sample_indices(train_images, max_embeddings, config.seed, by_class=True))
-    train = compute_outputs(classifier, sample, config.num_workers, skip_unreadable=True, title="embedding")
-    val = compute_outputs(classifier, val_images, config.num_workers, skip_unreadable=True, title="calibrating")
+    options = {"num_workers": config.num_workers, "skip_unreadable": True}
+    train = compute_outputs(classifier, sample, title="embedding", keep_logits=False, **options)
+    val = compute_outputs(classifier, val_images, title="calibrating", **options)
     if not len(val.indices) or not len(train.indices):
         print("warning: not calibrated, since no image could be read; the network's own probabilities are used")
         return {}

@@ -20,7 +20,7 @@ class Outputs(NamedTuple):
     """Outputs for the images of a list, in its order, on the CPU.
 
     Attributes:
-        logits: (N, classes), fp32.
+        logits: (N, classes), fp32; (N, 0) if they weren't asked for.
         embeddings: (N, C), fp32, the input of the head.
         class_ids: (N,), the true classes.
         brightness: (N,), the mean of the preprocessed pixels, 0 to 1.
@@ -48,8 +48,11 @@ def compute_outputs(
     batch_size: int = BATCH,
     skip_unreadable: bool = False,
     title: str = "evaluating",
+    keep_logits: bool = True,
 ) -> Outputs:
     """Run `classifier` on the images of a list.
+
+    With many classes, the logits take nearly all of the memory; `keep_logits` set to False drops those of each batch.
 
     Raises:
         ImageError: an image can't be read and `skip_unreadable` is False.
@@ -58,9 +61,15 @@ def compute_outputs(
     dataset_class, max_bad = (LenientDataset, 1.0) if skip_unreadable else (ImageDataset, None)
     dataset = dataset_class(source, classifier.transform, seed=0, max_bad_fraction=max_bad)
     loader = eval_loader(dataset, batch_size, num_workers)
-    batches = []
+    buffers, count, seen = [], 0, 0
     for pixels, class_ids in tqdm(iterate_batches(loader), title, len(loader), unit="batch", leave=False, disable=None):
         embeddings, logits = classifier.forward(pixels)
-        batches.append((logits, embeddings, class_ids, pixels.float().mean(dim=(1, 2, 3)) / 255))
-    readable = ~dataset.unreadable
-    return Outputs(*(torch.cat(tensors)[readable] for tensors in zip(*batches, strict=True)), readable.nonzero()[:, 0])
+        brightness = pixels.float().mean(dim=(1, 2, 3)) / 255
+        batch = (logits if keep_logits else logits[:, :0], embeddings, class_ids, brightness)
+        # Concatenating all batches at the end would need twice the memory.
+        buffers = buffers or [tensor.new_empty(len(images), *tensor.shape[1:]) for tensor in batch]
+        readable = ~dataset.unreadable[seen : seen + len(pixels)]
+        start, count, seen = count, count + int(readable.sum()), seen + len(pixels)
+        for buffer, tensor in zip(buffers, batch, strict=True):
+            buffer[start:count] = tensor[readable]
+    return Outputs(*(buffer[:count] for buffer in buffers), (~dataset.unreadable).nonzero()[:, 0])
