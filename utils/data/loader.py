@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from utils.data.dataset import ImageDataset
+from utils.data.decode_budget import SIZE, SharedBudget, budget
 from utils.data.feature_dataset import FeatureDataset
 from utils.data.sampler import EpochSampler, Sampling
 from utils.system.files import format_bytes, free_bytes
@@ -115,6 +117,17 @@ class WorkerCollate:
         return PipedBatch.pack(batch) if free_bytes(SHARED_MEMORY) < waiting else batch
 
 
+@dataclass(frozen=True)
+class WorkerStart:
+    """Prepares a worker: it ignores signals, and takes the memory for decoding from the budget of all workers."""
+
+    shared: SharedBudget
+
+    def __call__(self, worker: int) -> None:
+        ignore_signals(worker)
+        budget.share(self.shared)
+
+
 @cache
 def _warn_about_pipes(num_workers: int) -> None:
     """Print, once, that batches pass through pipes."""
@@ -134,11 +147,16 @@ def _warn_about_semaphores(cause: str) -> None:
     )
 
 
+def _context() -> BaseContext:
+    """How workers are started. Forked ones share the list in memory; spawned ones would copy it."""
+    return multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+
+
 def _can_connect(num_workers: int) -> bool:
     """Whether this system provides the semaphores that connect workers; prints a warning if not."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    context = _context()
     try:
-        _ = [context.Lock() for _ in range(8 * (num_workers + 1))]  # a loader has 3 for each worker, and 8
+        _ = [context.Lock() for _ in range(8 * (num_workers + 1))]  # a loader has 3 for each worker, and 10
     except OSError as error:
         _warn_about_semaphores(str(error.strerror))
         return False
@@ -149,6 +167,7 @@ def _loader(
     dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling | None
 ) -> DataLoader:
     num_workers = num_workers if num_workers and _can_connect(num_workers) else 0
+    context = _context() if num_workers else None
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -159,7 +178,6 @@ def _loader(
         pin_memory=torch.cuda.is_initialized(),  # don't initialize CUDA in a CPU run
         prefetch_factor=PREFETCHED if num_workers else None,
         persistent_workers=num_workers > 0,
-        worker_init_fn=ignore_signals,
-        # Forked workers share the list in memory; spawned ones would copy it.
-        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+        worker_init_fn=WorkerStart(SharedBudget(SIZE, context)) if context else None,
+        multiprocessing_context=context,
     )
