@@ -130,8 +130,11 @@ def _read_own(
     arguments, preprocessing = metadata.get("model"), metadata.get("preprocessing")
     if not isinstance(arguments, dict) or not isinstance(arguments.get("input_shape"), list):
         raise ValueError(f"{path} can't be used: it has the layout of a checkpoint of Thaw, but no input_shape")
+    names = metadata.get("class_names", [])
     try:
         check_arguments(arguments)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its class_names are not a list of text")
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise ValueError("some of its weights are not tensors")
         _check_tensors(state)
@@ -153,7 +156,7 @@ def _read_own(
         variant if of_vit else {},
         valid_fields(preprocessing) if isinstance(preprocessing, dict) else {},
         input_shape=(sides[0], sides[1]),
-        class_names=tuple(names) if isinstance(names := metadata.get("class_names"), list) else (),
+        class_names=tuple(names),
         origin=origin,
     )
 

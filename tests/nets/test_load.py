@@ -284,6 +284,14 @@ def test_metadata_of_a_file_is_checked(here, arguments, tensors):
             load_weights(tiny(), read_weights("w.pth"))
 
 
+@pytest.mark.parametrize("names", [[["light"]], "light", {"light": 0}, [1, 2]])
+def test_class_names_of_a_file_are_checked(here, names):
+    model = tiny()
+    torch.save({"weights": model.state_dict(), "model": model.arguments, "class_names": names}, "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth can't be used: its class_names are not a list of text"):
+        read_weights("w.pth")
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "net._orig_mod."])
 def test_prefixes_of_torch_do_not_change_the_source(here, prefix):
     torch.save({f"{prefix}{name}": tensor for name, tensor in tiny().state_dict().items()}, "w.pth")
