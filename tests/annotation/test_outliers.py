@@ -156,6 +156,20 @@ def test_a_damaged_or_unwritable_cache(photos, tiny_weights, capsys):
     assert "embeddings are not cached" in capsys.readouterr().out
 
 
+def test_an_altered_cache_is_made_anew(photos, tiny_weights, capsys):
+    annotate(deep=str(tiny_weights))
+    (cache,) = Path("cache").glob("embeddings-*.npz")
+    whole = cache.read_bytes()
+    for position in (50, len(whole) // 2, len(whole) - 1):
+        cache.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        capsys.readouterr()
+        annotate(deep=str(tiny_weights))
+        assert f"warning: {cache} isn't as it was written: it is made anew" in capsys.readouterr().out
+        assert cache.read_bytes() == whole
+    annotate(deep=str(tiny_weights))
+    assert "made anew" not in capsys.readouterr().out
+
+
 def test_the_backbone_is_chosen(here, tiny_weights, capsys):
     assert choose_backbone(True).backbone == "vit_xs_4"
     assert "for photos give --deep vit_s_14" in capsys.readouterr().out

@@ -171,6 +171,7 @@ def test_find_checkpoint(here):
         ({"weights": {"w": None}}, "of another type than in a checkpoint: weights"),
         ({"class_names": "ab"}, "of another type than in a checkpoint: class_names"),
         ({"step": -1}, "step=-1: must be 0 or more"),
+        ({"scaler": {"scale": 2.0}}, "scaler must have _growth_tracker, backoff_factor, "),
         ({"epoch": True}, "of another type than in a checkpoint: epoch"),
         ({"config": {"precision": "fp8"}}, "precision='fp8': must be one of auto, fp32"),
         ({"config": {"drop_rate": float("nan")}}, "drop_rate=nan: must be of type"),

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import train
+from nets.weights import tree
 from tests.conftest import SMALL, TINY, settings, write_back, write_image
 from utils.annotation.annotate import annotate
 from utils.data.image_list import compare_lists, list_in_memory, read_list, write_list
-from utils.runs.checkpoint import BEST, LAST, load_checkpoint, load_newest
+from utils.runs.checkpoint import BEST, LAST, load_checkpoint, load_newest, save_checkpoint
 from utils.runs.folder import remove_leftovers
 from utils.runs.resume import changed_fields, open_run
 from utils.system import folder_lock
@@ -293,6 +294,28 @@ def test_a_new_run_starts_if_all_checkpoints_are_damaged(interrupted, untrained,
     train.main(settings(**SMALL))
     assert f"{interrupted / LAST} can't be opened" in capsys.readouterr().out
     assert len(runs()) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state[3].update(exp_avg="x"), "exp_avg of parameter 3 must be floats"),
+        (lambda state: state[3].update(exp_avg=torch.zeros(())), "exp_avg of parameter 3 must be floats"),
+        (lambda state: state[3].update(exp_avg=state[3]["exp_avg"] + 1j), "exp_avg of parameter 3 must be floats"),
+        (lambda state: state[3].pop("exp_avg_sq"), "of parameter 3 it must have exp_avg, exp_avg_sq, step"),
+        (lambda state: state.update({"x": {}}), "there is no parameter 'x'"),
+    ],
+)
+def test_a_wrong_state_of_the_optimizer_is_refused(interrupted, monkeypatch, change, message):
+    """The file's checksums are right."""
+    monkeypatch.setitem(tree.DTYPES, torch.complex64, "C64")
+    content = load_checkpoint(interrupted / LAST)
+    change(content["optimizer"]["state"])
+    save_checkpoint(interrupted / LAST, content)
+    before = (interrupted / LAST).read_bytes()
+    with pytest.raises(ValueError, match=f"{interrupted} can't be resumed: the state of its optimizer .*{message}"):
+        train.main(settings(**SMALL))
+    assert (interrupted / LAST).read_bytes() == before
 
 
 def test_resume_requires_a_run(here):

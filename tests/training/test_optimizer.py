@@ -16,6 +16,7 @@ from utils.training.optimizer import (
     build_optimizer,
     learning_rate_at,
     parameter_groups,
+    restore_state,
     scale_learning_rate,
     set_learning_rate,
 )
@@ -137,6 +138,37 @@ def test_muon_state_is_restored():
     take_steps(model, [second], 2, 4)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, dict(whole.named_parameters())[name]), name
+
+
+def stepped(kind: str) -> tuple[torch.optim.Optimizer, dict]:
+    """A new optimizer, and the state of another one for the same network after a step."""
+    model, config = tiny_vit(), settings(optimizer_type=kind)
+    first = build_optimizer(model, config, 1e-3)
+    take_steps(model, [first], 0, 1)
+    return build_optimizer(model, config, 1e-3), first.state_dict()["state"]
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "muon"])
+def test_the_state_of_each_optimizer_is_restored_if_it_is_right(kind):
+    optimizer, state = stepped(kind)
+    restore_state(optimizer, state)
+    restored = optimizer.state_dict()["state"]
+    assert all(torch.equal(restored[i][name], value) for i in state for name, value in state[i].items())
+    number = len(state) - 1
+    for name, value in state[number].items():
+        shape = (1,) if name == "step" else (2, *value.shape)
+        for wrong in (3, "x", None, [], value.to(torch.complex64), value.int(), value.expand(shape)):
+            with pytest.raises(ValueError, match=f"{name} of parameter {number} must be floats of the shape"):
+                restore_state(optimizer, state | {number: state[number] | {name: wrong}})
+        missing = {other: tensor for other, tensor in state[number].items() if other != name}
+        for wrong in (missing, state[number] | {"more": value}, 3, None):
+            with pytest.raises(ValueError, match=f"of parameter {number} it must have .*{name}"):
+                restore_state(optimizer, state | {number: wrong})
+    for wrong in (number + 1, -1, "0", True, None):
+        with pytest.raises(ValueError, match=f"there is no parameter {wrong!r}"):
+            restore_state(optimizer, {wrong: state[0]})
+    with pytest.raises(ValueError, match="it is missing"):
+        restore_state(optimizer, None)
 
 
 def test_muon_uses_the_scheduled_learning_rate():

@@ -52,6 +52,8 @@ KEYS: dict[str, Any] = {
     "environment": dict[str, Any],
 }
 """The keys of a checkpoint, and the types of their values."""
+SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+"""The keys of the loss scaler's state, which is empty if there is none."""
 COUNTS, MAX_COUNT = ("epoch", "step", "micro_batches"), 1 << 53
 
 
@@ -137,6 +139,8 @@ def _check_content(content: dict[str, Any], keys: Set[str]) -> None:
         raise ValueError(f"of another type than in a checkpoint: {', '.join(wrong)}")
     if wrong := [name for name in COUNTS if not 0 <= content[name] < MAX_COUNT]:
         raise ValueError(f"{wrong[0]}={content[wrong[0]]!r:.40}: must be 0 or more")
+    if content["scaler"] and content["scaler"].keys() != SCALER:
+        raise ValueError(f"scaler must have {', '.join(sorted(SCALER))}, or nothing")
     if not all(row.keys() >= set(COLUMNS) for row in content["history"]):
         raise ValueError(f"a row of history lacks some of {', '.join(COLUMNS)}")
     if content["epoch_losses"].ndim != 1 or content["epoch_losses"].shape != content["epoch_hits"].shape:

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from nets.network import FreezableNetwork
@@ -34,6 +32,7 @@ from utils.runs.log import RunLog
 from utils.runs.saving import Saver
 from utils.system.signals import Stopped, WorkerDied, clear_pending, defer_signals, take_save_request
 from utils.training.non_finite import REMEDY, NonFiniteLoss
+from utils.training.optimizer import restore_state
 from utils.training.stages import Stage
 from utils.training.trainer import Trainer
 
@@ -100,15 +99,12 @@ class Run:
     def attach_optimizer(self, optimizer: Optimizer, stage: Stage) -> None:
         """Include this optimizer in checkpoints. If the run was interrupted within `stage`, restore its saved state."""
         if self._resumed and (self.epoch > stage.start or self.trainer.epoch.done):
-            # Keep the new options of the groups: `fused` depends on the device.
-            groups = optimizer.state_dict()["param_groups"]
             try:
-                optimizer.load_state_dict({"state": self._resumed["optimizer"]["state"], "param_groups": groups})
-                _use_formats_of_parameters(optimizer)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                restore_state(optimizer, self._resumed["optimizer"].get("state"))
+            except ValueError as error:
                 raise ValueError(
-                    f"{self.folder} can't be resumed: the state of its optimizer is damaged ({error!r:.200}); "
-                    f"start a new run with resume=no"
+                    f"{self.folder} can't be resumed: the state of its optimizer is damaged: {error}; start a new run "
+                    f"with resume=no"
                 ) from error
         self._resumed = None
         self.optimizer = optimizer
@@ -228,16 +224,3 @@ class Run:
                 self.log.close()
             finally:
                 self._opened.discard_if_new()
-
-
-def _use_formats_of_parameters(optimizer: Optimizer) -> None:
-    """Give the loaded states of an optimizer the memory format of their parameters, such as channels last, since a file
-    doesn't keep it and sums depend on it."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if not isinstance(value, Tensor | float | int) or (isinstance(value, Tensor) and value.is_complex()):
-                raise TypeError(f"{name} is no tensor of real numbers")
-            if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
-                raise ValueError(f"{name} has the shape {tuple(value.shape)}, its weight {tuple(parameter.shape)}")
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nets.network import FreezableNetwork
@@ -102,6 +104,49 @@ class MuonWithAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self._make_optimizers()
+
+
+def restore_state(optimizer: Optimizer, saved: Any) -> None:
+    """Give a new optimizer the state `saved`, the "state" of its `state_dict`.
+
+    The tensors get the memory format of their parameters, such as channels last, since a file doesn't keep it and sums
+    depend on it.
+
+    Raises:
+        ValueError: it isn't the state of such an optimizer for these parameters; the message names what is wrong.
+    """
+    _check_state(optimizer, saved)
+    # Keep the new options of the groups: `fused` depends on the device.
+    optimizer.load_state_dict({"state": saved, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _check_state(optimizer: Optimizer, saved: Any) -> None:
+    """See `restore_state`. A parameter without state is as before its first step."""
+    parameters = [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+    if not isinstance(saved, Mapping):
+        raise ValueError("it is missing")
+    for number, state in saved.items():
+        if type(number) is not int or not 0 <= number < len(parameters):
+            raise ValueError(f"there is no parameter {number!r:.40}")
+        parameter, group = parameters[number]
+        names = _state_names(optimizer, group)
+        if not isinstance(state, Mapping) or state.keys() != names:
+            raise ValueError(f"of parameter {number} it must have {', '.join(sorted(names)) or 'nothing'}")
+        for name, value in state.items():
+            shape = () if name == "step" else parameter.shape
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != shape:
+                raise ValueError(f"{name} of parameter {number} must be floats of the shape {tuple(shape)}")
+
+
+def _state_names(optimizer: Optimizer, group: Mapping[str, Any]) -> set[str]:
+    """The names of the tensors that an optimizer has for each parameter of a group."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer"} if group["momentum"] else set()
+    return {"momentum_buffer"} if group.get("is_matrix") else {"step", "exp_avg", "exp_avg_sq"}
 
 
 def batch_scale(batch_size: int, transformer: bool) -> float:
