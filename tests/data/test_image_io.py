@@ -24,6 +24,7 @@ from utils.annotation.fingerprints import Fingerprints
 from utils.annotation.folder_scan import find_images
 from utils.data import image_io
 from utils.data.dataset import FileSource
+from utils.data.decode_budget import DecodeBudget, budget
 from utils.data.image_io import HAS_HEIF, ImageError, Region, open_image, open_to_decode, read_size, upright_rgb
 from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
@@ -515,3 +516,78 @@ def test_truncated_files(here):
 def test_read_size(here):
     Image.new("RGB", (7, 3)).save("a.png")
     assert read_size("a.png") == (7, 3)
+
+
+def opened(path: str) -> list[Image.Image]:
+    """An image as Pillow opens it, from its file and from memory."""
+    return [Image.open(path), Image.open(io.BytesIO(Path(path).read_bytes()))]
+
+
+@pytest.mark.parametrize("kind", ["cut", "cut, end added", "zeros"])
+def test_damage_is_seen_in_opened_images(here, kind):
+    buffer = io.BytesIO()
+    Image.effect_noise((200, 150), 60).convert("RGB").save(buffer, "JPEG")
+    data, middle = buffer.getvalue(), len(buffer.getvalue()) // 2
+    damaged = {
+        "cut": data[:middle],
+        "cut, end added": data[:middle] + b"\xff\xd9",
+        "zeros": data[:middle] + bytes(2000) + data[middle + 2000 :],
+    }[kind]
+    Path("whole.jpg").write_bytes(data)
+    Path("damaged.jpg").write_bytes(damaged)
+    for image, whole in zip(opened("damaged.jpg"), opened("whole.jpg"), strict=True):
+        with pytest.raises(ImageError, match=r"it is damaged \(.*set allow_truncated"):
+            upright_rgb(image)
+        assert upright_rgb(image, allow_truncated=True).size == (200, 150)
+        assert np.array_equal(np.asarray(upright_rgb(whole)), np.asarray(open_image("whole.jpg")))
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "tif"])
+def test_opened_images_that_are_cut(here, suffix):
+    Image.effect_noise((200, 150), 60).save(f"a.{suffix}")
+    os.truncate(f"a.{suffix}", os.path.getsize(f"a.{suffix}") * 3 // 4)
+    for image in opened(f"a.{suffix}"):
+        with pytest.raises(ImageError, match="can't be read as an image: "):
+            upright_rgb(image)
+
+
+def test_opened_images_have_limits(here, monkeypatch):
+    Image.new("RGB", (100, 75)).save("a.jpg")
+    Image.new("RGB", (100, 75)).save("a.jp2")
+    taken = []
+    monkeypatch.setattr(image_io, "budget", DecodeBudget(10**9))
+    monkeypatch.setattr(image_io.budget, "take", lambda amount: taken.append(amount) or budget.take(amount))
+    for name, most, cause in (
+        ("a.jpg", 7499, "100 x 75 pixels, more than max_pixels=7499 allows"),
+        ("a.jp2", 9999, "take .* to decode, more than max_pixels=9999"),
+    ):
+        for image in opened(name):
+            with pytest.raises(ImageError, match=cause):
+                upright_rgb(image, max_pixels=most)
+            assert not taken
+            assert upright_rgb(image, max_pixels=most + 1).size == (100, 75)
+            assert taken.pop() >= 100 * 75 * 15
+    image = Image.new("RGB", (100, 75))
+    assert upright_rgb(image, max_pixels=1) is not image  # in memory already
+    with Image.open("a.jpg") as image:
+        pass
+    with pytest.raises(ImageError, match=r"a\.jpg .* its file was closed before it was read; give its path"):
+        upright_rgb(image)
+
+
+def test_what_was_done_with_an_opened_image_counts(here):
+    """Its frame and its size are those that the user chose."""
+    frames = [Image.new("RGB", (64, 48), color) for color in ("red", "lime")]
+    for name in ("a.gif", "a.mpo"):
+        frames[0].save(name, save_all=True, append_images=frames[1:])
+        with Image.open(name) as image:
+            image.seek(1)
+            assert upright_rgb(image).getpixel((9, 9))[1] > 200
+    with Image.open("a.mpo") as image:
+        assert upright_rgb(image).getpixel((9, 9))[0] > 200
+    frames[0].save("a.jpg")
+    with Image.open("a.jpg") as image:
+        image.draft("L", (32, 24))
+        upright = upright_rgb(image)
+        assert (upright.size, upright.mode) == ((32, 24), "RGB")
+        assert len(set(upright.getpixel((9, 9)))) == 1

@@ -36,7 +36,8 @@ SECONDS = 5
 
 
 def open_everywhere(path: str) -> list[str]:
-    """The errors at the doors of the loader, the prediction and the audit; "" where the image was read."""
+    """The errors at the doors of the loader, the prediction, also of an image that Pillow has opened, and the audit; ""
+    where the image was read."""
     preprocessing = Preprocessing.from_config(settings())
     transform = EvalTransform(preprocessing)
 
@@ -44,8 +45,17 @@ def open_everywhere(path: str) -> list[str]:
         with FileSource(list_in_memory([(0, path)]), preprocessing).open(0) as image:
             transform.region(image)
 
+    def read_opened() -> None:
+        with Image.open(path) as image:
+            read_region(image, preprocessing, transform)
+
     errors = []
-    for door in (load, lambda: read_region(path, preprocessing, transform), lambda: take_fingerprint(path)):
+    for door in (
+        load,
+        lambda: read_region(path, preprocessing, transform),
+        read_opened,
+        lambda: take_fingerprint(path),
+    ):
         started = time.monotonic()
         try:
             door()

@@ -208,20 +208,26 @@ class _File(NamedTuple):
         if pixels is None:
             _reduce(self.image, reduction)
             return np.array(_upright_rgb(self.image))
-        orientation = _orientation(self.image)
-        return TO_UPRIGHT[orientation](pixels) if orientation in TO_UPRIGHT else pixels
+        return _turn_upright(pixels, self.image)
 
     def _decode_jpeg(self, reduction: int) -> np.ndarray | None:
         """Decode a JPEG, strictly unless `allow_truncated`; None if it is left to Pillow."""
         data = Path(self.path).read_bytes()
-        if has_too_many_scans(data, self.image.width * self.image.height, self.max_pixels):
-            raise _Unsupported("a progressive JPEG of so many scans takes too long; save it as a JPEG again")
-        try:
-            return decode_jpeg(data, self.image.size, reduction)
-        except DamagedJpeg:
-            if not self.allow_truncated:
-                raise
-            return None
+        return _decode_strictly(data, self.image.size, reduction, self.max_pixels, self.allow_truncated)
+
+
+def _decode_strictly(
+    data: bytes, size: tuple[int, int], reduction: int, max_pixels: int, allow_truncated: bool
+) -> np.ndarray | None:
+    """See `decode_jpeg`; None also if the data are damaged and that is allowed."""
+    if has_too_many_scans(data, size[0] * size[1], max_pixels):
+        raise _Unsupported("a progressive JPEG of so many scans takes too long; save it as a JPEG again")
+    try:
+        return decode_jpeg(data, size, reduction)
+    except DamagedJpeg:
+        if not allow_truncated:
+            raise
+        return None
 
 
 class OpenImage:
@@ -273,14 +279,19 @@ def open_to_decode(
         yield OpenImage(file)
 
 
-def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+def upright_rgb(
+    image: Image.Image | np.ndarray, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
+) -> Image.Image:
     """Convert an image in memory as `open_image` does for files.
 
     Args:
         image: a Pillow image, or a uint8 array, (height, width, 3) in RGB or (height, width) in gray.
+        max_pixels: of a Pillow image whose file is read only now; a JPEG isn't decoded at a lower scale.
+        allow_truncated: see `open_image`.
 
     Raises:
-        ImageError: the Pillow image's file, which may be read only now, is broken, or its values have no known white.
+        ImageError: the Pillow image's file, which may be read only now, is refused as by `open_image`, or its values
+            have no known white.
         ValueError: the type, dtype or shape isn't one of these.
     """
     if not isinstance(image, np.ndarray | Image.Image):
@@ -292,11 +303,53 @@ def upright_rgb(image: Image.Image | np.ndarray) -> Image.Image:
                 f"RGB or (height, width)"
             )
         image = Image.fromarray(image)
+    is_unread = getattr(image, "fp", None) is not None
     try:
-        rgb = _upright_rgb(image)
-        return rgb.copy() if rgb is image else rgb
-    except (OSError, SyntaxError, _Unsupported) as error:
-        raise ImageError.of(getattr(image, "filename", "") or "an image in memory", str(error)) from error
+        if is_unread:
+            _check_header(image, max_pixels)
+        elif getattr(image, "tile", None):
+            raise _Unsupported("its file was closed before it was read; give its path")
+        with budget.take(max(MOST_PER_PIXEL, bytes_per_pixel(image)) * image.width * image.height):
+            pixels = _decode_opened(image, max_pixels, allow_truncated) if is_unread else None
+            if pixels is not None:
+                return Image.fromarray(pixels)
+            rgb = _upright_rgb(image)
+            return rgb.copy() if rgb is image else rgb
+    except Exception as error:  # as in `_opened`
+        name = getattr(image, "filename", "") or "an image in memory"
+        raise ImageError.of(name, _cause(name, error, max_pixels)) from error
+
+
+def _check_header(image: Image.Image, max_pixels: int) -> None:
+    """Raise `_Unsupported` if an opened image isn't to be decoded."""
+    if image.width * image.height > max_pixels:
+        raise _Unsupported(
+            f"it has {image.width} x {image.height} pixels, more than max_pixels={max_pixels} allows; shrink it, or "
+            f"give its path: a large JPEG is then decoded at a lower scale"
+        )
+    _memory(image, 1, max_pixels)
+    position = image.fp.tell()
+    length = image.fp.seek(0, os.SEEK_END)
+    if length > _max_length(max_pixels):
+        image.fp.seek(0)
+        _check_long(image.fp, length, max_pixels)
+    image.fp.seek(position)
+
+
+def _decode_opened(image: Image.Image, max_pixels: int, allow_truncated: bool) -> np.ndarray | None:
+    """Return the pixels of an opened JPEG as for files; None for others, which are left to Pillow."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated
+    if image.format not in JPEG_FORMATS:
+        return None
+    position = image.fp.tell()
+    image.fp.seek(0)
+    data = image.fp.read()
+    image.fp.seek(position)
+    as_file = image.mode == "RGB" and image.tell() == 0  # not another frame, or made gray by `draft`
+    # Others are decoded at the lowest scale, to see damage.
+    reduction = 1 if as_file else max(JPEG_REDUCTIONS)
+    pixels = _decode_strictly(data, image.size, reduction, max_pixels, allow_truncated)
+    return _turn_upright(pixels, image) if as_file and pixels is not None else None
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -310,6 +363,12 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         rgb = Image.fromarray(transform(np.array(rgb)))
     rgb.format = image.format
     return rgb
+
+
+def _turn_upright(pixels: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Return `pixels` turned by the EXIF orientation of `image`."""
+    orientation = _orientation(image)
+    return TO_UPRIGHT[orientation](pixels) if orientation in TO_UPRIGHT else pixels
 
 
 def _orientation(image: Image.Image) -> int:
@@ -442,7 +501,9 @@ def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: boo
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or socket would block forever
             raise OSError("it is not a file but a folder or a pipe")
-        _check_length(path, status.st_size, max_pixels)
+        if status.st_size > _max_length(max_pixels):
+            with Path(path).open("rb") as file:
+                _check_long(file, status.st_size, max_pixels)
         Image.MAX_IMAGE_PIXELS = max_pixels
         with _open(path) as image:
             reduction = _min_reduction(path, image, max_pixels)
@@ -456,20 +517,22 @@ def _opened(path: str | Path, max_pixels: int = MAX_PIXELS, allow_truncated: boo
         raise ImageError.of(path, _cause(path, error, max_pixels), missing) from error
 
 
-def _check_length(path: str | Path, length: int, max_pixels: int) -> None:
-    """Refuse a file much longer than its pixels can be: some formats are read whole. TIFFs may hold many pages.
+def _max_length(max_pixels: int) -> int:
+    """Return the bytes of the longest file that is read: some formats are read whole."""
+    return max(MIN_LENGTH_LIMIT, LENGTH_PER_PIXEL * max_pixels)
+
+
+def _check_long(file: BinaryIO, length: int, max_pixels: int) -> None:
+    """Refuse a file, which is at its start, of more than `_max_length`. TIFFs may hold many pages.
 
     Raises:
-        _Unsupported: the file is too long.
+        _Unsupported: it isn't a TIFF.
     """
-    most = max(MIN_LENGTH_LIMIT, LENGTH_PER_PIXEL * max_pixels)
-    if length > most:
-        with Path(path).open("rb") as file:
-            if file.read(4) not in TIFF_HEADERS:
-                raise _Unsupported(
-                    f"the file has {format_bytes(length)}, of which images of max_pixels={max_pixels} need at most "
-                    f"{format_bytes(most)}; save it as a JPEG"
-                )
+    if file.read(4) not in TIFF_HEADERS:
+        raise _Unsupported(
+            f"the file has {format_bytes(length)}, of which images of max_pixels={max_pixels} need at most "
+            f"{format_bytes(_max_length(max_pixels))}; save it as a JPEG"
+        )
 
 
 def _memory(image: Image.Image, reduction: int, max_pixels: int) -> int:

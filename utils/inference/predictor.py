@@ -88,7 +88,7 @@ def read_region(image: ImageInput, preprocessing: Preprocessing, transform: Tran
     if isinstance(image, str | os.PathLike):
         with preprocessing.open(os.fspath(image)) as opened:
             return transform.region(opened)
-    upright = upright_rgb(image)
+    upright = upright_rgb(image, preprocessing.max_pixels, preprocessing.allow_truncated)
     return Region(np.array(upright), transform.choose_box(*upright.size))
 
 
