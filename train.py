@@ -31,7 +31,8 @@ from utils.runs.saved_settings import settings_to_continue, settings_to_resume
 from utils.runs.setup import Setup, prepare
 from utils.runs.start import start_or_resume
 from utils.system import cli
-from utils.system.signals import defer_signals, handle_stop_signals
+from utils.system.runtime import runtime
+from utils.system.signals import agreed_signals, defer_signals, handle_stop_signals
 from utils.training.datasets import StageInputs
 from utils.training.optimizer import build_optimizer, set_learning_rate
 from utils.training.pace import Pace
@@ -143,15 +144,16 @@ def train(run: Run, setup: Setup) -> None:
             while not run.is_past(stage):
                 epoch = trainer.start_epoch(loader, run.epoch)
                 pace.start()
-                for images, class_ids in epoch.batches():
-                    with defer_signals():  # a signal takes effect after the step
-                        lr = stage.learning_rate(epoch.position)
-                        set_learning_rate(optimizer, lr)
-                        loss, hits = trainer.train_step(images, class_ids, optimizer)
-                        epoch.record(loss, hits)
-                        pace.record()
-                        trainer.non_finite.check(epoch, trainer.step, lr)
-                        run.save_if_due()
+                with agreed_signals(runtime.world_size > 1):
+                    for images, class_ids in epoch.batches():
+                        with defer_signals():  # a signal takes effect after the step
+                            lr = stage.learning_rate(epoch.position)
+                            set_learning_rate(optimizer, lr)
+                            loss, hits = trainer.train_step(images, class_ids, optimizer, stage.batch_size)
+                            epoch.record(loss, hits)
+                            pace.record()
+                            trainer.non_finite.check(epoch, trainer.step, lr)
+                            run.save_if_due()
                 lr = stage.learning_rate(epoch.last_position)
                 set_learning_rate(optimizer, lr)  # if the last step was in an earlier process
                 metrics = epoch.summary() | {"learning_rate": lr}
@@ -181,8 +183,9 @@ def start_run(run: Run, setup: Setup) -> StageInputs:
             if trainer.ema:
                 trainer.ema.load(run.model.state_dict())
         run.save()  # an unwritable folder fails before training
-    first_images, _ = next(iter(train_loader(inputs.train_set, min(16, len(inputs.train_set)), num_workers=0)))
-    run.log.log_images(network, first_images)
+    if run.log:
+        first_images, _ = next(iter(train_loader(inputs.train_set, min(16, len(inputs.train_set)), num_workers=0)))
+        run.log.log_images(network, first_images)
     return inputs
 
 
@@ -207,13 +210,13 @@ def train_folds(setup: Setup, num_folds: int, group_regex: str) -> None:
     """Train each fold that has no finished run, then report all folds."""
     from utils.runs.cross_validation import make_folds, report_folds  # imports scikit-learn
 
-    folds = make_folds(setup.config, setup.data, num_folds, group_regex)
+    folds = runtime.first(lambda: make_folds(setup.config, setup.data, num_folds, group_regex))
     for fold in folds:
         print(fold.title)
-        if setup.config.resume == "no" or fold.find_run() is None:
+        if setup.config.resume == "no" or runtime.first(fold.find_run) is None:
             train_fold(fold.config)
-        fold.clear_cache()
-    report_folds(folds)
+        runtime.first(fold.clear_cache)
+    runtime.first(lambda: report_folds(folds))
 
 
 def train_fold(config: TrainConfig) -> None:

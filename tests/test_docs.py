@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import eval
 import export
@@ -50,7 +51,14 @@ PLACEHOLDER = "X"
 OTHER_FLAGS = {"--index-url", "--logdir", "--shm-size", "--ipc", "--signal", "--field", "--no-field"}
 """Flags of pip, TensorBoard, Docker and Slurm, and placeholders."""
 OTHER_NAMES = {"field", "weights_only", "val_report"}
-OTHER_NAMES |= {"HF_ENDPOINT", "HF_HUB_DISABLE_XET", "CUDA_VISIBLE_DEVICES", "WITH_BATCH_NORM"}
+OTHER_NAMES |= {
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE",
+    "OMP_NUM_THREADS",
+    "HF_ENDPOINT",
+    "HF_HUB_DISABLE_XET",
+    "CUDA_VISIBLE_DEVICES",
+    "WITH_BATCH_NORM",
+}
 """What is neither a field nor in the code: placeholders, names of other libraries and tests, a folder of an example."""
 NUMBERED = {f"{name}_{k}" for name in ("class", "probability") for k in range(1, 6)}
 """Columns of predictions."""
@@ -125,14 +133,19 @@ def test_links_and_anchors_exist(page):
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of each `python ...` command in blocks and in inline code, up to a redirection, pipe or comment."""
+    """The words of each `python ...` command in blocks and in inline code, up to a redirection, pipe or comment; of
+    `torchrun ...` those of the script."""
     _, blocks = read_page(page)
     lines = [line for language, content in blocks if not language for line in content.splitlines()]
     for line in [*lines, *(" ".join(code.split()) for code in inline_code(page))]:
         for part in re.split(r"\s&&\s|\s\|\s", re.sub(r"<[^>]*>", PLACEHOLDER, re.sub(r"\s+#\s.*", "", line))):
-            match = re.match(r"(?:[A-Z_]+=\S+ |\$env:\S+; )*(python .+)", part.strip())
+            match = re.match(r"(?:[A-Z_]+=\S+ |\$env:\S+; )*((?:python|torchrun) .+)", part.strip())
             if match:
-                yield shlex.split(re.split(r"\s[<>]\s?", match[1])[0])
+                words = shlex.split(re.split(r"\s[<>]\s?", match[1])[0])
+                if words[0] == "torchrun":
+                    launched = torchrun_parser().parse_args(words[1:])
+                    words = ["python", launched.training_script, *launched.training_script_args]
+                yield words
 
 
 @functools.cache
@@ -172,6 +185,7 @@ def test_commands_name_scripts_and_their_flags(page):
 def test_flags_in_the_text_are_flags_of_a_script(page):
     scripts = [*MAINS, *(page_name(path) for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "measure")]
     known = {flag for script in scripts for flag in known_flags(script)} | OTHER_FLAGS
+    known |= set(torchrun_parser()._option_string_actions)
     assert {flag for code in inline_code(page) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)} <= known
 
 

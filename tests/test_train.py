@@ -492,7 +492,7 @@ def test_balanced_sampler_and_class_weights(two_classes, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             train.main(settings(**TINY, **balance, resume="no"))
         loader, loss = made["train_loader"], made["Trainer"].loss
-        assert loader.sampler.sampling == balance.get("sampler", "shuffle")
+        assert loader.batch_sampler.keys.sampling == balance.get("sampler", "shuffle")
         expected = pytest.approx([36 / 2 / 22, 36 / 2 / 14]) if "class_weights" in balance else None
         assert (None if loss.class_weights is None else loss.class_weights.tolist()) == expected
 

@@ -44,7 +44,7 @@ def epoch_of(images, workers, seed=1, epoch=0, batch_size=5):
     loader = train_loader(
         ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed), batch_size, workers
     )
-    loader.sampler.epoch = epoch
+    loader.batch_sampler.epoch = epoch
     return list(loader)
 
 
@@ -269,8 +269,8 @@ def test_epoch_can_start_in_the_middle(sampling):
 def test_batch_paths(images):
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
     loader = train_loader(dataset, 5, num_workers=0)
-    loader.sampler.epoch, loader.sampler.start = 3, 5
+    loader.batch_sampler.epoch, loader.batch_sampler.start = 3, 1
     names = [batch_paths(loader, number) for number in (0, 1)]
     assert names[1] == [images.path(int(class_id)) for class_id in next(iter(loader))[1]]
-    assert loader.sampler.start == 5
+    assert loader.batch_sampler.start == 1
     assert len(set(names[0] + names[1])) == 10

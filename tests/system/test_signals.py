@@ -12,9 +12,13 @@ from utils.system.signals import (
     SAVE_SIGNAL,
     SIGNALS,
     Stopped,
+    agree_on_requests,
+    agreed_signals,
     defer_signals,
     handle_stop_signals,
     ignore_signals,
+    is_agreed_stop,
+    own_requests,
     take_save_request,
 )
 
@@ -80,6 +84,46 @@ def test_workers_are_stopped_by_the_main_process_only():
         for number, handler in before.items():
             signal.signal(number, handler)
     assert left == {signal.SIGTERM}
+
+
+def test_ranks_stop_after_the_step_on_which_they_agree():
+    steps = []
+    with handle_stop_signals(), pytest.raises(Stopped), agreed_signals(several_ranks=True):
+        for step in range(9):
+            with defer_signals():
+                if step == 2:
+                    signal.raise_signal(signal.SIGTERM)
+                steps.append(own_requests()[0])
+                agree_on_requests(stop=step == 4, save=False, late=False)
+            if step == 3:
+                signal.raise_signal(signal.SIGUSR1)  # between steps
+    assert steps == [False, False, True, True, True]
+
+
+def test_a_rank_stops_without_a_signal_of_its_own():
+    with handle_stop_signals(), pytest.raises(Stopped) as stopped, agreed_signals(several_ranks=True), defer_signals():
+        agree_on_requests(stop=True, save=False, late=False)
+    assert stopped.value.status == 143
+    assert is_agreed_stop(stopped.value)
+
+
+def test_ranks_save_when_one_is_asked_to():
+    with handle_stop_signals(), agreed_signals(several_ranks=True):
+        agree_on_requests(stop=False, save=True, late=False)  # another rank was
+        assert take_save_request()
+        assert not take_save_request()
+        signal.raise_signal(signal.SIGUSR1)
+        assert own_requests() == (False, True, False)
+        assert not take_save_request()  # the others don't know yet
+        agree_on_requests(stop=False, save=True, late=False)
+        assert own_requests() == (False, False, False)
+        assert take_save_request()
+
+
+def test_a_signal_after_the_last_step_is_raised_at_the_end():
+    with handle_stop_signals(), pytest.raises(Stopped) as stopped, agreed_signals(several_ranks=True):
+        signal.raise_signal(signal.SIGTERM)
+    assert not is_agreed_stop(stopped.value)
 
 
 def test_an_error_in_the_context_takes_precedence():

@@ -61,7 +61,7 @@ def train_losses(network, dataset, sampling, epochs=3):
     loader = train_loader(dataset, 5, 0, sampling)
     losses = []
     for epoch in range(epochs):
-        loader.sampler.epoch = epoch
+        loader.batch_sampler.epoch = epoch
         network.train()
         losses += [trainer.train_step(inputs, targets, optimizer)[0].item() for inputs, targets in loader]
     return losses
@@ -96,7 +96,7 @@ def test_epochs_take_views_in_turn():
     loader = train_loader(dataset, 5, 0)
     seen = []
     for epoch in range(4):
-        loader.sampler.epoch = epoch
+        loader.batch_sampler.epoch = epoch
         batches = list(loader)
         rows = torch.cat([batch.flatten() for batch, _ in batches])
         assert torch.equal(rows % 10, torch.cat([targets for _, targets in batches]))

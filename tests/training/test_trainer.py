@@ -49,18 +49,21 @@ class Batches(list):
     class Sampler:
         epoch, start = -1, 0
 
+        def __init__(self, batch_size):
+            self.batch_size = batch_size
+
         def __iter__(self):
-            return ((self.epoch, index, 0) for index in itertools.count(self.start))
+            for start in itertools.count(self.start * self.batch_size, self.batch_size):
+                yield [(self.epoch, index, 0) for index in range(start, start + self.batch_size)]
 
     def __init__(self, batches):
         super().__init__(batches)
-        self.sampler = self.Sampler()
-        self.batch_size = len(batches[0][1])
+        self.batch_sampler = self.Sampler(len(batches[0][1]))
         names = ((0, f"{i:03d}.png") for i in range(sum(len(targets) for _, targets in batches)))
         self.dataset = SimpleNamespace(images=list_in_memory(names))
 
     def __iter__(self):
-        return itertools.islice(list.__iter__(self), self.sampler.start // self.batch_size, None)
+        return itertools.islice(list.__iter__(self), self.batch_sampler.start, None)
 
 
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.5, 1.0, 4.0])])
@@ -188,9 +191,9 @@ def test_epoch_returns_means_and_sets_the_rate_every_step():
     batches = Batches([batch(6), batch(6), batch(6), batch(6)])
     numbers = train_epoch(Trainer(model, CPU, "fp32", 1), batches, optimizer, number=3, learning_rate=rate)
     assert positions[:4] == [3, 3.25, 3.5, 3.75]
-    assert batches.sampler.epoch == 3
+    assert batches.batch_sampler.epoch == 3
     model.eval()
-    batches.sampler.start = 0
+    batches.batch_sampler.start = 0
     with torch.no_grad():
         losses = [F.cross_entropy(model(x), y).item() for x, y in batches]
         hits = sum((model(x).argmax(1) == y).sum().item() for x, y in batches)
@@ -403,7 +406,7 @@ def test_interrupted_epoch_continues():
             trainer.load_state_dict(state)
         loader = Batches(batches)
         means.append(train_epoch(trainer, loader, optimizer, 0, lambda epoch: 1e-3 * (1 + epoch)))
-        assert loader.sampler.start == (12 if cut else 0)
+        assert loader.batch_sampler.start == (2 if cut else 0)
     assert means[0] == means[1]
 
 

@@ -24,10 +24,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     # images per step
     ("batch batch_size bs b train_batch_size", ("unfreeze_batch_size", "batch_size")),
     ("val_batch_size validation_batch_size eval_batch_size", ("batch_size",)),
-    (
-        "grad_accum_steps accumulate gradient_accumulation_steps",
-        ("a batch that needs too much memory is split into micro-batches by itself",),
-    ),
+    ("grad_accum_steps accumulate gradient_accumulation_steps accumulate_grad_batches", ("parts",)),
     # learning rate and optimizer
     ("lr lr0 learning_rate base_lr lr_base lr_max blr", ("init_lr",)),
     ("lrf lr_min final_lr eta_min", ("min_lr",)),
@@ -68,7 +65,8 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("torchcompile compile", ("torch_compile",)),
     ("workers j num_worker n_workers dataloader_workers", ("num_workers",)),
     ("channels_last pin_mem pin_memory verbose plots shuffle val", (ALWAYS,)),
-    ("distributed sync_bn local_rank world_size multi_gpu", ("a run uses one device, see device",)),
+    ("distributed local_rank world_size multi_gpu", ("start it with torchrun, see docs/distributed.md",)),
+    ("sync_bn", ("reduce",)),
     ("deterministic random_seed random_state manual_seed", ("seed",)),
     ("nan detect_anomaly", ("on_nan",)),
     # data

@@ -35,6 +35,7 @@ class Known(NamedTuple):
         layers: number of backbone layers with separate learning rates.
         parameters: number of parameters of the network.
         on_cpu: whether the device is a CPU.
+        ranks: number of processes.
     """
 
     class_counts: np.ndarray
@@ -43,6 +44,7 @@ class Known(NamedTuple):
     layers: int
     parameters: int
     on_cpu: bool
+    ranks: int = 1
 
 
 class Choice(NamedTuple):
@@ -75,11 +77,13 @@ def choose(config: TrainConfig, known: Known) -> list[Choice]:
 
 
 def _for_all(config: TrainConfig, known: Known) -> list[Choice]:
+    choices = [Choice("parts", known.ranks, "as many as processes")] if known.ranks > 1 else []
     counts = known.class_counts[known.class_counts > 0]
     largest, smallest = counts.max(), counts.min()
-    if largest < UNBALANCED * smallest or config.class_weights == "balanced":
-        return []
-    return [Choice("sampler", "balanced", f"the largest class has {largest} images, the smallest {smallest}")]
+    if largest >= UNBALANCED * smallest and config.class_weights != "balanced":
+        reason = f"the largest class has {largest} images, the smallest {smallest}"
+        choices.append(Choice("sampler", "balanced", reason))
+    return choices
 
 
 def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:

@@ -254,6 +254,18 @@ class TrainConfig(NamesChecked):
     `skip`: the step is skipped, reported and counted; every step then waits for the device, which costs speed on a
     GPU."""
 
+    # Processes
+
+    parts: int | None = setting(1, FROM_1, by_recipe=True)
+    """Micro-batches of each global batch, whose gradients are added in a fixed order; batch norm and mixing see one
+    at a time. On a CPU, the result of a run depends on this number, but not on the number of processes, which can be up
+    to it."""
+
+    reduce: Literal["auto", "exact", "fast"] = "auto"
+    """How processes add their gradients. `exact`: in an order that doesn't depend on their number. `fast`: by torch's
+    DistributedDataParallel, while the rest is still computed; batch norm sees the whole batch on GPUs. `auto`: exact on
+    a CPU, fast on a GPU."""
+
     # Images
 
     train_crop: float | None = setting(0.08, ABOVE_0_TO_1, by_recipe=True, shapes_images=True)

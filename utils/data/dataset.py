@@ -22,6 +22,7 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.retry import read_patiently
 from utils.data.sampler import Key
 from utils.data.transforms import Decodable, Transform
+from utils.system.runtime import runtime
 from utils.system.seeds import derive_seed
 
 
@@ -103,6 +104,16 @@ class ImageDataset(Dataset):
     def share_unreadable(self, other: ImageDataset) -> None:
         """Use the record of unreadable images of `other`, a dataset of the same list."""
         self.unreadable, self._reported = other.unreadable, other._reported
+
+    def share_between_ranks(self) -> None:
+        """Record the unreadable images of all ranks on each rank.
+
+        Raises:
+            TooManyUnreadable: more files are unreadable than `max_bad_fraction` allows.
+        """
+        runtime.unite(self.unreadable)
+        if runtime.world_size > 1 and self.max_bad_fraction is not None:
+            self._check_unreadable()
 
     def __len__(self) -> int:
         return len(self.class_ids)

@@ -18,6 +18,7 @@ from utils.data.image_list import ImageList
 from utils.data.retry import read_patiently
 from utils.system.digests import IMAGE_CODE, digest
 from utils.system.files import format_bytes, make_folder
+from utils.system.runtime import runtime
 from utils.system.text import count_of
 from utils.system.thread_map import map_parallel
 
@@ -84,6 +85,16 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
         ValueError: the disk doesn't have enough space.
         ImagesGone: most images are missing.
     """
+    path = runtime.first(lambda: _write_missing(images, config))
+    cache = ImageCache(images, path)
+    unreadable = int((cache.index[:, 1] == 0).sum())
+    suffix = f", {unreadable} unreadable" if unreadable else ""
+    print(f"images from {path} ({format_bytes(path.stat().st_size)}){suffix}")
+    return cache
+
+
+def _write_missing(images: ImageList, config: TrainConfig) -> Path:
+    """The path of the cache of a list, which is written if necessary."""
     folder = Path(config.cache_dir)
     make_folder(folder)
     list_digest = digest([os.path.abspath(config.train_annotation_path), str(config.input_shape)])
@@ -96,11 +107,7 @@ def open_cache(images: ImageList, config: TrainConfig) -> ImageCache:
         check_disk_space(expected, folder, "cache_images to False")
         with replace_cache(path, replaces=f"images-{list_digest}-*.bin") as file:
             _write(images, config, file)
-    cache = ImageCache(images, path)
-    unreadable = int((cache.index[:, 1] == 0).sum())
-    suffix = f", {unreadable} unreadable" if unreadable else ""
-    print(f"images from {path} ({format_bytes(path.stat().st_size)}){suffix}")
-    return cache
+    return path
 
 
 def _is_complete(path: Path, num_images: int) -> bool:

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -22,8 +21,9 @@ from torch.utils.data import DataLoader
 from utils.data.dataset import ImageDataset
 from utils.data.decode_budget import SIZE, SharedBudget, budget
 from utils.data.feature_dataset import FeatureDataset
-from utils.data.sampler import EpochSampler, Sampling
+from utils.data.sampler import BatchSampler, EpochSampler, Sampling
 from utils.system.files import format_bytes, free_bytes
+from utils.system.runtime import runtime
 from utils.system.signals import WorkerDied, defer_signals, ignore_signals, watch_workers
 
 SHARED_MEMORY = "/dev/shm"
@@ -35,25 +35,39 @@ PREFETCHED = 2
 
 def batch_paths(loader: DataLoader, number: int) -> list[str]:
     """Return the files in batch `number` (from 0) of the loader's current epoch."""
-    sampler = copy.copy(loader.sampler)
-    sampler.start = number * loader.batch_size
-    return [loader.dataset.images.path(index) for _, index, _ in islice(sampler, loader.batch_size)]
+    batches = copy.copy(loader.batch_sampler)
+    batches.start, batches.rows = number, slice(None)
+    return [loader.dataset.images.path(index) for _, index, _ in next(iter(batches))]
 
 
 def train_loader(
-    dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling = "shuffle"
+    dataset: ImageDataset | FeatureDataset,
+    batch_size: int,
+    num_workers: int,
+    sampling: Sampling = "shuffle",
+    rows: slice = slice(None),
 ) -> DataLoader:
     """Return a loader of uint8 pixels (B, 3, height, width), or features (B, ...), and class ids (B,).
 
-    The last incomplete batch is dropped; shuffling varies which samples. Set `loader.sampler.epoch` and `.start` before
-    each epoch; the loader's length is that of a complete epoch.
+    The last incomplete batch is dropped; shuffling varies which samples. Set `loader.batch_sampler.epoch` and `.start`
+    before each epoch; the loader's length is that of a complete epoch.
+
+    Args:
+        rows: of each batch of `batch_size` images; a rank loads only its own.
     """
-    return _loader(dataset, batch_size, num_workers, sampling)
+    keys = EpochSampler(dataset.class_ids, sampling, dataset.seed)
+    return _loader(dataset, num_workers, BatchSampler(keys, batch_size, drop_last=True, rows=rows))
 
 
 def eval_loader(dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int) -> DataLoader:
-    """Return a loader of every image once, in the list's order; the last batch may be smaller."""
-    return _loader(dataset, batch_size, num_workers, None)
+    """Return a loader of every image once, in the list's order; the last batch may be smaller.
+
+    Batches are dealt out: batch b to rank b mod the number of ranks. Whole ones, since kernels for other batch sizes
+    round differently. See `utils.system.runtime.Runtime.collect_batches`.
+    """
+    keys = EpochSampler(dataset.class_ids, None, dataset.seed)
+    dealt = (runtime.rank, runtime.world_size)
+    return _loader(dataset, num_workers, BatchSampler(keys, batch_size, drop_last=False, dealt=dealt))
 
 
 def iterate_batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -125,6 +139,9 @@ class WorkerStart:
 
     def __call__(self, worker: int) -> None:
         ignore_signals(worker)
+        if runtime.world_size > 1 and sys.platform == "linux":
+            # torchrun stops a rank by a signal to its process group, but the step still needs its batch.
+            os.setpgid(0, 0)
         budget.share(self.shared)
 
 
@@ -163,18 +180,14 @@ def _can_connect(num_workers: int) -> bool:
     return True
 
 
-def _loader(
-    dataset: ImageDataset | FeatureDataset, batch_size: int, num_workers: int, sampling: Sampling | None
-) -> DataLoader:
+def _loader(dataset: ImageDataset | FeatureDataset, num_workers: int, batches: BatchSampler) -> DataLoader:
     num_workers = num_workers if num_workers and _can_connect(num_workers) else 0
     context = _context() if num_workers else None
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=EpochSampler(dataset.class_ids, sampling, dataset.seed),
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=WorkerCollate(dataset, num_workers) if num_workers else dataset.collate,
-        drop_last=sampling is not None,
         pin_memory=torch.cuda.is_initialized(),  # don't initialize CUDA in a CPU run
         prefetch_factor=PREFETCHED if num_workers else None,
         persistent_workers=num_workers > 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -58,3 +59,52 @@ class EpochSampler(Sampler):
         classes = torch.randint(len(counts), (len(self),), generator=generator).numpy()
         within = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy() * counts[classes]
         return by_class[starts[classes] + within.astype(np.int64)]
+
+
+class BatchSampler(Sampler):
+    """Yields the batches of one epoch as lists of keys, or the share of one rank.
+
+    Args:
+        keys: of the epoch.
+        batch_size: keys per batch, of all ranks together.
+        drop_last: whether to drop the last incomplete batch.
+        rows: the rows of each batch that this rank takes.
+        dealt: (r, n): this rank takes batch r and every n-th after it.
+
+    Attributes:
+        epoch: from 0.
+        start: batches skipped at the start of the epoch, used when a run is resumed.
+    """
+
+    def __init__(
+        self,
+        keys: EpochSampler,
+        batch_size: int,
+        drop_last: bool,
+        rows: slice = slice(None),
+        dealt: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.keys = keys
+        self.batch_size = batch_size
+        self.drop_last = drop_last
+        self.rows = rows
+        self.dealt = dealt
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return len(range(self.dealt[0], self._count, self.dealt[1]))
+
+    @property
+    def _count(self) -> int:
+        """Batches of all ranks."""
+        rest = len(self.keys) % self.batch_size > 0 and not self.drop_last
+        return len(self.keys) // self.batch_size + rest
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        self.keys.epoch, self.keys.start = self.epoch, self.start * self.batch_size
+        keys = iter(self.keys)
+        for number in range(self.start, self._count):
+            batch = list(islice(keys, self.batch_size))
+            if number % self.dealt[1] == self.dealt[0]:
+                yield batch[self.rows]

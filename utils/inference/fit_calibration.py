@@ -14,9 +14,10 @@ from torch import Tensor
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, parse_list, sample_indices, select
 from utils.inference.classifier import load_classifier
-from utils.inference.outputs import compute_outputs
+from utils.inference.outputs import Outputs, compute_outputs
 from utils.inference.rejection import Calibration, fit_calibration
 from utils.system.files import write_bytes
+from utils.system.runtime import runtime
 
 EMBEDDINGS = "train_embeddings.safetensors"
 MAX_EMBEDDINGS, MIN_PER_CLASS = 5000, 5
@@ -48,6 +49,11 @@ def calibrate_checkpoint(
     options = {"num_workers": config.num_workers, "skip_unreadable": True}
     train = compute_outputs(classifier, sample, title="embedding", keep_logits=False, **options)
     val = compute_outputs(classifier, val_images, title="calibrating", **options)
+    return runtime.first(lambda: _fit(checkpoint, sample, train, val))
+
+
+def _fit(checkpoint: Path, sample: ImageList, train: Outputs, val: Outputs) -> dict[str, Any]:
+    """Fit the calibration to outputs for training and validation images, and save the embeddings of the former."""
     if not len(val.indices) or not len(train.indices):
         print("warning: not calibrated, since no image could be read; the network's own probabilities are used")
         return {}

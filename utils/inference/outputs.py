@@ -14,6 +14,7 @@ from utils.data.image_list import ImageList
 from utils.data.loader import eval_loader, iterate_batches
 from utils.data.sampler import Key
 from utils.inference.classifier import BATCH, Classifier
+from utils.system.runtime import runtime
 
 
 class Outputs(NamedTuple):
@@ -50,7 +51,7 @@ def compute_outputs(
     title: str = "evaluating",
     keep_logits: bool = True,
 ) -> Outputs:
-    """Run `classifier` on the images of a list.
+    """Run `classifier` on the images of a list. Of several ranks, rank 0 has all outputs, the others have none.
 
     With many classes, the logits take nearly all of the memory; `keep_logits` set to False drops those of each batch.
 
@@ -61,15 +62,20 @@ def compute_outputs(
     dataset_class, max_bad = (LenientDataset, 1.0) if skip_unreadable else (ImageDataset, None)
     dataset = dataset_class(source, classifier.transform, seed=0, max_bad_fraction=max_bad)
     loader = eval_loader(dataset, batch_size, num_workers)
-    buffers, count, seen = [], 0, 0
+    size = min(len(images), len(loader) * batch_size)  # at most, of this rank
+    buffers, count = [], 0
     for pixels, class_ids in tqdm(iterate_batches(loader), title, len(loader), unit="batch", leave=False, disable=None):
         embeddings, logits = classifier.forward(pixels)
         brightness = pixels.float().mean(dim=(1, 2, 3)) / 255
         batch = (logits if keep_logits else logits[:, :0], embeddings, class_ids, brightness)
         # Concatenating all batches at the end would need twice the memory.
-        buffers = buffers or [tensor.new_empty(len(images), *tensor.shape[1:]) for tensor in batch]
-        readable = ~dataset.unreadable[seen : seen + len(pixels)]
-        start, count, seen = count, count + int(readable.sum()), seen + len(pixels)
+        buffers = buffers or [tensor.new_empty(size, *tensor.shape[1:]) for tensor in batch]
         for buffer, tensor in zip(buffers, batch, strict=True):
-            buffer[start:count] = tensor[readable]
-    return Outputs(*(buffer[:count] for buffer in buffers), (~dataset.unreadable).nonzero()[:, 0])
+            buffer[count : count + len(pixels)] = tensor
+        count += len(pixels)
+    runtime.unite(dataset.unreadable)
+    rows = runtime.collect_batches([buffer[:count] for buffer in buffers] or [torch.empty(0)] * 4, batch_size)
+    readable = (~dataset.unreadable)[: len(rows[0])]
+    if not readable.all():
+        rows = [tensor[readable] for tensor in rows]
+    return Outputs(*rows, readable.nonzero()[:, 0])

@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from utils.system.runtime import runtime
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -23,7 +25,7 @@ def pick_device(name: str) -> torch.device:
         name = next(kind for kind, is_available in available.items() if is_available)
     if not available.get(name):
         raise ValueError(f"device={name!r}: torch finds no such device; set device to auto or cpu")
-    return torch.device(name)
+    return torch.device(name, runtime.local_rank) if name == "cuda" and runtime.world_size > 1 else torch.device(name)
 
 
 def choose_precision(precision: str, device: torch.device) -> tuple[str, str]:

@@ -37,16 +37,18 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        lock: the lock of this process on it.
+        lock: the lock of this process on it; None on other ranks than 0.
         checkpoint: the state to resume from; None: there is none yet.
     """
 
     path: Path
-    lock: FolderLock
+    lock: FolderLock | None
     checkpoint: dict[str, Any] | None
 
     def discard_if_new(self) -> None:
         """Release the folder, and remove it if it has no checkpoint."""
+        if self.lock is None:
+            return
         self.lock.release()
         if self.checkpoint is None and has_no_checkpoint(self.path):
             shutil.rmtree(self.path)

@@ -30,7 +30,17 @@ from utils.runs.folder import RunFolder
 from utils.runs.history import Row, format_row
 from utils.runs.log import RunLog
 from utils.runs.saving import Saver
-from utils.system.signals import Stopped, WorkerDied, clear_pending, defer_signals, take_save_request
+from utils.system.runtime import RankLost, runtime
+from utils.system.signals import (
+    Stopped,
+    WorkerDied,
+    clear_pending,
+    defer_signals,
+    is_agreed_stop,
+    request_timed_save,
+    take_save_request,
+    take_timed_save,
+)
 from utils.training.non_finite import REMEDY, NonFiniteLoss
 from utils.training.optimizer import restore_state
 from utils.training.stages import Stage
@@ -49,7 +59,7 @@ class Run:
     Args:
         trainer: for a resumed run, in the state of the checkpoint.
         identity: what every checkpoint stores about the run, see `utils.runs.start.describe`.
-        log: of the epochs so far.
+        log: of the epochs so far; None on other ranks than 0.
     """
 
     def __init__(
@@ -59,7 +69,7 @@ class Run:
         trainer: Trainer,
         folder: RunFolder,
         identity: Mapping[str, Any],
-        log: RunLog,
+        log: RunLog | None,
     ) -> None:
         self.config = config
         self.model = model
@@ -112,8 +122,12 @@ class Run:
 
     def save_if_due(self) -> None:
         """Save if a checkpoint is due, see `Saver.is_due`, or a signal requests it."""
-        requested = take_save_request()
-        if requested or self.saver.is_due(self.trainer.step):
+        requested, late = take_save_request(), self.saver.is_late()
+        if runtime.world_size > 1:  # all ranks save after the same step, when the clock of rank 0 says so
+            if late and runtime.is_main:
+                request_timed_save()
+            late = take_timed_save()
+        if requested or late or self.saver.is_due(self.trainer.step):
             self.save()
         if requested:
             print(f"SIGUSR1: {self.folder} is saved at step {self.saver.saved_step}; training continues")
@@ -126,8 +140,17 @@ class Run:
             SaveError: the checkpoint can't be written.
         """
         if self.trainer.step > self.saver.saved_step:
-            with defer_signals():
-                self.saver.write(self._content(), LAST)
+            self._write(LAST)
+
+    def _write(self, *names: str) -> None:
+        """Write the current state under each of these names, on rank 0."""
+        with defer_signals():
+            runtime.first(lambda: self._write_here(*names))
+            self.saver.saved_step = self.trainer.step
+
+    def _write_here(self, *names: str) -> None:
+        self._opened.lock.check()
+        self.saver.write(self._content(), *names)
 
     def _content(self) -> dict[str, Any]:
         """The content of a checkpoint of the current state."""
@@ -173,29 +196,34 @@ class Run:
             self.history.append(row)
             self.best = self.config.best_epoch(self.history)
             self.trainer.finish_epoch()
-            content = self._content()
             is_best = self.best == self.epoch - 1
             print(format_row(row, self.config.epochs, is_best))
             # Log first: a run that is killed in between repeats the epoch and rewrites its log.
-            self.log.log_epoch(self.history)
+            if self.log:
+                self.log.log_epoch(self.history)
             names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}{SUFFIX}"]
             periodic = names if self.config.keep_periodic and self.epoch % self.config.save_period == 0 else []
             # The best one first, so that it exists if the run is killed and resumed from one of the others.
-            self.saver.write(content, *([BEST] if is_best else []), *periodic, LAST)
-            prune_periodic(self.folder, self.config.keep_periodic)
+            self._write(*([BEST] if is_best else []), *periodic, LAST)
+            if runtime.is_main:
+                prune_periodic(self.folder, self.config.keep_periodic)
 
     def finish(self, calibration: dict[str, Any]) -> None:
         """Mark the run as finished. `calibration` is stored in the best checkpoint, and in the last one if it is of the
         same step; the best one is stripped of the training state, two thirds of its size."""
-        best, last = self.folder / BEST, self.folder / LAST
         with defer_signals():
+            runtime.first(lambda: self._mark_finished(calibration))
+            self.finished = True
+
+    def _mark_finished(self, calibration: dict[str, Any]) -> None:
+        best, last = self.folder / BEST, self.folder / LAST
+        if True:
             same_state = read_progress(best).step == read_progress(last).step
             fitted = {"calibration": calibration}
             of_best = fitted | {"finished": True, "optimizer": {}, "weights_in_training": {}}
             of_last = (fitted if same_state else {}) | {"finished": True}
             for path, added in ((best, of_best), (last, of_last)):
                 save_checkpoint(path, load_checkpoint(path) | added)
-            self.finished = True
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
@@ -203,24 +231,34 @@ class Run:
         saving fails, print how to resume."""
         try:
             yield
-        except (Stopped, WorkerDied, ImageError, ImagesGone, SaveError) as reason:
+        except (Stopped, WorkerDied, ImageError, ImagesGone, SaveError, RankLost) as reason:
+            agreed = is_agreed_stop(reason)
             clear_pending()
             if self.finished:
                 print(f"\n{type(reason).__name__}: {self.folder} is finished")
             elif not self.is_new:
                 try:
-                    if not isinstance(reason, SaveError):
+                    if agreed:
                         self.save()
+                    elif runtime.is_main and not isinstance(reason, SaveError):
+                        self._save_alone()
                 finally:
                     how = f"--resume {self.folder}" if self.config.resume == "no" else "the same command"
                     saved = f"{self.folder} is saved at step {self.saver.saved_step}"
                     print(f"\n{type(reason).__name__}: {saved}; {how} resumes it")
             raise
 
+    def _save_alone(self) -> None:
+        """Save on rank 0 without the others, which may have ended: all ranks have the same state after a step."""
+        if self.trainer.step > self.saver.saved_step:
+            with defer_signals():
+                self._write_here(LAST)
+
     def close(self) -> None:
         """Close the log and release the folder, see `RunFolder.discard_if_new`."""
         with defer_signals():
             try:
-                self.log.close()
+                if self.log:
+                    self.log.close()
             finally:
                 self._opened.discard_if_new()

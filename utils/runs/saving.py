@@ -26,10 +26,14 @@ class Saver:
         self.saved_at = time.monotonic()
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step, by `save_every_steps` or `save_every_minutes`."""
-        steps, minutes = self.config.save_every_steps, self.config.save_every_minutes
-        late = minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
-        return late or (steps > 0 and step % steps == 0)
+        """Whether a checkpoint is due after this step, by `save_every_steps`."""
+        steps = self.config.save_every_steps
+        return steps > 0 and step % steps == 0
+
+    def is_late(self) -> bool:
+        """Whether a checkpoint is due, by `save_every_minutes`."""
+        minutes = self.config.save_every_minutes
+        return minutes > 0 and time.monotonic() - self.saved_at >= 60 * minutes
 
     def write(self, content: dict[str, Any], *names: str) -> None:
         """Write a checkpoint under each of these names, see `save_checkpoint`."""

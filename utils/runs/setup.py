@@ -15,6 +15,7 @@ from utils.config.train_config import TrainConfig
 from utils.modeling.build import build_meta_network, check_network
 from utils.modeling.precision import choose_precision, pick_device
 from utils.runs.resume import earlier_choices
+from utils.system.runtime import runtime
 from utils.training.datasets import Data, load_data
 from utils.training.stages import Stage, check_single_images, plan_stages
 from utils.training.summary import count_parameters, warn_about_input_shape
@@ -54,11 +55,11 @@ def prepare(asked: TrainConfig, write_lists: bool = True) -> Setup:
     network = build_meta_network(asked, num_classes=2)
     if asked.recipe == "none":
         check_network(network, asked.with_defaults())  # before lists are written
-    project = ensure_lists(asked, write=write_lists)
+    project = runtime.first(lambda: ensure_lists(asked, write=write_lists))
     placed = replace(asked, data=project).with_paths()
     data = load_data(placed)
     network.head = nn.Linear(network.head.in_features, len(data.class_names), device="meta")
-    choices = _choose(asked, data, network, device) if asked.recipe == "auto" else []
+    choices = runtime.first(lambda: _choose(asked, data, network, device)) if asked.recipe == "auto" else []
     config = placed.with_defaults(**{c.field: c.value for c in choices if getattr(asked, c.field) is None})
     check_network(network, config)
     if project != asked.data:
@@ -66,7 +67,8 @@ def prepare(asked: TrainConfig, write_lists: bool = True) -> Setup:
     warn_about_input_shape(data.train_images, config.input_shape, config.max_pixels)
     stages = plan_stages(config, len(data.train_images), network.transformer)
     check_single_images(stages, network)
-    return Setup(asked, config, choices, data, network, stages, device, *choose_precision(config.precision, device))
+    precision = runtime.first(lambda: choose_precision(config.precision, device))
+    return Setup(asked, config, choices, data, network, stages, device, *precision)
 
 
 def _choose(asked: TrainConfig, data: Data, network: FreezableNetwork, device: torch.device) -> list[Choice]:
@@ -80,6 +82,7 @@ def _choose(asked: TrainConfig, data: Data, network: FreezableNetwork, device: t
         layers=count_layers(network),
         parameters=count_parameters(network) - count_parameters(network.head),
         on_cpu=device.type == "cpu",
+        ranks=runtime.world_size,
     )
     return choose(asked, known)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from utils.config.recipe import Choice
 from utils.config.train_config import RESUMABLE_FIELDS
 from utils.data.image_list import ImageList
 from utils.modeling.build import BuiltNetwork
+from utils.runs.checkpoint import LAST, load_checkpoint
 from utils.runs.folder import RunFolder
 from utils.runs.log import RunLog
 from utils.runs.resume import open_run
@@ -17,6 +19,7 @@ from utils.runs.run import Run
 from utils.runs.saving import check_free_space
 from utils.runs.setup import Setup
 from utils.system.digests import TRAINING_CODE, code_digest
+from utils.system.runtime import runtime
 from utils.system.text import count_of
 from utils.training.trainer import Trainer, build_trainer
 
@@ -29,22 +32,40 @@ def start_or_resume(setup: Setup) -> tuple[Run, list[Choice]]:
     """
     config, data = setup.config, setup.data
     lists = {"train": data.train_images, "val": data.val_images}
-    folder = open_run(config, data.class_names, lists, setup.asked)
+    folder = _open_on_all_ranks(setup, lists)
     print(f"run       {folder.path} ({_progress(folder)})")
     try:
         trainer, built = build_trainer(config, data, setup.device, setup.precision, folder.checkpoint)
         identity = describe(built, trainer, data.class_names, lists)
+        runtime.check_same(identity["environment"] | {"lists": identity["lists"], "config": identity["config"]})
         checkpoint = folder.checkpoint
         if checkpoint:
             _report_changes(identity, checkpoint)
         if not checkpoint or not (checkpoint["finished"] or checkpoint["epoch"] == config.epochs):
-            check_free_space(folder.path, built.config, built.model)
-        log = RunLog(folder.path, checkpoint["history"] if checkpoint else [])
+            runtime.first(lambda: check_free_space(folder.path, built.config, built.model))
+        log = RunLog(folder.path, checkpoint["history"] if checkpoint else []) if runtime.is_main else None
         run = Run(built.config, built.model, trainer, folder, identity, log)
     except BaseException:
         folder.discard_if_new()
         raise
     return run, built.choices
+
+
+def _open_on_all_ranks(setup: Setup, lists: dict[str, ImageList]) -> RunFolder:
+    """Open the run on rank 0, and on the others what it has opened."""
+    opened: list[RunFolder] = []
+
+    def open_first() -> tuple[Path, bool]:
+        opened.append(open_run(setup.config, setup.data.class_names, lists, setup.asked))
+        return opened[0].path, opened[0].checkpoint is not None
+
+    path, resumed = runtime.first(open_first)
+    if opened:
+        return opened[0]
+    try:
+        return RunFolder(path, None, load_checkpoint(path / LAST) if resumed else None)
+    except FileNotFoundError as error:
+        raise ValueError(f"save_dir={setup.config.save_dir!r}: all machines need the same folder; {error}") from error
 
 
 def describe(

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import tyro
 
 from utils.system.errors import InputError
+from utils.system.runtime import runtime
 from utils.system.signals import Stopped, exit_now, handle_stop_signals
 from utils.system.text import printable
 
@@ -52,7 +53,8 @@ def run(
     prepare_streams()
     with handle_stop_signals():
         try:
-            return _call(main, expand_switches(sys.argv[1:], optional_switches), suggest, defaults)
+            with runtime.joined():
+                return _call(main, expand_switches(sys.argv[1:], optional_switches), suggest, defaults)
         except Stopped as stopped:
             if hasattr(builtins, "__IPYTHON__"):  # a notebook, whose kernel must survive
                 raise KeyboardInterrupt from stopped

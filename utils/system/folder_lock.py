@@ -49,7 +49,9 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK_FILE
+        self._path = path
         self._held: Path | None = None
+        self._text = _describe_holder()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             self._acquire(path)
@@ -75,7 +77,16 @@ class FolderLock:
             raise OSError(errno.EEXIST, "it isn't a lock file of Thaw", str(path))
         os.lseek(self._file, 0, os.SEEK_SET)
         os.ftruncate(self._file, 0)
-        os.write(self._file, _describe_holder())
+        os.write(self._file, self._text)
+
+    def check(self) -> None:
+        """Raise InUse unless this process still has the folder: while its machine was cut off, a file system on the
+        network may have given the lock to another process, such as that of a restarted run."""
+        # Opening the file again, and closing it, would release a POSIX lock.
+        os.lseek(self._file, 0, os.SEEK_SET)
+        same_file = self._path.is_file() and os.path.samestat(self._path.stat(), os.fstat(self._file))
+        if not same_file or os.read(self._file, len(self._text) + 1) != self._text:
+            raise InUse(f"{self._path.parent} was taken over by another process: this one ends without writing to it")
 
     def release(self) -> None:
         """Release the lock."""

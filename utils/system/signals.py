@@ -41,8 +41,10 @@ class WorkerDied(ChildProcessError):
         super().__init__(f"{str(error).strip()} Workers are usually killed for lack of memory: lower num_workers")
 
 
-_state = SimpleNamespace(active=False, depth=0, pending=None, stopping=False, save_requested=False)
+_state = SimpleNamespace(active=False, depth=0, pending=None, stopping=False, save_requested=False, late=False)
 """`depth` of nested `defer_signals`, and the `pending` exception that the outermost one raises at its end."""
+_ranks = SimpleNamespace(agreeing=False, stop=False, save=False, late=False)
+"""Whether several ranks agree on requests (see `agreed_signals`), and on which they have agreed."""
 
 
 @contextmanager
@@ -71,8 +73,53 @@ def handle_stop_signals() -> Iterator[None]:
 
 def take_save_request() -> bool:
     """Whether `SAVE_SIGNAL` has arrived since the last call."""
-    requested, _state.save_requested = _state.save_requested, False
+    source, name = (_ranks, "save") if _ranks.agreeing else (_state, "save_requested")
+    requested = getattr(source, name)
+    setattr(source, name, False)
     return requested
+
+
+def request_timed_save() -> None:
+    """Ask all ranks to save after the next step."""
+    _state.late = True
+
+
+def take_timed_save() -> bool:
+    """Whether the ranks have agreed since the last call that it is time to save."""
+    late, _ranks.late = _ranks.late, False
+    return late
+
+
+def own_requests() -> tuple[bool, bool, bool]:
+    """What this rank asks all ranks for: to stop, to save, to save since it is time."""
+    return isinstance(_state.pending, Stopped), _state.save_requested, _state.late
+
+
+def agree_on_requests(stop: bool, save: bool, late: bool) -> None:
+    """Obey the requests of all ranks: the same ones on each rank after the same step."""
+    _ranks.stop, _ranks.save, _ranks.late = stop, save, late
+    _state.save_requested &= not save
+    _state.late &= not late
+    if stop and _state.pending is None:
+        _state.pending = Stopped(signal.SIGTERM)
+
+
+@contextmanager
+def agreed_signals(several_ranks: bool) -> Iterator[None]:
+    """With several ranks, signals take effect within this context only after `agree_on_requests`, so that all ranks
+    stop after the same step."""
+    _ranks.agreeing, _ranks.stop = several_ranks, False
+    try:
+        yield
+    finally:
+        _ranks.agreeing = False
+    if several_ranks and _state.depth == 0 and _state.pending is not None:
+        raise _state.pending
+
+
+def is_agreed_stop(reason: BaseException) -> bool:
+    """Whether all ranks stop after the same step for this reason."""
+    return isinstance(reason, Stopped) and _ranks.stop
 
 
 class defer_signals:
@@ -83,7 +130,8 @@ class defer_signals:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _state.depth -= 1
-        if _state.depth == 0 and _state.pending is not None and kind is None:
+        waits = _ranks.agreeing and isinstance(_state.pending, Stopped) and not _ranks.stop
+        if _state.depth == 0 and _state.pending is not None and kind is None and not waits:
             raise _state.pending
 
 
@@ -144,7 +192,7 @@ def clear_pending() -> None:
 
 def _raise(error: BaseException, message: str) -> None:
     _state.pending = error  # even if it is raised now: Python drops exceptions raised in destructors
-    if _state.depth == 0:
+    if _state.depth == 0 and not (_ranks.agreeing and isinstance(error, Stopped)):
         raise error
     with suppress(OSError):  # the terminal may be closed
         os.write(2, message.encode())  # print isn't reentrant

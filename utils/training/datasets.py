@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from utils.config.train_config import TrainConfig
@@ -18,8 +19,10 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, TrainTransform
 from utils.modeling.build import at_current_size
 from utils.modeling.pixel_network import PixelNetwork, ThawedPart
+from utils.system.runtime import runtime
 from utils.system.text import count_of, shorten_list
 from utils.training.feature_cache import FeatureCache
+from utils.training.parts import Parts, adds_exactly
 from utils.training.stages import Stage, num_cached_views
 
 
@@ -87,12 +90,16 @@ class StageInputs:
             network, num_workers = ThawedPart(network), 0
         if config.torch_compile:
             network = torch.compile(network)
-        loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler)
+        if runtime.world_size > 1 and not adds_exactly(config, self.cache.device):
+            network = DistributedDataParallel(network, broadcast_buffers=False)  # anew, since it skips frozen weights
+        rows = Parts.of_rank(config.parts, runtime.rank, runtime.world_size).rows(stage.batch_size)
+        loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler, rows)
         return network, loader, eval_loader(val_set, stage.batch_size, num_workers)
 
     def report_unreadable(self) -> None:
         """Print the images that couldn't be read and weren't printed before."""
         for dataset in (self.train_set, self.val_set):
+            dataset.share_between_ranks()
             if new := dataset.newly_unreadable():
                 shown = shorten_list(new, 10)
                 print(f"warning: {count_of(len(new), 'unreadable image')}, replaced by others of the class: {shown}")

@@ -38,7 +38,7 @@ class Epoch:
         self.done = min(self.done, self.steps)  # a resumed run may have a shorter list
         self.restored = min(self.restored, self.done)
         self.losses, self.hits = (_lengthen(values[: self.done], self.steps) for values in (self.losses, self.hits))
-        loader.sampler.epoch, loader.sampler.start = number, self.done * loader.batch_size
+        loader.batch_sampler.epoch, loader.batch_sampler.start = number, self.done
         return self
 
     @property
@@ -83,7 +83,7 @@ class Epoch:
         """Means of `loss` and `top1` (for mixed images, of the class with the larger share) without skipped steps, and
         `skipped`, their number."""
         skipped = int(self.losses.isnan().sum())
-        images = max(1, (self.steps - skipped) * self.loader.batch_size)
+        images = max(1, (self.steps - skipped) * self.loader.batch_sampler.batch_size)
         return {"loss": self.mean_loss(), "top1": self.hits.sum().item() / images, "skipped": skipped}
 
     @property

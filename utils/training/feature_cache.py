@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import socket
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +25,7 @@ from utils.modeling.pixel_network import PixelNetwork
 from utils.modeling.precision import DTYPES, autocast
 from utils.system.digests import TRAINING_CODE, digest
 from utils.system.files import format_bytes, make_folder
+from utils.system.runtime import runtime
 
 MAX_BATCH = 64
 """Largest batch size for computing features."""
@@ -68,22 +72,22 @@ class FeatureCache:
         shape = (len(dataset), *self._compute(blank).shape[1:])
         size = math.prod(shape) * self.dtype.itemsize  # bytes per view
         files = self._files(dataset, list_path, num_views)
-        missing = [view for view, (path, _) in enumerate(files) if not is_intact(path, size + len(dataset))]
-        in_memory = num_views * size <= self.config.feature_cache_gb * 1e9
+        missing = runtime.first(lambda: self._find_missing(files, size + len(dataset)))
+        in_memory = num_views * size * runtime.local_world_size <= self.config.feature_cache_gb * 1e9
         print(
             f"features of {num_views} view{'s' * (num_views > 1)} of {len(dataset)} images: "
             f"{format_bytes(num_views * size)}, {len(missing)} to compute, in {self.config.cache_dir}/, "
             f"{'' if in_memory else 'not '}held in memory"
         )
         if missing:
-            make_folder(self.config.cache_dir)
-            remedy = "feature_views to fewer, or cache_features to False"
-            check_disk_space(len(missing) * size, Path(self.config.cache_dir), remedy)
+            runtime.first(lambda: self._check_folder(len(missing) * size))
         views = []
         for view, (path, outdated) in enumerate(files):
             if view in missing:
-                with replace_cache(path, replaces=outdated) as file:
-                    self._write(dataset, view, num_views, file)
+                title = f"features, view {view + 1} of {num_views}"
+                with replace_cache(path, replaces=outdated) if runtime.is_main else nullcontext() as file:
+                    self._write(dataset, view, size // len(dataset), title, file)
+                runtime.first(lambda: None)  # it has its name now
             # Shared, since a private mapping counts as memory and fails if it is larger than the memory.
             stored = torch.from_file(str(path), shared=True, size=size + len(dataset), dtype=torch.uint8)
             features = stored[:size].view(self.dtype).view(shape)
@@ -91,17 +95,36 @@ class FeatureCache:
             views.append(features.clone() if in_memory else features)
         return FeatureDataset(views, dataset.images, dataset.seed)
 
-    def _write(self, dataset: ImageDataset, view: int, num_views: int, file: BinaryIO) -> None:
-        """Write the features of one view, then one byte per image: 1 if it couldn't be read."""
+    def _find_missing(self, files: Sequence[tuple[Path, str]], size: int) -> list[int]:
+        """The views without an intact file of `size` bytes."""
+        return [view for view, (path, _) in enumerate(files) if not is_intact(path, size)]
+
+    def _check_folder(self, size: int) -> None:
+        """Create the folder, and raise a ValueError unless there is space for files of `size` bytes."""
+        make_folder(self.config.cache_dir)
+        remedy = "feature_views to fewer, or cache_features to False"
+        check_disk_space(size, Path(self.config.cache_dir), remedy)
+
+    def _write(self, dataset: ImageDataset, view: int, row: int, title: str, file: BinaryIO | None) -> None:
+        """Write the features of one view, `row` bytes for each image, then a byte for each: 1 if it couldn't be read.
+
+        Each rank writes its batches at their place; rank 0 has opened the `file`.
+        """
         plain = dataset.with_transform(EvalTransform(Preprocessing.from_config(self.config)))
         loader = eval_loader(dataset if view else plain, self._batch_size, self.config.num_workers)
-        loader.sampler.epoch = view
-        title = f"features, view {view + 1} of {num_views}"
-        for pixels, _ in tqdm(iterate_batches(loader), title, len(loader), unit="batch", leave=False, disable=None):
-            # The last batch is padded: kernels for smaller batches round differently.
-            full_batch = pixels[torch.arange(loader.batch_size) % len(pixels)]
-            file.write(self._compute(full_batch)[: len(pixels)].contiguous().view(torch.uint8).numpy())
-        file.write(dataset.unreadable.to(torch.uint8).numpy())
+        loader.batch_sampler.epoch = view
+        name = runtime.first(lambda: file.name)
+        batches = tqdm(iterate_batches(loader), title, len(loader), unit="batch", leave=False, disable=None)
+        with nullcontext(file) if file else open_shared(name, self.config.cache_dir) as part:
+            for number, (pixels, _) in enumerate(batches):
+                # The last batch is padded: kernels for smaller batches round differently.
+                full_batch = pixels[torch.arange(self._batch_size) % len(pixels)]
+                part.seek((number * runtime.world_size + runtime.rank) * self._batch_size * row)
+                part.write(self._compute(full_batch)[: len(pixels)].contiguous().view(torch.uint8).numpy())
+        dataset.share_between_ranks()
+        if file:
+            file.seek(len(dataset) * row)
+            file.write(dataset.unreadable.to(torch.uint8).numpy())
 
     @torch.inference_mode()
     def _compute(self, pixels: Tensor) -> Tensor:
@@ -128,6 +151,21 @@ class FeatureCache:
             path = Path(self.config.cache_dir, f"features-{list_digest}-{content_digest}.bin")
             files.append((path, f"features-{list_digest}-*.bin"))
         return files
+
+
+def open_shared(name: str, folder: str) -> BinaryIO:
+    """Open a file for writing that rank 0 has created.
+
+    Raises:
+        ValueError: this machine doesn't have it.
+    """
+    try:
+        return Path(name).open("r+b")
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"cache_dir={folder!r}: the machine {socket.gethostname()} doesn't have the file that rank 0 has created; "
+            f"set it to a folder that all machines share, or cache_features to False"
+        ) from error
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from utils.config.train_config import TrainConfig
 from utils.data.dataset import ImageDataset
 from utils.data.feature_dataset import FeatureDataset
+from utils.system.runtime import runtime
 from utils.training.feature_cache import FeatureCache
 
 INVERSE_PENALTIES = 10.0 ** np.arange(-5, 1.5, 0.5)
@@ -58,7 +59,7 @@ def init_head(
     val_features = cache.open(val_set, config.val_annotation_path, 1)
     model.unfreeze_backbone()
     balanced = "balanced" in (config.sampler, config.class_weights)
-    probe = fit_probe(features, val_features, model.head.out_features, balanced)
+    probe = runtime.first(lambda: fit_probe(features, val_features, model.head.out_features, balanced))
     with torch.no_grad():
         model.head.weight.copy_(probe.weight)
         model.head.bias.copy_(probe.bias)

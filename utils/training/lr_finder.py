@@ -19,9 +19,11 @@ from tqdm import tqdm
 from utils.config.train_config import TrainConfig
 from utils.data.loader import iterate_batches, train_loader
 from utils.system.files import make_folder, write_whole
+from utils.system.runtime import runtime
 from utils.training.datasets import Data, StageInputs, make_datasets
 from utils.training.linear_probe import init_head
 from utils.training.optimizer import batch_scale, build_optimizer, rate_limits, set_learning_rate
+from utils.training.parts import Parts
 from utils.training.stages import Stage
 from utils.training.trainer import Trainer, build_trainer
 
@@ -73,7 +75,10 @@ def suggest_learning_rate(config: TrainConfig, data: Data, stage: Stage, device:
     stage.frozen.apply(model)
     train_set, _ = make_datasets(data, config)
     loader = train_loader(train_set, stage.batch_size, config.num_workers, config.sampler)
-    result = run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr))
+    trainer.parts = Parts()
+    result = runtime.first(lambda: run_range_test(trainer, loader, build_optimizer(model, config, stage.init_lr)))
+    if not runtime.is_main:
+        return
     if result.suggestion is None:
         with write_whole(path) as file:
             plot_range_test(result.rates, result.losses).savefig(file, format="png")
@@ -129,7 +134,7 @@ def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches, epoch after epoch."""
     epoch = 0
     while True:
-        loader.sampler.epoch, loader.sampler.start = epoch, 0
+        loader.batch_sampler.epoch = epoch
         yield from iterate_batches(loader)
         epoch += 1
 

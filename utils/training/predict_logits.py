@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from utils.data.loader import iterate_batches
 from utils.modeling.precision import autocast
+from utils.system.runtime import runtime
 
 
 @torch.inference_mode()
@@ -20,7 +21,8 @@ def predict_logits(
     title: str = "evaluating",
     micro_batches: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, classes) in fp32 and class ids (N,) of all images of `loader`, in its order, on the CPU.
+    """Logits (N, classes) in fp32 and class ids (N,) of all images of `loader`, in its order, on the CPU of rank 0;
+    empty on other ranks.
 
     Each batch is split into `micro_batches`.
     """
@@ -32,4 +34,6 @@ def predict_logits(
             with autocast(device, precision):
                 logits.append(network(part).float())
         targets.append(batch_targets)
-    return torch.cat(logits).cpu(), torch.cat(targets)
+    outputs = [torch.cat(tensors).cpu() if tensors else torch.empty(0) for tensors in (logits, targets)]
+    logits, targets = runtime.collect_batches(outputs, loader.batch_sampler.batch_size)
+    return logits, targets

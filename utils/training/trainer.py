@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -18,13 +20,16 @@ from utils.metrics.temperature import calibrated_loss
 from utils.modeling.build import BuiltNetwork, build_network
 from utils.modeling.pixel_network import PixelNetwork
 from utils.modeling.precision import autocast
+from utils.system.runtime import runtime
 from utils.system.seeds import derive_seed
+from utils.system.signals import agree_on_requests, own_requests
 from utils.training.datasets import Data
 from utils.training.ema import WeightEMA
 from utils.training.epoch import Epoch
 from utils.training.loss import CROSS_ENTROPY, Batch, TrainingLoss, balanced_class_weights
-from utils.training.non_finite import REMEDY, NonFiniteLoss, NonFinitePolicy
-from utils.training.out_of_memory import MicroBatches, is_out_of_memory
+from utils.training.non_finite import CHECK_EVERY, REMEDY, NonFiniteLoss, NonFinitePolicy
+from utils.training.out_of_memory import MicroBatches, OutOfMemory
+from utils.training.parts import Parts, PartSums, adds_exactly, running_statistics
 from utils.training.predict_logits import predict_logits
 
 
@@ -40,6 +45,9 @@ class Trainer:
         loss: loss function, and the mixing of images before it.
         ema: exponential moving average of the weights, which is evaluated and saved; None: no EMA.
         clip_grad: largest norm of the gradient of all weights; 0: no limit.
+        parts: the parts of each global batch that this rank computes.
+        exact: whether gradients are added in an order that doesn't depend on the number of ranks; otherwise several
+            ranks need a `network` in `DistributedDataParallel`.
         non_finite: policy for losses that aren't finite.
         micro_batches: policy for batches that don't fit into memory.
         scaler: loss scaler for fp16.
@@ -57,6 +65,8 @@ class Trainer:
         ema: WeightEMA | None = None,
         on_nan: str = "stop",
         clip_grad: float = 0.0,
+        parts: Parts = Parts(),  # noqa: B008, immutable
+        exact: bool = True,
     ) -> None:
         self.network = network
         self.device = device
@@ -65,36 +75,41 @@ class Trainer:
         self.loss = loss.to(device)
         self.ema = ema
         self.clip_grad = clip_grad
+        self.parts = parts
+        self.exact = exact
         self.non_finite = NonFinitePolicy(on_nan)
         self.micro_batches = MicroBatches()
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self._requests = torch.zeros(3, device=device)
         self.epoch = Epoch(device)
         self.step = 0
 
-    def train_step(self, inputs: Tensor, targets: Tensor, optimizer: Optimizer) -> tuple[Tensor, Tensor]:
-        """Take one optimizer step on a batch of inputs and class ids (B,).
+    def train_step(
+        self, inputs: Tensor, targets: Tensor, optimizer: Optimizer, batch_size: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step on a global batch, of which `inputs` and class ids `targets` (B,) are the rows of
+        this rank.
 
-        It doesn't wait for the device, except to decide whether to skip a step.
+        It doesn't wait for the device, except to decide whether to skip a step, and where ranks have to agree.
+
+        Args:
+            batch_size: rows of the global batch; None: B, there is only this rank.
 
         Returns:
-            The mean loss and the number of correct predictions, tensors () on the device; NaN and 0 if the step was
-            skipped.
+            The mean loss and the number of correct predictions of the global batch, tensors () on the device; NaN and 0
+            if the step was skipped.
         """
         inputs = inputs.to(self.device, non_blocking=True)
         targets = targets.to(self.device, non_blocking=True)
-        batch = self.loss.mix(inputs, targets, derive_seed(self.seed, "mix", self.step))
+        batch_size = batch_size or len(targets)
+        batches = self._mix_parts(inputs, targets, batch_size)
         statistics = self.non_finite.copy_statistics(self.network)
-        while True:
-            try:
-                loss, hits = self._accumulate_gradients(batch)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.micro_batches.split_further(error, len(batch.class_ids), self.step, self.device)
+        while (sums := self._sum_gradients(batches, optimizer, batch_size)) is None:
+            self.micro_batches.split_further(max(self.parts.sizes(batch_size)), self.step, self.device)
             optimizer.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        loss, hits = sums
         if self.non_finite.must_skip(loss, optimizer, self.scaler):
             loss, hits = torch.full_like(loss, math.nan), torch.zeros_like(hits)
             for buffer, before in zip(self.network.buffers(), statistics, strict=True):
@@ -111,16 +126,81 @@ class Trainer:
         self.step += 1
         return loss, hits
 
-    def _accumulate_gradients(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Add the gradients of all micro-batches; return mean loss and number of correct predictions of the batch."""
-        torch.manual_seed(derive_seed(self.seed, "step", self.step))
+    def _mix_parts(self, inputs: Tensor, targets: Tensor, batch_size: int) -> list[Batch]:
+        """The parts of this rank, each with its images mixed."""
+        sizes = self.parts.sizes(batch_size)
+        numbered = enumerate(zip(inputs.split(sizes), targets.split(sizes), strict=True), self.parts.first)
+        return [self.loss.mix(*rows, self._seed("mix", part)) for part, rows in numbered]
+
+    def _seed(self, purpose: str, part: int) -> int:
+        """The seed of what is drawn for a part of this step."""
+        return derive_seed(self.seed, purpose, self.step, *([part] if self.parts.count > 1 else []))
+
+    def _sum_gradients(
+        self, batches: Sequence[Batch], optimizer: Optimizer, batch_size: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Leave the gradients of the mean loss of the global batch in the weights; return the loss and the number of
+        correct predictions. None: a rank is out of memory."""
+        if self.parts.count == 1 or not self.exact:
+            return self._sum_fast(batches, batch_size)
+        sums = PartSums(self.network, optimizer, self.parts)
+        for part, batch in enumerate(batches, self.parts.first):
+            try:
+                sums.add(part, *self._accumulate_gradients(batch, self._seed("step", part), batch_size))
+            except (RuntimeError, MemoryError) as error:
+                self.micro_batches.note(error)
+                sums.add_failed(part)
+        return sums.finish(runtime)
+
+    def _sum_fast(self, batches: Sequence[Batch], batch_size: int) -> tuple[Tensor, Tensor] | None:
+        """`_sum_gradients` in the order in which gradients are computed; torch adds those of the ranks."""
+        sums = []
+        try:
+            for part, batch in enumerate(batches, self.parts.first):
+                last = part == self.parts.end - 1
+                sums.append(self._accumulate_gradients(batch, self._seed("step", part), batch_size, last))
+        except (RuntimeError, MemoryError) as error:
+            self.micro_batches.note(error)
+            if runtime.world_size > 1:  # the others wait for these gradients
+                raise OutOfMemory(
+                    f"rank {runtime.rank} is out of memory: set parts to {2 * self.parts.count}, or reduce to exact, "
+                    f"which splits batches by itself ({error})"
+                ) from error
+            return None
+        loss, hits = (torch.stack(values).sum(dim=0) for values in zip(*sums, strict=True))
+        return self._share_numbers(loss, hits) if runtime.world_size > 1 else (loss, hits)
+
+    def _share_numbers(self, loss: Tensor, hits: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums over all ranks; their batch norm statistics become the means, and they agree on requests."""
+        statistics = [tensor for tensor in running_statistics(self.network) if tensor.is_floating_point()]
+        requests = loss.new_tensor([float(flag) for flag in own_requests()])
+        shared = torch.cat([loss[None], hits[None].float(), requests, *(tensor.view(-1) for tensor in statistics)])
+        runtime.add(shared)
+        self._requests += shared[2:5]
+        if self.device.type == "cpu" or self.step % CHECK_EVERY == 0:  # it waits for the device
+            agree_on_requests(*(self._requests > 0).tolist())
+            self._requests.zero_()
+        means = (shared[5:] / runtime.world_size).split([tensor.numel() for tensor in statistics])
+        for tensor, mean in zip(statistics, means, strict=False):
+            tensor.copy_(mean.view(tensor.shape))
+        return shared[0], shared[1].long()
+
+    def _accumulate_gradients(
+        self, batch: Batch, seed: int, batch_size: int, last: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradients of all micro-batches of a part; return the sum of its losses, divided by `batch_size`, and
+        the number of its correct predictions. With the `last` part, `DistributedDataParallel` adds those of the ranks.
+        """
+        torch.manual_seed(seed)
         total, hits = torch.zeros((), device=self.device), torch.zeros((), dtype=torch.int64, device=self.device)
-        size = len(batch.class_ids)
-        for micro_batch in batch.split(min(self.micro_batches.count, size)):
-            with autocast(self.device, self.precision):
-                logits = self.network(micro_batch.inputs)
-            loss = self.loss(logits.float(), micro_batch).sum() / size
-            self.scaler.scale(loss).backward()
+        count = min(self.micro_batches.count, len(batch.class_ids))
+        ranks = runtime.world_size if isinstance(self.network, DistributedDataParallel) else 1
+        for number, micro_batch in enumerate(batch.split(count), start=1):
+            with nullcontext() if ranks == 1 or (last and number == count) else self.network.no_sync():
+                with autocast(self.device, self.precision):
+                    logits = self.network(micro_batch.inputs)
+                loss = self.loss(logits.float(), micro_batch).sum() / batch_size
+                self.scaler.scale(loss * ranks if ranks > 1 else loss).backward()  # it takes the mean over the ranks
             total += loss.detach()
             hits += (logits.argmax(dim=1) == micro_batch.main_class_ids).sum()
         return total, hits
@@ -149,6 +229,10 @@ class Trainer:
             logits, targets = predict_logits(
                 self.network, loader, self.device, self.precision, "validating", self.micro_batches.count
             )
+        return runtime.first(lambda: self._validation_metrics(logits, targets))
+
+    def _validation_metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
+        """The metrics of `validate`, of logits (N, classes) and class ids (N,)."""
         loss = cross_entropy(logits, targets)
         # The plain loss is finite even if logits of wrong classes overflow to -inf.
         calibrated, error = calibrated_loss(logits, targets) if math.isfinite(loss) else (loss, loss)
@@ -184,6 +268,8 @@ def build_trainer(
     """Build network, loss, EMA and trainer from `config`, in the state of the checkpoint `resumed` if there is one."""
     built = build_network(config, data.class_names, resumed)
     config, model = built.config, built.model
+    if device.type == "cuda" and runtime.world_size > 1 and not adds_exactly(config, device):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a rank's share of a batch can be small
     network = PixelNetwork(model, Preprocessing.from_config(config), device)
     class_ids = data.train_images.class_ids
     weights = balanced_class_weights(class_ids, len(data.class_names)) if config.class_weights == "balanced" else None
@@ -193,7 +279,9 @@ def build_trainer(
     ema = WeightEMA(model, config.ema_decay) if config.ema_decay else None
     if ema and resumed:
         ema.load(resumed["weights"])
-    trainer = Trainer(network, device, precision, config.seed, loss, ema, config.on_nan, config.clip_grad)
+    parts = Parts.of_rank(config.parts, runtime.rank, runtime.world_size)
+    exact = adds_exactly(config, device)
+    trainer = Trainer(network, device, precision, config.seed, loss, ema, config.on_nan, config.clip_grad, parts, exact)
     if resumed:
         trainer.load_state_dict(resumed)
     return trainer, built
