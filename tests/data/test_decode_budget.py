@@ -19,7 +19,7 @@ from utils.data.image_io import ImageError, open_image, open_to_decode, read_siz
 from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
-from utils.system.signals import WorkerDied
+from utils.system.signals import WorkerDied, clear_pending
 
 
 def test_threads_wait_for_each_other():
@@ -103,6 +103,7 @@ def test_a_worker_killed_while_it_decodes_ends_the_loader(here, monkeypatch):
     batches, transform = watched_loader(here, 3, dies=True)
     with pytest.raises(WorkerDied, match="DataLoader worker"):
         list(loader.iterate_batches(batches))
+    clear_pending()  # or the next test would get the error too
     workers = batches._iterator._workers
     batches._iterator._shutdown_workers()
     for worker in workers:
