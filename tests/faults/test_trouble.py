@@ -193,8 +193,8 @@ def nan_at_step(monkeypatch):
     def plant(*steps: int) -> None:
         accumulate = Trainer._accumulate_gradients
 
-        def poisoned(self, batch):
-            loss, hits = accumulate(self, batch)
+        def poisoned(self, *arguments):
+            loss, hits = accumulate(self, *arguments)
             return (loss * math.nan if self.step in steps else loss), hits
 
         monkeypatch.setattr(Trainer, "_accumulate_gradients", poisoned)

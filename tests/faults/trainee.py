@@ -53,11 +53,11 @@ def log_steps() -> None:
     train_step = Trainer.train_step
     log = os.open(STEPS, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def logging_step(self, inputs, targets, optimizer):
+    def logging_step(self, inputs, targets, optimizer, batch_size):
         images = ",".join(Path(path).name for path in batch_paths(self.epoch.loader, self.epoch.done))
         sha = hashlib.sha256(inputs.contiguous().view(torch.uint8).numpy().tobytes() + targets.numpy().tobytes())
         step = self.step
-        result = train_step(self, inputs, targets, optimizer)
+        result = train_step(self, inputs, targets, optimizer, batch_size)
         os.write(log, f"{step} {images} {sha.hexdigest()}\n".encode())
         return result
 
