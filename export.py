@@ -148,4 +148,4 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, suggest=suggest_name)
+    cli.run(main, suggest=suggest_name, alone=True)

@@ -12,4 +12,4 @@ from utils.config.other_names import suggest_name
 from utils.system import cli
 
 if __name__ == "__main__":
-    cli.run(annotate, optional_switches=("deep",), suggest=suggest_name)
+    cli.run(annotate, optional_switches=("deep",), suggest=suggest_name, alone=True)

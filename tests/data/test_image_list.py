@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.data.image_list import list_in_memory, read_classes, read_first_path, read_list, write_classes, write_list
+from utils.data.image_list import (
+    cut,
+    list_in_memory,
+    read_classes,
+    read_first_path,
+    read_list,
+    write_classes,
+    write_list,
+)
 
 AWKWARD = ["a b.jpg", "a;b;c.jpg", "'q\".jpg", "猫/图片 1.jpg", "-.jpg", "#%,.png", "e\u0301.png", "\udcff.png", " "]
 # File names: any bytes except those filtered below; bytes that aren't UTF-8 become surrogates.
@@ -56,6 +64,14 @@ def test_list_in_memory_is_three_arrays():
     images = list_in_memory((0, f"{i}.jpg") for i in range(1000))
     assert all(isinstance(getattr(images, name), np.ndarray) for name in ("buffer", "starts", "class_ids"))
     assert (images.path(0), images.path(1), images.path(999)) == ("0.jpg", "1.jpg", "999.jpg")
+
+
+def test_consecutive_rows_of_a_list():
+    images = list_in_memory((i % 3, f"{i}.png") for i in range(10))
+    for rows in (range(0), range(3), range(4, 10), range(10, 10)):
+        part = cut(images, rows)
+        assert [part.path(i) for i in range(len(part))] == [f"{i}.png" for i in rows]
+        assert part.class_ids.tolist() == [i % 3 for i in rows]
 
 
 def test_parsing_across_blocks(monkeypatch):

@@ -46,6 +46,17 @@ def test_an_error_raised_in_a_nested_package_is_one_line(here, monkeypatch, caps
     assert error.startswith("error: input_shape=(9, 9): ") and "Traceback" not in error
 
 
+def test_a_script_of_one_process_refuses_several(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["export.py"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            cli.run(pytest.fail, alone=True)
+        assert end.value.code == 1
+    assert capsys.readouterr().err == "error: export.py runs in one process: start it with python, not with torchrun\n"
+
+
 def test_an_error_of_a_library_keeps_its_traceback(monkeypatch):
     def main() -> None:
         raise ValueError("raised outside of Thaw")

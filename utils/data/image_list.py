@@ -13,7 +13,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -125,6 +125,12 @@ def count_earlier(values: np.ndarray) -> np.ndarray:
 def select(images: ImageList, indices: np.ndarray) -> ImageList:
     """Return the list of the images at `indices`."""
     return list_in_memory((int(images.class_ids[i]), images.path(i)) for i in indices)
+
+
+def cut(images: ImageList, rows: range) -> ImageList:
+    """Return the list of consecutive images, without copying."""
+    starts, class_ids = images.starts[rows.start : rows.stop + 1], images.class_ids[rows.start : rows.stop]
+    return replace(images, starts=starts, class_ids=class_ids)
 
 
 def read_list(path: str | Path, num_classes: int) -> ImageList:

@@ -42,15 +42,19 @@ def run(
     optional_switches: Collection[str] = (),
     suggest: Callable[[str, Collection[str]], str] = suggest_nothing,
     defaults: Callable[[Sequence[str]], dict[str, Any]] = lambda _: {},
+    alone: bool = False,
 ) -> Any:
     """The result of `main`, called with arguments from the command line; for `optional_switches` see `expand_switches`,
     for `suggest` see `order_words`. `defaults` returns defaults of main's arguments that depend on the command line.
+    `alone`: `main` runs in one process only, so several processes of torchrun are refused.
 
     Errors that Thaw raised about user input are printed without a traceback, with exit status 1. Errors from libraries
     keep their traceback, since they may be bugs. Characters that the output encoding lacks, and control characters, are
     printed as escapes, also into a file, which may be shown in a terminal later.
     """
     prepare_streams()
+    if alone:
+        refuse_torchrun()
     with handle_stop_signals():
         try:
             with runtime.joined():
@@ -62,6 +66,15 @@ def run(
             sys.stdout.flush()
             sys.stderr.flush()
             exit_now(stopped.status)
+
+
+def refuse_torchrun() -> None:
+    """End with a message, printed by rank 0, if torchrun has started several processes."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("RANK", "0") == "0":
+            script = Path(sys.argv[0]).name
+            print(f"error: {script} runs in one process: start it with python, not with torchrun", file=sys.stderr)
+        sys.exit(1)
 
 
 def prepare_streams() -> None:
@@ -115,7 +128,8 @@ def _call(
     except (ValueError, OSError, ArithmeticError, MemoryError, ModuleNotFoundError) as error:
         if not (message := error_message(error)):
             raise
-        print(message, file=sys.stderr)
+        if not getattr(error, "printed_by_rank_0", False):
+            print(message, file=sys.stderr)
         sys.exit(1)
 
 
