@@ -12,13 +12,16 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tqdm import tqdm
 
+from nets.weights.digest import digest_file
 from nets.weights.pretrained import BUNDLED_WEIGHTS
 from utils.annotation.folder_scan import find_images
 from utils.config.other_names import suggest_name
@@ -28,13 +31,16 @@ from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifi
 from utils.inference.onnx_classifier import ONNX_SUFFIX, is_onnx, open_onnx
 from utils.inference.output_formats import csv_header, to_bars, to_csv, to_json, to_line, to_row
 from utils.inference.prediction import Failure, Prediction
-from utils.inference.predictor import BATCH, Predictor
+from utils.inference.prediction_parts import PredictionParts, precision_of
+from utils.inference.predictor import BATCH, Predictor, stream_dealt
 from utils.inference.rejection import UNKNOWN, Rejection
 from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, save_labeled
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import CONFIG_FILE, in_run, is_run
 from utils.system import cli
-from utils.system.files import make_writable
+from utils.system.files import make_writable, remove_abandoned, write_whole
+from utils.system.part import Part
+from utils.system.runtime import runtime
 from utils.system.text import count_of, display_width, printable, shorten
 
 MODEL_SUFFIXES = (ONNX_SUFFIX, WEIGHTS_SUFFIX, ".pth", ".pt", ".pt2")
@@ -55,6 +61,9 @@ def main(
     max_error: float = 0.05,
     tta: bool = False,
     raw: bool = False,
+    out: str = "",
+    part: str = "",
+    merge: bool = False,
     device: Device = "auto",
 ) -> int:
     """Classify images.
@@ -76,60 +85,90 @@ def main(
         max_error: with reject_below=auto, the error rate allowed among the accepted predictions.
         tta: average over test-time augmentation views: five to ten times as slow, sometimes slightly more accurate.
         raw: ignore the temperature that was fitted after training.
+        out: file for the results instead of the standard output; it appears when all are there.
+        part: only classify one part of the images, such as 3/16, and write the results to a file beside out; then the
+            same command with merge, on one machine, writes out.
+        merge: read the results that all parts have written.
         device: auto, cuda, cpu or mps.
 
     Returns:
-        The exit status: 1 if there is an image without a prediction, or that couldn't be written.
+        The exit status: 1 if there is an image without a prediction, or that couldn't be written. It is 0 for a part.
     """
-    check_arguments(top_k, json_lines, csv_lines, save, sort_into)
-    model_path, paths = choose_model(model_path, paths)
-    model = open_model(model_path, device, raw, tta, explain, reject_below)
-    rejection = choose_rejection(model, reject_below, max_error, tta)
+    chosen = runtime.first(lambda: check_parts(part, merge, out, bool(save or sort_into or explain)))
+    runtime.first(lambda: check_arguments(top_k, json_lines, csv_lines, save, sort_into, out))
+    model_path, paths = runtime.first(lambda: choose_model(model_path, paths))
+    runtime.first(lambda: check_source(paths, in_parts=bool(part or merge)))
+    model_file = runtime.first(lambda: choose_file(model_path, device, raw, tta, explain, reject_below))
+    model, sha256 = open_model(model_file, device, raw, with_digest=bool(part or merge))
+    rejection = runtime.first(lambda: choose_rejection(model, reject_below, max_error, tta))
     save = save or (EXPLAINED if explain else "")
     top_k = min(top_k, len(model.class_names))
 
-    images = list(expand(paths)) if paths and "-" not in paths else expand(paths or ask_for_paths())
+    if paths and ("-" not in paths or part or merge):
+        images = runtime.first(lambda: list(expand(paths)))
+    else:
+        images = expand(paths or ask_for_paths())
+    to_text = choose_format(model, json_lines, csv_lines, top_k, is_single(paths, images), to_file=bool(out))
+    header = csv_header(top_k) if csv_lines else ""
+    target = Path(out) if out else None
+    parts = PredictionParts(Path(out), sha256, model, images, top_k, tta, rejection) if part or merge else None
+    if parts and chosen:
+        images = [images[i] for i in parts.rows(chosen)]
+        to_text, header, target = to_json, parts.header(chosen), chosen.place(parts.path)
+    stream = partial(model.stream, top_k=top_k, batch_size=BATCH if paths else 1, tta=tta, rejection=rejection)
+    if parts and merge:
+        results = parts.read()
+    else:
+        results = stream_dealt(stream, images, BATCH) if runtime.world_size > 1 else stream(images)
     total = len(images) if isinstance(images, list) else None
-    show_bar = bool(paths) and (total is None or total > BATCH)
-    to_text = choose_format(model, json_lines, csv_lines, top_k, single=not paths or total == 1)
-    if csv_lines:
-        print(csv_header(top_k))
+    if paths and (total is None or total > BATCH):
+        # disable=None shows the bar in terminals only.
+        results = tqdm(results, total=total, unit="image", leave=False, disable=None)
 
-    folders = folder_names([*model.class_names, UNKNOWN])
-    outputs: dict[str, Callable[[Prediction], object]] = {}  # by folder
-    if save:
-        outputs[save] = lambda result: save_image(model, result, Path(save), explain)
-    if sort_into:
-        outputs[sort_into] = lambda result: copy_into(result.path, Path(sort_into, folders[result.label]))
-    for folder, flag in ((save, "--save"), (sort_into, "--sort-into")):
-        if folder:
-            make_writable(Path(folder), flag)
+    copies = choose_copies(model, save, explain, sort_into)
+    runtime.first(lambda: make_folders(save, sort_into, out))
     labels: Counter[str] = Counter()
     written: Counter[str] = Counter()
     num_failures = 0
-    results = model.stream(images, top_k, BATCH if paths else 1, tta, rejection)
-    # disable=None shows the bar in terminals only.
-    for result in tqdm(results, total=total, unit="image", leave=False, disable=None if show_bar else True):
-        tqdm.write(to_text(result), file=sys.stdout)
-        sys.stdout.flush()
-        if isinstance(result, Failure):
-            num_failures += 1
-            continue
-        labels[result.label] += 1
-        for folder, write in outputs.items():
-            try:
-                write(result)
-                written[folder] += 1
-            except (ImageError, OSError) as error:
-                tqdm.write(f"error: {result.path} isn't written to {folder}/: {error}", file=sys.stderr)
-    if labels.total() + num_failures > 1:
-        print(summarize(labels, num_failures), file=sys.stderr)
-    for folder in outputs:
-        print(f"written to {Path(folder)}: {count_of(written[folder], 'image')}", file=sys.stderr)
-    return 1 if num_failures or written.total() < labels.total() * len(outputs) else 0
+    with open_results(target) as write:
+        if header:
+            write(header)
+        for result in results:  # on rank 0; on other ranks this takes part in its results
+            write(to_text(result))
+            if isinstance(result, Failure):
+                num_failures += 1
+                continue
+            labels[result.label] += 1
+            written.update(copy_result(result, copies))
+    return runtime.first(lambda: report(labels, num_failures, written, copies, target, chosen))
 
 
-def check_arguments(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: str) -> None:
+def check_parts(part: str, merge: bool, out: str, with_copies: bool) -> Part | None:
+    """The part that is chosen, if any.
+
+    Raises:
+        ValueError: the arguments can't be combined.
+    """
+    if part and merge:
+        raise ValueError("part and merge: choose one of them")
+    if (part or merge) and not out:
+        raise ValueError("out: part and merge need it; give the file for the results of all parts")
+    if part and with_copies:
+        raise ValueError("part: can't be combined with save, explain or sort_into; give these with merge")
+    if merge and runtime.world_size > 1:
+        raise ValueError("merge: reads what is computed, so start it with python, not with torchrun")
+    return Part.parse(part) if part else None
+
+
+def check_source(paths: tuple[str, ...], in_parts: bool) -> None:
+    """Raise a ValueError if the images can't come from standard input, but would."""
+    if in_parts and not paths:
+        raise ValueError("paths: part and merge need them; give files, folders or globs, or - for standard input")
+    if runtime.world_size > 1 and (not paths or "-" in paths):
+        raise ValueError("paths: several processes don't read standard input; give files, folders or globs")
+
+
+def check_arguments(top_k: int, json_lines: bool, csv_lines: bool, save: str, sort_into: str, out: str) -> None:
     """Raise a ValueError for invalid values."""
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: give a whole number from 1 up")
@@ -137,6 +176,8 @@ def check_arguments(top_k: int, json_lines: bool, csv_lines: bool, save: str, so
         raise ValueError("json and csv: choose one of them")
     cli.check_folder("save", save)
     cli.check_folder("sort_into", sort_into)
+    if out and Path(out).is_dir():
+        raise ValueError(f"out={out!r}: it is a folder; give a file")
 
 
 def choose_model(model_path: str, paths: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
@@ -164,14 +205,19 @@ def is_model(path: str) -> bool:
     )
 
 
-def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: bool, reject_below: str) -> Predictor:
-    """Open a checkpoint or an exported file, and print its path."""
+def choose_file(model_path: str, device: Device, raw: bool, tta: bool, explain: bool, reject_below: str) -> Path:
+    """The checkpoint or exported file at `model_path`, which is printed.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file doesn't support an argument.
+    """
     if model_path.lower().endswith(".pt2"):
         raise ValueError(f"{model_path}: predict.py doesn't read .pt2; give the checkpoint, or export it to ONNX")
     if not is_onnx(model_path):
         checkpoint = find_model(model_path)
         print(f"checkpoint {checkpoint}", file=sys.stderr)
-        return load_classifier(checkpoint, device, raw)
+        return checkpoint
     needs_checkpoint = {
         "explain": explain,
         "raw": raw,
@@ -182,7 +228,16 @@ def open_model(model_path: str, device: Device, raw: bool, tta: bool, explain: b
     if options := [name for name, is_set in needs_checkpoint.items() if is_set]:
         raise ValueError(f"{', '.join(options)}: not available for the ONNX file {model_path}; use its checkpoint")
     print(f"exported file {model_path}", file=sys.stderr)
-    return open_onnx(model_path)
+    return Path(model_path)
+
+
+def open_model(file: Path, device: Device, raw: bool, with_digest: bool) -> tuple[Predictor, str]:
+    """The model in a file, the same on all ranks; and the SHA-256 of the file, "" if that isn't needed."""
+    needed = file.is_file() and (with_digest or runtime.world_size > 1)
+    sha256 = digest_file(file) if needed else ""
+    model = open_onnx(file) if is_onnx(str(file)) else load_classifier(file, device, raw)
+    runtime.check_same({"model": sha256, "precision": precision_of(model)})
+    return model, sha256
 
 
 def find_model(model_path: str) -> Path:
@@ -242,15 +297,20 @@ def choose_automatically(model: Predictor, max_error: float) -> Rejection:
     return model.calibration.choose_rejection(max_error)
 
 
+def is_single(paths: tuple[str, ...], images: Iterable[str]) -> bool:
+    """Whether images are shown one by one: a single one, or those that are typed."""
+    return not paths or (isinstance(images, list) and len(images) == 1)
+
+
 def choose_format(
-    model: Predictor, json_lines: bool, csv_lines: bool, top_k: int, single: bool
+    model: Predictor, json_lines: bool, csv_lines: bool, top_k: int, single: bool, to_file: bool
 ) -> Callable[[Prediction | Failure], str]:
     """The function that formats results; in a terminal, bars for a single image and table rows for several."""
     if json_lines:
         return to_json
     if csv_lines:
         return lambda result: to_csv(result, top_k)
-    if not sys.stdout.isatty():
+    if to_file or not sys.stdout.isatty():
         return to_line
     width = shutil.get_terminal_size().columns
     if single:
@@ -323,6 +383,53 @@ def ask_for_paths() -> Iterator[str]:
         yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
 
 
+@contextmanager
+def open_results(path: Path | None) -> Iterator[Callable[[str], None]]:
+    """A function that writes a line of results: to a file, which is there at the end, or else to standard output."""
+    if path is None or not runtime.is_main:
+        yield print_line
+        return
+    remove_abandoned(path.parent, glob.escape(path.name))
+    with write_whole(path) as file:
+        yield lambda line: file.write(printable(line, keep="\n\r\t").encode() + b"\n")
+
+
+def print_line(line: str) -> None:
+    """Print a line at once, above a progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def choose_copies(
+    model: Predictor, save: str, explain: bool, sort_into: str
+) -> dict[str, Callable[[Prediction], object]]:
+    """The functions that write images to the output folders, by folder."""
+    folders = folder_names([*model.class_names, UNKNOWN])
+    copies: dict[str, Callable[[Prediction], object]] = {}
+    if save:
+        copies[save] = lambda result: save_image(model, result, Path(save), explain)
+    if sort_into:
+        copies[sort_into] = lambda result: copy_into(result.path, Path(sort_into, folders[result.label]))
+    return copies
+
+
+def make_folders(save: str, sort_into: str, out: str) -> None:
+    """Create the folders that are written to, see `make_writable`."""
+    for folder, flag in ((save, "--save"), (sort_into, "--sort-into"), (out and Path(out).parent, "--out")):
+        if folder:
+            make_writable(Path(folder), flag)
+
+
+def copy_result(result: Prediction, copies: Mapping[str, Callable[[Prediction], object]]) -> Iterator[str]:
+    """Write an image to the output folders; yield those that it is written to."""
+    for folder, write in copies.items():
+        try:
+            write(result)
+            yield folder
+        except (ImageError, OSError) as error:
+            tqdm.write(f"error: {result.path} isn't written to {folder}/: {error}", file=sys.stderr)
+
+
 def save_image(model: Predictor, prediction: Prediction, folder: Path, explain: bool) -> None:
     """Save an image with its label and, with `explain`, with explanation maps."""
     image = open_image(prediction.path, model.preprocessing.max_pixels, model.preprocessing.allow_truncated)
@@ -334,6 +441,28 @@ def save_image(model: Predictor, prediction: Prediction, folder: Path, explain: 
         class_id = model.class_names.index(prediction.classes[0][0])
         maps = explain_one(model, model.load(prediction.path), class_id, MIN_SIDE)
     save_labeled(image, prediction, folder, maps)
+
+
+def report(
+    labels: Counter[str],
+    num_failures: int,
+    written: Counter[str],
+    folders: Iterable[str],
+    target: Path | None,
+    part: Part | None,
+) -> int:
+    """Print what was predicted and written, and return the exit status."""
+    if labels.total() + num_failures > 1:
+        print(summarize(labels, num_failures), file=sys.stderr)
+    for folder in folders:
+        print(f"written to {Path(folder)}: {count_of(written[folder], 'image')}", file=sys.stderr)
+    if part:
+        done = f"part {part} is written to {target}; when all are: the same command with --merge in place of --part"
+        print(done, file=sys.stderr)
+        return 0
+    if target:
+        print(f"written to {target}", file=sys.stderr)
+    return 1 if num_failures or any(written[folder] < labels.total() for folder in folders) else 0
 
 
 def summarize(labels: Counter[str], num_failures: int) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from utils.inference.rejection import most_probable
 from utils.metrics.classification import evaluation_metrics
 from utils.metrics.intervals import wilson_interval
 from utils.metrics.scores import Scores, expected_calibration_error
+from utils.system.runtime import runtime
 from utils.system.text import shorten_list
 
 MAX_LISTED = 20
@@ -135,18 +137,23 @@ def evaluate_corrupted(
 ) -> dict[str, tuple[int, int]]:
     """Correct predictions and number of images under each corruption, on up to `max_images` images drawn at random.
 
-    The entry "none" is for the same images without corruption, taken from `outputs`.
+    The entry "none" is for the same images without corruption, taken from `outputs`; of several ranks, rank 0 has it.
     """
     if max_images == 0:
         return {}
     drawn = sample_indices(images, max_images, seed=0)
-    unchanged = (outputs.logits.argmax(dim=1) == outputs.class_ids)[drawn].sum()
-    correct = {"none": int(unchanged)} | dict.fromkeys(CORRUPTIONS, 0)
     source = FileSource(select(images, drawn), classifier.preprocessing)
     loader = eval_loader(ImageDataset(source, classifier.transform, seed=0), batch_size, num_workers)
     bar = tqdm(iterate_batches(loader), "corrupting", len(loader), unit="batch", leave=False, disable=None)
-    for batch, (pixels, class_ids) in enumerate(bar):
-        for name, corruption in CORRUPTIONS.items():
+    correct = torch.zeros(len(CORRUPTIONS), dtype=torch.int64)
+    for number, (pixels, class_ids) in enumerate(bar):
+        batch = runtime.rank + number * runtime.world_size
+        for i, corruption in enumerate(CORRUPTIONS.values()):
             _, logits = classifier.forward(corrupt(pixels, corruption, seed=batch))
-            correct[name] += int((logits.argmax(dim=1) == class_ids).sum())
-    return {name: (count, len(drawn)) for name, count in correct.items()}
+            correct[i] += (logits.argmax(dim=1) == class_ids).sum()
+    runtime.add(correct)
+    counts = dict(zip(CORRUPTIONS, correct.tolist(), strict=True))
+    if runtime.is_main:
+        unchanged = (outputs.logits.argmax(dim=1) == outputs.class_ids)[drawn].sum()
+        counts = {"none": int(unchanged)} | counts
+    return {name: (count, len(drawn)) for name, count in counts.items()}

@@ -15,12 +15,39 @@ def to_json(result: Prediction | Failure) -> str:
     """A line of `predict.py --json`."""
     content: dict[str, Any] = {"path": result.path}
     if isinstance(result, Failure):
-        return json.dumps(content | {"error": result.error})
-    content["label"] = result.label
-    if result.rejected:
-        content["reason"] = result.reason
-    content["predictions"] = [{"class": name, "probability": p} for name, p in result.classes]
-    return json.dumps(content, allow_nan=False)
+        content["error"] = result.error
+    else:
+        content["label"] = result.label
+        if result.rejected:
+            content["reason"] = result.reason
+        content["predictions"] = [{"class": name, "probability": p} for name, p in result.classes]
+    return json.dumps(content, allow_nan=False).replace("\x7f", "\\u007f")  # the one control character that it leaves
+
+
+def from_json(line: str) -> Prediction | Failure:
+    """The result that `to_json` gives this line for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        content = json.loads(line)
+        if "error" in content:
+            result = Failure(content["path"], content["error"])
+            texts, probabilities = [result.path, result.error], []
+        else:
+            classes = tuple((row["class"], row["probability"]) for row in content["predictions"])
+            result = Prediction(content["path"], content["label"], classes[0][1], classes, content.get("reason", ""))
+            texts, probabilities = [result.path, result.label, result.reason, *dict(classes)], [p for _, p in classes]
+        if (
+            all(type(x) is str for x in texts)
+            and all(type(p) is float for p in probabilities)
+            and to_json(result) == line
+        ):
+            return result
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        pass
+    raise ValueError(f"{line[:80]!r} is no prediction")
 
 
 def csv_header(top_k: int) -> str:

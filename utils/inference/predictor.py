@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import Transform
 from utils.inference.prediction import Failure, Prediction
 from utils.inference.rejection import Calibration, Rejection
+from utils.system.runtime import runtime
 from utils.system.thread_map import map_ahead
 
 ImageInput = str | os.PathLike | Image.Image | np.ndarray
@@ -110,6 +111,22 @@ def stream_predictions(
         results = predict(readable) if readable else iter(())
         for item in batch:
             yield item if isinstance(item, Failure) else next(results)
+
+
+def stream_dealt(
+    stream: Callable[[Sequence[str]], Iterator[Prediction | Failure]], paths: Sequence[str], batch_size: int
+) -> Iterator[Prediction | Failure]:
+    """Yield a result for each file, in order, on rank 0, and nothing on other ranks, which have to iterate, too.
+
+    Batches are dealt out: batch b to rank b mod the number of ranks, which `stream` classifies. Whole ones, since
+    kernels for other batch sizes round differently.
+    """
+    batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    results = stream([*chain.from_iterable(batches[runtime.rank :: runtime.world_size])])
+    for _ in range(0, len(batches), runtime.world_size):
+        of_ranks = runtime.gather(list(islice(results, batch_size)))
+        if runtime.is_main:
+            yield from chain.from_iterable(of_ranks)
 
 
 def _load_or_fail(load: Callable[[ImageInput], Pixels], image: ImageInput) -> tuple[str, Pixels] | Failure:
