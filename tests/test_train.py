@@ -197,7 +197,10 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize(("backbone", "optimizer"), [("vit_of_the_tests", "muon"), ("mobilenetv2", "adamw")])
+@pytest.mark.parametrize(
+    ("backbone", "optimizer"),
+    [("vit_of_the_tests", "muon"), pytest.param("mobilenetv2", "adamw", marks=pytest.mark.slow)],
+)
 def test_growing_images_and_resuming(two_classes, monkeypatch, backbone, optimizer):
     """Checkpoints have the input shape of their stage; an interrupted run gives the same result."""
     variant = {"backbone": backbone, "optimizer_type": optimizer, "device": "cpu"}  # GPUs aren't deterministic

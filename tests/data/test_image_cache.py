@@ -126,6 +126,7 @@ def test_cache_is_written_again_after_a_change(images, cached, monkeypatch, chan
     assert len(list(Path(CONFIG.cache_dir).glob("*.bin"))) == (2 if change == "shape" else 1)
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_cache(here):
     for i in range(40):
         write_image(here / f"{i}.png", 100, (200, 150), seed=i)

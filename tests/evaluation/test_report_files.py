@@ -372,6 +372,7 @@ def test_filter_and_sort_by_keyboard(here, browser):
     assert [text.strip() for text in page.locator("#classes td.name").all_text_contents()] == names
 
 
+@pytest.mark.slow
 def test_page_of_ten_thousand_images_loads_in_two_seconds(here, browser):
     path = make_page(here, [f"class {i}" for i in range(81)], n=10_000, accuracy=4.0)
     page, errors, seconds = open_page(browser, path)
@@ -393,6 +394,7 @@ def test_tables_that_do_not_fit_say_so(here, browser):
     page.wait_for_function("document.querySelector('.matrix').closest('.scroll').className === 'scroll'")
 
 
+@pytest.mark.slow
 def test_page_of_a_thousand_classes(here, browser):
     page, errors, seconds = open_page(
         browser, make_page(here, [f"class {i}" for i in range(1000)], n=3000, accuracy=8.0)

@@ -155,6 +155,7 @@ def test_exported_weights_are_calibrated_and_of_unknown_origin(exported, tmp_pat
     assert "trained from unknown weights or from scratch" in page
 
 
+@pytest.mark.slow
 def test_code_example_runs_without_thaw(exported, trained, tmp_path):
     checkpoint = find_checkpoint("")
     model = exported("fp32")

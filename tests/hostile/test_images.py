@@ -243,7 +243,8 @@ def measure_memory(paths: list[Path]) -> dict[str, tuple[int, int, int, str]]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("side", [1500, pytest.param(5000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [1500, 5000])
 def test_memory_of_formats(tmp_path, side):
     """What decoding takes is at most what the budget assumes."""
     noise = np.random.default_rng(0).integers(0, 256, (side // 50, side // 50, 4), dtype=np.uint8)

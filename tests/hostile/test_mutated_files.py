@@ -91,7 +91,7 @@ def mutate_onnx(model: onnx.ModelProto, rng: random.Random) -> None:
     seal(model)
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_mutated_onnx_files(exported, tmp_path, number):
     whole = exported("fp32").read_bytes()
     rng = random.Random(number)
@@ -171,7 +171,7 @@ def mutated_checkpoint(whole: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_mutated_checkpoints(trained, tmp_path, number):
     whole = find_checkpoint("").read_bytes()
     rng = random.Random(number)
@@ -202,7 +202,7 @@ def mutated_export(whole: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [20, pytest.param(500, marks=pytest.mark.slow)])
 def test_mutated_weights(exported, tmp_path, number):
     """No door opens exports of `torch.export`, whole or not."""
     program = exported("pt2").read_bytes()

@@ -227,7 +227,9 @@ def test_one_frozen_and_one_thawed_step(name):
 
 
 @pytest.mark.graph
-@pytest.mark.parametrize("name", ["mobilenetv2", "timm/convnext_atto", "timm/test_vit"])
+@pytest.mark.parametrize(
+    "name", ["mobilenetv2", pytest.param("timm/convnext_atto", marks=pytest.mark.slow), "timm/test_vit"]
+)
 def test_run_with_frozen_and_thawed_stage(two_classes, capsys, name):
     """With cached features; the checkpoint opens as in predict.py and gives class activation maps."""
     blocks = "all" if name == "timm/test_vit" else 1

@@ -51,6 +51,7 @@ def run_ranks(ranks: int, counts: tuple[int, ...], out: Path, trained_folder: Pa
     return contents(out)
 
 
+@pytest.mark.slow
 def test_two_ranks(folder, trained_folder):
     expected = run_alone(SHORT, folder / "alone", trained_folder)
     assert {"33 images/metrics.json", "33 images/report.html", "comparison/flipped.csv"} <= expected.keys()

@@ -10,7 +10,7 @@ import pytest
 from tests.ranks.conftest import torchrun
 from tests.ranks.scenarios import LISTS, SCENARIOS, run_all
 
-SHORT = ["freeze, thaw, resize", "batch norm"]
+SHORT = ["freeze, thaw, resize"]
 
 
 def compare(ranks, names, project, folder, monkeypatch):
