@@ -133,13 +133,13 @@ def train(run: Run, setup: Setup) -> None:
         SaveError: a checkpoint can't be written; the last saved state is kept.
         WorkerDied: a DataLoader worker died; the run is saved.
     """
-    trainer = run.trainer
     with closing(run), run.saved_when_stopped():
         inputs = start_run(run, setup)
         for stage in setup.stages:
             if run.is_past(stage):
                 continue
             inputs, optimizer, loader, val_loader = start_stage(run, stage, inputs)
+            trainer = run.trainer
             pace = Pace(trainer.device)
             while not run.is_past(stage):
                 epoch = trainer.start_epoch(loader, run.epoch)
@@ -191,16 +191,21 @@ def start_run(run: Run, setup: Setup) -> StageInputs:
 
 def start_stage(run: Run, stage: Stage, inputs: StageInputs) -> tuple[StageInputs, Optimizer, DataLoader, DataLoader]:
     """Resize and freeze the network for a stage; return its inputs, optimizer, training and validation loaders."""
+    if run.trainer.sharded:
+        run.join_shards(inputs.data)
+        inputs = inputs.renewed(run.trainer.network)
     model, trainer = run.model, run.trainer
     if tuple(model.arguments["input_shape"]) != tuple(stage.input_shape):
         if trainer.ema:
             trainer.ema.resize(model, stage.input_shape)
         model.resize(stage.input_shape)
-        inputs = inputs.resized()
+        inputs = inputs.renewed(inputs.network)
     stage.frozen.apply(model)
     if trainer.ema:
         trainer.ema.set_frozen(model.frozen_state())
-    trainer.network, loader, val_loader = inputs.open(stage)
+    if trainer.by_rows and runtime.world_size > 1:
+        trainer.shard(model)
+    trainer.network, loader, val_loader = inputs.open(stage, trainer.sharded)
     optimizer = build_optimizer(model, run.config, stage.init_lr)
     run.attach_optimizer(optimizer, stage)
     return inputs, optimizer, loader, val_loader

@@ -266,6 +266,11 @@ class TrainConfig(NamesChecked):
     DistributedDataParallel, while the rest is still computed; batch norm sees the whole batch on GPUs. `auto`: exact on
     a CPU, fast on a GPU."""
 
+    shard: Literal["auto", "yes", "no"] = "auto"
+    """Whether processes divide weights, gradients and optimizer state between them (FSDP), and not only the images.
+    `auto`: if a GPU has too little memory for them. Slower; cached features aren't used, and not with `muon` or
+    fp16."""
+
     # Images
 
     train_crop: float | None = setting(0.08, ABOVE_0_TO_1, by_recipe=True, shapes_images=True)

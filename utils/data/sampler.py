@@ -96,6 +96,11 @@ class BatchSampler(Sampler):
         return len(range(self.dealt[0], self._count, self.dealt[1]))
 
     @property
+    def longest(self) -> int:
+        """The number of batches of the rank with the most."""
+        return len(range(0, self._count, self.dealt[1]))
+
+    @property
     def _count(self) -> int:
         """Batches of all ranks."""
         rest = len(self.keys) % self.batch_size > 0 and not self.drop_last

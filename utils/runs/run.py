@@ -41,10 +41,12 @@ from utils.system.signals import (
     take_save_request,
     take_timed_save,
 )
+from utils.training.datasets import Data
 from utils.training.non_finite import REMEDY, NonFiniteLoss
 from utils.training.optimizer import restore_state
+from utils.training.sharding import gather_shards
 from utils.training.stages import Stage
-from utils.training.trainer import Trainer
+from utils.training.trainer import Trainer, build_trainer
 
 
 class Run:
@@ -145,18 +147,27 @@ class Run:
     def _write(self, *names: str) -> None:
         """Write the current state under each of these names, on rank 0."""
         with defer_signals():
-            runtime.first(lambda: self._write_here(*names))
+            content = self._content() if self.trainer.sharded else None  # from all ranks
+            runtime.first(lambda: self._write_here(content, *names))
             self.saver.saved_step = self.trainer.step
 
-    def _write_here(self, *names: str) -> None:
+    def _write_here(self, content: dict[str, Any] | None, *names: str) -> None:
         self._opened.lock.check()
-        self.saver.write(self._content(), *names)
+        self.saver.write(content or self._content(), *names)
+
+    def join_shards(self, data: Data) -> None:
+        """Continue with whole weights, in a new network and trainer, if they are divided between ranks: so they can be
+        resized and frozen, and divided again."""
+        if self.trainer.sharded:
+            trainer = self.trainer
+            self.trainer, built = build_trainer(self.config, data, trainer.device, trainer.precision, self._content())
+            self.model = built.model
 
     def _content(self) -> dict[str, Any]:
         """The content of a checkpoint of the current state."""
         with self.trainer.evaluated_weights():
-            weights = self.model.state_dict()
-        in_training = self.model.state_dict() if self.trainer.ema else {}
+            weights = gather_shards(dict(self.model.state_dict()))
+        in_training = gather_shards(dict(self.model.state_dict())) if self.trainer.ema else {}
         self._check_finite(weights, in_training)
         return {
             **self.identity,
@@ -165,7 +176,7 @@ class Run:
             "preprocessing": Preprocessing.from_config(at_current_size(self.config, self.model)).as_dict(),
             "weights": weights,
             "weights_in_training": in_training,
-            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+            "optimizer": gather_shards(self.optimizer.state_dict()) if self.optimizer else {},
             "epoch": self.epoch,
             "best_val_loss": self.history[self.best]["val_loss"] if self.history else math.inf,
             "history": self.history,
@@ -240,7 +251,7 @@ class Run:
                 try:
                     if agreed:
                         self.save()
-                    elif runtime.is_main and not isinstance(reason, SaveError):
+                    elif runtime.is_main and not self.trainer.sharded and not isinstance(reason, SaveError):
                         self._save_alone()
                 finally:
                     how = f"--resume {self.folder}" if self.config.resume == "no" else "the same command"
@@ -252,7 +263,7 @@ class Run:
         """Save on rank 0 without the others, which may have ended: all ranks have the same state after a step."""
         if self.trainer.step > self.saver.saved_step:
             with defer_signals():
-                self._write_here(LAST)
+                self._write_here(None, LAST)
 
     def close(self) -> None:
         """Close the log and release the folder, see `RunFolder.discard_if_new`."""

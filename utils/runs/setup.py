@@ -17,6 +17,7 @@ from utils.modeling.precision import choose_precision, pick_device
 from utils.runs.resume import earlier_choices
 from utils.system.runtime import runtime
 from utils.training.datasets import Data, load_data
+from utils.training.sharding import check_sharding, must_shard
 from utils.training.stages import Stage, check_single_images, plan_stages
 from utils.training.summary import count_parameters, warn_about_input_shape
 
@@ -68,6 +69,8 @@ def prepare(asked: TrainConfig, write_lists: bool = True) -> Setup:
     stages = plan_stages(config, len(data.train_images), network.transformer)
     check_single_images(stages, network)
     precision = runtime.first(lambda: choose_precision(config.precision, device))
+    if must_shard(config, count_parameters(network), device):
+        check_sharding(config, precision[0])
     return Setup(asked, config, choices, data, network, stages, device, *precision)
 
 

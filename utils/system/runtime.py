@@ -22,7 +22,7 @@ from utils.system.errors import InputError
 from utils.system.rank_watch import RankWatch
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Result = TypeVar("Result")
 
@@ -217,6 +217,8 @@ class Runtime:
 
     def exchange(self, slices: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Send `slices[r]` to each rank r, and return what each rank r sent here, of shape `shapes[r]`."""
+        if self.world_size == 1:
+            return [slices[0].reshape(shapes[0])]
         import torch
 
         sizes = [math.prod(shape) for shape in shapes]
@@ -235,6 +237,41 @@ class Runtime:
         if self.world_size > 1:
             self._share(lambda dist: dist.all_reduce(tensor))
 
+    def shard(self, modules: Sequence[nn.Module], scatter: Callable[[], Any] | None, dtype: Any) -> None:
+        """Divide the weights of each of `modules`, inner ones first, between the ranks by FSDP2.
+
+        Args:
+            scatter: makes the `torch.distributed.fsdp.ReduceScatter` that adds the gradients of one; None: torch's.
+            dtype: of weights and inputs in the modules; None: their own.
+        """
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = init_device_mesh(next(modules[-1].parameters()).device.type, (self.world_size,))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+        for module in modules:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            module.set_gradient_divide_factor(1.0)  # parts are already divided by the size of the global batch
+            if scatter:
+                module.set_custom_reduce_scatter(scatter())
+                module.set_force_sum_reduction_for_comms(True)
+
+    def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """A tensor of rank 0 divided as `like` is; itself if `like` isn't divided, or has another shape."""
+        if not is_shard(like) or tensor.shape != like.shape:
+            return tensor
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+    def own_rows(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """The rows of a tensor that this rank has, and the number of the first."""
+        if not is_shard(tensor):
+            return tensor, 0
+        size = -(-tensor.shape[0] // self.world_size)  # as torch.chunk
+        return tensor.to_local(), min(self.rank * size, tensor.shape[0])
+
     def _share(self, communicate: Callable[[Any], Any]) -> None:
         import torch.distributed as dist
 
@@ -244,6 +281,11 @@ class Runtime:
             if not any(sign in str(error) for sign in BROKEN):
                 raise
             raise RankLost(f"another rank has ended ({str(error).splitlines()[0]:.200})") from error
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is divided between the ranks (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
 
 
 class RankStream:

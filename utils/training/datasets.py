@@ -68,20 +68,20 @@ class StageInputs:
         self.train_set, self.val_set = make_datasets(data, self.config)
         self.cache = FeatureCache(network, self.config, device, precision)
 
-    def resized(self) -> StageInputs:
-        """The same images at the new input shape of the network."""
-        new = StageInputs(self.config, self.data, self.network, self.cache.device, self.cache.precision)
+    def renewed(self, network: PixelNetwork) -> StageInputs:
+        """The same images for a new network, or for the same one at its new input shape."""
+        new = StageInputs(self.config, self.data, network, self.cache.device, self.cache.precision)
         new.train_set.share_unreadable(self.train_set)
         new.val_set.share_unreadable(self.val_set)
         return new
 
-    def open(self, stage: Stage) -> tuple[nn.Module, DataLoader, DataLoader]:
+    def open(self, stage: Stage, sharded: bool = False) -> tuple[nn.Module, DataLoader, DataLoader]:
         """The module that `stage` trains (the whole network on images, or its thawed part on cached features), and its
-        training and validation batches."""
+        training and validation batches. A network that is divided between ranks trains on images."""
         config = self.config
         network, train_set, val_set = self.network, self.train_set, self.val_set
         num_workers = config.num_workers
-        num_views = num_cached_views(stage, config)
+        num_views = 0 if sharded else num_cached_views(stage, config)
         if num_views:
             if config.mixup or config.cutmix:
                 print("mixup and cutmix: not applied in this stage, which trains on cached features")
@@ -90,7 +90,7 @@ class StageInputs:
             network, num_workers = ThawedPart(network), 0
         if config.torch_compile:
             network = torch.compile(network)
-        if runtime.world_size > 1 and not adds_exactly(config, self.cache.device):
+        if runtime.world_size > 1 and not sharded and not adds_exactly(config, self.cache.device):
             network = DistributedDataParallel(network, broadcast_buffers=False)  # anew, since it skips frozen weights
         rows = Parts.of_rank(config.parts, runtime.rank, runtime.world_size).rows(stage.batch_size)
         loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler, rows)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nets.network import FreezableNetwork
+from utils.system.runtime import is_shard, runtime
 from utils.system.signals import defer_signals
 
 
@@ -60,8 +61,17 @@ class WeightEMA:
         with defer_signals():  # a signal could leave only some weights swapped
             if self.swapped != swapped:
                 for name, tensor in self.weights.items():
-                    tensor.data, self.averages[name] = self.averages[name], tensor.data
+                    if is_shard(tensor):  # FSDP keeps its memory
+                        _swap_content(tensor, self.averages[name])
+                    else:
+                        tensor.data, self.averages[name] = self.averages[name], tensor.data
                 self.swapped = swapped
+
+    def attach(self, model: nn.Module) -> None:
+        """Average the weights of `model` from now on: the same ones, but divided between ranks."""
+        named = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.weights = {name: named[name] for name in self.weights}
+        self.averages = {name: runtime.shard_like(t, self.weights[name]) for name, t in self.averages.items()}
 
     def resize(self, model: FreezableNetwork, input_shape: Sequence[int]) -> None:
         """Resample the averages as `model.resize(input_shape)` resamples the weights. Call it first."""
@@ -71,3 +81,12 @@ class WeightEMA:
         """Set the averages to those in a state dict."""
         for name, average in self.averages.items():
             average.copy_(weights[name])
+
+
+@torch.no_grad()
+def _swap_content(a: Tensor, b: Tensor) -> None:
+    """Swap what two divided tensors hold on this rank."""
+    a, b = a.to_local(), b.to_local()
+    content = a.clone()
+    a.copy_(b)
+    b.copy_(content)

@@ -40,12 +40,16 @@ class NonFinitePolicy:
         """Copies of the buffers before a step that may be skipped: batch norms update theirs in the forward pass."""
         return [buffer.clone() for buffer in network.buffers()] if self.skips else []
 
-    def must_skip(self, loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> bool:
-        """Whether to skip this step. An fp16 scaler checks the gradients itself."""
+    def must_skip(
+        self, loss: Tensor, optimizer: Optimizer, scaler: torch.amp.GradScaler, norm: Tensor | None = None
+    ) -> bool:
+        """Whether to skip this step. An fp16 scaler checks the gradients itself; `norm` is theirs if it is known."""
         if not self.skips:
             return False
         checked = [loss]
-        if not scaler.is_enabled():
+        if norm is not None:
+            checked.append(norm)
+        elif not scaler.is_enabled():
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             checked.append(torch.nn.utils.get_total_norm(gradients, math.inf))
         return not torch.stack(checked).isfinite().all()

@@ -105,10 +105,12 @@ def nodes_of(parts: Parts) -> list[tuple[int, int]]:
 
 
 def sum_over_ranks(tree: TreeSum, runtime: Runtime) -> Tensor:
-    """The sum of the vectors of all ranks, whose `tree` has those of their own parts.
+    """The sum of the vectors of all ranks, whose `tree` has those of their own parts."""
+    return runtime.join_slices(sum_own_slice(tree, runtime))[: len(tree.nodes[0][2])]
 
-    Each rank completes the tree for one slice of the vectors, and all collect the slices.
-    """
+
+def sum_own_slice(tree: TreeSum, runtime: Runtime) -> Tensor:
+    """This rank's slice of the sum: each rank completes the tree for one slice of the vectors, padded with zeros."""
     ranks = [nodes_of(Parts.of_rank(tree.count, rank, runtime.world_size)) for rank in range(runtime.world_size)]
     own = torch.stack([value for *_, value in tree.nodes])  # (nodes, length)
     length = own.shape[1]
@@ -120,7 +122,7 @@ def sum_over_ranks(tree: TreeSum, runtime: Runtime) -> Tensor:
         for (level, index), value in zip(nodes, sums, strict=True):
             total.add(value, index, level)
     ((*_, slice_sum),) = total.nodes
-    return runtime.join_slices(slice_sum)[:length]
+    return slice_sum
 
 
 class PartSums:
@@ -130,14 +132,15 @@ class PartSums:
 
     Args:
         network: the network.
-        optimizer: of the weights whose gradients are summed.
+        optimizer: of the weights whose gradients are summed; None: FSDP sums them.
         parts: of this rank.
     """
 
-    def __init__(self, network: nn.Module, optimizer: Optimizer, parts: Parts) -> None:
+    def __init__(self, network: nn.Module, optimizer: Optimizer | None, parts: Parts) -> None:
         self.parts = parts
         self._optimizer = optimizer
-        self._weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        groups = optimizer.param_groups if optimizer else []
+        self._weights = [weight for group in groups for weight in group["params"]]
         self._used = [False] * len(self._weights)
         self._statistics = running_statistics(network)
         self._before = [tensor.clone() for tensor in self._statistics]
@@ -158,7 +161,8 @@ class PartSums:
         numbers += [numbers[0].new_tensor(float(flag)) for flag in own_requests()]
         vector = [*gradients, *self._floating(), *numbers]
         self._tree.add(torch.cat([tensor.detach().reshape(-1).float() for tensor in vector]), part)
-        self._optimizer.zero_grad(set_to_none=True)
+        if self._optimizer:
+            self._optimizer.zero_grad(set_to_none=True)
         for tensor, before in zip(self._statistics, self._before, strict=True):
             tensor.copy_(before)
 

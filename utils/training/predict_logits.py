@@ -20,11 +20,12 @@ def predict_logits(
     precision: str,
     title: str = "evaluating",
     micro_batches: int = 1,
+    together: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) in fp32 and class ids (N,) of all images of `loader`, in its order, on the CPU of rank 0;
     empty on other ranks.
 
-    Each batch is split into `micro_batches`.
+    Each batch is split into `micro_batches`. With `together`, all ranks call the network equally often.
     """
     network.eval()
     logits, targets = [], []
@@ -34,6 +35,9 @@ def predict_logits(
             with autocast(device, precision):
                 logits.append(network(part).float())
         targets.append(batch_targets)
+    batches = loader.batch_sampler
+    if together and len(batches) < batches.longest:
+        network(torch.zeros(1, 3, *loader.dataset.transform.size, dtype=torch.uint8, device=device))
     outputs = [torch.cat(tensors).cpu() if tensors else torch.empty(0) for tensors in (logits, targets)]
     logits, targets = runtime.collect_batches(outputs, loader.batch_sampler.batch_size)
     return logits, targets

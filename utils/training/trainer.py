@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from nets.network import FreezableNetwork
 from utils.config.train_config import TrainConfig
 from utils.data.preprocessing import Preprocessing
 from utils.metrics.classification import cross_entropy, top_k_accuracy
@@ -31,6 +32,7 @@ from utils.training.non_finite import CHECK_EVERY, REMEDY, NonFiniteLoss, NonFin
 from utils.training.out_of_memory import MicroBatches, OutOfMemory
 from utils.training.parts import Parts, PartSums, adds_exactly, running_statistics
 from utils.training.predict_logits import predict_logits
+from utils.training.sharding import must_shard, norm_by_rows, scale_gradients, shard_network
 
 
 class Trainer:
@@ -48,6 +50,8 @@ class Trainer:
         parts: the parts of each global batch that this rank computes.
         exact: whether gradients are added in an order that doesn't depend on the number of ranks; otherwise several
             ranks need a `network` in `DistributedDataParallel`.
+        by_rows: whether the norm of gradients is computed by `norm_by_rows`.
+        sharded: whether the weights are divided between the ranks.
         non_finite: policy for losses that aren't finite.
         micro_batches: policy for batches that don't fit into memory.
         scaler: loss scaler for fp16.
@@ -67,6 +71,7 @@ class Trainer:
         clip_grad: float = 0.0,
         parts: Parts = Parts(),  # noqa: B008, immutable
         exact: bool = True,
+        by_rows: bool = False,
     ) -> None:
         self.network = network
         self.device = device
@@ -77,6 +82,8 @@ class Trainer:
         self.clip_grad = clip_grad
         self.parts = parts
         self.exact = exact
+        self.by_rows = by_rows
+        self.sharded = False
         self.non_finite = NonFinitePolicy(on_nan)
         self.micro_batches = MicroBatches()
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -110,14 +117,18 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         loss, hits = sums
-        if self.non_finite.must_skip(loss, optimizer, self.scaler):
+        weights = list(self.network.parameters())
+        norm = norm_by_rows(weights) if self.by_rows and (self.clip_grad or self.non_finite.skips) else None
+        if self.non_finite.must_skip(loss, optimizer, self.scaler, norm):
             loss, hits = torch.full_like(loss, math.nan), torch.zeros_like(hits)
             for buffer, before in zip(self.network.buffers(), statistics, strict=True):
                 buffer.copy_(before)
         else:
-            if self.clip_grad:
+            if self.clip_grad and norm is not None:
+                scale_gradients(weights, norm, self.clip_grad)
+            elif self.clip_grad:
                 self.scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad)
+                torch.nn.utils.clip_grad_norm_(weights, self.clip_grad)
             self.scaler.step(optimizer)
             self.scaler.update()
             if self.ema:
@@ -143,14 +154,23 @@ class Trainer:
         correct predictions. None: a rank is out of memory."""
         if self.parts.count == 1 or not self.exact:
             return self._sum_fast(batches, batch_size)
-        sums = PartSums(self.network, optimizer, self.parts)
+        sums = PartSums(self.network, None if self.sharded else optimizer, self.parts)
         for part, batch in enumerate(batches, self.parts.first):
             try:
                 sums.add(part, *self._accumulate_gradients(batch, self._seed("step", part), batch_size))
             except (RuntimeError, MemoryError) as error:
                 self.micro_batches.note(error)
+                if self.sharded:
+                    self._refuse_split(error)
                 sums.add_failed(part)
         return sums.finish(runtime)
+
+    def _refuse_split(self, error: Exception) -> NoReturn:
+        """Raise an OutOfMemory: the other ranks wait for these gradients, so the step can't be repeated."""
+        raise OutOfMemory(
+            f"rank {runtime.rank} is out of memory: set parts to {2 * self.parts.count}, or, without shard, reduce to "
+            f"exact, which splits batches by itself ({error})"
+        ) from error
 
     def _sum_fast(self, batches: Sequence[Batch], batch_size: int) -> tuple[Tensor, Tensor] | None:
         """`_sum_gradients` in the order in which gradients are computed; torch adds those of the ranks."""
@@ -161,11 +181,8 @@ class Trainer:
                 sums.append(self._accumulate_gradients(batch, self._seed("step", part), batch_size, last))
         except (RuntimeError, MemoryError) as error:
             self.micro_batches.note(error)
-            if runtime.world_size > 1:  # the others wait for these gradients
-                raise OutOfMemory(
-                    f"rank {runtime.rank} is out of memory: set parts to {2 * self.parts.count}, or reduce to exact, "
-                    f"which splits batches by itself ({error})"
-                ) from error
+            if runtime.world_size > 1:
+                self._refuse_split(error)
             return None
         loss, hits = (torch.stack(values).sum(dim=0) for values in zip(*sums, strict=True))
         return self._share_numbers(loss, hits) if runtime.world_size > 1 else (loss, hits)
@@ -205,6 +222,13 @@ class Trainer:
             hits += (logits.argmax(dim=1) == micro_batch.main_class_ids).sum()
         return total, hits
 
+    def shard(self, model: FreezableNetwork) -> None:
+        """Divide the weights of `model`, which is that of `network`, between the ranks."""
+        shard_network(model, self.parts, self.exact, self.precision)
+        if self.ema:
+            self.ema.attach(model)
+        self.sharded = True
+
     def start_epoch(self, loader: DataLoader, number: int) -> Epoch:
         """Start epoch `number`, counted from 0, or continue it after its last step."""
         self.network.train()
@@ -227,7 +251,7 @@ class Trainer:
         """
         with self.evaluated_weights():
             logits, targets = predict_logits(
-                self.network, loader, self.device, self.precision, "validating", self.micro_batches.count
+                self.network, loader, self.device, self.precision, "validating", self.micro_batches.count, self.sharded
             )
         return runtime.first(lambda: self._validation_metrics(logits, targets))
 
@@ -281,7 +305,9 @@ def build_trainer(
         ema.load(resumed["weights"])
     parts = Parts.of_rank(config.parts, runtime.rank, runtime.world_size)
     exact = adds_exactly(config, device)
-    trainer = Trainer(network, device, precision, config.seed, loss, ema, config.on_nan, config.clip_grad, parts, exact)
+    by_rows = config.shard == "yes" or must_shard(config, sum(p.numel() for p in model.parameters()), device)
+    policies = (config.on_nan, config.clip_grad, parts, exact, by_rows)
+    trainer = Trainer(network, device, precision, config.seed, loss, ema, *policies)
     if resumed:
         trainer.load_state_dict(resumed)
     return trainer, built
