@@ -5,20 +5,19 @@ Arguments: the folder of the lists, the file to write, a JSON list of scenarios.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 from tests.conftest import TINY, settings
+from tests.faults.harness import digest
 from utils.config.train_config import StageConfig
 from utils.data.image_list import list_in_memory
 from utils.inference.classifier import load_classifier
@@ -59,27 +58,6 @@ SCENARIOS: dict[str, dict] = {
 }
 LISTS = (7, 33, 301)
 """Images in the lists that are evaluated."""
-
-
-def digest(content: object) -> str:
-    """A digest of nested dicts and lists of tensors and plain values."""
-    sha = hashlib.sha256()
-
-    def add(value: object) -> None:
-        if isinstance(value, dict):
-            for key in sorted(value, key=str):
-                sha.update(str(key).encode())
-                add(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-        elif isinstance(value, torch.Tensor):
-            sha.update(np.ascontiguousarray(value.detach().flatten().view(torch.uint8).numpy()))
-        else:
-            sha.update(repr(value).encode())
-
-    add(content)
-    return sha.hexdigest()
 
 
 def digest_run(folder: Path) -> str:
