@@ -66,7 +66,8 @@ class Runtime:
         Raises:
             RankLost: a rank doesn't start.
         """
-        if self.world_size > 1 or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        # Clusters set WORLD_SIZE in all shells, but only torchrun gives each process a number on its machine.
+        if self.world_size > 1 or "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
             yield
             return
         import torch
