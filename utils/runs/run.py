@@ -142,26 +142,30 @@ class Run:
             SaveError: the checkpoint can't be written.
         """
         if self.trainer.step > self.saver.saved_step:
-            self._write(LAST)
+            with defer_signals():
+                self._write(self._content(), LAST)
 
-    def _write(self, *names: str) -> None:
-        """Write the current state under each of these names, on rank 0."""
-        with defer_signals():
-            content = self._content() if self.trainer.sharded else None  # from all ranks
-            runtime.first(lambda: self._write_here(content, *names))
-            self.saver.saved_step = self.trainer.step
+    def _save_alone(self) -> None:
+        """Save on rank 0 without the others, which may have ended: all ranks have the same state after a step."""
+        if self.trainer.step > self.saver.saved_step:
+            with defer_signals():
+                self._write_here(self._content(), LAST)
 
-    def _write_here(self, content: dict[str, Any] | None, *names: str) -> None:
+    def _write(self, content: dict[str, Any], *names: str) -> None:
+        """Write a checkpoint under each of these names, on rank 0."""
+        runtime.first(lambda: self._write_here(content, *names))
+        self.saver.saved_step = content["step"]
+
+    def _write_here(self, content: dict[str, Any], *names: str) -> None:
         self._opened.lock.check()
-        self.saver.write(content or self._content(), *names)
+        self.saver.write(content, *names)
 
     def join_shards(self, data: Data) -> None:
-        """Continue with whole weights, in a new network and trainer, if they are divided between ranks: so they can be
-        resized and frozen, and divided again."""
-        if self.trainer.sharded:
-            trainer = self.trainer
-            self.trainer, built = build_trainer(self.config, data, trainer.device, trainer.precision, self._content())
-            self.model = built.model
+        """Continue with whole weights, in a new network and trainer: so they can be resized and frozen, and divided
+        again."""
+        trainer = self.trainer
+        self.trainer, built = build_trainer(self.config, data, trainer.device, trainer.precision, self._content())
+        self.model = built.model
 
     def _content(self) -> dict[str, Any]:
         """The content of a checkpoint of the current state."""
@@ -207,6 +211,7 @@ class Run:
             self.history.append(row)
             self.best = self.config.best_epoch(self.history)
             self.trainer.finish_epoch()
+            content = self._content()
             is_best = self.best == self.epoch - 1
             print(format_row(row, self.config.epochs, is_best))
             # Log first: a run that is killed in between repeats the epoch and rewrites its log.
@@ -215,7 +220,7 @@ class Run:
             names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}{SUFFIX}"]
             periodic = names if self.config.keep_periodic and self.epoch % self.config.save_period == 0 else []
             # The best one first, so that it exists if the run is killed and resumed from one of the others.
-            self._write(*([BEST] if is_best else []), *periodic, LAST)
+            self._write(content, *([BEST] if is_best else []), *periodic, LAST)
             if runtime.is_main:
                 prune_periodic(self.folder, self.config.keep_periodic)
 
@@ -228,13 +233,12 @@ class Run:
 
     def _mark_finished(self, calibration: dict[str, Any]) -> None:
         best, last = self.folder / BEST, self.folder / LAST
-        if True:
-            same_state = read_progress(best).step == read_progress(last).step
-            fitted = {"calibration": calibration}
-            of_best = fitted | {"finished": True, "optimizer": {}, "weights_in_training": {}}
-            of_last = (fitted if same_state else {}) | {"finished": True}
-            for path, added in ((best, of_best), (last, of_last)):
-                save_checkpoint(path, load_checkpoint(path) | added)
+        same_state = read_progress(best).step == read_progress(last).step
+        fitted = {"calibration": calibration}
+        of_best = fitted | {"finished": True, "optimizer": {}, "weights_in_training": {}}
+        of_last = (fitted if same_state else {}) | {"finished": True}
+        for path, added in ((best, of_best), (last, of_last)):
+            save_checkpoint(path, load_checkpoint(path) | added)
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:
@@ -258,12 +262,6 @@ class Run:
                     saved = f"{self.folder} is saved at step {self.saver.saved_step}"
                     print(f"\n{type(reason).__name__}: {saved}; {how} resumes it")
             raise
-
-    def _save_alone(self) -> None:
-        """Save on rank 0 without the others, which may have ended: all ranks have the same state after a step."""
-        if self.trainer.step > self.saver.saved_step:
-            with defer_signals():
-                self._write_here(None, LAST)
 
     def close(self) -> None:
         """Close the log and release the folder, see `RunFolder.discard_if_new`."""
