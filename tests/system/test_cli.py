@@ -49,6 +49,7 @@ def test_an_error_raised_in_a_nested_package_is_one_line(here, monkeypatch, caps
 def test_a_script_of_one_process_refuses_several(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["export.py"])
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as end:

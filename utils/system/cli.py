@@ -22,7 +22,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import tyro
 
 from utils.system.errors import InputError
-from utils.system.runtime import runtime
+from utils.system.runtime import has_other_ranks, runtime
 from utils.system.signals import Stopped, exit_now, handle_stop_signals
 from utils.system.text import printable
 
@@ -70,7 +70,7 @@ def run(
 
 def refuse_torchrun() -> None:
     """End with a message, printed by rank 0, if torchrun has started several processes."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if has_other_ranks():
         if os.environ.get("RANK", "0") == "0":
             script = Path(sys.argv[0]).name
             print(f"error: {script} runs in one process: start it with python, not with torchrun", file=sys.stderr)

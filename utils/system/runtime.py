@@ -34,6 +34,12 @@ BROKEN = ("onnection", "peer", "imeout", "timed out", "roken pipe", "remote proc
 """What errors of collectives say when another rank can't be reached."""
 
 
+def has_other_ranks() -> bool:
+    """Whether torchrun has started this process and others. Clusters set WORLD_SIZE in all shells, but only torchrun
+    gives each process a number on its machine."""
+    return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 class RankLost(InputError):
     """Another rank has ended or can't be reached."""
 
@@ -66,8 +72,7 @@ class Runtime:
         Raises:
             RankLost: a rank doesn't start.
         """
-        # Clusters set WORLD_SIZE in all shells, but only torchrun gives each process a number on its machine.
-        if self.world_size > 1 or "LOCAL_RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if self.world_size > 1 or not has_other_ranks():
             yield
             return
         import torch
