@@ -205,7 +205,7 @@ def start_stage(run: Run, stage: Stage, inputs: StageInputs) -> tuple[StageInput
         trainer.ema.set_frozen(model.frozen_state())
     if trainer.by_rows and runtime.world_size > 1:
         trainer.shard(model)
-    trainer.network, loader, val_loader = inputs.open(stage, trainer.sharded)
+    trainer.network, loader, val_loader = inputs.open(stage, trainer.parts, trainer.exact, trainer.sharded)
     optimizer = build_optimizer(model, run.config, stage.init_lr)
     run.attach_optimizer(optimizer, stage)
     return inputs, optimizer, loader, val_loader

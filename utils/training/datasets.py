@@ -22,7 +22,7 @@ from utils.modeling.pixel_network import PixelNetwork, ThawedPart
 from utils.system.runtime import runtime
 from utils.system.text import count_of, shorten_list
 from utils.training.feature_cache import FeatureCache
-from utils.training.parts import Parts, adds_exactly
+from utils.training.parts import Parts
 from utils.training.stages import Stage, num_cached_views
 
 
@@ -75,9 +75,12 @@ class StageInputs:
         new.val_set.share_unreadable(self.val_set)
         return new
 
-    def open(self, stage: Stage, sharded: bool = False) -> tuple[nn.Module, DataLoader, DataLoader]:
+    def open(self, stage: Stage, parts: Parts, exact: bool, sharded: bool) -> tuple[nn.Module, DataLoader, DataLoader]:
         """The module that `stage` trains (the whole network on images, or its thawed part on cached features), and its
-        training and validation batches. A network that is divided between ranks trains on images."""
+        training and validation batches. A network that is divided between ranks trains on images.
+
+        `parts`, `exact` and `sharded` are those of the `Trainer`.
+        """
         config = self.config
         network, train_set, val_set = self.network, self.train_set, self.val_set
         num_workers = config.num_workers
@@ -90,10 +93,9 @@ class StageInputs:
             network, num_workers = ThawedPart(network), 0
         if config.torch_compile:
             network = torch.compile(network)
-        if runtime.world_size > 1 and not sharded and not adds_exactly(config, self.cache.device):
+        if runtime.world_size > 1 and not sharded and not exact:
             network = DistributedDataParallel(network, broadcast_buffers=False)  # anew, since it skips frozen weights
-        rows = Parts.of_rank(config.parts, runtime.rank, runtime.world_size).rows(stage.batch_size)
-        loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler, rows)
+        loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler, parts.rows(stage.batch_size))
         return network, loader, eval_loader(val_set, stage.batch_size, num_workers)
 
     def report_unreadable(self) -> None:

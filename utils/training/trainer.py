@@ -117,18 +117,18 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         loss, hits = sums
-        weights = list(self.network.parameters())
-        norm = norm_by_rows(weights) if self.by_rows and (self.clip_grad or self.non_finite.skips) else None
+        checks_norm = self.by_rows and (self.clip_grad or self.non_finite.skips)
+        norm = norm_by_rows(self.network.parameters()) if checks_norm else None
         if self.non_finite.must_skip(loss, optimizer, self.scaler, norm):
             loss, hits = torch.full_like(loss, math.nan), torch.zeros_like(hits)
             for buffer, before in zip(self.network.buffers(), statistics, strict=True):
                 buffer.copy_(before)
         else:
             if self.clip_grad and norm is not None:
-                scale_gradients(weights, norm, self.clip_grad)
+                scale_gradients(self.network.parameters(), norm, self.clip_grad)
             elif self.clip_grad:
                 self.scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(weights, self.clip_grad)
+                torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_grad)
             self.scaler.step(optimizer)
             self.scaler.update()
             if self.ema:
