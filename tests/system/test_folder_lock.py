@@ -76,3 +76,35 @@ def test_other_errors_are_raised(here, monkeypatch):
 def test_the_lock_file_is_not_executable(here):
     FolderLock(here).release()
     assert not Path(LOCK_FILE).stat().st_mode & 0o111
+
+
+def take_over(path: Path) -> None:
+    path.write_text(f"process 1 on {socket.gethostname()} since now\n")
+
+
+def replace_file(path: Path) -> None:
+    text = path.read_text()
+    path.unlink()
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("change", [take_over, replace_file, Path.unlink])
+def test_a_process_notices_that_its_folder_was_taken_over(here, change):
+    lock = FolderLock(here)
+    lock.check()
+    change(here / LOCK_FILE)
+    with pytest.raises(InUse, match="was taken over by another process"):
+        lock.check()
+    lock.release()
+
+
+def test_checking_keeps_the_lock(here):
+    lock = FolderLock(here)
+    lock.check()
+    program = (
+        f"from pathlib import Path; from utils.system.folder_lock import FolderLock; FolderLock(Path({str(here)!r}))"
+    )
+    root = Path(folder_lock.__file__).parents[2]
+    other = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert "InUse" in other.stderr
+    lock.release()

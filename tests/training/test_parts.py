@@ -104,3 +104,18 @@ def test_batch_norm_statistics_are_the_mean_of_the_parts():
             torch.testing.assert_close(value, (alone[0][name] + alone[1][name]) / 2)
         if "num_batches" in name:
             assert value == 1
+
+
+def test_parts_draw_different_numbers():
+    """Two parts with the same image see it through different dropout."""
+    model = build_model("vit_xs_4", 3, (8, 8), drop_rate=0.5)
+    config = settings(input_shape=(8, 8))
+    network = PixelNetwork(model, Preprocessing.from_config(config), CPU).train()
+    outputs = []
+    network.register_forward_hook(lambda module, inputs, logits: outputs.append(logits.detach()))
+    trainer = Trainer(network, CPU, "fp32", seed=1, parts=Parts(2, 0, 2))
+    trainer.train_step(
+        torch.full((2, 3, 8, 8), 99, dtype=torch.uint8), torch.ones(2).long(), build_optimizer(model, config, 0.1)
+    )
+    first, second = outputs
+    assert not torch.equal(first, second)
