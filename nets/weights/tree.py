@@ -8,7 +8,8 @@ metadata of the file holds, as text:
 - `groups`: SHA-256 of the bytes of each group's tensors, in the order of their names;
 - `sha256`: SHA-256 of the header, in which these digits are zeros. It covers `groups`, so it covers all data.
 
-A group can be skipped on reading; its bytes are then neither read nor verified.
+A group can be skipped on reading; its bytes are then neither read nor verified. A group can also be in other files,
+see `nets.weights.pieces`; the metadata then has their SHA-256 as `pieces`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from nets.weights.pieces import Damaged, Pieces, read_group
+
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -42,10 +45,6 @@ DTYPES = {
 UNSEALED = "0" * 64
 MAX_HEADER = 100_000_000
 """The largest header in bytes, as in the safetensors library."""
-
-
-class Damaged(ValueError):
-    """A file isn't what was written."""
 
 
 def split(tree: Any, place: str, tensors: dict[str, Tensor]) -> Any:
@@ -90,15 +89,16 @@ def join(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: join(value, tensors) for key, value in plain.items()}
 
 
-def write_tree(file: BinaryIO, tree: Mapping[str, Any], note: Mapping[str, Any]) -> None:
-    """Write `tree` to an empty file, open for reading and writing.
+def write_tree(file: BinaryIO, tree: Mapping[str, Any], note: Mapping[str, Any], pieces: Pieces | None = None) -> None:
+    """Write `tree` to an empty file, open for reading and writing, without the tensors that are in `pieces`.
 
     Raises:
         OSError: it can't be written.
     """
     tensors: dict[str, Tensor] = {}
     plain = split(tree, "", tensors)
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    names = sorted(name for name in tensors if not (pieces and _group(name) in pieces.groups))
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in names}
     groups = {group: hashlib.sha256() for group in map(_group, ordered)}
     for name, tensor in ordered.items():
         groups[_group(name)].update(_bytes(tensor))
@@ -108,6 +108,7 @@ def write_tree(file: BinaryIO, tree: Mapping[str, Any], note: Mapping[str, Any])
             "note": json.dumps(note),
             "groups": json.dumps({group: digest.hexdigest() for group, digest in groups.items()}),
             "sha256": UNSEALED,
+            **({"pieces": pieces.to_text()} if pieces else {}),
         }
     }
     end = 0
@@ -151,6 +152,10 @@ def read_tree(path: Path, skip: Collection[str] = ()) -> dict[str, Any]:
         groups = json.loads(metadata["groups"])
         tensors = read_tensors(path, skip)
         _verify(tensors, groups)
+        pieces = read_pieces(metadata)
+        for group in pieces.groups if pieces else ():
+            if group not in skip:
+                tensors |= read_group(path.parent / pieces.folder / group, pieces.groups[group])
         tree = join(json.loads(metadata["plain"]), tensors)
     except (SafetensorError, KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise Damaged(f"it was cut off or changed ({error!s:.80})") from error
@@ -184,6 +189,15 @@ def _verify(tensors: Mapping[str, Tensor], groups: Mapping[str, str]) -> None:
     for group, digest in digests.items():
         if groups.get(group) != digest.hexdigest():
             raise Damaged(f"the checksum of its {group} doesn't match")
+
+
+def read_pieces(metadata: Mapping[str, str]) -> Pieces | None:
+    """Where the tensors are that aren't in the file of this metadata; None if there are none.
+
+    Raises:
+        Damaged: it is malformed.
+    """
+    return Pieces.from_text(metadata["pieces"]) if "pieces" in metadata else None
 
 
 def read_note(path: Path) -> dict[str, Any] | None:

@@ -52,7 +52,9 @@ SCENARIOS: dict[str, dict] = {
     | {"backbone": "resnet18", "input_shape": (32, 32), "freeze_train": False, "unfreeze_epoch": 1, "ema_decay": 0.0}
     | {"unfreeze_batch_size": 16},
     "skipped step": SHORT | {"on_nan": "skip", "class_weights": "balanced", "freeze_train": False, "unfreeze_epoch": 1},
-    "divided weights": SHORT | {"stages": RESIZED, "input_shape": (12, 12), "shard": "yes", "cache_features": False},
+    "divided weights": SHORT
+    | {"stages": RESIZED, "input_shape": (12, 12), "shard": "yes", "cache_features": False}
+    | {"divide_checkpoints": "yes"},
     "bf16, image cache": SHORT
     | {"precision": "bf16", "cache_images": True, "unfreeze_epoch": 1, "freeze_train": False},
 }

@@ -54,12 +54,15 @@ def undisturbed(project, tmp_path_factory):
         ("stop step 1 7", "rank 1"),
         ("stop step 0 7", "rank 0"),
         ("full saving 0 3", "No space"),
+        ("kill pieces 1 3", ""),
+        ("write pieces 1 3", "rank 1: No space left on device"),
         ("unreadable reading 1 20", "max_bad_fraction"),
     ],
 )
 def test_a_fault_ends_all_and_a_restart_gives_the_same_result(fault, message, project, undisturbed, tmp_path):
     changes = {"data": str(project)} | (CACHED if "features" in fault else {})
     changes |= {"max_bad_fraction": 0.0} if "unreadable" in fault else {}
+    changes |= {"divide_checkpoints": "yes", "shard": "yes"} if "pieces" in fault else {}
     status, output = train_ranks(2, changes, fault, cwd=tmp_path)
     happened = (tmp_path / "happened").stat().st_mtime
     assert status != 0
@@ -109,6 +112,7 @@ def test_killed_at_any_time_and_continued_by_another_number_of_ranks(seed, proje
     """100 kills: of a rank, torchrun, or all of them."""
     chance = random.Random(seed)
     changes = {"data": str(project), "unfreeze_epoch": 6, "freeze_epoch": 2} | (CACHED if seed % 2 else {})
+    changes |= {"divide_checkpoints": "yes"} if seed % 4 > 1 else {}
     numbers = [4, 1, 2, 3] * 9
     kills = 0
     while kills < 5:

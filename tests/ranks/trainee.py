@@ -16,6 +16,7 @@ from functools import wraps
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -44,6 +45,7 @@ PLACES = {
     "validation": (Trainer, "validate"),
     "features": (FeatureCache, "_compute"),
     "saving": (saving, "save_checkpoint"),
+    "pieces": (HuggingFaceStorageWriter, "write_data"),
     "reading": (dataset.ImageDataset, "_crop"),
 }
 
@@ -58,6 +60,8 @@ def fail(what: str) -> None:
         raise MemoryError
     elif what == "full":
         raise saving_error()
+    elif what == "write":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif what == "unreadable":
         raise ImageError("it can't be read", "x.png", "damaged")
 

@@ -390,6 +390,11 @@ class TrainConfig(NamesChecked):
     keep_periodic: int = setting(5, FROM_0, resumable=True)
     """Number of periodic checkpoints to keep; older ones are deleted. Each takes about 12 bytes per parameter."""
 
+    divide_checkpoints: Literal["auto", "yes", "no"] = setting("auto", resumable=True)
+    """Whether each process writes its share of the tensors of a checkpoint into a folder beside it, instead of process
+    0 all of them into one file. `auto`: with several processes and over 2 billion parameters. The best checkpoint of a
+    finished run is one file in any case."""
+
     save_every_steps: int = setting(0, FROM_0, resumable=True)
     """Also save the last checkpoint every this many steps; 0: only after each epoch."""
 

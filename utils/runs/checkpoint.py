@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nets.arguments import check_arguments
 from nets.weights import tree
+from nets.weights.pieces import FOLDER, Pieces
 from nets.weights.safe_load import is_safetensors, open_safely, read_header
 from utils.config.setting import has_type
 from utils.config.train_config import check_saved
@@ -61,8 +63,9 @@ class SaveError(OSError):
     """A checkpoint can't be written; earlier ones are intact."""
 
 
-def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content`, plain types and tensors by the names in `KEYS`, to `path` atomically, with a checksum.
+def save_checkpoint(path: str | Path, content: dict[str, Any], pieces: Pieces | None = None) -> None:
+    """Write `content`, plain types and tensors by the names in `KEYS`, to `path` atomically, with a checksum. The
+    tensors in `pieces` are written already.
 
     Raises:
         SaveError: the disk is full or can't be written to; `path` is unchanged.
@@ -72,13 +75,34 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     note = {"step": content["step"], "finished": content["finished"]}
     try:
         with write_whole(path) as file:
-            tree.write_tree(file, {"format_version": FORMAT_VERSION} | content, note)
+            tree.write_tree(file, {"format_version": FORMAT_VERSION} | content, note, pieces)
     except WriteError as error:
-        raise SaveError(
-            f"{path} can't be written ({error.strerror}): it needs {format_bytes(count_bytes(content))}, "
-            f"{format_bytes(free_bytes(path.parent))} are free, and earlier checkpoints are intact; free some space "
-            f"or lower keep_periodic, then resume the run"
-        ) from error
+        raise save_error(path, content, error) from error
+
+
+def save_error(path: Path, content: dict[str, Any], error: OSError) -> SaveError:
+    """The error of a checkpoint that can't be written to `path`."""
+    return SaveError(
+        f"{path} can't be written ({error.strerror}): it needs {format_bytes(count_bytes(content))}, "
+        f"{format_bytes(free_bytes(path.parent))} are free, and earlier checkpoints are intact; free some space "
+        f"or lower keep_periodic, then resume the run"
+    )
+
+
+def amend_checkpoint(path: Path, changes: dict[str, Any], whole: bool = False) -> None:
+    """Replace some values of a checkpoint. Tensors that are in other files stay there, unless it becomes `whole`.
+
+    Raises:
+        SaveError: it can't be written; it is unchanged.
+        FileNotFoundError, ValueError: it can't be read.
+    """
+    pieces = None if whole else _pieces_of(path)
+    save_checkpoint(path, load_checkpoint(path) | changes, pieces)
+
+
+def _pieces_of(path: Path) -> Pieces | None:
+    """Where the tensors of a checkpoint are that aren't in its file."""
+    return tree.read_pieces(read_header(path))
 
 
 class Progress(NamedTuple):
@@ -198,6 +222,21 @@ def prune_periodic(folder: Path, keep: int) -> None:
         return
     for path in surplus:
         try_unlink(path, "it is retried after the next epoch")
+
+
+def prune_pieces(folder: Path) -> None:
+    """Delete the folders with tensors that no checkpoint in a run folder needs; none if one is damaged."""
+    present = [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
+    if not present:
+        return
+    try:
+        needed = {pieces.folder for path in folder.glob(f"*{SUFFIX}") if (pieces := _pieces_of(path))}
+    except (OSError, ValueError) as error:
+        print(f"warning: {error}; no tensors are deleted")
+        return
+    for path in present:
+        if path.name not in needed and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)  # what can't be deleted is retried after the next checkpoint
 
 
 def _old_name(name: str) -> str:

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from nets.weights.pieces import FOLDER
 from utils.config.train_config import TrainConfig, check_saved, project_files
 from utils.data.image_list import ImageList, read_list
 from utils.system.files import PARTIAL, is_partial, read_json, refuse_link, write_bytes, write_json
@@ -147,7 +148,10 @@ def remove_leftovers(save_dir: Path) -> None:
 def has_no_checkpoint(folder: Path) -> bool:
     """Whether a run folder contains only what a run writes before its first checkpoint."""
     initial = {LOCK_FILE, HELD_FILE, ASKED_FILE, CONFIG_FILE, CLASS_FILE, *LIST_FILES.values()}
-    return all(path.name in initial or path.name.startswith(EVENTS) or is_partial(path) for path in folder.iterdir())
+    return all(
+        path.name in initial or path.name.startswith(EVENTS) or is_partial(path) or FOLDER.fullmatch(path.name)
+        for path in folder.iterdir()
+    )
 
 
 def read_run_list(checkpoint: Path, config: Mapping[str, Any], class_names: list[str], key: str) -> ImageList | None:

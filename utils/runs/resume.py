@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.config.train_config import PLAIN_DEFAULTS, RESUMABLE_FIELDS, TrainConfig, project_files, upgrade
 from utils.data.image_list import ImageList, compare_lists, read_list
-from utils.runs.checkpoint import LAST, SaveError, load_newest, prune_periodic, read_progress, save_checkpoint
+from utils.runs.checkpoint import LAST, SaveError, amend_checkpoint, load_newest, prune_periodic, read_progress
 from utils.runs.folder import (
     ASKED_FILE,
     CONFIG_FILE,
@@ -248,6 +248,6 @@ def _prepare_resume(
                 shutil.copyfileobj(source, target)
     if changed:  # the digests before the copies: a copy that doesn't match its digest counts as changed by a user
         digests = {key: images.digest() for key, images in lists.items()}
-        save_checkpoint(run.path / LAST, run.checkpoint | {"lists": digests})
+        amend_checkpoint(run.path / LAST, {"lists": digests})
     write_lists(run.path, lists, config)
     return run

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from nets.network import FreezableNetwork
+from nets.weights.pieces import Pieces
 from utils.config.train_config import TrainConfig
 from utils.data.image_io import ImageError
 from utils.data.preprocessing import Preprocessing
@@ -21,15 +23,15 @@ from utils.runs.checkpoint import (
     LAST,
     SUFFIX,
     SaveError,
-    load_checkpoint,
+    amend_checkpoint,
     prune_periodic,
+    prune_pieces,
     read_progress,
-    save_checkpoint,
 )
 from utils.runs.folder import RunFolder
 from utils.runs.history import Row, format_row
 from utils.runs.log import RunLog
-from utils.runs.saving import Saver
+from utils.runs.saving import Saver, must_divide, write_pieces
 from utils.system.runtime import RankLost, runtime
 from utils.system.signals import (
     Stopped,
@@ -44,7 +46,7 @@ from utils.system.signals import (
 from utils.training.datasets import Data
 from utils.training.non_finite import REMEDY, NonFiniteLoss
 from utils.training.optimizer import restore_state
-from utils.training.sharding import gather_shards
+from utils.training.sharding import copy_shards, gather_shards
 from utils.training.stages import Stage
 from utils.training.trainer import Trainer, build_trainer
 
@@ -55,6 +57,7 @@ class Run:
     Attributes:
         history: a row of metrics for each finished epoch.
         best: index in `history` of the best epoch; -1: there is none yet.
+        divided: whether all ranks write the tensors of checkpoints.
         finished: whether training and calibration are done.
         optimizer: of the current stage.
 
@@ -84,6 +87,7 @@ class Run:
         self.history: list[Row] = self._resumed["history"] if self._resumed else []
         self.finished: bool = bool(self._resumed and self._resumed["finished"])
         self.best = config.best_epoch(self.history) if self.history else -1
+        self.divided = must_divide(config, sum(weight.numel() for weight in model.parameters()))
         self.saver = Saver(self.folder, config, trainer.step if self._resumed else -1)
         self.log = log
         self._epoch_started = time.monotonic()
@@ -143,7 +147,7 @@ class Run:
         """
         if self.trainer.step > self.saver.saved_step:
             with defer_signals():
-                self._write(self._content(), LAST)
+                self._write(self._content(gather=not self.divided), LAST)
 
     def _save_alone(self) -> None:
         """Save on rank 0 without the others, which may have ended: all ranks have the same state after a step."""
@@ -152,13 +156,19 @@ class Run:
                 self._write_here(self._content(), LAST)
 
     def _write(self, content: dict[str, Any], *names: str) -> None:
-        """Write a checkpoint under each of these names, on rank 0."""
-        runtime.first(lambda: self._write_here(content, *names))
+        """Write a checkpoint under each of these names: on rank 0, or its tensors on all ranks."""
+        pieces = write_pieces(self.folder, content, self._check_lock) if self.divided else None
+        runtime.first(lambda: self._write_here(content, *names, pieces=pieces))
         self.saver.saved_step = content["step"]
 
-    def _write_here(self, content: dict[str, Any], *names: str) -> None:
+    def _write_here(self, content: dict[str, Any], *names: str, pieces: Pieces | None = None) -> None:
+        self._check_lock()
+        self.saver.write(content, *names, pieces=pieces)
+        prune_pieces(self.folder)
+
+    def _check_lock(self) -> None:
+        """Raise InUse on rank 0 if another process has taken over the run."""
         self._opened.lock.check()
-        self.saver.write(content, *names)
 
     def join_shards(self, data: Data) -> None:
         """Continue with whole weights, in a new network and trainer: so they can be resized and frozen, and divided
@@ -167,11 +177,12 @@ class Run:
         self.trainer, built = build_trainer(self.config, data, trainer.device, trainer.precision, self._content())
         self.model = built.model
 
-    def _content(self) -> dict[str, Any]:
-        """The content of a checkpoint of the current state."""
+    def _content(self, gather: bool = True) -> dict[str, Any]:
+        """The content of a checkpoint of the current state, with whole tensors or with shards."""
+        collect = gather_shards if gather else copy_shards
         with self.trainer.evaluated_weights():
-            weights = gather_shards(dict(self.model.state_dict()))
-        in_training = gather_shards(dict(self.model.state_dict())) if self.trainer.ema else {}
+            weights = collect(dict(self.model.state_dict()))
+        in_training = collect(dict(self.model.state_dict())) if self.trainer.ema else {}
         self._check_finite(weights, in_training)
         return {
             **self.identity,
@@ -180,7 +191,7 @@ class Run:
             "preprocessing": Preprocessing.from_config(at_current_size(self.config, self.model)).as_dict(),
             "weights": weights,
             "weights_in_training": in_training,
-            "optimizer": gather_shards(self.optimizer.state_dict()) if self.optimizer else {},
+            "optimizer": self._optimizer_state(gather),
             "epoch": self.epoch,
             "best_val_loss": self.history[self.best]["val_loss"] if self.history else math.inf,
             "history": self.history,
@@ -188,13 +199,20 @@ class Run:
             "finished": False,
         }
 
+    def _optimizer_state(self, gather: bool) -> dict[str, Any]:
+        state = self.optimizer.state_dict() if self.optimizer else {}
+        return gather_shards(state) if gather else state
+
     def _check_finite(self, *states: Mapping[str, Any]) -> None:
         """Raise a NonFiniteLoss if a loss or weight isn't finite, so that it doesn't overwrite a good checkpoint."""
         epoch, step = self.trainer.epoch, self.trainer.step
         if self.config.on_nan == "stop" and not epoch.new_losses.isfinite().all():
             raise NonFiniteLoss(f"a loss since step {step - len(epoch.new_losses)} isn't finite; {REMEDY}")
         for tensors in states:
-            wrong = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            flags = torch.tensor([not runtime.own_rows(tensor)[0].isfinite().all() for tensor in tensors.values()])
+            if self.trainer.sharded:
+                runtime.unite(flags)
+            wrong = [name for name, flag in zip(tensors, flags, strict=True) if flag]
             if wrong:
                 raise NonFiniteLoss(
                     f"{len(wrong)} weight tensors aren't finite at step {step}, such as {wrong[0]}; this state isn't "
@@ -211,7 +229,7 @@ class Run:
             self.history.append(row)
             self.best = self.config.best_epoch(self.history)
             self.trainer.finish_epoch()
-            content = self._content()
+            content = self._content(gather=not self.divided)
             is_best = self.best == self.epoch - 1
             print(format_row(row, self.config.epochs, is_best))
             # Log first: a run that is killed in between repeats the epoch and rewrites its log.
@@ -237,8 +255,9 @@ class Run:
         fitted = {"calibration": calibration}
         of_best = fitted | {"finished": True, "optimizer": {}, "weights_in_training": {}}
         of_last = (fitted if same_state else {}) | {"finished": True}
-        for path, added in ((best, of_best), (last, of_last)):
-            save_checkpoint(path, load_checkpoint(path) | added)
+        amend_checkpoint(best, of_best, whole=True)
+        amend_checkpoint(last, of_last)
+        prune_pieces(self.folder)
 
     @contextmanager
     def saved_when_stopped(self) -> Iterator[None]:

@@ -184,6 +184,15 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Flush a file or folder that is complete to disk."""
+    if path.is_dir():
+        _sync_folder(path)
+        return
+    with path.open("r+b") as file:
+        _sync(file.fileno())
+
+
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of `folder`."""
     return shutil.disk_usage(folder).free

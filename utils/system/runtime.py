@@ -12,7 +12,8 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -277,6 +278,28 @@ class Runtime:
             return tensor, 0
         size = -(-tensor.shape[0] // self.world_size)  # as torch.chunk
         return tensor.to_local(), min(self.rank * size, tensor.shape[0])
+
+    def write_tensors(self, folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
+        """Write tensors to safetensors files in `folder`, each rank its rows of those that are divided and a share of
+        the others; return the files of this rank.
+
+        Raises:
+            OSError: on all ranks, if one can't write.
+        """
+        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process
+                self._share(lambda _: save(dict(tensors), storage_writer=writer, no_dist=self.world_size == 1))
+        except CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            if not isinstance(cause, OSError):
+                raise cause from error
+            raise OSError(cause.errno, f"rank {rank}: {cause.strerror}", cause.filename) from error
+        return sorted(folder.glob(f"shard-{self.rank + 1:05}-*"))
 
     def _share(self, communicate: Callable[[Any], Any]) -> None:
         import torch.distributed as dist

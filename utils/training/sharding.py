@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,6 +90,11 @@ def gather_shards(content: Any) -> Any:
     if isinstance(content, list):
         return [gather_shards(value) for value in content]
     return content.full_tensor().cpu() if isinstance(content, Tensor) and is_shard(content) else content
+
+
+def copy_shards(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, but copies of those that are divided: swapping in the EMA changes their content."""
+    return {name: tensor.clone() if is_shard(tensor) else tensor for name, tensor in tensors.items()}
 
 
 def norm_by_rows(weights: Iterable[nn.Parameter]) -> Tensor:
