@@ -14,7 +14,7 @@ import pytest
 
 import train
 from tests.conftest import settings
-from tests.ranks.conftest import processes_of, start_torchrun, train_ranks, wait_until_gone
+from tests.ranks.conftest import processes_of, start_torchrun, torchrun, train_ranks, wait_until_gone
 from tests.ranks.scenarios import digest_run
 from tests.ranks.trainee import SETTINGS
 from utils.runs.checkpoint import LAST, read_progress
@@ -104,6 +104,21 @@ def test_ranks_end_when_torchrun_is_killed(project, undisturbed, tmp_path):
     status, output = train_ranks(2, changes, cwd=tmp_path)
     assert status == 0, output[-3000:]
     assert result(tmp_path) == undisturbed(changes)
+
+
+def test_no_thread_outlives_the_group(tmp_path):
+    """One that frees memory while Python ends would abort the process."""
+    (tmp_path / "script.py").write_text(
+        "import torch\nfrom pathlib import Path\nfrom utils.system.runtime import runtime\n"
+        "with runtime.joined():\n"
+        "    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])\n"
+        "    runtime.gather(None)\n"
+        "print([file.read_text() for file in Path('/proc/self/task').glob('*/comm')])\n"
+    )
+    status, output = torchrun(2, str(tmp_path / "script.py"), cwd=tmp_path)
+    assert status == 0, output
+    assert "python" in output
+    assert "gloo" not in output
 
 
 @pytest.mark.slow

@@ -79,6 +79,10 @@ class Runtime:
         import torch
         import torch.distributed as dist
 
+        # Its functions have as a default the group that exists when it is imported. Imported later, as optimizers do,
+        # it would keep the group, whose threads then abort the process if they still free memory at its end.
+        import torch.distributed.nn.functional
+
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.local_rank, self.local_world_size = (int(os.environ[f"LOCAL_{key}"]) for key in ("RANK", "WORLD_SIZE"))
         streams = sys.stdout, sys.stderr
