@@ -53,7 +53,7 @@ def undisturbed(project, tmp_path_factory):
         ("term step 1 7", "Stopped"),
         ("stop step 1 7", "rank 1"),
         ("stop step 0 7", "rank 0"),
-        ("full saving 0 3", "No space"),
+        ("full saving 0 3", "No space left on device"),
         ("kill pieces 1 3", ""),
         ("write pieces 1 3", "rank 1: No space left on device"),
         ("unreadable reading 1 20", "max_bad_fraction"),

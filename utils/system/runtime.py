@@ -221,11 +221,6 @@ class Runtime:
             self._share(lambda dist: dist.all_reduce(united, dist.ReduceOp.MAX))
             flags.copy_(united.bool())
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite `tensors` with those of rank 0."""
-        for tensor in tensors if self.world_size > 1 else ():
-            self._share(lambda dist, tensor=tensor: dist.broadcast(tensor, src=0))
-
     def exchange(self, slices: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Send `slices[r]` to each rank r, and return what each rank r sent here, of shape `shapes[r]`."""
         if self.world_size == 1:

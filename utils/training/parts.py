@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -144,7 +144,7 @@ class PartSums:
         self._used = [False] * len(self._weights)
         self._statistics = running_statistics(network)
         self._before = [tensor.clone() for tensor in self._statistics]
-        self._tree = TreeSum(parts.count)
+        self._tree = TreeSum(parts.count, _add_lists)
 
     def add(self, part: int, loss: Tensor, hits: Tensor) -> None:
         """Add a part after its backward pass, with its share of the mean loss and its correct predictions."""
@@ -159,8 +159,8 @@ class PartSums:
     def _add(self, part: int, numbers: list[Tensor]) -> None:
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
         numbers += [numbers[0].new_tensor(float(flag)) for flag in own_requests()]
-        vector = [*gradients, *self._floating(), *numbers]
-        self._tree.add(torch.cat([tensor.detach().reshape(-1).float() for tensor in vector]), part)
+        values = [*gradients, *(tensor.clone() for tensor in self._floating()), torch.stack(numbers)]
+        self._tree.add([value.detach().float() for value in values], part)
         if self._optimizer:
             self._optimizer.zero_grad(set_to_none=True)
         for tensor, before in zip(self._statistics, self._before, strict=True):
@@ -172,25 +172,43 @@ class PartSums:
     def finish(self, runtime: Runtime) -> tuple[Tensor, Tensor] | None:
         """Set gradients and statistics to those of the global batch, and return its mean loss and number of correct
         predictions; None: a rank was out of memory."""
-        if runtime.world_size == 1:
-            ((*_, total),) = self._tree.nodes
-        else:
-            total = sum_over_ranks(self._tree, runtime)
-        like = [*self._weights, *self._floating()]
-        *values, numbers = total.split([*(tensor.numel() for tensor in like), NUMBERS])
+        *values, numbers = self._total(runtime)
         loss, hits, failed = numbers[:3]
         if runtime.world_size > 1:
             agree_on_requests(*(numbers[3:] > 0).tolist())
         if failed > 0:
             return None
         for weight, used, value in zip(self._weights, self._used, values, strict=False):
-            weight.grad = value.view(weight.shape).to(weight.dtype) if used else None
+            weight.grad = _like(value.to(weight.dtype), weight) if used else None
         for tensor, value in zip(self._floating(), values[len(self._weights) :], strict=True):
             tensor.copy_(value.view(tensor.shape) / self.parts.count)
         for tensor in self._statistics:
             if not tensor.is_floating_point():
                 tensor += 1
         return loss, hits.long()
+
+    def _total(self, runtime: Runtime) -> Sequence[Tensor]:
+        """The sums over all parts of all ranks: of gradients, statistics and numbers."""
+        if runtime.world_size == 1:
+            ((*_, total),) = self._tree.nodes
+            return total
+        nodes = [
+            (level, index, torch.cat([tensor.reshape(-1) for tensor in value]))
+            for level, index, value in self._tree.nodes
+        ]
+        sizes = [tensor.numel() for tensor in (*self._weights, *self._floating())]
+        return sum_over_ranks(TreeSum(self.parts.count, nodes=nodes), runtime).split([*sizes, NUMBERS])
+
+
+def _add_lists(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
+    torch._foreach_add_(left, right)
+    return left
+
+
+def _like(value: Tensor, weight: Tensor) -> Tensor:
+    """`value` in the shape of a weight, and in its memory format, on which the order of sums depends."""
+    value = value.view(weight.shape)
+    return value if value.stride() == weight.stride() else torch.empty_like(weight).copy_(value)
 
 
 def running_statistics(network: nn.Module) -> list[Tensor]:
