@@ -197,7 +197,7 @@ def track_memory(name: str, ranks: int, images: int) -> float:
         FakeTensorMode(allow_non_fake_inputs=True),
     ):
         model.to_empty(device="cpu")
-        shard_network(model, Parts(ranks, 0, 1), exact=False, precision="bf16")
+        shard_network(model, Parts.of_rank(ranks, 0, ranks), exact=False, precision="bf16")
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         pixels = torch.empty(images, 3, 224, 224)
         tracker = FSDPMemTracker(model, optimizer)

@@ -25,6 +25,7 @@ from utils.inference.outputs import compute_outputs
 from utils.runs.checkpoint import LAST, load_checkpoint
 from utils.runs.setup import prepare
 from utils.system.runtime import runtime
+from utils.training.sharding import gather_shards
 from utils.training.trainer import Trainer
 
 SHORT = TINY | {
@@ -98,7 +99,8 @@ def run_all(project: Path, names: Sequence[str], with_fast: bool) -> dict[str, A
             (run,) = (path.parent for path in folder.glob(f"*/{LAST}"))
             found[name] = digest_run(run)
     if with_fast:
-        found["fast"] = run_fast(project)
+        found["fast"] = run_fast(project, shard="no")
+        found["fast, divided"] = run_fast(project, shard="yes")
     classifier = load_classifier(runtime.first(lambda: next(Path(f"logs-{names[0].partition(',')[0]}").glob("*/"))))
     paths = sorted((project / "datasets").rglob("*.png"))
     for count in LISTS:
@@ -108,13 +110,14 @@ def run_all(project: Path, names: Sequence[str], with_fast: bool) -> dict[str, A
     return found
 
 
-def run_fast(project: Path) -> list[float]:
+def run_fast(project: Path, shard: str) -> list[float]:
     """Some weights after a run in which torch adds the gradients, through freezing and thawing; all ranks have the
     same."""
-    config = settings(**SHORT | {"parts": 5}, reduce="fast", data=str(project), save_dir="logs-fast", cache_dir="cache")
-    run = train.start_and_train(prepare(config))
-    runtime.check_same({"weights": digest(run.model.state_dict())})
-    return [float(weight.detach().flatten()[0]) for weight in run.model.parameters()]
+    changes = SHORT | {"parts": 5, "reduce": "fast", "shard": shard, "data": str(project), "save_dir": f"logs-{shard}"}
+    run = train.start_and_train(prepare(settings(**changes, cache_dir="cache")))
+    weights = gather_shards(dict(run.model.state_dict()))
+    runtime.check_same({"weights": digest(weights)})
+    return [float(weight.flatten()[0]) for weight in weights.values()]
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def step(backbone: str, count: int, shape: tuple[int, int]) -> tuple[PixelNetwor
     model = build_model(backbone, 3, shape, drop_rate=0.0, attn_drop_rate=0.0, drop_path_rate=0.0)
     config = settings(optimizer_type="sgd", input_shape=shape, momentum=0.0, weight_decay=0.0)
     network = PixelNetwork(model, Preprocessing.from_config(config), CPU)
-    trainer = Trainer(network, CPU, "fp32", seed=1, parts=Parts(count, 0, count))
+    trainer = Trainer(network, CPU, "fp32", seed=1, parts=Parts.of_rank(count, 0, 1))
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randint(0, 256, (8, 3, *shape), dtype=torch.uint8, generator=generator)
     loss, hits = trainer.train_step(pixels, torch.arange(8) % 3, build_optimizer(model, config, 0.1))
@@ -113,7 +113,7 @@ def test_parts_draw_different_numbers():
     network = PixelNetwork(model, Preprocessing.from_config(config), CPU).train()
     outputs = []
     network.register_forward_hook(lambda module, inputs, logits: outputs.append(logits.detach()))
-    trainer = Trainer(network, CPU, "fp32", seed=1, parts=Parts(2, 0, 2))
+    trainer = Trainer(network, CPU, "fp32", seed=1, parts=Parts.of_rank(2, 0, 1))
     trainer.train_step(
         torch.full((2, 3, 8, 8), 99, dtype=torch.uint8), torch.ones(2).long(), build_optimizer(model, config, 0.1)
     )

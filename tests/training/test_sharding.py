@@ -26,6 +26,17 @@ def with_gradients() -> list[nn.Parameter]:
     return weights
 
 
+def test_a_rank_with_fewer_parts_keeps_pace():
+    """Its last pass isn't a part."""
+    scatter = TreeScatter(Parts(count=1, first=0, end=1, rounds=2))
+    for _ in range(2):  # steps
+        output = torch.full((3,), torch.nan)
+        scatter(output, torch.tensor([1.0, 2.0, 3.0]))
+        assert torch.equal(output, torch.zeros(3))
+        scatter(output, torch.full((3,), torch.nan))
+        assert torch.equal(output, torch.tensor([1.0, 2.0, 3.0]))
+
+
 def test_norm_and_scaling_are_those_of_torch():
     weights, others = with_gradients(), with_gradients()
     norm = norm_by_rows([*weights, nn.Parameter(torch.zeros(2))])  # one without a gradient
@@ -42,7 +53,7 @@ def test_small_gradients_are_not_scaled():
 
 
 def test_gradients_are_zero_until_the_last_part():
-    scatter = TreeScatter(Parts(3, 0, 3))
+    scatter = TreeScatter(Parts.of_rank(3, 0, 1))
     for _ in range(2):  # steps
         outputs = []
         for part in range(3):

@@ -259,9 +259,9 @@ class Runtime:
         for module in modules:
             fully_shard(module, mesh=mesh, mp_policy=policy)
             module.set_gradient_divide_factor(1.0)  # parts are already divided by the size of the global batch
+            module.set_force_sum_reduction_for_comms(True)  # gloo and a scatter of our own have no other
             if scatter:
                 module.set_custom_reduce_scatter(scatter())
-                module.set_force_sum_reduction_for_comms(True)
 
     def shard_like(self, tensor: Tensor, like: Tensor) -> Tensor:
         """A tensor of rank 0 divided as `like` is; itself if `like` isn't divided, or has another shape."""

@@ -29,11 +29,13 @@ class Parts:
         count: parts of a global batch.
         first: first part of this rank, from 0.
         end: the part after its last.
+        rounds: parts of the rank that has most.
     """
 
     count: int = 1
     first: int = 0
     end: int = 1
+    rounds: int = 1
 
     @staticmethod
     def of_rank(count: int, rank: int, world_size: int) -> Parts:
@@ -47,7 +49,7 @@ class Parts:
                 f"parts={count}: {world_size} processes need at least as many parts; set parts={world_size}, or more "
                 f"if the run may get more processes later"
             )
-        return Parts(count, rank * count // world_size, (rank + 1) * count // world_size)
+        return Parts(count, rank * count // world_size, (rank + 1) * count // world_size, -(-count // world_size))
 
     def rows(self, batch_size: int) -> slice:
         """The rows of this rank in a global batch."""
@@ -163,6 +165,10 @@ class PartSums:
         self._tree.add([value.detach().float() for value in values], part)
         if self._optimizer:
             self._optimizer.zero_grad(set_to_none=True)
+        self.restore_statistics()
+
+    def restore_statistics(self) -> None:
+        """Set batch norm's statistics to those before the step."""
         for tensor, before in zip(self._statistics, self._before, strict=True):
             tensor.copy_(before)
 

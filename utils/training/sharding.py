@@ -46,8 +46,9 @@ def check_sharding(config: TrainConfig, precision: str) -> None:
 
 
 class TreeScatter:
-    """What FSDP does with the gradients of a group of weights after each backward pass: here, after that of the last
-    part of this rank, the sum of all parts of all ranks, see `TreeSum`; zero after the others.
+    """What FSDP does with the gradients of a group of weights after each backward pass: here, after the last one of a
+    step, the sum of all parts of all ranks, see `TreeSum`; zero after the others. Passes after the last part of this
+    rank only keep pace with other ranks.
 
     Interface: `torch.distributed.fsdp.ReduceScatter`.
     """
@@ -65,9 +66,10 @@ class TreeScatter:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **_: object) -> None:
         """Take the gradients of a part, (world_size * n,); set `output_tensor` (n,) to the sum of this rank's shard."""
-        self._tree.add(input_tensor.clone(), self._part)
-        self._part += 1
         if self._part < self._parts.end:
+            self._tree.add(input_tensor.clone(), self._part)
+        self._part += 1
+        if self._part < self._parts.first + self._parts.rounds:
             output_tensor.zero_()
         else:
             output_tensor.copy_(sum_own_slice(self._tree, runtime))

@@ -163,7 +163,15 @@ class Trainer:
                 if self.sharded:
                     self._refuse_split(error)
                 sums.add_failed(part)
+        self._keep_pace(batches)
+        sums.restore_statistics()
         return sums.finish(runtime)
+
+    def _keep_pace(self, batches: Sequence[Batch]) -> None:
+        """With divided weights all ranks have to call the network equally often: repeat a part, without its gradients,
+        if others have more parts."""
+        for _ in range(self.parts.rounds - len(batches) if self.sharded else 0):
+            self._accumulate_gradients(batches[-1], seed=0, batch_size=math.inf)
 
     def _refuse_split(self, error: Exception) -> NoReturn:
         """Raise an OutOfMemory: the other ranks wait for these gradients, so the step can't be repeated."""
@@ -184,6 +192,7 @@ class Trainer:
             if runtime.world_size > 1:
                 self._refuse_split(error)
             return None
+        self._keep_pace(batches)
         loss, hits = (torch.stack(values).sum(dim=0) for values in zip(*sums, strict=True))
         return self._share_numbers(loss, hits) if runtime.world_size > 1 else (loss, hits)
 
@@ -203,7 +212,7 @@ class Trainer:
         return shared[0], shared[1].long()
 
     def _accumulate_gradients(
-        self, batch: Batch, seed: int, batch_size: int, last: bool = True
+        self, batch: Batch, seed: int, batch_size: float, last: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Add the gradients of all micro-batches of a part; return the sum of its losses, divided by `batch_size`, and
         the number of its correct predictions. With the `last` part, `DistributedDataParallel` adds those of the ranks.
