@@ -175,10 +175,10 @@ def check_interrupted_runs(config, epochs, monkeypatch):
     whole = state_of(load_checkpoint(only_run() / LAST))
     for epoch in epochs:
 
-        def interrupt(path, content, epoch=epoch):
+        def interrupt(path, content, pieces, epoch=epoch):
             if content["epoch"] > epoch:
                 raise KeyboardInterrupt
-            save_checkpoint(path, content)
+            save_checkpoint(path, content, pieces)
 
         again = dataclasses.replace(config, save_dir=f"logs{epoch}")
         with monkeypatch.context() as patch:
@@ -254,10 +254,10 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     config = settings(**SMALL)
 
-    def interrupt(path, content):
+    def interrupt(path, content, pieces):
         if content["epoch"] > stop_after:
             raise KeyboardInterrupt
-        save_checkpoint(path, content)
+        save_checkpoint(path, content, pieces)
 
     with monkeypatch.context() as patch:
         patch.setattr("utils.runs.saving.save_checkpoint", interrupt)

@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import train
 from nets.weights import tree
+from nets.weights.pieces import Pieces
 from utils.config.train_config import TrainConfig
 from utils.data.loader import batch_paths
 from utils.runs import saving
@@ -75,15 +76,15 @@ def plant(fault: str, number: int) -> None:
     write, replace, unlink = tree.write_tree, os.replace, Path.unlink
     calibrate = train.calibrate_checkpoint
 
-    def half(file, content, note):
+    def half(file, *arguments):
         whole = io.BytesIO()
-        write(whole, content, note)
+        write(whole, *arguments)
         file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
         file.flush()
         die()
 
-    def before_flush(file, content, note):
-        write(file, content, note)
+    def before_flush(*arguments):
+        write(*arguments)
         if now():
             die()
 
@@ -129,7 +130,7 @@ def plant(fault: str, number: int) -> None:
         saving.save_checkpoint = plain_save
 
 
-def plain_save(path: Path, content: dict[str, Any]) -> None:
+def plain_save(path: Path, content: dict[str, Any], pieces: Pieces | None) -> None:
     """Save without an atomic rename."""
     with path.open("wb") as file:
-        tree.write_tree(file, {"format_version": FORMAT_VERSION} | content, {})
+        tree.write_tree(file, {"format_version": FORMAT_VERSION} | content, {}, pieces)
