@@ -26,6 +26,7 @@ from utils.data.image_list import read_first_path
 from utils.data.loader import train_loader
 from utils.inference.fit_calibration import calibrate_checkpoint
 from utils.runs.checkpoint import BEST
+from utils.runs.history import format_no_gain
 from utils.runs.run import Run
 from utils.runs.saved_settings import settings_to_continue, settings_to_resume
 from utils.runs.setup import Setup, prepare
@@ -140,6 +141,8 @@ def train(run: Run, setup: Setup) -> None:
                 continue
             inputs, optimizer, loader, val_loader = start_stage(run, stage, inputs)
             trainer = run.trainer
+            if run.has_no_start:
+                run.record_start(trainer.validate(val_loader, is_start=True))
             pace = Pace(trainer.device)
             while not run.is_past(stage):
                 epoch = trainer.start_epoch(loader, run.epoch)
@@ -164,6 +167,8 @@ def train(run: Run, setup: Setup) -> None:
             return
         if run.epoch < run.config.epochs:
             print(f"stopped early: no lower calibrated validation loss for {run.config.patience} epochs (patience)")
+        if run.history[run.best]["epoch"] == 0:
+            print(format_no_gain(run.history))
         data = setup.data
         run.finish(calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, run.config))
 

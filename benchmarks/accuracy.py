@@ -177,7 +177,7 @@ def train_and_test(config: TrainConfig, data: Path) -> Result:
         train.main(config)
         seconds = time.perf_counter() - started
     (run,) = Path(config.save_dir).iterdir()
-    assert len(load_checkpoint(run / LAST)["history"]) == config.unfreeze_epoch
+    assert load_checkpoint(run / LAST)["epoch"] == config.unfreeze_epoch
     return seconds, test_thaw(run / BEST)
 
 

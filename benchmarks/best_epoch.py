@@ -24,6 +24,7 @@ from time_to_accuracy import annotate_by_seed, in_temporary_folder, test_thaw
 import train
 from utils.config.train_config import TrainConfig
 from utils.runs.checkpoint import LAST, load_checkpoint
+from utils.runs.history import select_best
 
 RUNS = {"trashnet": (112, 8), "sign_digits": (70, 3), "cifar10": (70, 6)}
 """Image size and epochs for each data set."""
@@ -35,7 +36,7 @@ RULES: dict[str, Callable[[TrainConfig, Sequence[Row]], Row]] = {
     "lowest loss": lambda _, rows: min(rows, key=lambda row: row["val_loss"]),
     "lowest calibrated loss": lambda _, rows: min(rows, key=lambda row: row["val_calibrated_loss"]),
     "highest top-1": lambda _, rows: max(rows, key=lambda row: (row["val_top1"], row["epoch"])),
-    "as Thaw does": lambda config, rows: rows[config.best_epoch(rows)],
+    "as Thaw does": lambda config, rows: rows[select_best(rows, config.epoch_shapes)],
     "the last": lambda _, rows: rows[-1],
 }
 
@@ -65,7 +66,7 @@ def run(config: TrainConfig, data: Path) -> tuple[TrainConfig, list[Row]]:
     (folder,) = Path(config.save_dir).iterdir()
     last = load_checkpoint(folder / LAST)
     scores = [test_thaw(checkpoint) for checkpoint in sorted(folder.glob("ep*.safetensors"))]
-    rows = [row | {"test_top1": score} for row, score in zip(last["history"], scores, strict=True)]
+    rows = [row | {"test_top1": score} for row, score in zip(last["history"][1:], scores, strict=True)]
     return TrainConfig.from_dict(last["config"]), rows
 
 

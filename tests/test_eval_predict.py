@@ -49,7 +49,7 @@ def run(script: str, *args: str, env: dict | None = None, **options) -> subproce
 def test_validation_evaluation_and_prediction_agree(trained, tmp_path, capsys):
     """The three ways to a probability: the training loop's validation, eval.py's loader, predict.py's images."""
     checkpoint = find_checkpoint("")
-    row = load_checkpoint(checkpoint)["history"][load_checkpoint(checkpoint)["epoch"] - 1]
+    row = load_checkpoint(checkpoint)["history"][load_checkpoint(checkpoint)["epoch"]]
     for raw in (True, False):
         evaluation.main(data="cls_val.txt", out=str(tmp_path), batch_size=3, raw=raw)
         metrics = json.loads((tmp_path / "metrics.json").read_text())

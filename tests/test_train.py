@@ -60,7 +60,8 @@ def test_files_of_a_run(trained):
     assert json.loads((run / "config.json").read_text()) == settings(**SMALL).as_dict()
     last = load_checkpoint(run / LAST)
     assert [float(line) for line in (run / "epoch_loss.txt").read_text().split()] == [
-        r["loss"] for r in last["history"]
+        r["loss"]
+        for r in last["history"][1:]  # without epoch 0
     ]
     assert (run / "epoch_loss.png").read_bytes().startswith(b"\x89PNG")
     with Image.open(run / "augmented.png") as grid:
@@ -95,7 +96,7 @@ def test_checkpoint_content(trained):
     assert last["origin"] == {}
     assert last["preprocessing"]["input_shape"] == [8, 8]
     build_model(**last["model"]).load_state_dict(last["weights"], strict=True)
-    assert [row["epoch"] for row in last["history"]] == [1, 2, 3, 4]
+    assert [row["epoch"] for row in last["history"]] == [0, 1, 2, 3, 4]
 
 
 def test_best_checkpoint_is_of_the_best_epoch(trained):
@@ -103,8 +104,8 @@ def test_best_checkpoint_is_of_the_best_epoch(trained):
     losses = np.array([row["val_calibrated_loss"] for row in last["history"]])
     errors = np.array([row["val_calibrated_loss_error"] for row in last["history"]])
     lowest = losses.argmin()
-    assert best["epoch"] == 1 + np.flatnonzero(losses <= losses[lowest] + errors[lowest]).max()
-    assert best["best_val_loss"] == last["best_val_loss"] == last["history"][best["epoch"] - 1]["val_loss"]
+    assert best["epoch"] == np.flatnonzero(losses <= losses[lowest] + errors[lowest]).max()
+    assert best["best_val_loss"] == last["best_val_loss"] == last["history"][best["epoch"]]["val_loss"]
 
 
 def test_training_learns(trained):
@@ -119,8 +120,10 @@ def test_tensorboard_has_scalars_images_and_the_graph(trained):
     history = load_checkpoint(only_run() / LAST)["history"]
     for name in ("loss", "val_loss", "top1", "val_top1", "learning_rate"):
         points = events.Scalars(name)
-        assert [point.value for point in points] == pytest.approx([row[name] for row in history])
-        assert [point.step for point in points] == [4, 10, 16, 22]
+        rows = [row for row in history if np.isfinite(row[name])]
+        assert [point.value for point in points] == pytest.approx([row[name] for row in rows])
+        assert [point.step for point in points] == [row["step"] for row in rows]
+    assert [row["step"] for row in history] == [0, 4, 10, 16, 22]
     assert len(events.Tags()["images"]) >= 1
     assert events.Tags()["graph"]
 
@@ -132,7 +135,7 @@ def test_network_that_cannot_be_traced_is_trained(two_classes, monkeypatch, caps
     monkeypatch.setattr(SummaryWriter, "add_graph", fail)
     train.main(settings(**TINY | {"unfreeze_epoch": 2}))
     assert "the graph of the network isn't logged, torch can't trace it (Tracer" in capsys.readouterr().out
-    assert len(load_checkpoint(only_run() / LAST)["history"]) == 2
+    assert load_checkpoint(only_run() / LAST)["epoch"] == 2
 
 
 def test_frozen_then_thawed(two_classes):
@@ -222,15 +225,17 @@ def test_growing_images_and_resuming(two_classes, monkeypatch, backbone, optimiz
 
 def test_patience_stops_a_run(two_classes, monkeypatch, capsys):
     """It counts epochs of the last stage only; also if interrupted right before the end."""
-    losses = iter([0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43])  # three in the first stage
-    monkeypatch.setattr("utils.training.trainer.calibrated_loss", lambda logits, targets: (next(losses), 0.0))
+    values = [1.0, 0.25, 0.5, 0.75, 0.875, 0.9375, 0.375, 0.4375, 0.5, 0.75]  # epoch 0, three of stage 1
+    losses = iter(values)
+    calibrated = lambda logits, targets: torch.full((4,), next(losses))  # noqa: E731
+    monkeypatch.setattr("utils.training.trainer.calibrated_losses", calibrated)
     config = settings(**TINY | {"freeze_epoch": 3, "unfreeze_epoch": 20, "patience": 3})
     with monkeypatch.context() as patch:
         patch.setattr("utils.runs.run.Run.finish", lambda run, calibrate: None)
         train.main(config)
     assert "stopped early: no lower calibrated validation loss" in capsys.readouterr().out
     last = load_checkpoint(only_run() / LAST)
-    assert [row["val_calibrated_loss"] for row in last["history"]] == [0.3, 0.6, 0.7, 0.8, 0.9, 0.4, 0.41, 0.42, 0.43]
+    assert [row["val_calibrated_loss"] for row in last["history"]] == values
     train.main(config)
     assert state_of(load_checkpoint(only_run() / LAST)) == state_of(last)
     assert load_checkpoint(only_run() / LAST)["finished"]

@@ -130,27 +130,6 @@ def test_input_shape_per_stage():
         TrainConfig(stages=(small,))
 
 
-def best_epochs(config, losses, error=0.0):
-    """The best epoch after each epoch with these losses."""
-    rows = [{"val_calibrated_loss": loss, "val_calibrated_loss_error": error} for loss in losses]
-    return [config.best_epoch(rows[: i + 1]) for i in range(len(rows))]
-
-
-def test_best_epoch_has_the_last_input_shape():
-    config = TrainConfig(stages=(StageConfig(2, "nothing", 8, (96, 96)), StageConfig(3, "nothing")))
-    assert best_epochs(config, [0.5, 0.6, 0.9, 0.8]) == [0, 0, 2, 3]
-    stages = [StageConfig(1, "nothing", 8, shape) for shape in ((224, 224), (96, 96), None)]
-    assert best_epochs(TrainConfig(stages=tuple(stages)), [0.5, 0.9, 0.7]) == [0, 1, 2]  # not the first stage's
-
-
-def test_best_epoch_is_the_latest_within_one_standard_error():
-    config = TrainConfig(freeze_train=False, unfreeze_epoch=6).with_defaults()
-    losses = [0.9, 0.5, 0.62, 0.58, 0.7, 0.61]
-    assert best_epochs(config, losses) == [0, 1, 1, 1, 1, 1]
-    assert best_epochs(config, losses, error=0.1) == [0, 1, 1, 3, 3, 3]
-    assert best_epochs(config, losses, error=0.15) == [0, 1, 2, 3, 3, 5]
-
-
 @pytest.mark.parametrize(
     "config", [TrainConfig().with_defaults(), TrainConfig(stages=STAGES), TrainConfig(eval_crop=0.5, stages=STAGES)]
 )

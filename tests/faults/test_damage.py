@@ -33,7 +33,7 @@ from utils.runs import saving
 from utils.runs.checkpoint import (
     BEST,
     LAST,
-    OLD_VERSION,
+    OLD_VERSIONS,
     SaveError,
     load_checkpoint,
     load_newest,
@@ -196,7 +196,7 @@ class Doubles:
 
 def write_trap(kind: str, path: Path, whole: Path) -> None:
     """Write a malicious version of the checkpoint `whole`."""
-    content = load_checkpoint(whole) | {"format_version": OLD_VERSION}
+    content = load_checkpoint(whole) | {"format_version": OLD_VERSIONS[0]}
     whole = path.with_name("harmless.pth")
     torch.save(content, whole)
     if kind == "top level":

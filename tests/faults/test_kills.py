@@ -91,17 +91,18 @@ def test_killed_while_finishing(tmp_path, uninterrupted, number):
     kill_while_saving(tmp_path, uninterrupted, "finishing", number, "mnist_png")
 
 
-@pytest.mark.parametrize("number", slow_from(1, [1, 2, 3]))
-def test_killed_between_the_files_of_the_first_epoch(tmp_path, number):
-    """After each of best, periodic and last; the initial checkpoint was saved before."""
+@pytest.mark.parametrize("number", slow_from(1, [1, 2, 3, 4]))
+def test_killed_between_the_files_of_the_first_epochs(tmp_path, number):
+    """After best and last of epoch 0, periodic and last of epoch 1; the initial checkpoint was saved before."""
     settings = {"freeze_train": False, "unfreeze_epoch": 1, "save_every_steps": 0}
     folder = prepare(tmp_path / "run", "mnist_png")
     process = start(folder, settings, fault="after rename", number=number)
     process.join(120)
     assert process.exitcode == -9
     finish(folder, settings)
-    best = load_checkpoint(run_folder(folder) / BEST)
-    assert best["epoch"] == 1 and best["calibration"]
+    finish(whole := prepare(tmp_path / "whole", "mnist_png"), settings)
+    assert outcome(folder) == outcome(whole)
+    assert load_checkpoint(run_folder(folder) / BEST)["calibration"]
 
 
 def is_finished(folder: Path) -> bool:

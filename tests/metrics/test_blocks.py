@@ -13,7 +13,7 @@ from utils.metrics import blocks
 from utils.metrics.blocks import map_rows
 from utils.metrics.classification import evaluation_metrics, top_k_accuracy
 from utils.metrics.scores import Scores
-from utils.metrics.temperature import calibrated_loss, fit_temperature
+from utils.metrics.temperature import calibrated_losses, fit_temperature
 
 MEASURE = """
 import utils.system.startup
@@ -23,7 +23,7 @@ from utils.inference.rejection import most_probable
 from utils.metrics import blocks
 from utils.metrics.classification import top_k_accuracy
 from utils.metrics.scores import Scores
-from utils.metrics.temperature import calibrated_loss, fit_temperature
+from utils.metrics.temperature import calibrated_losses, fit_temperature
 
 blocks.MAX_VALUES = 1 << 17  # so that fewer logits are many blocks
 
@@ -38,7 +38,7 @@ def compute(n, classes):
     logits[:, 0] = 2 * torch.tensor(classes - 1).log()
     before = peak()
     assert 1.9 < fit_temperature(logits, class_ids) < 2.1
-    assert calibrated_loss(logits, class_ids)[0] > 0
+    assert calibrated_losses(logits, class_ids).mean() > 0
     assert top_k_accuracy(logits, class_ids, 1) == 0.5
     assert most_probable(logits, 2.0)[0].isclose(torch.tensor(0.5), atol=1e-3).all()
     scores = Scores.from_logits(logits, class_ids, 2.0)
@@ -64,7 +64,7 @@ def test_results_are_the_same_in_blocks_of_any_size(monkeypatch):
     names = [str(k) for k in range(7)]
 
     def results() -> tuple:
-        losses = torch.tensor(calibrated_loss(logits, class_ids)), top_k_accuracy(logits, class_ids, 3)
+        losses = calibrated_losses(logits, class_ids), top_k_accuracy(logits, class_ids, 3)
         metrics = evaluation_metrics(Scores.from_logits(logits, class_ids, 2.5), names)
         return metrics, most_probable(logits, 2.5)[0].tolist(), *losses
 

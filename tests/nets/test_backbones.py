@@ -243,7 +243,7 @@ def test_run_with_frozen_and_thawed_stage(two_classes, capsys, name):
     classifier = load_classifier(run, "cpu")
     images = read_list("cls_val.txt", 2)
     paths = [images.path(i) for i in range(len(images))]
-    expected_top1 = last["history"][load_checkpoint(run / BEST)["epoch"] - 1]["val_top1"]
+    expected_top1 = last["history"][load_checkpoint(run / BEST)["epoch"]]["val_top1"]
     predictions = classifier.predict(paths)
     top1 = sum(prediction.label in path for prediction, path in zip(predictions, paths, strict=True)) / len(paths)
     assert top1 == pytest.approx(expected_top1, abs=1 / len(paths) + 1e-9)

@@ -16,7 +16,7 @@ from utils.runs.checkpoint import (
     BEST,
     KEYS,
     LAST,
-    OLD_VERSION,
+    OLD_VERSIONS,
     SaveError,
     find_checkpoint,
     load_checkpoint,
@@ -85,7 +85,7 @@ def test_a_skipped_part_is_not_read(here):
 
 
 def test_checkpoints_of_the_version_before_are_read(here):
-    content = checkpoint_content(step=7, format_version=OLD_VERSION)
+    content = checkpoint_content(step=7, format_version=OLD_VERSIONS[0])
     torch.save(content | {"arithmetic": content.pop("environment")}, "best_epoch_weights.pth")
     loaded = load_checkpoint(find_checkpoint("."))
     assert loaded["step"] == 7
@@ -123,7 +123,7 @@ def test_code_in_a_checkpoint_is_not_run(here):
         (lambda: torch.save(checkpoint_content(format_version=99), "a.pth"), "format 99"),
         (lambda: safetensors.torch.save_file({"w": torch.ones(1)}, "a.pth"), "isn't a checkpoint of Thaw"),
         (
-            lambda: torch.save({"format_version": OLD_VERSION, "weights": {}}, "a.pth"),
+            lambda: torch.save({"format_version": OLD_VERSIONS[0], "weights": {}}, "a.pth"),
             "can't be used: it lacks best_val_loss, calibration",
         ),
     ],

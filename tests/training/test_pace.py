@@ -77,4 +77,4 @@ def test_training_records_every_step_of_each_stage(two_classes, monkeypatch):
     monkeypatch.setattr(train, "Pace", Counting)
     train.main(settings(**TINY | {"unfreeze_epoch": 2}))
     history = load_checkpoint(next(Path("logs").iterdir()) / LAST)["history"]
-    assert [len(steps) for steps in stages] == [history[0]["step"], history[1]["step"] - history[0]["step"]]
+    assert [len(steps) for steps in stages] == [history[1]["step"], history[2]["step"] - history[1]["step"]]

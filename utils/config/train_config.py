@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -466,20 +466,6 @@ class TrainConfig(NamesChecked):
     def epoch_shapes(self) -> list[tuple[int, int]]:
         """The input shape of each epoch."""
         return [stage.input_shape for stage in self.all_stages for _ in range(stage.epochs)]
-
-    def best_epoch(self, history: Sequence[Mapping[str, float]]) -> int:
-        """The best epoch so far, counted from 0: the latest whose calibrated validation loss is within one standard
-        error of the lowest, among the last epochs with the same input shape (other losses aren't comparable).
-
-        The one-standard-error rule is from Breiman et al., Classification and Regression Trees, 1984, section 3.4.3;
-        they take the simplest tree, this takes the latest epoch, since the learning rate falls. The loss is calibrated,
-        since overconfidence raises the plain loss while the network still learns to separate the classes.
-        """
-        shapes = self.epoch_shapes[: len(history)]
-        first = max((i + 1 for i, shape in enumerate(shapes) if shape != shapes[-1]), default=0)
-        lowest = min(history[first:], key=lambda row: row["val_calibrated_loss"])
-        limit = lowest["val_calibrated_loss"] + lowest["val_calibrated_loss_error"]
-        return max(i for i in range(first, len(history)) if history[i]["val_calibrated_loss"] <= limit)
 
     @property
     def epochs(self) -> int:

@@ -26,6 +26,7 @@ from utils.inference.fit_calibration import TrainEmbeddings
 from utils.inference.rejection import DISTANCE_QUANTILE
 from utils.metrics.intervals import wilson_interval
 from utils.metrics.scores import expected_calibration_error, reliability
+from utils.runs.history import select_best
 from utils.runs.log import EPOCHS
 from utils.system.pages import render_page
 from utils.system.text import printable
@@ -125,31 +126,40 @@ def learning_curves(epochs: Sequence[dict[str, float]], config: dict[str, Any]) 
     None unless `epochs` is the complete history of a run with these settings: a folder may hold files of several runs.
     """
     keys = ("epoch", "loss", "val_loss", "top1", "val_top1", "val_calibrated_loss", "val_calibrated_loss_error")
-    if len(epochs) < 2 or not all(key in row and math.isfinite(row[key]) for row in epochs for key in keys):
+    trained = [row for row in epochs if row.get("epoch") != 0]  # epoch 0 has no training loss
+    if len(trained) < 2 or not all(key in row and math.isfinite(row[key]) for row in trained for key in keys):
+        return None
+    start = [row for row in epochs if row.get("epoch") == 0]
+    validated = [key for key in keys if "val" in key]
+    if not all(key in row and math.isfinite(row[key]) for row in start for key in validated):
         return None
     try:
         settings = TrainConfig.from_dict(config)
     except (KeyError, TypeError, ValueError):  # settings of an exported file or of another version
         return None
-    last = epochs[-1]["epoch"]
-    if [row["epoch"] for row in epochs] != list(range(1, len(epochs) + 1)) or last > settings.epochs:
+    first_epoch, last = epochs[0]["epoch"], epochs[-1]["epoch"]
+    if [row["epoch"] for row in epochs] != list(range(int(first_epoch), int(last) + 1)) or last > settings.epochs:
         return None
     losses = {"train": "loss", "val": "val_loss", "calibrated": "val_calibrated_loss"}
-    top = max(row[key] for row in epochs for key in losses.values())
+    top = max(row[key] for row in epochs for key in losses.values() if math.isfinite(row[key]))
+
+    def place(epoch: float) -> float:
+        return 100 * (epoch - first_epoch) / (last - first_epoch)
 
     def line(key: str, highest: float) -> str:
-        points = ((100 * (row["epoch"] - 1) / (last - 1), 100 - 100 * row[key] / highest) for row in epochs)
-        return " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
+        rows = [row for row in epochs if math.isfinite(row[key])]
+        return " ".join(f"{place(row['epoch']):.2f},{100 - 100 * row[key] / highest:.2f}" for row in rows)
 
     first, *later = settings.all_stages
     thaw = first.epochs if later and first.frozen != "nothing" else 0
-    best = settings.best_epoch(epochs) + 1
+    best = epochs[select_best(epochs, settings.epoch_shapes)]["epoch"]
     return {
+        "first": int(first_epoch),
         "epochs": int(last),
         "best": int(best),
-        "best_x": 100 * (best - 1) / (last - 1),
+        "best_x": place(best),
         "thaw": thaw if 0 < thaw < last else None,
-        "thaw_x": 100 * (thaw - 0.5) / (last - 1),
+        "thaw_x": place(thaw + 0.5),
         "plots": [
             {"title": "Loss", "top": f"{top:.2f}", "lines": {kind: line(key, top) for kind, key in losses.items()}},
             {"title": "Top-1", "top": "100%", "lines": {"train": line("top1", 1), "val": line("val_top1", 1)}},

@@ -34,12 +34,12 @@ def fit_temperature(logits: Tensor, class_ids: Tensor) -> float:
     return log_temperature.exp().item()
 
 
-def calibrated_loss(logits: Tensor, class_ids: Tensor) -> tuple[float, float]:
-    """Cross-entropy in nats of logits (n, classes) at their fitted temperature, and its standard error."""
+def calibrated_losses(logits: Tensor, class_ids: Tensor) -> Tensor:
+    """Cross-entropy in nats of each row of logits (n, classes) at their fitted temperature, (n,)."""
     temperature = fit_temperature(logits, class_ids)
 
     def cross_entropies(logits: Tensor, class_ids: Tensor) -> tuple[Tensor]:
         return (F.cross_entropy(logits / temperature, class_ids, reduction="none"),)
 
     (losses,) = map_rows(cross_entropies, logits.shape[1], logits, class_ids)
-    return losses.mean().item(), losses.std(correction=0).item() / len(losses) ** 0.5
+    return losses

@@ -19,9 +19,9 @@ from utils.config.train_config import check_saved
 from utils.runs.history import COLUMNS
 from utils.system.files import WriteError, format_bytes, free_bytes, try_unlink, write_whole
 
-FORMAT_VERSION = 5
-OLD_VERSION, OLD_SUFFIX = 4, ".pth"
-"""The format of earlier versions, pickled. Such files are still read."""
+FORMAT_VERSION = 6
+OLD_VERSIONS, OLD_SUFFIX = (4, 5), ".pth"
+"""The formats of earlier versions, which are still read: 4 was pickled, in files with this suffix."""
 SUFFIX = ".safetensors"
 LAST = f"last_epoch_weights{SUFFIX}"
 BEST = f"best_epoch_weights{SUFFIX}"
@@ -47,6 +47,7 @@ KEYS: dict[str, Any] = {
     "epoch_losses": Tensor,
     "epoch_hits": Tensor,
     "micro_batches": int,
+    "start": dict[str, Tensor],
     "best_val_loss": float,
     "history": list[dict[str, float]],
     "finished": bool,
@@ -139,7 +140,8 @@ def load_checkpoint(path: str | Path, training_state: bool = True) -> dict[str, 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    content = _read(path, () if training_state else TRAINING_STATE) if is_safetensors(path) else _read_old(path)
+    content = _read(path, () if training_state else TRAINING_STATE) if is_safetensors(path) else open_safely(path)
+    content = _upgrade(content)
     version = content.get("format_version") if isinstance(content, dict) else None
     if version is None:
         raise ValueError(f"{path} isn't a checkpoint of Thaw; to train from plain weights, set model_path in train.py")
@@ -167,6 +169,9 @@ def _check_content(content: dict[str, Any], keys: Set[str]) -> None:
         raise ValueError(f"scaler must have {', '.join(sorted(SCALER))}, or nothing")
     if not all(row.keys() >= set(COLUMNS) for row in content["history"]):
         raise ValueError(f"a row of history lacks some of {', '.join(COLUMNS)}")
+    sizes = {tensor.shape for tensor in content["start"].values()}
+    if content["start"].keys() not in (set(), {"losses", "correct"}) or len(sizes) > 1:
+        raise ValueError("start must have losses and correct, one for each validation image, or nothing")
     if content["epoch_losses"].ndim != 1 or content["epoch_losses"].shape != content["epoch_hits"].shape:
         raise ValueError("epoch_losses and epoch_hits must have one value per step of the epoch")
     check_arguments(content["model"])
@@ -180,11 +185,10 @@ def _read(path: Path, skip: tuple[str, ...]) -> Any:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _read_old(path: Path) -> Any:
-    """A checkpoint of an earlier version."""
-    content = open_safely(path)
-    if isinstance(content, dict) and content.get("format_version") == OLD_VERSION:
-        content["format_version"] = FORMAT_VERSION
+def _upgrade(content: Any) -> Any:
+    """The content of a checkpoint of an earlier version as in this one."""
+    if isinstance(content, dict) and content.get("format_version") in OLD_VERSIONS:
+        content |= {"format_version": FORMAT_VERSION, "start": {}}
         if "arithmetic" in content:  # its name in still earlier versions
             content["environment"] = content.pop("arithmetic")
     return content

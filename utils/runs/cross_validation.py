@@ -18,6 +18,7 @@ from utils.annotation.split import group_by_name, join_groups
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, list_in_memory, write_list
 from utils.runs.checkpoint import LAST, load_checkpoint
+from utils.runs.history import select_best
 from utils.runs.resume import find_runs
 from utils.system.digests import digest
 from utils.system.files import make_folder, write_json
@@ -71,7 +72,7 @@ def report_folds(folds: list[Fold]) -> None:
     for fold in folds:
         run = fold.find_run()
         history = load_checkpoint(run / LAST)["history"]
-        best = history[fold.config.best_epoch(history)]
+        best = history[select_best(history, fold.config.epoch_shapes)]
         rows.append({"run": str(run), "last_top1": history[-1]["val_top1"], "best_top1": best["val_top1"]})
     path = folds[0].folder.parent / RESULTS
     write_json(path, {"folds": rows})

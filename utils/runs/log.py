@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -45,7 +46,7 @@ class RunLog:
 
     def _add_scalars(self, row: Row) -> None:
         for name, value in row.items():
-            if name not in ("step", "time"):
+            if name not in ("step", "time") and math.isfinite(value):
                 self.writer.add_scalar(name, value, row["step"], walltime=row["time"])
 
     @contextmanager
@@ -75,8 +76,9 @@ class RunLog:
             self._add_scalars(history[-1])
             self.writer.flush()
             for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
-                write_text(self.folder / name, "".join(f"{row[key]}\n" for row in history))
-            rows = [history[-1].keys(), *(row.values() for row in history)]
+                write_text(self.folder / name, "".join(f"{row[key]}\n" for row in history if row["epoch"]))
+            names = list(history[-1])
+            rows = [names, *([row.get(name, "") for name in names] for row in history)]
             write_text(self.folder / EPOCHS, "".join(f"{csv_row(list(row))}\r\n" for row in rows))
             self._undrawn = history
             if time.monotonic() - self._drawn_at >= DRAW_EVERY:

@@ -248,6 +248,8 @@ def _prepare_resume(
                 shutil.copyfileobj(source, target)
     if changed:  # the digests before the copies: a copy that doesn't match its digest counts as changed by a user
         digests = {key: images.digest() for key, images in lists.items()}
-        amend_checkpoint(run.path / LAST, {"lists": digests})
+        # The validation at the start was of other images.
+        amend_checkpoint(run.path / LAST, {"lists": digests, "start": {}})
+        run.checkpoint["start"] = {}
     write_lists(run.path, lists, config)
     return run

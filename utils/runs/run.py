@@ -29,7 +29,7 @@ from utils.runs.checkpoint import (
     read_progress,
 )
 from utils.runs.folder import RunFolder
-from utils.runs.history import Row, format_row
+from utils.runs.history import Row, format_row, select_best, start_row
 from utils.runs.log import RunLog
 from utils.runs.saving import Saver, must_divide, write_pieces
 from utils.system.runtime import RankLost, runtime
@@ -55,7 +55,7 @@ class Run:
     """A run in progress.
 
     Attributes:
-        history: a row of metrics for each finished epoch.
+        history: a row of metrics for the start, epoch 0, and for each finished epoch.
         best: index in `history` of the best epoch; -1: there is none yet.
         divided: whether all ranks write the tensors of checkpoints.
         finished: whether training and calibration are done.
@@ -86,7 +86,7 @@ class Run:
         self._resumed = folder.checkpoint
         self.history: list[Row] = self._resumed["history"] if self._resumed else []
         self.finished: bool = bool(self._resumed and self._resumed["finished"])
-        self.best = config.best_epoch(self.history) if self.history else -1
+        self.best = select_best(self.history, config.epoch_shapes) if self.history else -1
         self.divided = must_divide(config, sum(weight.numel() for weight in model.parameters()))
         self.saver = Saver(self.folder, config, trainer.step if self._resumed else -1)
         self.log = log
@@ -94,8 +94,13 @@ class Run:
 
     @property
     def epoch(self) -> int:
-        """The current epoch, counted from 0."""
-        return len(self.history)
+        """The number of finished epochs."""
+        return int(self.history[-1]["epoch"]) if self.history else 0
+
+    @property
+    def has_no_start(self) -> bool:
+        """Whether the state before the first step has yet to be validated."""
+        return not self.history and self.trainer.step == 0
 
     @property
     def is_new(self) -> bool:
@@ -109,7 +114,7 @@ class Run:
             return True
         if not self.config.patience or stage.end < stage.run_epochs:
             return False
-        losses = [row["val_calibrated_loss"] for row in self.history[stage.start :]]
+        losses = [row["val_calibrated_loss"] for row in self.history if row["epoch"] > stage.start]
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.config.patience
 
     def attach_optimizer(self, optimizer: Optimizer, stage: Stage) -> None:
@@ -219,6 +224,20 @@ class Run:
                     f"saved; lower init_lr, or set precision to bf16 or fp32"
                 )
 
+    def record_start(self, validation: dict[str, float]) -> None:
+        """Print, log and save the state before the first step: it is the result if no epoch is better."""
+        with defer_signals():
+            now = time.monotonic()
+            row = start_row(validation, now - self._epoch_started, time.time())
+            self._epoch_started = now
+            self.history.append(row)
+            self.best = 0
+            content = self._content(gather=not self.divided)
+            print(format_row(self.history, self.config.epochs, is_best=True))
+            if self.log:
+                self.log.log_epoch(self.history)
+            self._write(content, BEST, LAST)
+
     def finish_epoch(self, metrics: dict[str, float]) -> None:
         """Print, log and save an epoch: always as the last checkpoint, and as the best and a periodic one where due."""
         with defer_signals():
@@ -227,11 +246,11 @@ class Run:
             row |= {"seconds": now - self._epoch_started, "time": time.time()}
             self._epoch_started = now
             self.history.append(row)
-            self.best = self.config.best_epoch(self.history)
+            self.best = select_best(self.history, self.config.epoch_shapes)
             self.trainer.finish_epoch()
             content = self._content(gather=not self.divided)
-            is_best = self.best == self.epoch - 1
-            print(format_row(row, self.config.epochs, is_best))
+            is_best = self.best == len(self.history) - 1
+            print(format_row(self.history, self.config.epochs, is_best))
             # Log first: a run that is killed in between repeats the epoch and rewrites its log.
             if self.log:
                 self.log.log_epoch(self.history)

@@ -11,6 +11,7 @@ from utils.config.setting import has_type
 from utils.config.train_config import TrainConfig
 from utils.runs.checkpoint import LAST, read_progress
 from utils.runs.folder import CONFIG_FILE, list_path, read_settings
+from utils.runs.history import select_best
 from utils.runs.log import EPOCHS
 from utils.system.files import format_bytes, read_json
 from utils.system.text import format_table
@@ -45,7 +46,7 @@ def _row(run: Path) -> tuple[str, ...]:
         run.name,
         Path(list_path(config, "train")).parent.as_posix(),
         str(config.get("backbone", "-")),
-        f"{len(history)}{state}",
+        f"{sum(row['epoch'] > 0 for row in history)}{state}",
         _percent(_best_top1(config, history)),
         _percent(test),
         format_bytes(size),
@@ -63,7 +64,7 @@ def _read_history(path: Path) -> list[dict[str, float]]:
 
 def _best_top1(config: Mapping[str, Any], history: list[dict[str, float]]) -> float | None:
     try:
-        return history[TrainConfig.from_dict(config).best_epoch(history)]["val_top1"]
+        return history[select_best(history, TrainConfig.from_dict(config).epoch_shapes)]["val_top1"]
     except (KeyError, TypeError, ValueError, IndexError):
         return None
 

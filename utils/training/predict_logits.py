@@ -12,7 +12,6 @@ from utils.modeling.precision import autocast
 from utils.system.runtime import runtime
 
 
-@torch.inference_mode()
 def predict_logits(
     network: nn.Module,
     loader: DataLoader,
@@ -30,14 +29,16 @@ def predict_logits(
     network.eval()
     logits, targets = [], []
     bar = tqdm(iterate_batches(loader), desc=title, total=len(loader), unit="batch", leave=False, disable=None)
-    for inputs, batch_targets in bar:
-        for part in inputs.to(device, non_blocking=True).tensor_split(min(micro_batches, len(inputs))):
-            with autocast(device, precision):
-                logits.append(network(part).float())
-        targets.append(batch_targets)
-    batches = loader.batch_sampler
-    if together and len(batches) < batches.longest:
-        network(torch.zeros(1, 3, *loader.dataset.transform.size, dtype=torch.uint8, device=device))
+    # FSDP keeps the tensors of its first pass for training, which can't use those of inference mode.
+    with torch.no_grad() if together else torch.inference_mode():
+        for inputs, batch_targets in bar:
+            for part in inputs.to(device, non_blocking=True).tensor_split(min(micro_batches, len(inputs))):
+                with autocast(device, precision):
+                    logits.append(network(part).float())
+            targets.append(batch_targets)
+        batches = loader.batch_sampler
+        if together and len(batches) < batches.longest:
+            network(torch.zeros(1, 3, *loader.dataset.transform.size, dtype=torch.uint8, device=device))
     outputs = [torch.cat(tensors).cpu() if tensors else torch.empty(0) for tensors in (logits, targets)]
     logits, targets = runtime.collect_batches(outputs, loader.batch_sampler.batch_size)
     return logits, targets

@@ -17,7 +17,8 @@ from nets.network import FreezableNetwork
 from utils.config.train_config import TrainConfig
 from utils.data.preprocessing import Preprocessing
 from utils.metrics.classification import cross_entropy, top_k_accuracy
-from utils.metrics.temperature import calibrated_loss
+from utils.metrics.paired import is_worse
+from utils.metrics.temperature import calibrated_losses
 from utils.modeling.build import BuiltNetwork, build_network
 from utils.modeling.pixel_network import PixelNetwork
 from utils.modeling.precision import autocast
@@ -56,6 +57,7 @@ class Trainer:
         micro_batches: policy for batches that don't fit into memory.
         scaler: loss scaler for fp16.
         epoch: the epoch in progress.
+        start: losses and correct, (N,) each, of the validation before the first step; empty: there was none.
         step: optimizer steps so far.
     """
 
@@ -89,6 +91,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._requests = torch.zeros(3, device=device)
         self.epoch = Epoch(device)
+        self.start: dict[str, Tensor] = {}
         self.step = 0
 
     def train_step(
@@ -251,9 +254,12 @@ class Trainer:
         """Use the weights that are evaluated within this context: the EMA, if there is one."""
         return self.ema.swapped_in() if self.ema else nullcontext()
 
-    def validate(self, loader: DataLoader) -> dict[str, float]:
-        """Compute loss and accuracy over all images of `loader`, and the loss after temperature scaling with its
-        standard error.
+    def validate(self, loader: DataLoader, is_start: bool = False) -> dict[str, float]:
+        """Compute loss and accuracy over all images of `loader`, the loss after temperature scaling with its standard
+        error, and whether they are worse than at the start, see `is_worse`.
+
+        Args:
+            is_start: this is the validation before the first step, with which later ones are compared.
 
         Raises:
             NonFiniteLoss: the loss isn't finite.
@@ -262,21 +268,33 @@ class Trainer:
             logits, targets = predict_logits(
                 self.network, loader, self.device, self.precision, "validating", self.micro_batches.count, self.sharded
             )
-        return runtime.first(lambda: self._validation_metrics(logits, targets))
+        metrics, images = runtime.first(lambda: self._validation_metrics(logits, targets))
+        if is_start:
+            self.start = images
+        return metrics
 
-    def _validation_metrics(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
-        """The metrics of `validate`, of logits (N, classes) and class ids (N,)."""
+    def _validation_metrics(self, logits: Tensor, targets: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """The metrics of `validate`, of logits (N, classes) and class ids (N,), and those of each image."""
         loss = cross_entropy(logits, targets)
         # The plain loss is finite even if logits of wrong classes overflow to -inf.
-        calibrated, error = calibrated_loss(logits, targets) if math.isfinite(loss) else (loss, loss)
+        losses = calibrated_losses(logits, targets) if math.isfinite(loss) else torch.tensor([loss])
+        calibrated = losses.mean().item()
         if not math.isfinite(calibrated):
             raise NonFiniteLoss(f"the validation loss is {calibrated} after step {self.step}; {REMEDY}")
-        return {
+        images = {"losses": losses, "correct": logits.argmax(dim=1) == targets}
+        metrics = {
             "val_loss": loss,
             "val_top1": top_k_accuracy(logits, targets, 1),
             "val_calibrated_loss": calibrated,
-            "val_calibrated_loss_error": error,
+            "val_calibrated_loss_error": losses.std(correction=0).item() / len(losses) ** 0.5,
+            "val_worse": float(self._is_worse_than_start(images)),
         }
+        return metrics, images
+
+    def _is_worse_than_start(self, images: dict[str, Tensor]) -> bool:
+        if not self.start:
+            return False
+        return is_worse(*(images[name].numpy() for name in images), *(self.start[name].numpy() for name in images))
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, without the weights."""
@@ -284,12 +302,13 @@ class Trainer:
             "step": self.step,
             "scaler": self.scaler.state_dict(),
             "micro_batches": self.micro_batches.count,
+            "start": self.start,
             **self.epoch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state."""
-        self.step, self.micro_batches.count = state["step"], state["micro_batches"]
+        self.step, self.micro_batches.count, self.start = state["step"], state["micro_batches"], state["start"]
         if state["scaler"]:  # empty if the scaler wasn't enabled
             self.scaler.load_state_dict(state["scaler"])
         self.epoch.load_state_dict(state)
