@@ -32,6 +32,7 @@ from utils.inference.onnx_classifier import ONNX_SUFFIX, is_onnx, open_onnx
 from utils.inference.output_formats import csv_header, to_bars, to_csv, to_json, to_line, to_row
 from utils.inference.prediction import Failure, Prediction
 from utils.inference.prediction_parts import PredictionParts, precision_of
+from utils.inference.prediction_sets import images_needed, keep_set, set_threshold
 from utils.inference.predictor import BATCH, Predictor, stream_dealt
 from utils.inference.rejection import UNKNOWN, Rejection
 from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, save_labeled
@@ -59,6 +60,7 @@ def main(
     sort_into: str = "",
     reject_below: str = "",
     max_error: float = 0.05,
+    coverage: float | None = None,
     tta: bool = False,
     raw: bool = False,
     out: str = "",
@@ -83,6 +85,8 @@ def main(
         reject_below: print "unknown" if the probability is below this number, 0 to 1, or the image is unlike all
             classes. "auto": choose the number on the validation images, see max_error.
         max_error: with reject_below=auto, the error rate allowed among the accepted predictions.
+        coverage: print, instead of top_k classes, as many as contain the true one with this probability, such as 0.9,
+            by the validation images.
         tta: average over test-time augmentation views: five to ten times as slow, sometimes slightly more accurate.
         raw: ignore the temperature that was fitted after training.
         out: file for the results instead of the standard output; it appears when all are there.
@@ -101,8 +105,9 @@ def main(
     model_file = runtime.first(lambda: choose_file(model_path, device, raw, tta, explain, reject_below))
     model, sha256 = open_model(model_file, device, raw, with_digest=bool(part or merge))
     rejection = runtime.first(lambda: choose_rejection(model, reject_below, max_error, tta))
+    threshold = runtime.first(lambda: choose_threshold(model, coverage, tta, csv_lines, bool(part or merge)))
     save = save or (EXPLAINED if explain else "")
-    top_k = min(top_k, len(model.class_names))
+    top_k = len(model.class_names) if threshold is not None else min(top_k, len(model.class_names))
 
     if paths and ("-" not in paths or part or merge):
         images = runtime.first(lambda: list(expand(paths)))
@@ -134,6 +139,8 @@ def main(
         if header:
             write(header)
         for result in results:  # on rank 0; on other ranks this takes part in its results
+            if threshold is not None and isinstance(result, Prediction):
+                result = keep_set(result, threshold)
             write(to_text(result))
             if isinstance(result, Failure):
                 num_failures += 1
@@ -295,6 +302,33 @@ def choose_automatically(model: Predictor, max_error: float) -> Rejection:
         reason = "raw is set" if model.raw else "only the best one of a finished run is"
         raise ValueError(f"reject_below=auto needs a calibrated checkpoint, and {reason}; or give a number, 0 to 1")
     return model.calibration.choose_rejection(max_error)
+
+
+def choose_threshold(
+    model: Predictor, coverage: float | None, tta: bool, csv_lines: bool, in_parts: bool
+) -> float | None:
+    """The probability from which on a class is printed; None: the top_k classes are.
+
+    Raises:
+        ValueError: coverage isn't a probability, can't be had from this model, or can't be combined.
+    """
+    if coverage is None:
+        return None
+    if not 0 < coverage < 1:
+        raise ValueError(f"coverage={coverage}: give a number between 0 and 1, such as 0.9")
+    if flags := [flag for flag, given in {"tta": tta, "csv": csv_lines, "part, merge": in_parts}.items() if given]:
+        reason = "the validation images had no views" if tta else "the number of classes differs; use json in one run"
+        raise ValueError(f"coverage: can't be combined with {', '.join(flags)}: {reason}")
+    calibration = model.calibration if model.can_reject else None
+    if calibration is None or calibration.true_probability is None:
+        reason = "raw is set" if model.raw else "only the best one of a run finished by this version is"
+        raise ValueError(f"coverage: needs a calibrated checkpoint, and {reason}")
+    threshold, count = set_threshold(calibration.true_probability, coverage), len(calibration.true_probability)
+    message = f"classes from {threshold:.2%} on are printed, for a coverage of {coverage:.0%} by {count} images"
+    if count < (needed := images_needed(coverage)):
+        message = f"warning: all classes are printed: {coverage:.0%} need {needed} validation images, there are {count}"
+    print(message, file=sys.stderr)
+    return threshold
 
 
 def is_single(paths: tuple[str, ...], images: Iterable[str]) -> bool:

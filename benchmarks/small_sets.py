@@ -54,7 +54,7 @@ def run_thaw(data: Path, weights: Path, side: int, epochs: int, seed: int, rate:
 
 def main(
     seeds: int = 2,
-    rates: Sequence[float] = (2.5e-4, 1e-3, 4e-3),
+    rates: Sequence[float] = (2.5e-4, 1e-3),
     timm: bool = False,
     shared: Path = Path("../shared"),
     results: Path = Path("small_sets.json"),

@@ -37,6 +37,7 @@ class Calibration:
         probability: (n,), of the predicted class of each validation image.
         correct: (n,) bool, whether that class is the true one.
         distance: (n,), to the nearest class in degrees, see `distances`.
+        true_probability: (n,), of the true class of each; None: fitted by an earlier version.
     """
 
     temperature: float
@@ -46,6 +47,7 @@ class Calibration:
     probability: Tensor
     correct: Tensor
     distance: Tensor
+    true_probability: Tensor | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The attributes, for a checkpoint."""
@@ -60,14 +62,16 @@ class Calibration:
         """
         if not values:
             return None
-        names = [field.name for field in fields(Calibration)]
-        tensors = [values.get(name) for name in names[1:]]
+        names = [field.name for field in fields(Calibration) if values.get(field.name) is not None]
+        tensors = [values.get(field.name) for field in fields(Calibration)[1:]]
+        if tensors[-1] is None:  # of an earlier version
+            tensors = tensors[:-1]
         temperature = values.get("temperature")
-        dtypes = [torch.float32] * 4 + [torch.bool, torch.float32]
+        dtypes = [torch.float32] * 4 + [torch.bool] + [torch.float32] * 2
         valid = isinstance(temperature, float) and 1e-6 < temperature < 1e6
         if not valid or not all(
             isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.isfinite().all()
-            for tensor, dtype in zip(tensors, dtypes, strict=True)
+            for tensor, dtype in zip(tensors, dtypes[: len(tensors)], strict=True)
         ):
             raise TypeError("invalid calibration")
         center, whitening, directions, *per_image = tensors
@@ -167,7 +171,8 @@ def fit_calibration(
     temperature = fit_temperature(logits, class_ids)
     distance = _fit_distance(train_embeddings, train_class_ids)
     probability, predicted = most_probable(logits, temperature)
-    fitted = Calibration(temperature, *distance, probability, predicted == class_ids, torch.zeros(0))
+    true_probability = probability_of(class_ids, logits, temperature)
+    fitted = Calibration(temperature, *distance, probability, predicted == class_ids, torch.zeros(0), true_probability)
     return Calibration(**(fitted.as_dict() | {"distance": fitted.distances(embeddings)}))
 
 
@@ -179,6 +184,16 @@ def most_probable(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
     probability, predicted = map_rows(highest, logits.shape[1], logits)
     return probability, predicted
+
+
+def probability_of(class_ids: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """The probability (N,) of a class of each image, by logits (N, classes) / temperature."""
+
+    def chosen(block: Tensor, ids: Tensor) -> tuple[Tensor]:
+        return ((block / temperature).softmax(dim=1).gather(1, ids[:, None])[:, 0],)
+
+    (probability,) = map_rows(chosen, logits.shape[1], logits, class_ids)
+    return probability
 
 
 def _fit_distance(embeddings: Tensor, class_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
