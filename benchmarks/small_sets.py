@@ -57,7 +57,7 @@ def main(
     rates: Sequence[float] = (2.5e-4, 1e-3),
     timm: bool = False,
     shared: Path = Path("../shared"),
-    results: Path = Path("small_sets.json"),
+    results: Path = Path("benchmarks/small_sets.json"),
 ) -> None:
     """Compare methods on cuts.
 
