@@ -3,7 +3,9 @@
 import math
 from itertools import pairwise
 
+from utils.evaluation.report_page import read_epochs
 from utils.runs.history import format_no_gain, format_row, select_best, start_row
+from utils.runs.log import RunLog
 
 SMALL, LARGE = (96, 96), (224, 224)
 
@@ -73,6 +75,21 @@ def test_the_line_of_an_epoch_has_the_reason():
     other = rows_of([0.3, 0.4], worse={1}, start=0.5)
     assert format_row(other, 2, True).endswith("(best so far: epoch 1 is worse than epoch 0 in accuracy)")
     assert format_row(rows_of([0.3, 0.4]), 2, True).endswith("(best so far of this input shape)")
+
+
+def test_rows_of_an_earlier_version_are_logged_by_name(tmp_path):
+    """They have no val_worse, and epoch 0 may have its columns in another order."""
+    rows = [row | {"step": row["epoch"], "time": 0.0, "learning_rate": 0.1} for row in rows_of([0.5, 0.4], start=0.6)]
+    rows[0] = dict(reversed(rows[0].items()))
+    del rows[1]["val_worse"]
+    log = RunLog(tmp_path, [])
+    log.log_epoch(rows)
+    log.close()
+    found = read_epochs(tmp_path)
+    assert [row["epoch"] for row in found] == [0, 1, 2]
+    assert [row["val_loss"] for row in found] == [0.6, 0.5, 0.4]
+    assert math.isnan(found[1]["val_worse"])
+    assert select_best(found[:2], [LARGE] * 2) == 1  # not known to be worse
 
 
 def test_no_gain_is_explained():

@@ -41,7 +41,7 @@ def select_best(rows: Sequence[Mapping[str, float]], shapes: Sequence[tuple[int,
     best = 0
     numbered = enumerate(rows)
     for _, group in groupby(numbered, key=lambda item: shapes[max(int(item[1]["epoch"]), 1) - 1]):
-        fair = [(i, row) for i, row in group if not row.get("val_worse")]
+        fair = [(i, row) for i, row in group if row.get("val_worse") != 1]
         if fair:
             limit = loss_limit([row for _, row in fair])
             best = max(i for i, row in fair if row["val_calibrated_loss"] <= limit)
@@ -80,14 +80,14 @@ def format_no_gain(rows: Sequence[Mapping[str, float]]) -> str:
 def _selection(rows: Sequence[Mapping[str, float]], is_best: bool) -> str:
     """Whether the last epoch is the best so far; why, if another one has a lower loss."""
     row = rows[-1]
-    if row.get("val_worse"):
+    if row.get("val_worse") == 1:
         return " (worse than epoch 0)"
     if not is_best or not row["epoch"]:
         return ""
     lowest = min(rows, key=lambda other: other["val_calibrated_loss"])
     if row["val_calibrated_loss"] <= lowest["val_calibrated_loss"]:
         return " (best so far)"
-    if lowest.get("val_worse"):
+    if lowest.get("val_worse") == 1:
         return f" (best so far: epoch {lowest['epoch']:.0f} is worse than epoch 0 in accuracy)"
     if row["val_calibrated_loss"] <= lowest["val_calibrated_loss"] + lowest["val_calibrated_loss_error"]:
         return f" (best so far: the latest within a standard error of epoch {lowest['epoch']:.0f})"

@@ -78,7 +78,7 @@ class RunLog:
             for name, key in (("epoch_loss.txt", "loss"), ("epoch_val_loss.txt", "val_loss")):
                 write_text(self.folder / name, "".join(f"{row[key]}\n" for row in history if row["epoch"]))
             names = list(history[-1])
-            rows = [names, *([row.get(name, "") for name in names] for row in history)]
+            rows = [names, *([row.get(name, math.nan) for name in names] for row in history)]
             write_text(self.folder / EPOCHS, "".join(f"{csv_row(list(row))}\r\n" for row in rows))
             self._undrawn = history
             if time.monotonic() - self._drawn_at >= DRAW_EVERY:
