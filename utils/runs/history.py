@@ -89,6 +89,6 @@ def _selection(rows: Sequence[Mapping[str, float]], is_best: bool) -> str:
         return " (best so far)"
     if lowest.get("val_worse") == 1:
         return f" (best so far: epoch {lowest['epoch']:.0f} is worse than epoch 0 in accuracy)"
-    if row["val_calibrated_loss"] <= lowest["val_calibrated_loss"] + lowest["val_calibrated_loss_error"]:
+    if row["val_calibrated_loss"] <= loss_limit(rows):
         return f" (best so far: the latest within a standard error of epoch {lowest['epoch']:.0f})"
     return " (best so far of this input shape)"
