@@ -56,7 +56,8 @@ class Pieces(NamedTuple):
             pieces = Pieces(**json.loads(text))
             files = [name for group in pieces.groups.values() for name in group]
             named = FOLDER.fullmatch(pieces.folder) and all(map(str.isidentifier, pieces.groups))
-            if not named or not all(map(FILE.fullmatch, files)):
+            listed = all(type(group) is dict for group in pieces.groups.values())
+            if not named or not listed or not all(map(FILE.fullmatch, files)):
                 raise ValueError("a name isn't allowed")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise Damaged(f"its list of files with tensors is malformed ({error!s:.80})") from error

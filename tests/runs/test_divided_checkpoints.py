@@ -179,9 +179,10 @@ def test_pieces_that_do_not_fit_are_refused(place, tmp_path):
         '{"folder": "ep001-step2-0123abcd", "groups": {"../x": {}}}',
         '{"folder": "ep001-step2-0123abcd", "groups": {"weights": {"../x.safetensors": ""}}}',
         '{"folder": "ep001-step2-0123abcd", "groups": {"weights": 3}}',
+        '{"folder": "ep001-step2-0123abcd", "groups": {"weights": ["x.safetensors"]}}',
         "[" * 100_000,
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_lists_of_files_elsewhere_are_refused(text):
     with pytest.raises(Damaged, match="malformed"):
