@@ -145,7 +145,7 @@ def readable(path: Path) -> bool:
 def test_resuming_within_an_epoch_skips_completed_steps(tmp_path):
     folder = prepare(tmp_path / "run", "mnist_png")
     settings = {"freeze_train": False, "unfreeze_epoch": 1, "save_every_steps": 1}
-    process = start(folder, settings, fault="after rename", number=3)  # the initial checkpoint and three steps
+    process = start(folder, settings, fault="after rename", number=5)  # three initial files and three steps
     process.join(120)
     assert last_step(folder) == 2
     noted = len(read_steps(folder))
