@@ -98,6 +98,6 @@ def test_no_gain_is_explained():
 
 
 def test_the_start_has_no_training_loss():
-    row = start_row({"val_loss": 0.5}, seconds=1.0, time=2.0)
+    row = start_row({"val_loss": 0.5})
     assert math.isnan(row["loss"])
     assert (row["epoch"], row["step"], row["val_loss"]) == (0, 0, 0.5)

@@ -19,10 +19,10 @@ error), learning_rate, skipped (steps), seconds, time (its end, Unix time), and,
 significantly worse than epoch 0, see `utils.metrics.paired`)."""
 
 
-def start_row(validation: Mapping[str, float], seconds: float, time: float) -> Row:
-    """The row of epoch 0, with the metrics of its validation."""
+def start_row(validation: Mapping[str, float]) -> Row:
+    """The row of epoch 0, with the metrics of its validation, without its times."""
     nothing = {"epoch": 0, "step": 0, "loss": math.nan, "top1": math.nan}
-    return nothing | dict(validation) | {"learning_rate": 0.0, "skipped": 0, "seconds": seconds, "time": time}
+    return nothing | dict(validation) | {"learning_rate": 0.0, "skipped": 0}
 
 
 def select_best(rows: Sequence[Mapping[str, float]], shapes: Sequence[tuple[int, int]]) -> int:

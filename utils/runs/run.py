@@ -227,39 +227,34 @@ class Run:
     def record_start(self, validation: dict[str, float]) -> None:
         """Print, log and save the state before the first step: it is the result if no epoch is better."""
         with defer_signals():
-            now = time.monotonic()
-            row = start_row(validation, now - self._epoch_started, time.time())
-            self._epoch_started = now
-            self.history.append(row)
-            self.best = 0
-            content = self._content(gather=not self.divided)
-            print(format_row(self.history, self.config.epochs, is_best=True))
-            if self.log:
-                self.log.log_epoch(self.history)
-            self._write(content, BEST, LAST)
+            self._record(start_row(validation))
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
         """Print, log and save an epoch: always as the last checkpoint, and as the best and a periodic one where due."""
         with defer_signals():
-            now = time.monotonic()
-            row = {"epoch": self.epoch + 1, "step": self.trainer.step} | metrics
-            row |= {"seconds": now - self._epoch_started, "time": time.time()}
-            self._epoch_started = now
-            self.history.append(row)
-            self.best = select_best(self.history, self.config.epoch_shapes)
             self.trainer.finish_epoch()
-            content = self._content(gather=not self.divided)
-            is_best = self.best == len(self.history) - 1
-            print(format_row(self.history, self.config.epochs, is_best))
-            # Log first: a run that is killed in between repeats the epoch and rewrites its log.
-            if self.log:
-                self.log.log_epoch(self.history)
-            names = [f"ep{self.epoch:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}{SUFFIX}"]
-            periodic = names if self.config.keep_periodic and self.epoch % self.config.save_period == 0 else []
-            # The best one first, so that it exists if the run is killed and resumed from one of the others.
-            self._write(content, *([BEST] if is_best else []), *periodic, LAST)
+            row = {"epoch": self.epoch + 1, "step": self.trainer.step} | metrics
+            name = f"ep{row['epoch']:03d}-loss{row['loss']:.3f}-val_loss{row['val_loss']:.3f}{SUFFIX}"
+            is_due = self.config.keep_periodic and row["epoch"] % self.config.save_period == 0
+            self._record(row, *([name] if is_due else []))
             if runtime.is_main:
                 prune_periodic(self.folder, self.config.keep_periodic)
+
+    def _record(self, row: Row, *names: str) -> None:
+        """Add a row to the history, print and log it, and save the state under `names`, as the best one if it is, and
+        as the last."""
+        now = time.monotonic()
+        self.history.append(row | {"seconds": now - self._epoch_started, "time": time.time()})
+        self._epoch_started = now
+        self.best = select_best(self.history, self.config.epoch_shapes)
+        content = self._content(gather=not self.divided)
+        is_best = self.best == len(self.history) - 1
+        print(format_row(self.history, self.config.epochs, is_best))
+        # Log first: a run that is killed in between repeats the epoch and rewrites its log.
+        if self.log:
+            self.log.log_epoch(self.history)
+        # The best one first, so that it exists if the run is killed and resumed from one of the others.
+        self._write(content, *([BEST] if is_best else []), *names, LAST)
 
     def finish(self, calibration: dict[str, Any]) -> None:
         """Mark the run as finished. `calibration` is stored in the best checkpoint, and in the last one if it is of the

@@ -166,14 +166,15 @@ class Trainer:
                 if self.sharded:
                     self._refuse_split(error)
                 sums.add_failed(part)
-        self._keep_pace(batches)
-        sums.restore_statistics()
+        if self.sharded:
+            self._keep_pace(batches)
+            sums.restore_statistics()
         return sums.finish(runtime)
 
     def _keep_pace(self, batches: Sequence[Batch]) -> None:
         """With divided weights all ranks have to call the network equally often: repeat a part, without its gradients,
         if others have more parts."""
-        for _ in range(self.parts.rounds - len(batches) if self.sharded else 0):
+        for _ in range(self.parts.rounds - len(batches)):
             self._accumulate_gradients(batches[-1], seed=0, batch_size=math.inf)
 
     def _refuse_split(self, error: Exception) -> NoReturn:
@@ -195,7 +196,8 @@ class Trainer:
             if runtime.world_size > 1:
                 self._refuse_split(error)
             return None
-        self._keep_pace(batches)
+        if self.sharded:
+            self._keep_pace(batches)
         loss, hits = (torch.stack(values).sum(dim=0) for values in zip(*sums, strict=True))
         return self._share_numbers(loss, hits) if runtime.world_size > 1 else (loss, hits)
 
