@@ -245,7 +245,7 @@ def describe(setup: Setup) -> str:
         f"{len(data.class_names)} classes ({lists})\n"
         f"network   {config.backbone}, {count_parameters(network) / 1e6:.1f} M parameters, on {setup.device} in "
         f"{setup.precision} ({setup.precision_reason})\n"
-        f"{format_stages(setup.stages, len(data.train_images))}"
+        f"{format_stages(setup.stages)}"
     )
 
 

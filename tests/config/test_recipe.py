@@ -14,6 +14,7 @@ from utils.config.recipe import Known, choose
 from utils.config.train_config import PLAIN_DEFAULTS, StageConfig, TrainConfig
 from utils.runs.checkpoint import LAST, load_checkpoint
 from utils.runs.setup import count_layers, prepare
+from utils.training.stages import plan_stages
 from utils.training.summary import format_settings
 
 AUTO = TrainConfig(recipe="auto")
@@ -69,6 +70,18 @@ def test_choices_depend_on_what_is_known():
     few = known(class_counts=np.array([40, 40]), pretrained=False)
     assert apply(AUTO, many).unfreeze_epoch < apply(AUTO, few).unfreeze_epoch
     assert apply(AUTO, few).unfreeze_epoch < apply(AUTO, few._replace(on_cpu=False)).unfreeze_epoch
+
+
+@pytest.mark.parametrize("images", [4, 17, 90, 1000])
+@pytest.mark.parametrize("own", [{}, {"unfreeze_epoch": 2}, {"unfreeze_batch_size": 8}])
+def test_a_short_list_is_repeated_for_enough_steps(images, own):
+    config = apply(dataclasses.replace(AUTO, **own), known(class_counts=np.array([images // 2, images - images // 2])))
+    steps = sum(stage.steps * (stage.end - stage.start) for stage in plan_stages(config, images, transformer=True))
+    once = config.epochs * (images // min(images, config.unfreeze_batch_size))
+    assert steps >= 100
+    assert steps < 125 or config.epoch_repeats == 1
+    assert config.epoch_repeats == 1 or once < 100
+    assert apply(AUTO, known(pretrained=False, class_counts=np.array([2, 2]))).epoch_repeats == 1
 
 
 def test_choices_fit_user_settings():

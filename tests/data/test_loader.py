@@ -266,6 +266,19 @@ def test_epoch_can_start_in_the_middle(sampling):
     assert len(sampler) == 12
 
 
+def test_epoch_that_goes_over_the_list_several_times():
+    sampler = EpochSampler(np.zeros(10, np.int32), "shuffle", seed=3, repeats=3)
+    keys = list(sampler)
+    assert len(sampler) == len(keys) == len(set(keys)) == 30  # repeated images have their own key
+    rounds = [[index for _, index, _ in keys[start : start + 10]] for start in (0, 10, 20)]
+    assert [sorted(indices) for indices in rounds] == [list(range(10))] * 3
+    assert rounds[0] != rounds[1] != rounds[2]
+    once = EpochSampler(np.zeros(10, np.int32), "shuffle", seed=3)
+    assert list(once) == keys[:10]
+    sampler.start = 17
+    assert list(sampler) == keys[17:]
+
+
 def test_batch_paths(images):
     dataset = ImageDataset(FileSource(images, PREPROCESSING), TrainTransform(CONFIG), seed=1)
     loader = train_loader(dataset, 5, num_workers=0)

@@ -59,6 +59,14 @@ def test_batch_size_is_limited_to_the_list_with_a_note():
     assert thawed.notes == ()
 
 
+def test_steps_of_an_epoch():
+    assert [stage.steps for stage in make_stages(num_images=1000)] == [15, 62]
+    (stage,) = make_stages(num_images=10, epoch_repeats=7, freeze_train=False)
+    assert (stage.batch_size, stage.steps) == (10, 7)
+    (stage,) = make_stages(num_images=20, epoch_repeats=7, freeze_train=False)
+    assert stage.steps == 8  # of 140 images; the last 12 are dropped
+
+
 def test_limited_learning_rate_is_noted():
     assert not any(stage.notes for stage in make_stages(init_lr=1e-3))
     frozen, _ = make_stages(init_lr=1.0)

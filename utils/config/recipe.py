@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +19,14 @@ IMAGES_FROM_SCRATCH = 600_000
 SMALL_BATCH_UP_TO = 5_000
 """Training images below which batches are small, for more steps."""
 
+MIN_STEPS = 100
+"""Steps of fine-tuning at least: with fewer, the network stays close to where it began."""
+
 DROP_PATH_RATES = ((15, 0.0), (50, 0.05), (200, 0.2), (450, 0.45))
 """Stochastic depth from scratch, by a transformer's size in million parameters; 0.6 for larger ones. The rates of
 ViT-S, B, L and H are those of Touvron et al., "DeiT III: Revenge of the ViT", 2022."""
 
-TWO_STAGE_FIELDS = ("freeze_train", "unfreeze_epoch", "unfreeze_batch_size")
+TWO_STAGE_FIELDS = ("freeze_train", "unfreeze_epoch", "unfreeze_batch_size", "epoch_repeats")
 """Fields that a list of stages replaces."""
 
 
@@ -68,6 +73,8 @@ def choose(config: TrainConfig, known: Known) -> list[Choice]:
     by_start = _for_pretrained if known.pretrained else _from_scratch
     choices = [*_for_all(config, known), *by_start(config, known)]
     chosen = {choice.field: choice.value for choice in choices}
+    if known.pretrained:
+        choices += _more_steps(config, chosen, int(known.class_counts.sum()))
     if config.freeze_train and not config.stages:
         epochs = config.unfreeze_epoch or chosen["unfreeze_epoch"]
         choices.append(Choice("freeze_epoch", max(1, epochs // 5), f"a fifth of the {epochs} epochs"))
@@ -112,6 +119,15 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
         if config.optimizer_type in (None, "adamw") and slowed:
             choices.append(Choice("init_lr", 4e-3, "layer_decay slows early layers, so late ones can learn faster"))
     return choices
+
+
+def _more_steps(config: TrainConfig, chosen: Mapping[str, Any], images: int) -> list[Choice]:
+    """Several passes over a short list in each epoch, so that the run has `MIN_STEPS` steps."""
+    epochs = config.unfreeze_epoch or chosen["unfreeze_epoch"]
+    batch_size = min(images, config.unfreeze_batch_size or chosen["unfreeze_batch_size"])
+    repeats = math.ceil(MIN_STEPS * batch_size / (epochs * images))
+    reason = f"{epochs * images // batch_size} steps of {batch_size} images would be few"
+    return [Choice("epoch_repeats", repeats, reason)] if repeats > 1 else []
 
 
 def _from_scratch(config: TrainConfig, known: Known) -> list[Choice]:

@@ -177,6 +177,10 @@ class TrainConfig(NamesChecked):
     unfreeze_batch_size: int | None = setting(32, FROM_1, by_recipe=True)
     """Images per step once thawed. As large as memory allows; the learning rate is scaled with it."""
 
+    epoch_repeats: int | None = setting(1, FROM_1, by_recipe=True)
+    """How often an epoch goes over the training list. With a few dozen images, 10 to 50: more steps, without more
+    validations and checkpoints."""
+
     stages: tuple[StageConfig, ...] = ()
     """Custom stages instead of these two: `(StageConfig(5, "all"), StageConfig(5, 8), StageConfig(20, "nothing"))`
     trains the head for 5 epochs, the head and all blocks after the eighth for 5, and everything for 20. `freeze_train`,

@@ -46,6 +46,7 @@ def train_loader(
     num_workers: int,
     sampling: Sampling = "shuffle",
     rows: slice = slice(None),
+    repeats: int = 1,
 ) -> DataLoader:
     """Return a loader of uint8 pixels (B, 3, height, width), or features (B, ...), and class ids (B,).
 
@@ -54,8 +55,9 @@ def train_loader(
 
     Args:
         rows: of each batch of `batch_size` images; a rank loads only its own.
+        repeats: how often an epoch goes over the list.
     """
-    keys = EpochSampler(dataset.class_ids, sampling, dataset.seed)
+    keys = EpochSampler(dataset.class_ids, sampling, dataset.seed, repeats)
     return _loader(dataset, num_workers, BatchSampler(keys, batch_size, drop_last=True, rows=rows))
 
 

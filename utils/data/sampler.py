@@ -25,32 +25,36 @@ class EpochSampler(Sampler):
         sampling: "shuffle": every image once; "balanced": n samples with replacement, all classes equally likely; None:
             every image once, in the list's order.
         seed: determines the order.
+        repeats: how often the epoch goes over the list.
 
     Attributes:
         epoch: from 0.
         start: keys skipped at the start of the epoch, used when a run is resumed.
     """
 
-    def __init__(self, class_ids: np.ndarray, sampling: Sampling | None, seed: int) -> None:
+    def __init__(self, class_ids: np.ndarray, sampling: Sampling | None, seed: int, repeats: int = 1) -> None:
         self.class_ids = class_ids
         self.sampling = sampling
         self.seed = seed
+        self.repeats = repeats
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
-        return len(self.class_ids)
+        return self.repeats * len(self.class_ids)
 
     def __iter__(self) -> Iterator[Key]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.epoch))
         if self.sampling == "shuffle":
-            order = torch.randperm(len(self), generator=generator).numpy()
+            rounds = [torch.randperm(len(self.class_ids), generator=generator) for _ in range(self.repeats)]
+            order = torch.cat(rounds).numpy()
         elif self.sampling == "balanced":
             order = self._balanced_order(generator)
         else:
-            order = np.arange(len(self))
-        repeats = count_earlier(order) if self.sampling == "balanced" else np.zeros(len(self), np.uint8)
-        for index, repeat in zip(order[self.start :], repeats[self.start :], strict=True):
+            order = np.tile(np.arange(len(self.class_ids)), self.repeats)
+        once = self.sampling != "balanced" and self.repeats == 1
+        earlier = np.zeros(len(self), np.uint8) if once else count_earlier(order)
+        for index, repeat in zip(order[self.start :], earlier[self.start :], strict=True):
             yield self.epoch, int(index), int(repeat)
 
     def _balanced_order(self, generator: torch.Generator) -> np.ndarray:

@@ -95,7 +95,8 @@ class StageInputs:
             network = torch.compile(network)
         if runtime.world_size > 1 and not sharded and not exact:
             network = DistributedDataParallel(network, broadcast_buffers=False)  # anew, since it skips frozen weights
-        loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler, parts.rows(stage.batch_size))
+        rows = parts.rows(stage.batch_size)
+        loader = train_loader(train_set, stage.batch_size, num_workers, config.sampler, rows, config.epoch_repeats)
         return network, loader, eval_loader(val_set, stage.batch_size, num_workers)
 
     def report_unreadable(self) -> None:

@@ -23,6 +23,7 @@ class Stage:
         end: the epoch after the last.
         frozen: how much of the backbone is frozen.
         batch_size: images per step, at most the length of the training list.
+        steps: per epoch.
         input_shape: height and width of the images, in pixels.
         init_lr: highest learning rate, scaled by the batch size.
         min_lr: lowest learning rate, scaled the same way.
@@ -36,6 +37,7 @@ class Stage:
     end: int
     frozen: Frozen
     batch_size: int
+    steps: int
     input_shape: tuple[int, int]
     init_lr: float
     min_lr: float
@@ -70,6 +72,7 @@ def plan_stages(config: TrainConfig, num_images: int, transformer: bool) -> list
                 end=start + planned.epochs,
                 frozen=Frozen(planned.frozen),
                 batch_size=batch_size,
+                steps=config.epoch_repeats * num_images // batch_size,
                 input_shape=planned.input_shape,
                 **rates,
                 run_epochs=config.epochs,

@@ -87,13 +87,13 @@ def format_model(model: nn.Module, stages: Sequence[Stage]) -> str:
     return "\n".join([*lines, f"  forward pass of one image: {count_flops(model) / 1e9:.3g} GFLOPs"])
 
 
-def format_stages(stages: Sequence[Stage], num_images: int) -> str:
+def format_stages(stages: Sequence[Stage]) -> str:
     """Format the epochs, steps, frozen part, learning rates and notes of each stage."""
     lines = []
     for number, stage in enumerate(stages, start=1):
         highest = max(map(stage.learning_rate, np.linspace(stage.start, stage.end, 1000, endpoint=False)))
         epochs = f"epoch {stage.end}" if stage.end == stage.start + 1 else f"epochs {stage.start + 1} to {stage.end}"
-        steps = f"{count_of(num_images // stage.batch_size, 'step')} of {count_of(stage.batch_size, 'image')}"
+        steps = f"{count_of(stage.steps, 'step')} of {count_of(stage.batch_size, 'image')}"
         lines.append(
             f"stage {number}   {epochs}, {stage.input_shape[0]} x {stage.input_shape[1]} pixels, frozen: "
             f"{stage.frozen}; {steps} per epoch; learning rate peaks at {highest:.2g}, ends at "
