@@ -25,6 +25,7 @@ from utils.data.image_cache import open_cache
 from utils.data.image_list import read_first_path
 from utils.data.loader import train_loader
 from utils.inference.fit_calibration import calibrate_checkpoint
+from utils.inference.pseudo_labels import add_unlabeled
 from utils.runs.checkpoint import BEST
 from utils.runs.history import format_no_gain
 from utils.runs.run import Run
@@ -88,7 +89,8 @@ def main(
         config: the settings.
         continue_run: run folder: start a new run that trains its best checkpoint further, with its settings but all
             layers, 10 epochs and a tenth of the learning rate; other flags change these.
-        summary: print all settings, the network and the stages, and exit; nothing is written.
+        summary: print all settings, the network and the stages, without unlabeled images, and exit; nothing is
+            written.
         find_lr: run a learning-rate range test, plot the losses, suggest an init_lr, and exit.
         cross_validate: number of folds; trains one run per fold, validated on that fold.
         group_regex: keep each patient, video or burst in one fold, as in txt_annotation.py; needs cross_validate.
@@ -101,7 +103,9 @@ def main(
         raise ValueError("group_regex: needs cross_validate; for a single split pass it to txt_annotation.py")
     if cross_validate and (summary or find_lr):
         raise ValueError("cross_validate: can't be combined with summary or find_lr; use one of them")
-    setup = prepare(config, write_lists=not summary)
+    if cross_validate and config.distill_from:
+        raise ValueError("cross_validate: a teacher has seen the images of the folds; leave distill_from empty")
+    setup = prepare(config, write_lists=not summary, add_images=None if summary else add_unlabeled)
     if cross_validate:
         train_folds(setup, cross_validate, group_regex)
         return

@@ -100,6 +100,10 @@ class TrainConfig(NamesChecked):
     """List of the test images. Training doesn't read it; a copy is kept in the run for `eval.py`. None: `cls_test.txt`
     in `data`, if there is one."""
 
+    unlabeled: str = ""
+    """Folder of images without labels, searched recursively. Those whose class the network in `distill_from` predicts
+    with few errors (5 % of its validation images) are trained on with that class. Empty: none."""
+
     demo: bool = setting(False, resumable=True)
     """If there are no lists and no images in `datasets/`, train on handwritten digits, written to `demo/`."""
 
@@ -151,6 +155,11 @@ class TrainConfig(NamesChecked):
     """Initial head. `probe`: logistic regression on the features of the pretrained backbone, its penalty chosen on the
     validation list. It saves epochs and protects the thawed backbone from the gradients of an untrained head (Kumar et
     al., 2022)."""
+
+    distill_from: str = ""
+    """Run folder or checkpoint of a teacher, such as a larger network trained on the same classes: half of the loss is
+    how much the probabilities differ from the teacher's for the same image. For small networks; each step also takes a
+    forward pass of the teacher. Empty: none."""
 
     # Stages
 

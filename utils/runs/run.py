@@ -179,7 +179,8 @@ class Run:
         """Continue with whole weights, in a new network and trainer: so they can be resized and frozen, and divided
         again."""
         trainer = self.trainer
-        self.trainer, built = build_trainer(self.config, data, trainer.device, trainer.precision, self._content())
+        fixed = (trainer.device, trainer.precision)
+        self.trainer, built = build_trainer(self.config, data, *fixed, self._content(), trainer.loss.teacher)
         self.model = built.model
 
     def _content(self, gather: bool = True) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,8 +47,13 @@ class Setup:
     precision_reason: str
 
 
-def prepare(asked: TrainConfig, write_lists: bool = True) -> Setup:
-    """Plan a run. Nothing is written, except, with `write_lists`, missing lists.
+def prepare(
+    asked: TrainConfig,
+    write_lists: bool = True,
+    add_images: Callable[[TrainConfig, Data], Data] | None = None,
+) -> Setup:
+    """Plan a run. Nothing is written, except, with `write_lists`, missing lists. `add_images` adds to the lists that
+    are read.
 
     Raises:
         FileNotFoundError, ValueError: a setting is invalid, or a file that it refers to is missing.
@@ -59,6 +65,8 @@ def prepare(asked: TrainConfig, write_lists: bool = True) -> Setup:
     project = runtime.first(lambda: ensure_lists(asked, write=write_lists))
     placed = replace(asked, data=project).with_paths()
     data = load_data(placed)
+    if add_images:
+        data = add_images(placed, data)
     network.head = nn.Linear(network.head.in_features, len(data.class_names), device="meta")
     choices = runtime.first(lambda: _choose(asked, data, network, device)) if asked.recipe == "auto" else []
     config = placed.with_defaults(**{c.field: c.value for c in choices if getattr(asked, c.field) is None})

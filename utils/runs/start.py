@@ -18,6 +18,7 @@ from utils.runs.resume import open_run
 from utils.runs.run import Run
 from utils.runs.saving import check_free_space
 from utils.runs.setup import Setup
+from utils.runs.teacher import load_teacher
 from utils.system.digests import TRAINING_CODE, code_digest
 from utils.system.runtime import runtime
 from utils.system.text import count_of
@@ -35,8 +36,11 @@ def start_or_resume(setup: Setup) -> tuple[Run, list[Choice]]:
     folder = _open_on_all_ranks(setup, lists)
     print(f"run       {folder.path} ({_progress(folder)})")
     try:
-        trainer, built = build_trainer(config, data, setup.device, setup.precision, folder.checkpoint)
+        teacher = load_teacher(config, data.class_names, setup.device, setup.precision)
+        trainer, built = build_trainer(config, data, setup.device, setup.precision, folder.checkpoint, teacher)
         identity = describe(built, trainer, data.class_names, lists)
+        if teacher:
+            identity["environment"]["teacher"] = teacher.digest
         runtime.check_same(identity["environment"] | {"lists": identity["lists"], "config": identity["config"]})
         checkpoint = folder.checkpoint
         if checkpoint:

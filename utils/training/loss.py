@@ -1,15 +1,18 @@
-"""Cross-entropy with label smoothing and class weights, on batches that MixUp or CutMix may have mixed."""
+"""Cross-entropy with label smoothing, class weights and a teacher, on batches that MixUp or CutMix may have mixed."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+DISTILLED, DISTILL_TEMPERATURE = 0.5, 2.0
+"""With a teacher: the share of its probabilities in the loss, and the temperature of both networks in that share."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,16 @@ class TrainingLoss:
         mixup: both parameters of the Beta distribution of the share; 0: no MixUp (Zhang et al., "mixup: Beyond
             Empirical Risk Minimization", 2018).
         cutmix: the same for the area; 0: no CutMix (Yun et al., "CutMix", 2019). With both, each step draws one.
+        teacher: maps the images of a batch, mixed or not, to logits (B, classes) that the network learns, too (Hinton
+            et al., "Distilling the Knowledge in a Neural Network", 2015, section 2; the same view of the image: Beyer
+            et al., "Knowledge distillation: A good teacher is patient and consistent", 2022). None: no teacher.
     """
 
     class_weights: Tensor | None = None
     label_smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    teacher: Callable[[Tensor], Tensor] | None = None
 
     def to(self, device: torch.device) -> TrainingLoss:
         """A copy with its tensors on `device`."""
@@ -81,9 +88,11 @@ class TrainingLoss:
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss (B,) of logits (B, classes)."""
         loss = self._cross_entropy(logits, batch.class_ids)
-        if batch.share == 1:
+        if batch.share < 1:
+            loss = batch.share * loss + (1 - batch.share) * self._cross_entropy(logits, batch.mixed_class_ids)
+        if self.teacher is None:
             return loss
-        return batch.share * loss + (1 - batch.share) * self._cross_entropy(logits, batch.mixed_class_ids)
+        return (1 - DISTILLED) * loss + DISTILLED * divergence(logits, self.teacher(batch.inputs), DISTILL_TEMPERATURE)
 
     def _cross_entropy(self, logits: Tensor, class_ids: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, class_ids, reduction="none", label_smoothing=self.label_smoothing)
@@ -95,6 +104,13 @@ class TrainingLoss:
 
 
 CROSS_ENTROPY = TrainingLoss()
+
+
+def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence (B,) of the probabilities of `logits` from those of `targets`, (B, classes) each, at
+    a temperature, whose square restores the size of the gradient (Hinton et al., 2015)."""
+    own, other = ((values / temperature).log_softmax(dim=1) for values in (logits, targets))
+    return temperature**2 * F.kl_div(own, other, reduction="none", log_target=True).sum(dim=1)
 
 
 def _mixup(images: Tensor, others: Tensor, share: float, _: random.Random) -> tuple[Tensor, float]:

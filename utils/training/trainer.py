@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -317,9 +317,15 @@ class Trainer:
 
 
 def build_trainer(
-    config: TrainConfig, data: Data, device: torch.device, precision: str, resumed: dict[str, Any] | None = None
+    config: TrainConfig,
+    data: Data,
+    device: torch.device,
+    precision: str,
+    resumed: dict[str, Any] | None = None,
+    teacher: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Trainer, BuiltNetwork]:
-    """Build network, loss, EMA and trainer from `config`, in the state of the checkpoint `resumed` if there is one."""
+    """Build network, loss, EMA and trainer from `config`, in the state of the checkpoint `resumed` if there is one. For
+    the `teacher` see `TrainingLoss`."""
     built = build_network(config, data.class_names, resumed)
     config, model = built.config, built.model
     if device.type == "cuda" and runtime.world_size > 1 and not adds_exactly(config, device):
@@ -329,7 +335,7 @@ def build_trainer(
     weights = balanced_class_weights(class_ids, len(data.class_names)) if config.class_weights == "balanced" else None
     if weights is not None and (weights[weights > 0] == 1).all():
         print("class_weights=balanced: changes nothing, since all classes have equally many training images")
-    loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix)
+    loss = TrainingLoss(weights, config.label_smoothing, config.mixup, config.cutmix, teacher)
     ema = WeightEMA(model, config.ema_decay) if config.ema_decay else None
     if ema and resumed:
         ema.load(resumed["weights"])
