@@ -174,7 +174,7 @@ def train(run: Run, setup: Setup) -> None:
         if run.history[run.best]["epoch"] == 0:
             print(format_no_gain(run.history))
         data = setup.data
-        run.finish(calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, run.config))
+        run.finish(lambda: calibrate_checkpoint(run.folder / BEST, data.train_images, data.val_images, run.config))
 
 
 def start_run(run: Run, setup: Setup) -> StageInputs:

@@ -25,7 +25,7 @@ from utils.data.image_list import read_list
 from utils.inference.fit_calibration import calibrate_checkpoint
 checkpoint, data, classes = sys.argv[1:]
 images = read_list(data, int(classes))
-assert calibrate_checkpoint(Path(checkpoint), images, images, TrainConfig(num_workers=0))
+assert calibrate_checkpoint(Path(checkpoint), images, images, TrainConfig(num_workers=0)).calibration
 """
 PEAK = """
 import atexit

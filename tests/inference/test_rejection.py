@@ -204,14 +204,14 @@ def test_calibration_skips_unreadable_images(two_classes, capsys):
     broken = [val_images.path(i) for i in np.flatnonzero(val_images.class_ids == 0)] + [train_images.path(3)]
     for path in broken:
         Path(path).write_text("no image")
-    after = calibrate_checkpoint(run / BEST, train_images, val_images, settings(**TINY))
+    after = calibrate_checkpoint(run / BEST, train_images, val_images, settings(**TINY)).calibration
     assert len(after["correct"]) == len(before["correct"]) - len(broken) + 1
     kept = read_embeddings(run / BEST, Calibration.from_dict(after), 2)
     assert len(kept.images) == len(train_images) - 1
     assert train_images.path(3) not in [kept.images.path(i) for i in range(len(kept.images))]
     for path in (*broken, *(val_images.path(i) for i in range(len(val_images)))):
         Path(path).write_text("no image")
-    assert calibrate_checkpoint(run / BEST, train_images, val_images, settings(**TINY)) == {}
+    assert calibrate_checkpoint(run / BEST, train_images, val_images, settings(**TINY)) == ({}, ())
 
 
 def test_draw_by_class_includes_rare_classes():

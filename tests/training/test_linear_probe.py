@@ -13,24 +13,22 @@ from sklearn.preprocessing import StandardScaler
 
 import train
 from tests.conftest import TINY, settings, write_back
-from utils.data.feature_dataset import FeatureDataset
-from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
 from utils.modeling.build import build_network
 from utils.modeling.pixel_network import PixelNetwork
 from utils.runs.checkpoint import LAST, load_checkpoint
 from utils.training.datasets import load_data, make_datasets
 from utils.training.feature_cache import FeatureCache
-from utils.training.linear_probe import INVERSE_PENALTIES, fit_probe, init_head
+from utils.training.linear_probe import INVERSE_PENALTIES, fit_probe, init_head, refit_head
 
 
 def make_features(class_ids, seed, views=1, noise=1.5):
-    """Noisy features of each class, with different scales."""
+    """Noisy features of each class, with different scales, (views * n, 12), and their class ids."""
     generator = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(5, 12))
     x = centres[class_ids] + noise * generator.normal(size=(views, len(class_ids), 12))
     x = 7 + x * np.logspace(-1, 1, 12)
-    return FeatureDataset(torch.from_numpy(x).float(), list_in_memory((int(i), "image") for i in class_ids), seed=0)
+    return np.concatenate(x).astype(np.float32), np.tile(class_ids, views)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
@@ -38,14 +36,13 @@ def make_features(class_ids, seed, views=1, noise=1.5):
 def test_probe_matches_scikit_learn_with_the_best_penalty(num_classes, balanced):
     ids = np.minimum(np.arange(90) % (num_classes + 2), num_classes - 1)  # the last class is the largest
     val_ids = np.arange(80) % num_classes
-    features, val_features = make_features(ids, 1, views=2), make_features(val_ids, 2)
-    probe = fit_probe(features, val_features, num_classes, balanced)
+    (x, y), (val_x, val_y) = make_features(ids, 1, views=2), make_features(val_ids, 2)
+    probe = fit_probe(x, y, val_x, val_y, num_classes, balanced)
 
-    x, val_x = torch.cat(features.views).numpy(), val_features.views[0].numpy()
     losses = {}
     for c in INVERSE_PENALTIES:
         peer = LogisticRegression(C=c, max_iter=1000, class_weight="balanced" if balanced else None)
-        pipeline = make_pipeline(StandardScaler(), peer).fit(x, np.tile(ids, 2))
+        pipeline = make_pipeline(StandardScaler(), peer).fit(x, y)
         losses[c] = log_loss(val_ids, pipeline.predict_proba(val_x))
         if c == probe.inverse_penalty:
             expected = pipeline.predict_proba(val_x)
@@ -61,13 +58,39 @@ def test_class_without_images_is_least_likely():
     """Absent from training only, or from validation too."""
     ids = np.array([0, 1, 3] * 20)
     for val_ids in (ids, np.array([0, 1, 2, 3] * 10)):
-        probe = fit_probe(make_features(ids, 1), val := make_features(val_ids, 2), num_classes=5, balanced=False)
-        logits = val.views[0] @ probe.weight.T + probe.bias
+        val_x, val_y = make_features(val_ids, 2)
+        probe = fit_probe(*make_features(ids, 1), val_x, val_y, num_classes=5, balanced=False)
+        logits = torch.from_numpy(val_x) @ probe.weight.T + probe.bias
         assert not probe.weight[[2, 4]].any()
         known = logits[:, [0, 1, 3]]
         assert (logits[:, [2, 4]] < known.median()).all()
         assert (known > logits[:, [2]]).float().mean() > 0.98
         assert probe.val_top1 > 0.5
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_refit_is_scikit_learns_regression_on_all_features(balanced):
+    ids, val_ids = np.minimum(np.arange(60) % 5, 3), np.arange(13) % 4
+    (x, y), (val_x, val_y) = make_features(ids, 1), make_features(val_ids, 2)
+    refit = refit_head(x, y, val_x, val_y, num_classes=4, balanced=balanced)
+    assert refit.inverse_penalty == fit_probe(x, y, val_x, val_y, 4, balanced).inverse_penalty
+    peer = LogisticRegression(C=refit.inverse_penalty, max_iter=1000, class_weight="balanced" if balanced else None)
+    pipeline = make_pipeline(StandardScaler(), peer).fit(np.concatenate([x, val_x]), np.concatenate([y, val_y]))
+    own = (torch.from_numpy(val_x) @ refit.weight.T + refit.bias).softmax(1)
+    np.testing.assert_allclose(own, pipeline.predict_proba(val_x), atol=2e-3)
+
+
+def test_logits_of_validation_images_come_from_heads_fitted_without_them():
+    """With random labels, the head that was fitted to all knows them; the logits don't."""
+    generator = np.random.default_rng(0)
+    x, val_x = generator.normal(size=(2, 60, 200)).astype(np.float32)
+    y, val_y = generator.integers(2, size=(2, 60))
+    refit = refit_head(x, y, val_x, val_y, num_classes=2, balanced=False)
+    seen = (torch.from_numpy(val_x) @ refit.weight.T + refit.bias).argmax(1).numpy()
+    assert (seen == val_y).mean() > 0.9
+    assert 0.3 < (refit.val_logits.argmax(1).numpy() == val_y).mean() < 0.7
+    one = refit_head(x, y, val_x[:1], val_y[:1], num_classes=2, balanced=False)
+    assert one.val_logits.shape == (1, 2)
 
 
 @pytest.mark.parametrize(("class_ids", "val_class_ids"), [([1, 1, 1], [0, 1]), ([0, 1, 1], [2, 2])])

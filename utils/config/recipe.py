@@ -41,6 +41,7 @@ class Known(NamedTuple):
         parameters: number of parameters of the network.
         on_cpu: whether the device is a CPU.
         ranks: number of processes.
+        tested: whether there is a test list.
     """
 
     class_counts: np.ndarray
@@ -50,6 +51,7 @@ class Known(NamedTuple):
     parameters: int
     on_cpu: bool
     ranks: int = 1
+    tested: bool = True
 
 
 class Choice(NamedTuple):
@@ -111,6 +113,8 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
         *_without_dropout("the weights were trained without it"),
         Choice("drop_path_rate", 0.0, "the weights were trained without it"),
     ]
+    if known.tested:
+        choices.append(Choice("refit_head", True, "the test list judges, so validation images can be trained on"))
     if known.on_cpu:
         choices.append(Choice("augmentation", "none", "the run is too short for augmentation to help"))
     if known.transformer and known.layers > 1:

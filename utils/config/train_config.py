@@ -161,6 +161,12 @@ class TrainConfig(NamesChecked):
     how much the probabilities differ from the teacher's for the same image. For small networks; each step also takes a
     forward pass of the teacher. Empty: none."""
 
+    refit_head: bool | None = setting(False, by_recipe=True)
+    """After training, fit the head by logistic regression to the features of training and validation images, unless
+    that is significantly worse (each validation image is predicted by a head fitted without it). A gain with few
+    images, for up to 5,000. Then only a test list shows how good the network is, since the validation images are
+    trained on."""
+
     # Stages
 
     freeze_train: bool | None = setting(True, by_recipe=True)

@@ -52,6 +52,8 @@ def own_images(checkpoint: Path, classifier: Classifier) -> tuple[str, ImageList
         return path, read_images(path, "", names)
     if images is None:
         path, images = list_path(config, "val"), read_run_list(checkpoint, config, names, "val")
+        if config.get("refit_head"):
+            print(f"warning: the head was fitted to the images of {path}, too: results on new images will be worse")
     if not os.path.exists(images.path(0)):
         raise FileNotFoundError(
             f"data: {images.path(0)}, the first image of the run's list, isn't in this working folder; run eval.py in "
@@ -132,6 +134,8 @@ def count_overlap(checkpoint: Path, classifier: Classifier, images: ImageList) -
         paths = [of_run.path(i) for i in range(len(of_run))] if of_run else []
         counts[key] = sum(places[place] for place in set(map(os.path.realpath, paths)))
         known = known and bool(paths) and all(map(os.path.exists, paths))
+    if classifier.config.get("refit_head"):
+        counts = {"train": sum(counts.values()), "val": 0}
     return Overlap(len(images), counts["train"], counts["val"], known)
 
 

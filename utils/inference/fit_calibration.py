@@ -1,4 +1,5 @@
-"""Calibrate the best checkpoint after training, and save the embeddings of training images."""
+"""Finish the best checkpoint after training: fit its head once more, calibrate it, and save the embeddings of training
+images."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from utils.data.image_list import ImageList, parse_list, sample_indices, select
 from utils.inference.classifier import load_classifier
 from utils.inference.outputs import Outputs, compute_outputs
 from utils.inference.rejection import Calibration, fit_calibration
+from utils.metrics.paired import is_worse
+from utils.metrics.temperature import calibrated_losses
 from utils.system.files import write_bytes
 from utils.system.runtime import runtime
 
@@ -23,6 +26,18 @@ EMBEDDINGS = "train_embeddings.safetensors"
 MAX_EMBEDDINGS, MIN_PER_CLASS = 5000, 5
 """Number of training images whose embeddings are computed: at most the first, or the second times the number of
 classes if that is more. The class means need no more."""
+
+
+class Fitted(NamedTuple):
+    """What is fitted after training.
+
+    Attributes:
+        calibration: `Calibration.as_dict()`; empty if no image can be read.
+        head: weight and bias of the new head; empty: the trained one is better, or `refit_head` is off.
+    """
+
+    calibration: dict[str, Any]
+    head: tuple[Tensor, ...] = ()
 
 
 class TrainEmbeddings(NamedTuple):
@@ -34,14 +49,11 @@ class TrainEmbeddings(NamedTuple):
 
 def calibrate_checkpoint(
     checkpoint: Path, train_images: ImageList, val_images: ImageList, config: TrainConfig
-) -> dict[str, Any]:
-    """Fit a `utils.inference.rejection.Calibration` for `checkpoint`.
+) -> Fitted:
+    """Fit a `utils.inference.rejection.Calibration` for `checkpoint`, and with `refit_head` its head.
 
     The embeddings of training images are saved beside the checkpoint. `eval.py` uses them to show the nearest training
     image of each mistake.
-
-    Returns:
-        `Calibration.as_dict()`; empty if no image can be read.
     """
     classifier = load_classifier(checkpoint, config.device)
     max_embeddings = max(MAX_EMBEDDINGS, MIN_PER_CLASS * len(classifier.class_names))
@@ -49,19 +61,45 @@ def calibrate_checkpoint(
     options = {"num_workers": config.num_workers, "skip_unreadable": True}
     train = compute_outputs(classifier, sample, title="embedding", keep_logits=False, **options)
     val = compute_outputs(classifier, val_images, title="calibrating", **options)
-    return runtime.first(lambda: _fit(checkpoint, sample, train, val))
+    refit = config.refit_head and len(sample) == len(train_images)
+    if config.refit_head and not refit:
+        print(f"refit_head: not done, since there are more than {max_embeddings} training images")
+    balanced = "balanced" in (config.sampler, config.class_weights)
+    return runtime.first(lambda: _fit(checkpoint, sample, train, val, refit, balanced))
 
 
-def _fit(checkpoint: Path, sample: ImageList, train: Outputs, val: Outputs) -> dict[str, Any]:
-    """Fit the calibration to outputs for training and validation images, and save the embeddings of the former."""
+def _fit(checkpoint: Path, sample: ImageList, train: Outputs, val: Outputs, refit: bool, balanced: bool) -> Fitted:
+    """Fit head and calibration to outputs for training and validation images, and save the embeddings of the former."""
     if not len(val.indices) or not len(train.indices):
         print("warning: not calibrated, since no image could be read; the network's own probabilities are used")
-        return {}
-    calibration = fit_calibration(val.logits, val.embeddings, val.class_ids, train.embeddings, train.class_ids)
+        return Fitted({})
+    logits, head = _refit(train, val, balanced) if refit and len(train.class_ids.unique()) > 1 else (val.logits, ())
+    calibration = fit_calibration(logits, val.embeddings, val.class_ids, train.embeddings, train.class_ids)
     train_images = select(sample, train.indices.numpy())
     write_embeddings(checkpoint, TrainEmbeddings(train_images, train.embeddings), calibration)
     print(f"calibrated on {len(val.indices)} validation images: temperature {calibration.temperature:.2f}")
-    return calibration.as_dict()
+    return Fitted(calibration.as_dict(), head)
+
+
+def _refit(train: Outputs, val: Outputs, balanced: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The logits of the validation images by the head to use, and its weight and bias; those of the trained head, and
+    (), if the new one is significantly worse."""
+    from utils.training.linear_probe import refit_head  # imports scikit-learn
+
+    arrays = (x.numpy() for x in (train.embeddings, train.class_ids, val.embeddings, val.class_ids))
+    refit = refit_head(*arrays, val.logits.shape[1], balanced)
+    (old, old_correct), (new, new_correct) = (
+        (calibrated_losses(logits, val.class_ids).numpy(), (logits.argmax(dim=1) == val.class_ids).numpy())
+        for logits in (val.logits, refit.val_logits)
+    )
+    worse = is_worse(new, new_correct, old, old_correct)
+    used = "the trained head is used, since the new one is worse" if worse else "the new head is used"
+    print(
+        f"refit_head: logistic regression on {len(train.indices)} training and {len(val.indices)} validation images, "
+        f"C={refit.inverse_penalty:.1g}: calibrated validation loss {old.mean():.3f} -> {new.mean():.3f}, top-1 "
+        f"{old_correct.mean():.1%} -> {new_correct.mean():.1%}, of each image without itself; {used}"
+    )
+    return (val.logits, ()) if worse else (refit.val_logits, (refit.weight, refit.bias))
 
 
 def write_embeddings(checkpoint: Path, train: TrainEmbeddings, calibration: Calibration) -> None:

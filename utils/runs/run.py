@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nets.network import FreezableNetwork
@@ -24,6 +26,7 @@ from utils.runs.checkpoint import (
     SUFFIX,
     SaveError,
     amend_checkpoint,
+    load_checkpoint,
     prune_periodic,
     prune_pieces,
     read_progress,
@@ -257,21 +260,30 @@ class Run:
         # The best one first, so that it exists if the run is killed and resumed from one of the others.
         self._write(content, *([BEST] if is_best else []), *names, LAST)
 
-    def finish(self, calibration: dict[str, Any]) -> None:
-        """Mark the run as finished. `calibration` is stored in the best checkpoint, and in the last one if it is of the
-        same step; the best one is stripped of the training state, two thirds of its size."""
+    def finish(self, fit: Callable[[], tuple[dict[str, Any], Sequence[Tensor]]]) -> None:
+        """Mark the run as finished.
+
+        The best checkpoint gets the calibration and, if there is one, the head (weight, bias) that `fit` returns, and
+        is stripped of the training state, two thirds of its size. The last one gets the calibration if it is the same
+        network. If a process was killed in between, `fit`, which needs the trained head, isn't called again.
+        """
+        best, last = self.folder / BEST, self.folder / LAST
+        fitted = None if runtime.first(lambda: read_progress(best).finished) else fit()
         with defer_signals():
-            runtime.first(lambda: self._mark_finished(calibration))
+            runtime.first(lambda: self._mark_finished(best, last, fitted))
             self.finished = True
 
-    def _mark_finished(self, calibration: dict[str, Any]) -> None:
-        best, last = self.folder / BEST, self.folder / LAST
-        same_state = read_progress(best).step == read_progress(last).step
-        fitted = {"calibration": calibration}
-        of_best = fitted | {"finished": True, "optimizer": {}, "weights_in_training": {}}
-        of_last = (fitted if same_state else {}) | {"finished": True}
-        amend_checkpoint(best, of_best, whole=True)
-        amend_checkpoint(last, of_last)
+    def _mark_finished(self, best: Path, last: Path, fitted: tuple[dict[str, Any], Sequence[Tensor]] | None) -> None:
+        if fitted:
+            calibration, head = fitted
+            changes = {"calibration": calibration, "finished": True, "optimizer": {}, "weights_in_training": {}}
+            if head:
+                weights = load_checkpoint(best)["weights"]
+                changes["weights"] = weights | dict(zip(("head.weight", "head.bias"), head, strict=True))
+            amend_checkpoint(best, changes, whole=True)
+        same_network = read_progress(best).step == read_progress(last).step and not self.config.refit_head
+        calibration = load_checkpoint(best, training_state=False)["calibration"] if same_network else {}
+        amend_checkpoint(last, {"calibration": calibration, "finished": True})
         prune_pieces(self.folder)
 
     @contextmanager

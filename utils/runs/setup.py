@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def prepare(
     if add_images:
         data = add_images(placed, data)
     network.head = nn.Linear(network.head.in_features, len(data.class_names), device="meta")
-    choices = runtime.first(lambda: _choose(asked, data, network, device)) if asked.recipe == "auto" else []
+    choices = runtime.first(lambda: _choose(asked, placed, data, network, device)) if asked.recipe == "auto" else []
     config = placed.with_defaults(**{c.field: c.value for c in choices if getattr(asked, c.field) is None})
     check_network(network, config)
     if project != asked.data:
@@ -82,7 +83,9 @@ def prepare(
     return Setup(asked, config, choices, data, network, stages, device, *precision)
 
 
-def _choose(asked: TrainConfig, data: Data, network: FreezableNetwork, device: torch.device) -> list[Choice]:
+def _choose(
+    asked: TrainConfig, placed: TrainConfig, data: Data, network: FreezableNetwork, device: torch.device
+) -> list[Choice]:
     """The choices of the recipe; for a resumed run, those from its start."""
     if (earlier := earlier_choices(asked, data.class_names)) is not None:
         return [Choice(field, value, "as chosen when the run started") for field, value in earlier.items()]
@@ -94,6 +97,7 @@ def _choose(asked: TrainConfig, data: Data, network: FreezableNetwork, device: t
         parameters=count_parameters(network) - count_parameters(network.head),
         on_cpu=device.type == "cpu",
         ranks=runtime.world_size,
+        tested=Path(placed.test_annotation_path).is_file(),
     )
     return choose(asked, known)
 

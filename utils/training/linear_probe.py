@@ -22,6 +22,10 @@ INVERSE_PENALTIES = 10.0 ** np.arange(-5, 1.5, 0.5)
 """Values of C to choose from, scikit-learn's inverse strength of the penalty."""
 
 
+FOLDS = 5
+"""Into which validation images are divided to predict each without itself."""
+
+
 class Probe(NamedTuple):
     """A fitted head.
 
@@ -59,7 +63,8 @@ def init_head(
     val_features = cache.open(val_set, config.val_annotation_path, 1)
     model.unfreeze_backbone()
     balanced = "balanced" in (config.sampler, config.class_weights)
-    probe = runtime.first(lambda: fit_probe(features, val_features, model.head.out_features, balanced))
+    arrays = (*_arrays(features), *_arrays(val_features))
+    probe = runtime.first(lambda: fit_probe(*arrays, model.head.out_features, balanced))
     with torch.no_grad():
         model.head.weight.copy_(probe.weight)
         model.head.bias.copy_(probe.bias)
@@ -69,24 +74,26 @@ def init_head(
     )
 
 
-def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classes: int, balanced: bool) -> Probe:
-    """Fit logistic regressions to `features`, (C,) each, and return the one with the lowest loss on `val_features`.
+def fit_probe(
+    x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray, num_classes: int, balanced: bool
+) -> Probe:
+    """Fit logistic regressions to features `x` and return the one with the lowest loss on `val_x`.
 
     Features are standardized for the fit, since the penalty depends on their scale; the result is for unscaled ones.
     The logit of a class without training images is the lowest that any class has for a training image.
 
     Args:
-        features: training features, with any number of views.
-        val_features: validation features; classes that aren't in `features` are excluded from the loss.
+        x: training features, (n, C).
+        y: their class ids, (n,).
+        val_x: validation features, (m, C).
+        val_y: their class ids, (m,); classes that aren't in `y` are excluded from the loss.
         num_classes: outputs of the head.
         balanced: weight classes equally.
     """
-    x, y = _arrays(features)
-    val_x, val_y = _arrays(val_features)
     scaler = StandardScaler().fit(x)
     x, val_x = scaler.transform(x), scaler.transform(val_x)
     known = np.isin(val_y, y)
-    regression = LogisticRegression(max_iter=1000, warm_start=True, class_weight="balanced" if balanced else None)
+    regression = make_regression(balanced)
     best = None
     for inverse_penalty in tqdm(INVERSE_PENALTIES, desc="probe", unit="fit", leave=False, disable=None):
         regression.set_params(C=inverse_penalty).fit(x, y)
@@ -96,6 +103,49 @@ def fit_probe(features: FeatureDataset, val_features: FeatureDataset, num_classe
             top1 = float((regression.predict(val_x) == val_y).mean())
             best = Probe(weight, bias, float(inverse_penalty), float(loss), top1)
     return best
+
+
+class Refit(NamedTuple):
+    """A head fitted once more.
+
+    Attributes:
+        weight: (classes, C).
+        bias: (classes,).
+        val_logits: (m, classes), of each validation image by a head that was fitted without it.
+        inverse_penalty: the best of `INVERSE_PENALTIES`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    val_logits: Tensor
+    inverse_penalty: float
+
+
+def refit_head(
+    x: np.ndarray, y: np.ndarray, val_x: np.ndarray, val_y: np.ndarray, num_classes: int, balanced: bool
+) -> Refit:
+    """Fit a logistic regression to training and validation features together, with the penalty that `fit_probe` chooses
+    on the latter; for the arguments see there."""
+    penalty = fit_probe(x, y, val_x, val_y, num_classes, balanced).inverse_penalty
+
+    def fit(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        all_x, all_y = np.concatenate([x, val_x[rows]]), np.concatenate([y, val_y[rows]])
+        scaler = StandardScaler().fit(all_x)
+        scaled = scaler.transform(all_x)
+        regression = make_regression(balanced).set_params(C=penalty).fit(scaled, all_y)
+        return _unscale(regression, scaler, scaled, num_classes)
+
+    val_logits = torch.empty(len(val_x), num_classes)
+    order = np.random.default_rng(0).permutation(len(val_x))
+    for fold in np.array_split(order, min(FOLDS, len(val_x))):
+        weight, bias = fit(np.setdiff1d(order, fold))
+        val_logits[fold] = torch.from_numpy(val_x[fold]) @ weight.T + bias
+    return Refit(*fit(order), val_logits, penalty)
+
+
+def make_regression(balanced: bool) -> LogisticRegression:
+    """An unfitted logistic regression; `balanced`: weight classes equally."""
+    return LogisticRegression(max_iter=1000, warm_start=True, class_weight="balanced" if balanced else None)
 
 
 def _arrays(dataset: FeatureDataset) -> tuple[np.ndarray, np.ndarray]:
