@@ -19,8 +19,8 @@ IMAGES_FROM_SCRATCH = 600_000
 SMALL_BATCH_UP_TO = 5_000
 """Training images below which batches are small, for more steps."""
 
-MIN_STEPS = 100
-"""Steps of fine-tuning at least: with fewer, the network stays close to where it began."""
+MIN_SAMPLES = 1_600
+"""Training samples of fine-tuning at least, over all epochs: with fewer, the network stays close to where it began."""
 
 DROP_PATH_RATES = ((15, 0.0), (50, 0.05), (200, 0.2), (450, 0.45))
 """Stochastic depth from scratch, by a transformer's size in million parameters; 0.6 for larger ones. The rates of
@@ -76,7 +76,7 @@ def choose(config: TrainConfig, known: Known) -> list[Choice]:
     choices = [*_for_all(config, known), *by_start(config, known)]
     chosen = {choice.field: choice.value for choice in choices}
     if known.pretrained:
-        choices += _more_steps(config, chosen, int(known.class_counts.sum()))
+        choices += _more_samples(config, chosen, int(known.class_counts.sum()))
     if config.freeze_train and not config.stages:
         epochs = config.unfreeze_epoch or chosen["unfreeze_epoch"]
         choices.append(Choice("freeze_epoch", max(1, epochs // 5), f"a fifth of the {epochs} epochs"))
@@ -125,12 +125,11 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
     return choices
 
 
-def _more_steps(config: TrainConfig, chosen: Mapping[str, Any], images: int) -> list[Choice]:
-    """Several passes over a short list in each epoch, so that the run has `MIN_STEPS` steps."""
+def _more_samples(config: TrainConfig, chosen: Mapping[str, Any], images: int) -> list[Choice]:
+    """Several passes over a short list in each epoch, so that the run has `MIN_SAMPLES`."""
     epochs = config.unfreeze_epoch or chosen["unfreeze_epoch"]
-    batch_size = min(images, config.unfreeze_batch_size or chosen["unfreeze_batch_size"])
-    repeats = math.ceil(MIN_STEPS * batch_size / (epochs * images))
-    reason = f"{epochs * images // batch_size} steps of {batch_size} images would be few"
+    repeats = math.ceil(MIN_SAMPLES / (epochs * images))
+    reason = f"{epochs * images} samples in {epochs} epochs would be few"
     return [Choice("epoch_repeats", repeats, reason)] if repeats > 1 else []
 
 
