@@ -87,7 +87,8 @@ def main(
         max_error: with reject_below=auto, the error rate allowed among the accepted predictions.
         coverage: print, instead of top_k classes, as many as contain the true one with this probability, such as 0.9,
             by the validation images.
-        tta: average over test-time augmentation views: five to ten times as slow, sometimes slightly more accurate.
+        tta: average the logits over test-time augmentation views: five to ten times as slow, often more accurate. The
+            probabilities have a temperature of their own.
         raw: ignore the temperature that was fitted after training.
         out: file for the results instead of the standard output; it appears when all are there.
         part: only classify one part of the images, such as 3/16, and write the results to a file beside out; then the
@@ -104,6 +105,8 @@ def main(
     runtime.first(lambda: check_source(paths, in_parts=bool(part or merge)))
     model_file = runtime.first(lambda: choose_file(model_path, device, raw, tta, explain, reject_below))
     model, sha256 = open_model(model_file, device, raw, with_digest=bool(part or merge))
+    if tta:
+        runtime.first(lambda: report_tta(model))
     rejection = runtime.first(lambda: choose_rejection(model, reject_below, max_error, tta))
     threshold = runtime.first(lambda: choose_threshold(model, coverage, tta, csv_lines, bool(part or merge)))
     save = save or (EXPLAINED if explain else "")
@@ -266,6 +269,16 @@ def find_model(model_path: str) -> Path:
         return BUNDLED_WEIGHTS
 
 
+def report_tta(model: Predictor) -> None:
+    """Print a note if the probabilities with TTA aren't calibrated, although they could be."""
+    if not model.raw and (model.calibration is None or model.calibration.tta_temperature is None):
+        print(
+            "note: the probabilities with --tta are not calibrated: only the best checkpoint of a run finished by this "
+            "version is",
+            file=sys.stderr,
+        )
+
+
 def choose_rejection(model: Predictor, reject_below: str, max_error: float, tta: bool) -> Rejection | None:
     """Choose which predictions to reject, and print the effect on the validation images; None: reject none."""
     if not reject_below:
@@ -286,7 +299,7 @@ def choose_rejection(model: Predictor, reject_below: str, max_error: float, tta:
     if model.can_reject:
         cost = rejection.format_cost(model.calibration)
         message += f", or farther than {rejection.max_distance:.0f}° from all classes: {cost}"
-        message += "; with --tta probabilities are lower, so fewer are accepted" if tta else ""
+        message += "; the threshold and these figures are without --tta" if tta else ""
     else:
         needed = "remove --raw" if model.raw else "this needs a calibrated checkpoint"
         message += f"; images unlike all classes are not detected: {needed}"

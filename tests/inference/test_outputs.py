@@ -6,6 +6,7 @@ from tests.conftest import write_image
 from utils.data.image_list import list_in_memory
 from utils.inference.classifier import load_classifier
 from utils.inference.outputs import compute_outputs
+from utils.inference.predictor import read_region
 
 
 def test_unreadable_images_are_skipped_in_every_batch(trained, tmp_path):
@@ -26,3 +27,20 @@ def test_unreadable_images_are_skipped_in_every_batch(trained, tmp_path):
         torch.testing.assert_close(outputs.brightness, expected.brightness[readable])
         logits = expected.logits[readable] if keep_logits else torch.zeros(5, 0)
         torch.testing.assert_close(outputs.logits, logits, atol=1e-5, rtol=1e-4)
+
+
+def test_tta_outputs_are_means_over_views_and_skip_unreadable_images(trained, tmp_path):
+    paths = [write_image(tmp_path / f"{i}.png", 40 * i, seed=i) for i in range(5)]
+    classifier = load_classifier("", "cpu")
+    images = list_in_memory((i % 2, str(path)) for i, path in enumerate(paths))
+    views = classifier.tta_views
+    logits, embeddings = [], []
+    for path in paths:
+        pixels = views.resize(read_region(path, classifier.preprocessing, views))
+        logits.append(classifier.forward(pixels)[1].mean(dim=0))
+        embeddings.append(classifier.forward(classifier.load(path)[None])[0][0])
+    paths[1].write_text("no image")
+    outputs = compute_outputs(classifier, images, num_workers=0, batch_size=2, skip_unreadable=True, tta=True)
+    assert outputs.indices.tolist() == [0, 2, 3, 4]
+    torch.testing.assert_close(outputs.logits, torch.stack(logits)[outputs.indices], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(outputs.embeddings, torch.stack(embeddings)[outputs.indices], atol=1e-5, rtol=1e-4)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,14 +117,34 @@ def test_predict_raises_and_stream_yields_a_failure_for_an_unreadable_file(class
     assert isinstance(second, Failure) and second.path.endswith("broken.jpg")
 
 
-def test_tta_averages_probabilities(classifier):
+@pytest.mark.parametrize("raw", [False, True])
+def test_tta_averages_logits_at_a_temperature_of_its_own(trained, raw):
+    classifier = load_classifier("", "cpu", raw)
+    classifier = replace(classifier, calibration=replace(classifier.calibration, tta_temperature=3.0))
     (prediction,) = classifier.predict(LIGHT, tta=True)
     views = TTAViews(classifier.preprocessing, mirror=True)
     pixels = views.resize(read_region(LIGHT, classifier.preprocessing, views))
-    expected = classifier.probabilities(pixels).mean(dim=0)
+    logits = torch.stack([classifier.forward(view[None])[1][0] for view in pixels])
+    expected = (logits.mean(dim=0) / (1 if raw else 3)).softmax(dim=0)
     assert dict(prediction.classes) == pytest.approx(
         dict(zip(["dark", "light"], expected.tolist(), strict=True)), abs=1e-6
     )
+
+
+def test_a_checkpoint_without_a_temperature_for_tta_opens_with_a_note(trained, tmp_path, capsys):
+    note = "note: the probabilities with --tta are not calibrated"
+    predict.main((DARK,), tta=True)
+    assert note not in capsys.readouterr().err
+    content = load_checkpoint(find_checkpoint(""))
+    del content["calibration"]["tta_temperature"]
+    save_checkpoint(tmp_path / "earlier.safetensors", content)
+    predict.main((str(tmp_path / "earlier.safetensors"), DARK), tta=True)
+    assert note in capsys.readouterr().err
+    for flags in ({"tta": True, "raw": True}, {}):
+        predict.main((str(tmp_path / "earlier.safetensors"), DARK), **flags)
+        assert note not in capsys.readouterr().err
+    earlier = load_classifier(tmp_path / "earlier.safetensors", "cpu")
+    assert earlier.tta_temperature == earlier.temperature == load_classifier("", "cpu").temperature
 
 
 def test_rejected_predictions_have_a_reason(classifier):
@@ -330,7 +351,7 @@ def test_rejection_auto_prints_its_cost(trained, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "of 4 validation images" in message and "° from all classes" in message
     predict.main((DARK,), reject_below="auto", tta=True)
-    assert "with --tta probabilities are lower" in capsys.readouterr().err
+    assert "the threshold and these figures are without --tta" in capsys.readouterr().err
     write_image(tmp_path / "black.png", 0)
     for rejected, raw in ((True, False), (False, True)):
         predict.main((str(tmp_path / "black.png"),), reject_below="0.1", raw=raw)

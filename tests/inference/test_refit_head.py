@@ -19,7 +19,6 @@ from utils.inference.outputs import compute_outputs
 from utils.runs import run as run_module
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 from utils.training import linear_probe
-from utils.training.linear_probe import Refit
 
 REFIT = TINY | {"refit_head": True, "unfreeze_epoch": 2, "precision": "fp32", "recipe": "none"}
 
@@ -46,9 +45,11 @@ def test_the_head_is_a_regression_on_training_and_validation_images(two_classes,
 
 
 def test_a_worse_head_is_not_used(two_classes, here, monkeypatch, capsys):
-    def wrong(x, y, val_x, val_y, num_classes, balanced):
-        logits = torch.nn.functional.one_hot(torch.from_numpy(1 - val_y), 2) * 9.0
-        return Refit(torch.zeros(2, x.shape[1]), torch.zeros(2), logits, 1.0)
+    def wrong(*arrays):
+        refit = refit_head(*arrays)
+        return refit._replace(weight=0 * refit.weight, others=[(-weight, -bias) for weight, bias in refit.others])
+
+    refit_head = linear_probe.refit_head
 
     alone = trained_run(refit_head=False, unfreeze_epoch=4)
     monkeypatch.setattr(linear_probe, "refit_head", wrong)

@@ -20,8 +20,9 @@ from utils.annotation.demo_digits import write_demo
 from utils.data.image_list import list_in_memory, read_list, sample_indices, select
 from utils.inference.classifier import load_classifier
 from utils.inference.fit_calibration import EMBEDDINGS, calibrate_checkpoint, read_embeddings
-from utils.inference.outputs import compute_outputs
+from utils.inference.outputs import Outputs, compute_outputs
 from utils.inference.rejection import DISTANCE_QUANTILE, Calibration, fit_calibration
+from utils.metrics.scores import Scores, expected_calibration_error
 from utils.metrics.temperature import calibrated_losses, fit_temperature
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 
@@ -141,6 +142,8 @@ def test_from_dict_restores_a_calibration_and_refuses_invalid_ones():
     assert again.temperature == calibration.temperature
     assert torch.equal(again.distances(torch.ones(2, 6)), calibration.distances(torch.ones(2, 6)))
     assert Calibration.from_dict({}) is None
+    assert again.tta_temperature is None  # of an earlier version
+    assert Calibration.from_dict(calibration.as_dict() | {"tta_temperature": 2.0}).tta_temperature == 2
     for wrong in (
         {"temperature": 0.0},
         {"temperature": math.nan},
@@ -155,9 +158,45 @@ def test_from_dict_restores_a_calibration_and_refuses_invalid_ones():
         {"correct": torch.zeros(60)},
         {"distance": torch.zeros(60, dtype=torch.int64)},
         {"temperature": 1e-310},
+        {"tta_temperature": 0.0},
+        {"tta_temperature": math.nan},
+        {"tta_temperature": torch.ones(1)},
     ):
         with pytest.raises(TypeError, match="calibration"):
             Calibration.from_dict(calibration.as_dict() | wrong)
+
+
+def test_with_a_temperature_of_its_own_tta_is_calibrated_on_held_out_images(trained, tmp_path, monkeypatch):
+    """Views are independent noise around logits that are calibrated when averaged; the center alone is overconfident,
+    so its temperature is far too high for the average."""
+    generator = torch.Generator().manual_seed(0)
+    n, num_views = 1000, 10
+    averaged = 2 * torch.randn(2 * n, 4, generator=generator)
+    class_ids = averaged.softmax(1).multinomial(1, generator=generator)[:, 0]
+    center = averaged + 3 * torch.randn(2 * n, 4, generator=generator) * (1 - 1 / num_views) ** 0.5
+    embeddings = torch.randn(n, 6, generator=generator)
+
+    def outputs(logits: torch.Tensor) -> Outputs:
+        return Outputs(logits[:n], embeddings, class_ids[:n], torch.zeros(n), torch.arange(n))
+
+    computed = iter([outputs(center), outputs(center), outputs(averaged)])  # of training, validation, and with TTA
+    monkeypatch.setattr("utils.inference.fit_calibration.compute_outputs", lambda *_, **__: next(computed))
+    shutil.copy(next(trained.glob(f"logs/*/{BEST}")), tmp_path / BEST)
+    images = list_in_memory((int(k), "-") for k in class_ids[:n])
+    fitted = Calibration.from_dict(calibrate_checkpoint(tmp_path / BEST, images, images, settings(**TINY)))
+    own, single = (
+        Scores.from_logits(averaged[n:], class_ids[n:], temperature)
+        for temperature in (fitted.tta_temperature, fitted.temperature)
+    )
+    assert fitted.tta_temperature == pytest.approx(1, abs=0.15) and fitted.temperature > 1.5
+    assert own.losses.mean() < single.losses.mean() - 0.02
+    assert expected_calibration_error(own) < 0.05 < expected_calibration_error(single)
+
+
+def test_with_one_view_tta_has_the_temperature_of_the_image(two_classes):
+    train.main(settings(**TINY | {"letterbox_image": True, "horizontal_flip": 0.0}))
+    calibration = load_classifier("", "cpu").calibration
+    assert calibration.tta_temperature == pytest.approx(calibration.temperature, rel=1e-4)
 
 
 def test_a_finished_run_is_calibrated(trained):
@@ -170,6 +209,8 @@ def test_a_finished_run_is_calibrated(trained):
     outputs = compute_outputs(classifier, images, num_workers=0)
     calibration = classifier.calibration
     assert calibration.temperature == pytest.approx(fit_temperature(outputs.logits, outputs.class_ids), rel=1e-4)
+    tta = compute_outputs(classifier, images, num_workers=0, tta=True)
+    assert calibration.tta_temperature == pytest.approx(fit_temperature(tta.logits, tta.class_ids), rel=1e-4)
     torch.testing.assert_close(calibration.distance, calibration.distances(outputs.embeddings), rtol=1e-3, atol=1e-3)
     raw = load_classifier(run, "cpu", raw=True)
     pixels = raw.load(images.path(0))[None]

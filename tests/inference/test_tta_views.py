@@ -48,6 +48,13 @@ def test_a_letterboxed_image_has_one_view():
     assert torch.equal(views[0], EvalTransform(preprocessing(letterbox_image=True))(Image.fromarray(PIXELS)))
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("letterbox", [False, True])
+def test_the_shape_is_that_of_the_result(mirror, letterbox):
+    views = TTAViews(preprocessing(letterbox_image=letterbox), mirror)
+    assert views.shape == views.resize(REGION).shape
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 200), (200, 3)])
 def test_views_of_tiny_and_elongated_images(size):
     region = Region(np.zeros((*size, 3), np.uint8), (0, 0, size[1], size[0]))

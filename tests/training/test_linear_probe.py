@@ -88,9 +88,12 @@ def test_logits_of_validation_images_come_from_heads_fitted_without_them():
     refit = refit_head(x, y, val_x, val_y, num_classes=2, balanced=False)
     seen = (torch.from_numpy(val_x) @ refit.weight.T + refit.bias).argmax(1).numpy()
     assert (seen == val_y).mean() > 0.9
-    assert 0.3 < (refit.val_logits.argmax(1).numpy() == val_y).mean() < 0.7
+    logits = refit.predict(torch.from_numpy(val_x), torch.arange(60))
+    assert 0.3 < (logits.argmax(1).numpy() == val_y).mean() < 0.7
+    some = torch.tensor([7, 3, 40])
+    torch.testing.assert_close(refit.predict(torch.from_numpy(val_x)[some], some), logits[some])
     one = refit_head(x, y, val_x[:1], val_y[:1], num_classes=2, balanced=False)
-    assert one.val_logits.shape == (1, 2)
+    assert one.predict(torch.from_numpy(val_x[:1]), torch.tensor([0])).shape == (1, 2)
 
 
 @pytest.mark.parametrize(("class_ids", "val_class_ids"), [([1, 1, 1], [0, 1]), ([0, 1, 1], [2, 2])])

@@ -145,8 +145,8 @@ class ImageDataset(Dataset):
     def collate(items: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         """Stack items into a batch in channels-last memory format, the format of the images: a plain copy."""
         pixels, class_ids = zip(*items, strict=True)
-        stacked = torch.stack([image.permute(1, 2, 0) for image in pixels])  # (B, height, width, 3)
-        return stacked.permute(0, 3, 1, 2), torch.tensor(class_ids)
+        stacked = torch.stack([image.movedim(-3, -1) for image in pixels])  # (B, ..., height, width, 3)
+        return stacked.movedim(-1, -3), torch.tensor(class_ids)
 
     def newly_unreadable(self) -> list[str]:
         """Return the paths of unreadable images that earlier calls didn't return."""

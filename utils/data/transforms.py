@@ -42,6 +42,11 @@ class Transform(ABC):
 
     size: tuple[int, int]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the result."""
+        return 3, *self.size
+
     @abstractmethod
     def choose_box(self, width: int, height: int) -> Box:
         """Return the crop box for an upright image of this size."""

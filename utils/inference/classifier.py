@@ -72,6 +72,17 @@ class Classifier:
         return self.calibration is not None and not self.raw
 
     @property
+    def tta_views(self) -> TTAViews:
+        """An image to uint8 (views, 3, height, width), mirrored too if training mirrored images."""
+        return TTAViews(self.preprocessing, mirror=self.config.get("horizontal_flip", 0) > 0)
+
+    @property
+    def tta_temperature(self) -> float:
+        """What logits averaged over TTA views are divided by: `temperature` if none was fitted for TTA."""
+        fitted = self.calibration.tta_temperature if self.can_reject else None
+        return self.temperature if fitted is None else fitted
+
+    @property
     def non_finite_message(self) -> str:
         """The error message for logits that aren't finite."""
         return (
@@ -98,6 +109,16 @@ class Classifier:
             embeddings = model.forward_embedding(self.network.normalize(pixels.to(self.device, non_blocking=True)))
             logits = model.head(embeddings)
         return embeddings.float().cpu(), logits.float().cpu()
+
+    def forward_views(self, views: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, views, C), and logits (B, classes) averaged over the views, of uint8 images (B, views, 3,
+        height, width).
+
+        Averaged logits have a lower log-loss than averaged probabilities, see docs/benchmarks.md.
+        """
+        outputs = [self.forward(pixels) for pixels in views.flatten(0, 1).split(MAX_VIEWS)]
+        embeddings, logits = (torch.cat(rows).unflatten(0, views.shape[:2]) for rows in zip(*outputs, strict=True))
+        return embeddings, logits.mean(dim=1)
 
     def probabilities(self, pixels: Tensor) -> Tensor:
         """Probabilities (B, classes), fp32 on the CPU, of uint8 images (B, 3, height, width)."""
@@ -147,27 +168,25 @@ class Classifier:
     ) -> Iterator[Prediction | Failure]:
         """Yield a result for each image, see `Predictor.stream`."""
         check_stream_arguments(top_k, batch_size)
-        flips = self.config.get("horizontal_flip", 0) > 0
-        transform = TTAViews(self.preprocessing, flips) if tta else self.transform
+        transform = self.tta_views if tta else self.transform
 
         def load(image: ImageInput) -> Tensor:
             views = transform.resize(read_region(image, self.preprocessing, transform))
             return views.reshape(-1, *views.shape[-3:])  # (views, 3, height, width)
 
-        predict = partial(self._predict_batch, top_k=top_k, rejection=rejection)
+        temperature = self.tta_temperature if tta else self.temperature
+        predict = partial(self._predict_batch, top_k=top_k, rejection=rejection, temperature=temperature)
         return stream_predictions(images, load, predict, batch_size, 2 * batch_size if batch_size > 1 else 1)
 
     def _predict_batch(
-        self, batch: list[tuple[str, Tensor]], top_k: int, rejection: Rejection | None
+        self, batch: list[tuple[str, Tensor]], top_k: int, rejection: Rejection | None, temperature: float
     ) -> Iterator[Prediction | Failure]:
         """Yield a result for each pair of a path and views (views, 3, height, width)."""
         paths, images = zip(*batch, strict=True)
-        num_views = len(images[0])
-        outputs = [self.forward(views) for views in torch.cat(images).split(MAX_VIEWS)]
-        embeddings, logits = (torch.cat(tensors) for tensors in zip(*outputs, strict=True))
-        probabilities = (logits / self.temperature).softmax(dim=1).unflatten(0, (-1, num_views)).mean(dim=1)
+        embeddings, logits = self.forward_views(torch.stack(images))
+        probabilities = (logits / temperature).softmax(dim=1)
         if rejection and self.calibration:
-            distances = self.calibration.distances(embeddings[::num_views])  # of the first view, as in evaluation
+            distances = self.calibration.distances(embeddings[:, 0])  # of the first view, as in evaluation
         else:
             distances = torch.zeros(len(batch))
         top = probabilities.topk(min(top_k, len(self.class_names)))

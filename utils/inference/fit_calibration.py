@@ -4,8 +4,9 @@ images."""
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -14,18 +15,24 @@ from torch import Tensor
 
 from utils.config.train_config import TrainConfig
 from utils.data.image_list import ImageList, parse_list, sample_indices, select
-from utils.inference.classifier import load_classifier
+from utils.inference.classifier import MAX_VIEWS, load_classifier
 from utils.inference.outputs import Outputs, compute_outputs
 from utils.inference.rejection import Calibration, fit_calibration
 from utils.metrics.paired import is_worse
-from utils.metrics.temperature import calibrated_losses
+from utils.metrics.temperature import calibrated_losses, fit_temperature
 from utils.system.files import write_bytes
 from utils.system.runtime import runtime
+
+if TYPE_CHECKING:
+    from utils.training.linear_probe import Refit
 
 EMBEDDINGS = "train_embeddings.safetensors"
 MAX_EMBEDDINGS, MIN_PER_CLASS = 5000, 5
 """Number of training images whose embeddings are computed: at most the first, or the second times the number of
 classes if that is more. The class means need no more."""
+
+MAX_TTA_IMAGES = 200
+"""Validation images, at most, to which the temperature for TTA is fitted: each takes five or ten forward passes."""
 
 
 class Fitted(NamedTuple):
@@ -61,36 +68,54 @@ def calibrate_checkpoint(
     options = {"num_workers": config.num_workers, "skip_unreadable": True}
     train = compute_outputs(classifier, sample, title="embedding", keep_logits=False, **options)
     val = compute_outputs(classifier, val_images, title="calibrating", **options)
+    rows = sample_indices(val_images, MAX_TTA_IMAGES, config.seed)
+    batch_size = max(1, MAX_VIEWS // classifier.tta_views.shape[0])
+    tta_images = select(val_images, rows)
+    tta = compute_outputs(classifier, tta_images, batch_size=batch_size, title="calibrating TTA", tta=True, **options)
     refit = config.refit_head and len(sample) == len(train_images)
     if config.refit_head and not refit:
         print(f"refit_head: not done, since there are more than {max_embeddings} training images")
     balanced = "balanced" in (config.sampler, config.class_weights)
-    return runtime.first(lambda: _fit(checkpoint, sample, train, val, refit, balanced))
+    return runtime.first(
+        lambda: _fit(
+            checkpoint, sample, train, val, tta._replace(indices=torch.from_numpy(rows)[tta.indices]), refit, balanced
+        )
+    )
 
 
-def _fit(checkpoint: Path, sample: ImageList, train: Outputs, val: Outputs, refit: bool, balanced: bool) -> Fitted:
-    """Fit head and calibration to outputs for training and validation images, and save the embeddings of the former."""
+def _fit(
+    checkpoint: Path, sample: ImageList, train: Outputs, val: Outputs, tta: Outputs, refit: bool, balanced: bool
+) -> Fitted:
+    """Fit head and calibration to outputs for training and validation images, and for some of the latter with TTA, and
+    save the embeddings of training images. All indices are of the training or validation list."""
     if not len(val.indices) or not len(train.indices):
         print("warning: not calibrated, since no image could be read; the network's own probabilities are used")
         return Fitted({})
-    logits, head = _refit(train, val, balanced) if refit and len(train.class_ids.unique()) > 1 else (val.logits, ())
-    calibration = fit_calibration(logits, val.embeddings, val.class_ids, train.embeddings, train.class_ids)
+    head = _refit(train, val, balanced) if refit and len(train.class_ids.unique()) > 1 else None
+    if head:
+        val = val._replace(logits=head.predict(val.embeddings, torch.arange(len(val.embeddings))))
+        both = torch.isin(tta.indices, val.indices)
+        tta = Outputs(*(values[both] for values in tta))
+        tta = tta._replace(logits=head.predict(tta.embeddings, torch.searchsorted(val.indices, tta.indices)))
+    calibration = fit_calibration(val.logits, val.embeddings, val.class_ids, train.embeddings, train.class_ids)
+    if len(tta.indices):
+        calibration = replace(calibration, tta_temperature=fit_temperature(tta.logits, tta.class_ids))
     train_images = select(sample, train.indices.numpy())
     write_embeddings(checkpoint, TrainEmbeddings(train_images, train.embeddings), calibration)
     print(f"calibrated on {len(val.indices)} validation images: temperature {calibration.temperature:.2f}")
-    return Fitted(calibration.as_dict(), head)
+    return Fitted(calibration.as_dict(), (head.weight, head.bias) if head else ())
 
 
-def _refit(train: Outputs, val: Outputs, balanced: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The logits of the validation images by the head to use, and its weight and bias; those of the trained head, and
-    (), if the new one is significantly worse."""
+def _refit(train: Outputs, val: Outputs, balanced: bool) -> Refit | None:
+    """The head fitted once more; None: it is significantly worse than the trained one."""
     from utils.training.linear_probe import refit_head  # imports scikit-learn
 
     arrays = (x.numpy() for x in (train.embeddings, train.class_ids, val.embeddings, val.class_ids))
     refit = refit_head(*arrays, val.logits.shape[1], balanced)
+    new_logits = refit.predict(val.embeddings, torch.arange(len(val.embeddings)))
     (old, old_correct), (new, new_correct) = (
         (calibrated_losses(logits, val.class_ids).numpy(), (logits.argmax(dim=1) == val.class_ids).numpy())
-        for logits in (val.logits, refit.val_logits)
+        for logits in (val.logits, new_logits)
     )
     worse = is_worse(new, new_correct, old, old_correct)
     used = "the trained head is used, since the new one is worse" if worse else "the new head is used"
@@ -99,7 +124,7 @@ def _refit(train: Outputs, val: Outputs, balanced: bool) -> tuple[Tensor, tuple[
         f"C={refit.inverse_penalty:.1g}: calibrated validation loss {old.mean():.3f} -> {new.mean():.3f}, top-1 "
         f"{old_correct.mean():.1%} -> {new_correct.mean():.1%}, of each image without itself; {used}"
     )
-    return (val.logits, ()) if worse else (refit.val_logits, (refit.weight, refit.bias))
+    return None if worse else refit
 
 
 def write_embeddings(checkpoint: Path, train: TrainEmbeddings, calibration: Calibration) -> None:

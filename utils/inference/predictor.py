@@ -65,8 +65,8 @@ class Predictor(Protocol):
             images: the images. Some are read ahead while the network runs.
             top_k: number of classes in each prediction.
             batch_size: images per forward pass; with 1, an image is requested only after the previous result is taken.
-            tta: average over test-time augmentation views: center and corners, and their mirror images if training
-                used flips. This takes five or ten times as long.
+            tta: average the logits over test-time augmentation views: center and corners, and their mirror images if
+                training used flips. This takes five or ten times as long.
             rejection: which predictions to reject, see `Calibration.choose_rejection`.
 
         Raises:

@@ -24,6 +24,10 @@ DISTANCE_QUANTILE = 0.95
 """The quantile of the validation images' distances beyond which an image counts as OOD. About 5 % of the images
 of a class are rejected by it."""
 
+TEMPERATURES = ("temperature", "tta_temperature")
+OPTIONAL = ("true_probability", "tta_temperature")
+"""Attributes of a `Calibration` that earlier versions didn't fit."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -38,6 +42,7 @@ class Calibration:
         correct: (n,) bool, whether that class is the true one.
         distance: (n,), to the nearest class in degrees, see `distances`.
         true_probability: (n,), of the true class of each; None: fitted by an earlier version.
+        tta_temperature: logits averaged over TTA views are divided by it; None: fitted by an earlier version.
     """
 
     temperature: float
@@ -48,6 +53,7 @@ class Calibration:
     correct: Tensor
     distance: Tensor
     true_probability: Tensor | None = None
+    tta_temperature: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The attributes, for a checkpoint."""
@@ -62,24 +68,16 @@ class Calibration:
         """
         if not values:
             return None
-        names = [field.name for field in fields(Calibration) if values.get(field.name) is not None]
-        tensors = [values.get(field.name) for field in fields(Calibration)[1:]]
-        if tensors[-1] is None:  # of an earlier version
-            tensors = tensors[:-1]
-        temperature = values.get("temperature")
-        dtypes = [torch.float32] * 4 + [torch.bool] + [torch.float32] * 2
-        valid = isinstance(temperature, float) and 1e-6 < temperature < 1e6
-        if not valid or not all(
-            isinstance(tensor, Tensor) and tensor.dtype == dtype and tensor.isfinite().all()
-            for tensor, dtype in zip(tensors, dtypes[: len(tensors)], strict=True)
-        ):
+        attributes = {field.name: values.get(field.name) for field in fields(Calibration)}
+        attributes = {name: value for name, value in attributes.items() if value is not None or name not in OPTIONAL}
+        if not all(_is_valid(name, value) for name, value in attributes.items()):
             raise TypeError("invalid calibration")
-        center, whitening, directions, *per_image = tensors
+        center, whitening, directions, *per_image = (v for v in attributes.values() if isinstance(v, Tensor))
         c = center.numel()
         consistent = (center.shape, whitening.shape, directions.shape[1:]) == ((c,), (c, c), (c,))
         if not consistent or not len(directions) or {t.shape for t in per_image} != {(len(per_image[0]),)}:
             raise TypeError("invalid calibration: its tensors have inconsistent shapes")
-        return Calibration(**{name: values[name] for name in names})
+        return Calibration(**attributes)
 
     def distances(self, embeddings: Tensor) -> Tensor:
         """Distances (B,) of embeddings (B, C) to the nearest class, in degrees from 0 to 180.
@@ -174,6 +172,14 @@ def fit_calibration(
     true_probability = probability_of(class_ids, logits, temperature)
     fitted = Calibration(temperature, *distance, probability, predicted == class_ids, torch.zeros(0), true_probability)
     return Calibration(**(fitted.as_dict() | {"distance": fitted.distances(embeddings)}))
+
+
+def _is_valid(name: str, value: Any) -> bool:
+    """Whether an attribute of a `Calibration` has the type and range of its name."""
+    if name in TEMPERATURES:
+        return isinstance(value, float) and 1e-6 < value < 1e6
+    dtype = torch.bool if name == "correct" else torch.float32
+    return isinstance(value, Tensor) and value.dtype == dtype and bool(value.isfinite().all())
 
 
 def most_probable(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Test-time augmentation (TTA): views of an image whose probabilities are averaged."""
+"""Test-time augmentation (TTA): views of an image whose logits are averaged."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from utils.data.image_io import Box, Region
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform, Transform
 
+CORNERS = 4
 UNCROPPED_SCALE = 0.875
 """With `eval_crop` = 1, the side of a corner view as a fraction of the center view's, so that views differ."""
 
@@ -24,6 +25,11 @@ class TTAViews(Transform):
         self.center = EvalTransform(preprocessing)
         self.size = preprocessing.input_shape
         self.mirror = mirror
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the result, (views, 3, height, width)."""
+        return (1 if self.center.letterbox else 1 + CORNERS) * (1 + self.mirror), *self.center.shape
 
     def choose_box(self, width: int, height: int) -> Box:
         """The whole image."""

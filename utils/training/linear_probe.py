@@ -111,14 +111,23 @@ class Refit(NamedTuple):
     Attributes:
         weight: (classes, C).
         bias: (classes,).
-        val_logits: (m, classes), of each validation image by a head that was fitted without it.
         inverse_penalty: the best of `INVERSE_PENALTIES`.
+        fold_of: (m,), the fold of each validation image.
+        others: for each fold weight and bias of a head that was fitted without it.
     """
 
     weight: Tensor
     bias: Tensor
-    val_logits: Tensor
     inverse_penalty: float
+    fold_of: Tensor
+    others: list[tuple[Tensor, Tensor]]
+
+    def predict(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Logits (n, classes) of features (n, C) of the validation images at `rows`, (n,), by heads that were fitted
+        without them."""
+        weights, biases = (torch.stack(tensors) for tensors in zip(*self.others, strict=True))
+        logits = torch.einsum("nc,fkc->nfk", features, weights) + biases  # (n, folds, classes)
+        return logits[torch.arange(len(rows)), self.fold_of[rows]]
 
 
 def refit_head(
@@ -135,12 +144,10 @@ def refit_head(
         regression = make_regression(balanced).set_params(C=penalty).fit(scaled, all_y)
         return _unscale(regression, scaler, scaled, num_classes)
 
-    val_logits = torch.empty(len(val_x), num_classes)
-    order = np.random.default_rng(0).permutation(len(val_x))
-    for fold in np.array_split(order, min(FOLDS, len(val_x))):
-        weight, bias = fit(np.setdiff1d(order, fold))
-        val_logits[fold] = torch.from_numpy(val_x[fold]) @ weight.T + bias
-    return Refit(*fit(order), val_logits, penalty)
+    folds = min(FOLDS, len(val_x))
+    fold_of = np.random.default_rng(0).permutation(len(val_x)) % folds
+    others = [fit(np.flatnonzero(fold_of != fold)) for fold in range(folds)]
+    return Refit(*fit(np.arange(len(val_x))), penalty, torch.from_numpy(fold_of), others)
 
 
 def make_regression(balanced: bool) -> LogisticRegression:
