@@ -48,6 +48,8 @@ MAINS = {
 }
 PLACEHOLDER = "X"
 """Takes the place of `<...>` in commands."""
+SHARED_BY_BENCHMARKS = ("measure", "trained_outputs")
+"""Modules in benchmarks/ that aren't scripts."""
 OTHER_FLAGS = {"--index-url", "--logdir", "--shm-size", "--ipc", "--signal", "--field", "--no-field"}
 """Flags of pip, TensorBoard, Docker and Slurm, and placeholders."""
 OTHER_NAMES = {"field", "weights_only", "val_report"}
@@ -183,7 +185,10 @@ def test_commands_name_scripts_and_their_flags(page):
 
 @each_page
 def test_flags_in_the_text_are_flags_of_a_script(page):
-    scripts = [*MAINS, *(page_name(path) for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "measure")]
+    scripts = [
+        *MAINS,
+        *(page_name(path) for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in SHARED_BY_BENCHMARKS),
+    ]
     known = {flag for script in scripts for flag in known_flags(script)} | OTHER_FLAGS
     known |= set(torchrun_parser()._option_string_actions)
     assert {flag for code in inline_code(page) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)} <= known

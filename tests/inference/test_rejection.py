@@ -23,7 +23,7 @@ from utils.inference.fit_calibration import EMBEDDINGS, calibrate_checkpoint, re
 from utils.inference.outputs import Outputs, compute_outputs
 from utils.inference.rejection import DISTANCE_QUANTILE, Calibration, fit_calibration
 from utils.metrics.scores import Scores, expected_calibration_error
-from utils.metrics.temperature import calibrated_losses, fit_temperature
+from utils.metrics.temperature import PRIOR_DEVIATION, calibrated_losses, fit_temperature
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 
 
@@ -45,16 +45,36 @@ def fitted(n: int = 60, m: int = 90, width: int = 6) -> Calibration:
     return fit_calibration(logits, embeddings, class_ids, train_embeddings, train_ids)
 
 
-def test_the_temperature_equals_scipys_optimum():
-    logits, class_ids = overconfident(500)
+@pytest.mark.parametrize(("n", "deviation"), [(500, 1.0), (20, 1.0), (20, PRIOR_DEVIATION)])
+def test_the_temperature_equals_scipys_optimum(n, deviation):
+    logits, class_ids = overconfident(n)
 
     def loss(log_temperature):
         scaled = logits.double().numpy() / math.exp(log_temperature)
         log_norm = np.log(np.exp(scaled).sum(axis=1))
-        return (log_norm - scaled[np.arange(500), class_ids]).sum() + log_temperature**2 / 2
+        return (log_norm - scaled[np.arange(n), class_ids]).sum() + (log_temperature / deviation) ** 2 / 2
 
     expected = math.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9}).x)
-    assert fit_temperature(logits, class_ids) == pytest.approx(expected, rel=1e-4)
+    assert fit_temperature(logits, class_ids, deviation) == pytest.approx(expected, rel=1e-4)
+
+
+def test_with_few_images_the_default_prior_lowers_the_loss_on_others():
+    """Mean of 200 draws of 10 images, of logits that are too large by factors drawn around 1."""
+    logits, class_ids = overconfident(3000, factor=1.0)
+    generator = torch.Generator().manual_seed(3)
+    losses = dict.fromkeys((1.0, PRIOR_DEVIATION), 0.0)
+    for _ in range(200):
+        rows = torch.randperm(3000, generator=generator)[:10]
+        scaled = logits * torch.empty(()).log_normal_(mean=0, std=0.3, generator=generator)
+        for deviation in losses:
+            temperature = fit_temperature(scaled[rows], class_ids[rows], deviation)
+            losses[deviation] += torch.nn.functional.cross_entropy(scaled / temperature, class_ids).item() / 200
+    assert losses[PRIOR_DEVIATION] < losses[1.0] - 0.01
+
+
+def test_without_evidence_the_temperature_is_1():
+    """Equal logits say nothing about it."""
+    assert fit_temperature(torch.zeros(50, 3), torch.arange(50) % 3) == 1
 
 
 def test_the_prior_is_negligible_with_many_images():
@@ -75,8 +95,9 @@ def test_random_logits_have_a_high_temperature():
 def test_the_calibrated_loss_does_not_depend_on_the_scale_of_logits():
     logits, class_ids = overconfident(2_000)
     found = calibrated_losses(logits, class_ids)
-    losses = torch.nn.functional.cross_entropy(logits / fit_temperature(logits, class_ids), class_ids, reduction="none")
-    assert torch.allclose(found, losses)
+    temperature = fit_temperature(logits, class_ids, prior_deviation=1.0)
+    losses = torch.nn.functional.cross_entropy(logits / temperature, class_ids, reduction="none")
+    assert torch.allclose(found, losses, rtol=1e-6, atol=0)
     assert found.mean() < torch.nn.functional.cross_entropy(logits, class_ids)
     assert calibrated_losses(5 * logits, class_ids).mean().item() == pytest.approx(found.mean().item(), rel=2e-3)
 
