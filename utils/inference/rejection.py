@@ -84,8 +84,8 @@ class Calibration:
 
         The distance is the angle at the center between the embedding and the class mean, after whitening with one
         covariance for all classes, as in Lee et al., 2018, https://arxiv.org/abs/1807.03888. Their Mahalanobis
-        distance separates OOD images poorly here: these lie near the center, no farther from the class means than
-        images of the classes do.
+        distance separates images of other classes of the same kind poorly: these lie near the center, no farther from
+        the class means than images of the classes do. Scores are compared in docs/benchmarks.md.
         """
         whitened = F.normalize((embeddings.float() - self.centre) @ self.whitening, dim=1)
 
