@@ -146,7 +146,7 @@ def view_embeddings(classifier: Classifier, images: Labelled) -> Tensor:
 
 
 def embed_set(classifier: Classifier, source: Path) -> Tensors:
-    """Embeddings (N, views, C) of the images of a data set, by part and path in it."""
+    """Embeddings (N, views, C) of the images of a data set, by path in it."""
     rest, test = images_of(source)
     images = rest + test
     rows = view_embeddings(classifier, images)
