@@ -30,8 +30,6 @@ from torch import Tensor
 
 import train
 from utils.config.train_config import TrainConfig
-from utils.data.feature_dataset import FeatureDataset
-from utils.data.image_list import list_in_memory
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.inference.classifier import Classifier, load_classifier
@@ -174,11 +172,8 @@ def fine_tuned(config: TrainConfig, parts: dict[str, Labelled]) -> Tensors:
 
 def probe(x: Tensor, ids: np.ndarray) -> Callable[[Tensor], Tensor]:
     """The head of `head_init="probe"`, of training embeddings (N, C), a tenth of which choose the penalty."""
-    held_out = np.arange(len(x)) % 10 == 0
-    sets = []
-    for rows in (~held_out, held_out):
-        images = list_in_memory((int(class_id), "-") for class_id in ids[rows])
-        sets.append(FeatureDataset([x[torch.from_numpy(rows)]], images, seed=0))
+    held_out, features = np.arange(len(x)) % 10 == 0, x.numpy()
+    sets = (features[~held_out], ids[~held_out], features[held_out], ids[held_out])
     fitted = fit_probe(*sets, num_classes=int(ids.max()) + 1, balanced=False)
     return lambda embeddings: embeddings @ fitted.weight.T + fitted.bias
 

@@ -37,8 +37,9 @@ def test_tta_outputs_are_means_over_views_and_skip_unreadable_images(trained, tm
     logits, embeddings = [], []
     for path in paths:
         pixels = views.resize(read_region(path, classifier.preprocessing, views))
-        logits.append(classifier.forward(pixels)[1].mean(dim=0))
-        embeddings.append(classifier.forward(classifier.load(path)[None])[0][0])
+        of_views = classifier.forward(pixels)
+        for values, tensor in zip((embeddings, logits), of_views, strict=True):
+            values.append(tensor.mean(dim=0))
     paths[1].write_text("no image")
     outputs = compute_outputs(classifier, images, num_workers=0, batch_size=2, skip_unreadable=True, tta=True)
     assert outputs.indices.tolist() == [0, 2, 3, 4]

@@ -202,9 +202,10 @@ def test_with_a_temperature_of_its_own_tta_is_calibrated_on_held_out_images(trai
 
     computed = iter([outputs(center), outputs(center), outputs(averaged)])  # of training, validation, and with TTA
     monkeypatch.setattr("utils.inference.fit_calibration.compute_outputs", lambda *_, **__: next(computed))
+    monkeypatch.setattr("utils.inference.fit_calibration.MAX_TTA_IMAGES", n)
     shutil.copy(next(trained.glob(f"logs/*/{BEST}")), tmp_path / BEST)
     images = list_in_memory((int(k), "-") for k in class_ids[:n])
-    fitted = Calibration.from_dict(calibrate_checkpoint(tmp_path / BEST, images, images, settings(**TINY)))
+    fitted = Calibration.from_dict(calibrate_checkpoint(tmp_path / BEST, images, images, settings(**TINY)).calibration)
     own, single = (
         Scores.from_logits(averaged[n:], class_ids[n:], temperature)
         for temperature in (fitted.tta_temperature, fitted.temperature)
