@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nets.division import divide
 from nets.network import Part
 from nets.wrapped import NETWORK_PREFIX, WrappedNetwork
 
@@ -19,7 +23,13 @@ TIMM = "timm/"
 
 
 class TimmNetwork(WrappedNetwork):
-    """A network of timm: convolutional, or a transformer with tokens."""
+    """A network of timm: convolutional, or a transformer with tokens.
+
+    Attributes:
+        options: with which timm has built it.
+    """
+
+    options: dict[str, Any]
 
     def resize(self, input_shape: Sequence[int]) -> None:
         """See `FreezableNetwork.resize`.
@@ -33,13 +43,19 @@ class TimmNetwork(WrappedNetwork):
                 f"stages: {self.arguments['name']} needs one input_shape for the whole run; remove it from the stages"
             )
         super().resize(input_shape)
+        parts, features = _take_apart(
+            self.network, self.arguments["name"].removeprefix(TIMM), self.options, input_shape
+        )
+        self._parts, self._feature_map_layer = parts, (features,)
 
     def to_feature_map(self, x: Tensor) -> Tensor:
-        if x.ndim == 3:  # tokens (B, N, C)
-            x = x[:, getattr(self.network, "num_prefix_tokens", 0) :].transpose(1, 2)
-            side = math.isqrt(x.shape[2])
-            grid = getattr(getattr(self.network, "patch_embed", None), "grid_size", (side, side))
-            return x.unflatten(2, grid if math.prod(grid) == x.shape[2] else (1, -1))
+        if x.ndim == 3:  # tokens (B, N, C), those of the patches last
+            grid = getattr(getattr(self.network, "patch_embed", None), "grid_size", None) or (x.shape[1] + 1, 1)
+            if math.prod(grid) > x.shape[1]:  # unknown, or later blocks have fewer patches
+                x = x[:, getattr(self.network, "num_prefix_tokens", 0) :]
+                side = math.isqrt(x.shape[1])
+                grid = (side, side) if side * side == x.shape[1] else (1, x.shape[1])
+            return x[:, -math.prod(grid) :].transpose(1, 2).unflatten(2, grid)
         return x.permute(0, 3, 1, 2) if getattr(self.network, "output_fmt", "") == "NHWC" else x
 
     def to_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,11 +77,23 @@ class Features(nn.Module):
         return self.network.forward_features(x)
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Functions called one after another."""
+
+    functions: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for function in self.functions:
+            x = function(x)
+        return x
+
+
 def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates: float) -> TimmNetwork:
     """Build a network of timm with random weights; `name` comes without "timm/".
 
-    If an image passes through a chain of modules, each module is a part. Otherwise, as in transformers with position
-    embeddings, everything up to the pooling is one part.
+    Its parts are what comes before the first block, each block, and the rest, see `nets.division.divide`. In a network
+    that can't be divided, everything up to the pooling is one part.
 
     Raises:
         ValueError: timm is not installed or has no such network, the head isn't a single linear layer, or the network
@@ -92,67 +120,65 @@ def build_timm(name: str, num_classes: int, input_shape: Sequence[int], **rates:
             f"backbone='{TIMM}{name}': its head is more than a linear layer, it has {min(removed)}; choose another "
             f"backbone"
         )
-    with torch.device("meta"):
-        twin = _create(name, 0, options)
-    names = find_chain(twin, input_shape, name)
-    modules = [network.get_submodule(name) for name in names]
-    features = modules[-1] if modules else Features(network)
-    parts = [Part(module, (module,)) for module in modules] or [Part(features, (network,))]
-    rest = tuple(_outside(network, set(modules))) if modules else ()
-    parts.append(Part(network.forward_head, rest))
-    return TimmNetwork(network, parts, features, head, head_name, rates["drop_rate"], ignored)
+    parts, features = _take_apart(network, name, options, input_shape)
+    model = TimmNetwork(network, parts, features, head, head_name, rates["drop_rate"], ignored)
+    model.options = options
+    return model
 
 
-def find_chain(network: nn.Module, input_shape: Sequence[int], name: str) -> list[str]:
-    """Return the names of modules that an image passes one after another, from the input to the last feature map.
-
-    The chain is found by tracing a forward pass: the next module is the one that takes the previous module's output
-    tensor. Modules inside a block are not listed. If the forward pass is not such a chain, the list is empty.
+def _take_apart(
+    network: nn.Module, name: str, options: dict[str, Any], input_shape: Sequence[int]
+) -> tuple[list[Part], nn.Module]:
+    """Return the parts of `network` for images of this shape, and its `FreezableNetwork.feature_map_layer`.
 
     Raises:
-        ValueError: the network can't take images of this size.
+        ValueError: the network can't take this input shape.
     """
-    calls: list[tuple[str, Tensor, Tensor]] = []
+    with torch.device("meta"):
+        twin = _create(name, 0, options)
+    _check_shape(twin, input_shape, name)
+    segments = divide(Features(network), Features(twin), input_shape)
+    if len(segments) < 2:
+        features = Features(network)
+        return [Part(features, (network,)), Part(network.forward_head, ())], features
+    owned = [_find(network, segment.owned) for segment in segments]
+    owned[-1] += _outside(network, set(chain(*owned)))
+    steps = [[segment.forward] for segment in segments]
+    features = nn.Identity()
+    if getattr(network, "global_pool", "") == "token" and len(steps) > 2:
+        steps[-2].insert(0, features)  # of the last block's output, the head uses only the class token
+    else:
+        steps[-1].append(features)
+    steps[-1].append(network.forward_head)
+    forwards = [Chain(tuple(functions)) if len(functions) > 1 else functions[0] for functions in steps]
+    return [Part(forward, tuple(pieces)) for forward, pieces in zip(forwards, owned, strict=True)], features
 
-    def record(module_name: str, module: nn.Module, inputs: tuple, output: Any) -> None:
-        single = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
-        if single and not isinstance(module, nn.Sequential):
-            calls.append((module_name, inputs[0], output))
 
-    for module_name, module in network.eval().named_modules():
-        if module_name:
-            module.register_forward_hook(lambda *call, name=module_name: record(name, *call))
-    image = torch.zeros(1, 3, *input_shape, device="meta")
+def _check_shape(network: nn.Module, input_shape: Sequence[int], name: str) -> None:
+    """Raise a ValueError if `network`, on the meta device, can't take images of this size."""
     try:
         with torch.no_grad():
-            features = network.forward_features(image)
-            feature_calls = calls.copy()
-            network.forward_head(features)
+            network.eval().forward_head(network.forward_features(torch.zeros(1, 3, *input_shape, device="meta")))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"input_shape={tuple(input_shape)}: {name} can't take such images ({error})") from error
-    chain, reached, start = [], image, 0
-    # Calls are recorded when they end, so a block comes after the modules in it.
-    while following := [i for i in range(start, len(feature_calls)) if feature_calls[i][1] is reached]:
-        # Take the next call or a module around it; a later call has the same input tensor if it is modified in place.
-        first = feature_calls[following[0]][0]
-        around = [i for i in following if f"{first}.".startswith(f"{feature_calls[i][0]}.")]
-        outermost = min(around, key=lambda i: feature_calls[i][0].count("."))
-        module_name, _, reached = feature_calls[outermost]
-        chain.append(module_name)
-        start = outermost + 1
-    return chain if reached is features else []
 
 
-def _outside(module: nn.Module, chain: set[nn.Module]) -> Iterator[nn.Module | nn.Parameter]:
-    """Yield the largest modules and the parameters of `module` that don't overlap with those in `chain`."""
-    if module in chain:
+def _find(network: nn.Module, names: Iterable[str]) -> list[nn.Module | nn.Parameter]:
+    """Return the modules and parameters of these names in `Features`; buffers are not included."""
+    found = (attrgetter(name)(Features(network)) for name in names)
+    return [piece for piece in found if isinstance(piece, nn.Module | nn.Parameter)]
+
+
+def _outside(module: nn.Module, owned: set[nn.Module | nn.Parameter]) -> Iterator[nn.Module | nn.Parameter]:
+    """Yield the largest modules and the parameters of `module` that don't overlap with those in `owned`."""
+    if module in owned:
         return
-    if chain.isdisjoint(module.modules()):
+    if owned.isdisjoint(module.modules()) and owned.isdisjoint(module.parameters()):
         yield module
         return
-    yield from module.parameters(recurse=False)
+    yield from (parameter for parameter in module.parameters(recurse=False) if parameter not in owned)
     for child in module.children():
-        yield from _outside(child, chain)
+        yield from _outside(child, owned)
 
 
 def _timm() -> ModuleType:

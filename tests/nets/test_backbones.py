@@ -13,6 +13,8 @@ import pytest
 import timm
 import torch
 import torchvision
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import train
@@ -30,7 +32,7 @@ from utils.inference.explain import explain
 from utils.modeling.build import build_meta_network, build_network, check_network
 from utils.modeling.pixel_network import PixelNetwork, ThawedPart
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
-from utils.training.optimizer import build_optimizer
+from utils.training.optimizer import build_optimizer, parameter_groups
 from utils.training.trainer import Trainer
 
 SIDE = 64
@@ -39,12 +41,52 @@ FAMILIES = {
     "mobilenetv2": 18,
     "vgg11_bn": 4,
     "swin_transformer_tiny": 12,
-    "timm/resnet10t": 13,
-    "timm/convnext_atto": 6,
-    "timm/mobilenetv3_small_050": 13,
-    "timm/test_vit": 0,
+    "timm/resnet10t": 4,
+    "timm/convnext_atto": 12,
+    "timm/mobilenetv3_small_050": 12,
+    "timm/test_vit": 6,
 }
 """A small network of each family, and its number of blocks."""
+DIVIDED = {
+    "test_vit_relpos": 9,
+    "eva02_tiny_patch14_224": 12,
+    "vit_small_patch16_dinov3": 12,
+    "vit_small_patch16_rope_mixed_224": 12,
+    "swinv2_tiny_window8_256": 12,
+    "hiera_tiny_224": 12,
+}
+"""Networks of timm whose blocks get more than the output of the block before, such as positions; number of blocks."""
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in (
+        "test_byobnet",
+        "test_efficientnet",
+        "test_mambaout",
+        "test_nfnet",
+        "vgg11",
+        "mobilenetv4_conv_small",
+        "densenet121",
+        "regnetx_002",
+        "resmlp_12_224",
+        "mixer_s32_224",
+        "beit_base_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_wee_patch16_reg1_gap_256",
+        "xcit_nano_12_p16_224",
+        "cait_xxs24_224",
+        "twins_svt_small",
+        "poolformer_s12",
+        "pvt_v2_b0",
+        "coat_lite_tiny",
+        "mobilevit_xxs",
+        "hgnetv2_b0",
+        "edgenext_xx_small",
+        "fastvit_t8",
+        "focalnet_tiny_srf",
+        "vit_base_patch16_siglip_gap_224",
+    )
+]
+"""Other families of timm."""
 WITH_BATCH_NORM = ("resnet18", "mobilenetv2", "vgg11_bn", "timm/resnet10t", "timm/mobilenetv3_small_050")
 
 
@@ -78,6 +120,15 @@ def images(n: int = 2, shape: tuple[int, int] = (SIDE, SIDE)) -> torch.Tensor:
     return torch.randn(n, 3, *shape, generator=torch.Generator().manual_seed(1))
 
 
+def shape_of(name: str) -> tuple[int, int]:
+    """A small input shape that fits the patches and windows of a network of timm."""
+    return (56, 84) if "patch14" in name else (SIDE, SIDE) if "window" in name else (64, 96)
+
+
+def parameters_of(piece: nn.Module | nn.Parameter) -> list[nn.Parameter]:
+    return [piece] if isinstance(piece, nn.Parameter) else list(piece.parameters())
+
+
 def peer_of(name: str, shape: tuple[int, int]) -> nn.Module:
     torch.manual_seed(2)
     if name in TORCHVISION:
@@ -104,7 +155,7 @@ def test_frozen_part_is_constant_and_thawed_part_completes_the_forward(name):
     assert depth == FAMILIES[name]
     x = images(4)
     expected = model.eval()(x)
-    for blocks in sorted({0, depth // 2, depth}) if depth else ["all"]:
+    for blocks in sorted({0, depth // 2, depth}):
         model.freeze_backbone(blocks)
         frozen = {name: value.clone() for name, value in model.frozen_state().items()}
         features = model.train().forward_frozen(x)
@@ -148,12 +199,7 @@ def test_every_torchvision_network_builds_and_freezes(name):
 def test_each_parameter_belongs_to_one_part_or_the_head(name):
     """Otherwise it would not be frozen, and would be missing in the key of cached features."""
     model = build(name, **({"num_registers": 2} if name.startswith("vit") else {}))
-    owned = [
-        parameter
-        for part in model.parts()
-        for piece in part.owned
-        for parameter in ([piece] if isinstance(piece, nn.Parameter) else piece.parameters())
-    ]
+    owned = [parameter for part in model.parts() for piece in part.owned for parameter in parameters_of(piece)]
     owned += model.head.parameters()
     assert len({id(parameter) for parameter in owned}) == len(owned)
     assert {id(parameter) for parameter in owned} == {id(parameter) for parameter in model.parameters()}
@@ -166,6 +212,80 @@ def test_layers_increase_from_stem_to_head(name):
     assert numbers[0] == 0
     assert numbers == sorted(numbers)
     assert layers["head.weight"] == max(numbers) == FAMILIES[name] + 1
+
+
+@pytest.mark.parametrize("name", [*DIVIDED, "test_vit", "convnext_atto", *SLOW])
+def test_parts_of_a_timm_network_give_what_the_network_gives(name):
+    """Bit for bit, for every batch size, and in training with the same dropped paths."""
+    model = build(f"timm/{name}", shape_of(name), drop_path_rate=0.5)
+    depth = len(model.parts()) - 2
+    assert depth == DIVIDED.get(name, depth) > 1
+    x = images(3, shape_of(name))
+    for batch in (x[:2], x):
+        for training in (False, True):
+            model.train(training)
+            outputs = []
+            for forward in (
+                model.forward_embedding,
+                lambda x: model.network.forward_head(model.network.forward_features(x)),
+            ):
+                torch.manual_seed(0)
+                outputs.append(forward(batch))
+            assert torch.equal(*outputs)
+    owned = [p for part in model.parts() for piece in part.owned for p in parameters_of(piece)]
+    assert set(map(id, owned)) == set(map(id, model.network.parameters()))  # CoaT's blocks share some
+
+
+@pytest.mark.parametrize("name", ["test_vit", "swinv2_tiny_window8_256", "convnext_atto", "eva02_tiny_patch14_224"])
+def test_layers_agree_with_timm(name):
+    """But for the last norm, which timm's layers count to the last block and ours to the head."""
+    model = build(f"timm/{name}", shape_of(name))
+    expected = group_parameters(model.network, model.network.group_matcher(), reverse=True)
+    found = {name.removeprefix("network."): layer for name, layer in model.layers().items() if "network" in name}
+    last_norm = {"norm.weight", "norm.bias"}
+    assert {name: found[name] for name in found.keys() - last_norm} == {
+        name: expected[name] for name in found.keys() - last_norm
+    }
+
+
+def test_layer_decay_agrees_with_timm():
+    """In the learning rate and weight decay of each parameter below the last norm."""
+    name = "eva02_tiny_patch14_224"
+    model = build(f"timm/{name}", shape_of(name))
+    groups = parameter_groups(model, 0.1, 0.5)
+    found = {id(p): (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    peer = timm.create_model(name, num_classes=5)
+    named = dict(model.network.named_parameters())
+    names = {id(p): name for name, p in peer.named_parameters()}
+    for group in param_groups_layer_decay(peer, 0.1, peer.no_weight_decay(), layer_decay=0.5):
+        for parameter in group["params"]:
+            if (name := names[id(parameter)]) in named:
+                assert found[id(named[name])] == (group["lr_scale"], group["weight_decay"]), name
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit_small_patch16_dinov3", "convnext_atto"])
+def test_feature_map_of_a_timm_network_has_a_gradient_at_all_positions(name):
+    """Although heads on the class token don't read the last block's other tokens."""
+    model = build(f"timm/{name}", (64, 96)).eval()
+    found = []
+    hook = model.feature_map_layer.register_forward_hook(lambda _, __, output: found.append(output))
+    logits = model(images(1, (64, 96)))
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[0, 0], found[-1])
+    rows, columns = (2, 3) if name == "convnext_atto" else (4, 6)
+    gradient = model.to_feature_map(gradient)
+    assert gradient.shape[2:] == (rows, columns)
+    assert gradient.abs().amax(dim=1).gt(0).all()
+
+
+def test_resized_network_has_parts_for_the_new_shape():
+    """Sizes of feature maps are numbers in its parts."""
+    model = build("timm/pvt_v2_b0").eval()
+    model.freeze_backbone(2)
+    model.resize((96, 64))
+    x = images(2, (96, 64))
+    assert torch.equal(model.forward_embedding(x), model.network.forward_head(model.network.forward_features(x)))
+    assert all(not parameter.requires_grad for parameter in model.frozen_state().values())
 
 
 def test_embedding_is_the_input_of_the_head():
@@ -211,7 +331,7 @@ def test_one_frozen_and_one_thawed_step(name):
     model = build(name, drop_rate=0.1, drop_path_rate=0.1)
     network = PixelNetwork(model, Preprocessing.from_config(config), cpu)
     pixels = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
-    for part in ("all" if name == "timm/test_vit" else 1, "nothing"):
+    for part in (1, "nothing"):
         Frozen(part).apply(model)
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         inputs, trained = pixels, network
@@ -232,8 +352,7 @@ def test_one_frozen_and_one_thawed_step(name):
 )
 def test_run_with_frozen_and_thawed_stage(two_classes, capsys, name):
     """With cached features; the checkpoint opens as in predict.py and gives class activation maps."""
-    blocks = "all" if name == "timm/test_vit" else 1
-    train.main(settings(**RUN | {"backbone": name, "freeze_blocks": blocks}))
+    train.main(settings(**RUN | {"backbone": name}))
     output = capsys.readouterr().out
     assert "features of 1 view of 36 images" in output
     assert re.search(r"attn_drop_rate +0\.1 -> 0\.0 +network: it has no such layers", output)
