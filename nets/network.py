@@ -110,6 +110,10 @@ class FreezableNetwork(nn.Module):
         indices = {id(parameter): i for i, part in enumerate(parts) for parameter in _parameters(part)}
         return {name: indices.get(id(parameter), len(parts) - 1) for name, parameter in self.named_parameters()}
 
+    def undecayed(self) -> set[str]:
+        """Return the names of parameters that its authors train without weight decay, besides biases and norms."""
+        return set()
+
     def frozen_state(self) -> dict[str, Tensor]:
         """Return the frozen parameters and buffers by name."""
         frozen = {id(tensor) for part in self._frozen_parts() for tensor in (*_parameters(part), *_buffers(part))}

@@ -58,6 +58,11 @@ class TimmNetwork(WrappedNetwork):
             return x[:, -math.prod(grid) :].transpose(1, 2).unflatten(2, grid)
         return x.permute(0, 3, 1, 2) if getattr(self.network, "output_fmt", "") == "NHWC" else x
 
+    def undecayed(self) -> set[str]:
+        """See `FreezableNetwork.undecayed`; position embeddings, tokens and the like."""
+        listed = getattr(self.network, "no_weight_decay", set)()
+        return {f"{NETWORK_PREFIX}{name}" for name in listed}
+
     def to_own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename tensors; timm's own filter also updates names of older files and resamples position embeddings."""
         timm_filter = getattr(sys.modules[type(self.network).__module__], "checkpoint_filter_fn", None)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import timm
 import torch
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from nets.factory import build_model
@@ -64,6 +64,25 @@ def test_undecayed_parameters_of_other_networks():
         assert tables and tables <= names_in(swin, undecayed)
         if name.startswith("timm/"):
             assert {f"network.{n}" for n in swin.network.no_weight_decay()} <= names_in(swin, undecayed)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("test_vit", (64, 64)),
+        ("swinv2_tiny_window8_256", (64, 64)),
+        ("vit_small_patch16_rope_mixed_224", (64, 64)),
+        ("tiny_vit_5m_224", (64, 64)),
+        ("convnext_atto", (64, 64)),
+    ],
+)
+def test_weight_decay_of_timms_networks_is_as_in_timm(name, shape):
+    model = build_model(f"timm/{name}", 3, shape)
+    groups = parameter_groups(model, 0.1)
+    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    listed = getattr(model.network, "no_weight_decay", set)()
+    expected = param_groups_weight_decay(model.network, 0.1, no_weight_decay_list=listed)
+    assert all(found[id(p)] == group["weight_decay"] for group in expected for p in group["params"])
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "muon"])

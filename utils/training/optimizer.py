@@ -27,16 +27,17 @@ LIMITS_TRANSFORMER = {"sgd": (5e-4, 1e-1), "adam": (1e-5, 1e-3), "muon": (1e-5, 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Group the trainable parameters by weight decay and by `lr_scale`, a factor of the learning rate.
 
-    Biases and norms (all parameters of one dimension), learned tokens and positions have no weight decay. From the head
-    down to the embeddings, the learning rate of each layer is `layer_decay` times that of the layer above (Bao et al.,
-    "BEiT", 2022, https://arxiv.org/abs/2106.08254).
+    Biases and norms (all parameters of one dimension), learned tokens and positions, and what the network lists as
+    `FreezableNetwork.undecayed` have no weight decay. From the head down to the embeddings, the learning rate of each
+    layer is `layer_decay` times that of the layer above (Bao et al., "BEiT", 2022, https://arxiv.org/abs/2106.08254).
     """
     layers = model.layers() if layer_decay < 1 else {}
+    listed = model.undecayed() if isinstance(model, FreezableNetwork) else set()
     top = max(layers.values(), default=0)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            undecayed = parameter.ndim <= 1 or name.split(".")[-1] in UNDECAYED
+            undecayed = parameter.ndim <= 1 or name.split(".")[-1] in UNDECAYED or name in listed
             lr_scale = layer_decay ** (top - layers.get(name, top))
             groups.setdefault((lr_scale, 0.0 if undecayed else weight_decay), []).append(parameter)
     return [
