@@ -213,6 +213,11 @@ def _create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     return _timm().create_model(name, pretrained=False, num_classes=num_classes, **options)
 
 
+def license_by_timm(name: str) -> str:
+    """Return the license of a network's published weights as timm knows it; empty if it doesn't."""
+    return _published(name.removeprefix(TIMM)).license or ""
+
+
 def published_by_timm(name: str) -> tuple[str | None, dict[str, Any]]:
     """Return the Hugging Face repository of a network's weights, if any, and their preprocessing, as config fields."""
     config = _published(name.removeprefix(TIMM))

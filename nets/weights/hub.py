@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nets.weights.digest import digest_file
+from nets.weights.license import CARD, read_license
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weights in a repository, in order of preference."""
@@ -33,7 +34,7 @@ class WeightsFile:
 
     Attributes:
         path: the file.
-        origin: `repository` and `revision`, `url`, or empty for a local file.
+        origin: `repository` and `revision`, `url`, or neither for a local file; `license`, where known.
         preprocessing: what the published weights expect of images, as config fields, where the tensors don't show it.
     """
 
@@ -43,7 +44,7 @@ class WeightsFile:
 
 
 def download_from_hub(repository: str, revision: str | None, remedy: str) -> WeightsFile:
-    """Download the weights of a repository and the JSON files that describe them, unless they are in the hub's cache.
+    """Download the weights of a repository and the files that describe them, unless they are in the hub's cache.
 
     Args:
         repository: `owner/name`.
@@ -78,7 +79,7 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Wei
             cause = next((error for error in missing if isinstance(error, LocalEntryNotFoundError)), None)
             raise cause or FileNotFoundError(f"it has none of {', '.join(HUB_FILES)}")
         commit = path.parent.name  # the cache has a folder for each commit
-        for name in DESCRIPTIONS:
+        for name in (*DESCRIPTIONS, CARD):
             fetch(name, commit)
     except Exception as error:  # the client passes on any exception of its HTTP library
         pinned = f" at revision {revision}" if revision else ""
@@ -90,7 +91,9 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Wei
     expected = path.resolve().name  # the cache names large files by the hub's SHA-256
     if re.fullmatch(r"[0-9a-f]{64}", expected) and digest_file(path) != expected:
         raise ValueError(f"{path} is damaged: its SHA-256 differs from the hub's; delete it and try again")
-    return WeightsFile(path, {"repository": repository, "revision": commit})
+    origin = {"repository": repository, "revision": commit}
+    license = read_license(path.with_name(CARD))
+    return WeightsFile(path, origin | {"license": license} if license else origin)
 
 
 def find_obstacle(request: Callable[[], object]) -> str:

@@ -17,6 +17,7 @@ from nets.weights.convert import convert_names, unwrap
 from nets.weights.description import read_preprocessing, read_variant, valid_fields
 from nets.weights.digest import digest_file
 from nets.weights.hub import WeightsFile
+from nets.weights.license import UNKNOWN, clean_license, warning_of
 from nets.weights.safe_load import open_safely, read_header
 from nets.weights.sources import State, recognize
 from nets.weights.tree import DTYPES
@@ -36,7 +37,7 @@ class Weights:
         resampling: arguments of `F.interpolate` for the position embedding.
         excluded: names of tensors that a classifier doesn't need.
         class_names: names of the head's outputs, where known.
-        origin: file and SHA-256; for downloads also repository and revision, or URL.
+        origin: file and SHA-256; for downloads also repository and revision, or URL; license, where known.
     """
 
     path: Path
@@ -131,6 +132,9 @@ def _read_own(
     if not isinstance(arguments, dict) or not isinstance(arguments.get("input_shape"), list):
         raise ValueError(f"{path} can't be used: it has the layout of a checkpoint of Thaw, but no input_shape")
     names = metadata.get("class_names", [])
+    before = metadata.get("origin")
+    if isinstance(before, dict) and "license" not in origin and (license := clean_license(before.get("license"))):
+        origin = {**origin, "license": license}  # of the weights that the checkpoint's run started from
     try:
         check_arguments(arguments)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -203,6 +207,10 @@ def load_weights(model: FreezableNetwork, weights: Weights, class_names: Sequenc
     own, state = model.state_dict(), model.to_own_names(dict(weights.state))
     variant = ", ".join(f"{name} {value}" for name, value in weights.variant.items())
     print(f"weights   {weights.path} ({weights.source}{f': {variant}' if variant else ''})")
+    license = weights.origin.get("license", "")
+    print(f"          license: {license or UNKNOWN}")
+    if warning := warning_of(license):
+        print(f"warning: {warning}")
     # This counter is not used here, and files from before torch 0.4.1 don't have it.
     state |= {name: own[name] for name in own.keys() - state.keys() if name.endswith(".num_batches_tracked")}
     if weights.excluded:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from nets.timm_networks import TIMM, published_by_timm
+from nets.timm_networks import TIMM, license_by_timm, published_by_timm
 from nets.torchvision_networks import TORCHVISION, published_by_torchvision
 from nets.weights.hub import FILE_SUFFIXES, WeightsFile, download_from_hub, download_from_url
+from nets.weights.license import clean_license
 from nets.weights.load import BUBBLIIIING_FILE
 from nets.weights.sources import IMAGENET
 
@@ -61,7 +63,8 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
         (folder, BUNDLED_FOLDER), (BUBBLIIIING_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")
     ):
         if file and (place / file).is_file():
-            return WeightsFile(place / file, preprocessing=PUBLISHED_PREPROCESSING.get(name, {}))
+            origin = {"license": "mit"} if (place / file).resolve() == BUNDLED_WEIGHTS else {}
+            return WeightsFile(place / file, origin, PUBLISHED_PREPROCESSING.get(name, {}))
     remedy = f"Download it on a computer with internet and put it at {folder / stem}.{{}}"
     if name in TORCHVISION:
         return download_from_url(published_by_torchvision(name)[0], remedy.format("pth"))
@@ -74,7 +77,10 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
             f"{', '.join([*HUB_REPOS, *TORCHVISION])}; choose one of them, or with ten thousand images or more "
             f"train from scratch, pretrained=False"
         )
-    return download_from_hub(repository, None, remedy.format("safetensors"))
+    file = download_from_hub(repository, None, remedy.format("safetensors"))
+    if name.startswith(TIMM) and "license" not in file.origin and (license := clean_license(license_by_timm(name))):
+        return replace(file, origin={**file.origin, "license": license})
+    return file
 
 
 def _find_named(wanted: str, folder: Path) -> WeightsFile:

@@ -80,6 +80,21 @@ def test_origin_of_the_weights(own_run, tmp_path, origin, text):
     assert "/home" not in page
 
 
+@pytest.mark.parametrize(
+    ("license", "text"),
+    [
+        ("apache-2.0", "License of the pretrained weights: apache-2.0.\nImages are"),
+        ("cc-by-nc-4.0", "cc-by-nc-4.0. **Warning: this license doesn&#39;t allow commercial use**.\nImages are"),
+        ("", "License of the pretrained weights: unknown: ask its author.\nImages are"),
+        ("<b>mit", "weights: bmit. **Warning: this license has terms of its own"),
+    ],
+)
+def test_license_of_the_weights(own_run, tmp_path, license, text):
+    origin = {"file": "x", "sha256": "abc"} | ({"license": license} if license else {})
+    assert text in card_of(own_run, tmp_path, origin=origin)
+    assert "License" not in card_of(own_run, tmp_path, origin={})
+
+
 def test_files_and_metrics_of_another_checkpoint_are_excluded(own_run, tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"exported")
     report = {"checkpoint_sha256": "another", "sha256": digest_file(tmp_path / "model.onnx")}

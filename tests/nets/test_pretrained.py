@@ -21,7 +21,7 @@ from safetensors.torch import save
 import nets.weights.hub
 from nets.factory import BACKBONES, build_model
 from nets.torchvision_networks import TORCHVISION, published_by_torchvision
-from nets.weights.hub import download_from_url, find_obstacle
+from nets.weights.hub import WeightsFile, download_from_url, find_obstacle
 from nets.weights.load import load_weights, read_weights
 from nets.weights.pretrained import find_pretrained
 
@@ -68,7 +68,8 @@ def hub():
     description = {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "crop_pct": 0.75}}
     torch.save(state, pickled := io.BytesIO())
     weights = {"model.safetensors": save(state), "pytorch_model.bin": pickled.getvalue()}
-    Hub.files = weights | {"config.json": json.dumps(description).encode()}
+    card = b"---\nlicense: cc-by-nc-4.0\n---\n# A network"
+    Hub.files = weights | {"config.json": json.dumps(description).encode(), "README.md": card}
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -111,6 +112,7 @@ def test_origin_has_the_commit(online):
     file, digest = found["origin"]["file"], hashlib.sha256(Hub.files["model.safetensors"]).hexdigest()
     assert file.endswith(f"{COMMIT}/model.safetensors")
     expected = {"repository": "some/vit", "revision": COMMIT, "sha256": digest, "file": file}
+    expected["license"] = "cc-by-nc-4.0"
     assert found == {"origin": expected, "mean": [0.1, 0.2, 0.3], "of": "timm's ViT"}
 
 
@@ -183,6 +185,14 @@ def test_neither_a_file_nor_a_repository(here, wanted):
     Path("model_data").mkdir(exist_ok=True)
     with pytest.raises(FileNotFoundError, match="no such file, and not a repository on the Hugging Face hub"):
         find_pretrained("vit_xs_4", wanted)
+
+
+def test_license_of_timms_weights(here, monkeypatch):
+    """From the repository's model card, else from timm."""
+    for known, expected in (({"license": "mit"}, "mit"), ({}, "cc-by-nc-4.0")):
+        found = WeightsFile(Path("w"), {"repository": "x", **known})
+        monkeypatch.setattr("nets.weights.pretrained.download_from_hub", lambda *_, found=found: found)
+        assert find_pretrained("timm/convnextv2_atto.fcmae").origin == {"repository": "x", "license": expected}
 
 
 def test_a_file(here):

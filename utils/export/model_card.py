@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nets.weights.digest import digest_file
+from nets.weights.license import UNKNOWN, clean_license, warning_of
 from utils.export.formats import FORMATS, STEMS
 from utils.inference.classifier import Classifier
 from utils.inference.exported_metadata import ExportedMetadata
@@ -44,10 +45,13 @@ def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, met
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["text"] = escape
+    license = clean_license((classifier.origin or {}).get("license"))
     files = exported_files(folder, metadata)
     page = environment.from_string(template).render(
         metadata=metadata,
         origin=classifier.origin,
+        license=license or UNKNOWN,
+        license_warning=warning_of(license),
         letterbox=classifier.preprocessing.letterbox_image,
         shape=classifier.preprocessing.input_shape,
         counts=count_images(checkpoint, classifier),
