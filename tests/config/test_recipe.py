@@ -110,8 +110,8 @@ def test_freezing_can_be_set(pretrained, own):
 
 
 def test_single_layer_backbone_has_no_layer_decay():
-    """As most timm transformers. The high init_lr is only for layer decay."""
-    assert count_layers(build_meta_model("timm/test_vit", 2, (160, 160))) == 1
+    """The high init_lr is only for layer decay."""
+    assert count_layers(build_meta_model("timm/test_vit", 2, (160, 160))) == 8  # 6 blocks
     assert count_layers(build_meta_model("vit_xs_4", 2, (8, 8))) == 8
     whole = apply(AUTO, known(layers=1))
     assert (whole.layer_decay, whole.init_lr) == (1.0, PLAIN_DEFAULTS["init_lr"])
@@ -119,6 +119,13 @@ def test_single_layer_backbone_has_no_layer_decay():
     assert (same.layer_decay, same.init_lr) == (1.0, PLAIN_DEFAULTS["init_lr"])
     own = apply(dataclasses.replace(AUTO, layer_decay=0.8), known())
     assert own.init_lr == apply(AUTO, known()).init_lr > PLAIN_DEFAULTS["init_lr"]
+
+
+@pytest.mark.parametrize("layers", [2, 14, 26, 40])
+def test_the_first_layer_of_a_deep_network_still_learns(layers):
+    decay = apply(AUTO, known(layers=layers)).layer_decay
+    assert 0.7 <= decay < 1
+    assert decay ** (layers - 1) > 0.005
 
 
 def test_reason_depends_on_head_init():

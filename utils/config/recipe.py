@@ -22,6 +22,10 @@ SMALL_BATCH_UP_TO = 5_000
 MIN_SAMPLES = 1_600
 """Training samples of fine-tuning at least, over all epochs: with fewer, the network stays close to where it began."""
 
+LAYER_DECAY, LAYERS = 0.7, 14
+"""Layer decay of a network with so many layers; with more of them the first one has the same rate. Bao et al., "BEiT",
+2022, also have a weaker decay for ViT-L than for ViT-B."""
+
 DROP_PATH_RATES = ((15, 0.0), (50, 0.05), (200, 0.2), (450, 0.45))
 """Stochastic depth from scratch, by a transformer's size in million parameters; 0.6 for larger ones. The rates of
 ViT-S, B, L and H are those of Touvron et al., "DeiT III: Revenge of the ViT", 2022."""
@@ -118,7 +122,8 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
     if known.on_cpu:
         choices.append(Choice("augmentation", "none", "the run is too short for augmentation to help"))
     if known.transformer and known.layers > 1:
-        choices.append(Choice("layer_decay", 0.7, "early layers need little change"))
+        decay = round(LAYER_DECAY ** (LAYERS / max(LAYERS, known.layers)), 2)
+        choices.append(Choice("layer_decay", decay, f"early ones of {known.layers} layers need little change"))
         slowed = config.layer_decay is None or config.layer_decay < 1
         if config.optimizer_type in (None, "adamw") and slowed:
             choices.append(Choice("init_lr", 4e-3, "layer_decay slows early layers, so late ones can learn faster"))
