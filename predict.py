@@ -6,9 +6,7 @@ import utils.system.startup  # noqa: F401, before torch
 
 # isort: split
 
-import codecs
 import glob
-import os
 import shutil
 import sys
 from collections import Counter
@@ -23,11 +21,11 @@ from tqdm import tqdm
 
 from nets.weights.digest import digest_file
 from nets.weights.pretrained import BUNDLED_WEIGHTS
-from utils.annotation.folder_scan import find_images
 from utils.config.other_names import suggest_name
 from utils.config.train_config import Device
 from utils.data.image_io import ImageError, open_image
 from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifier
+from utils.inference.image_paths import ask_for_paths, expand
 from utils.inference.onnx_classifier import ONNX_SUFFIX, is_onnx, open_onnx
 from utils.inference.output_formats import csv_header, to_bars, to_csv, to_json, to_line, to_row
 from utils.inference.prediction import Failure, Prediction
@@ -37,7 +35,7 @@ from utils.inference.predictor import BATCH, Predictor, stream_dealt
 from utils.inference.rejection import UNKNOWN, Rejection
 from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, save_labeled
 from utils.runs.checkpoint import find_checkpoint
-from utils.runs.folder import CONFIG_FILE, in_run, is_run
+from utils.runs.folder import CONFIG_FILE, is_run
 from utils.system import cli
 from utils.system.files import make_writable, remove_abandoned, write_whole
 from utils.system.part import Part
@@ -364,70 +362,6 @@ def choose_format(
         return lambda result: to_bars(result, width)
     longest = max(display_width(printable(name)) for name in (*model.class_names, UNKNOWN))
     return lambda result: to_row(result, width, min(longest, width // 3))
-
-
-def expand(paths: Iterable[str]) -> Iterator[str]:
-    """Yield files, the images below folders, and the matches of globs, sorted; for "-", those of standard input.
-
-    A path that doesn't exist and a folder without
-    images are yielded as they are, so that reading them fails with a message.
-    """
-    for path in paths:
-        if path == "-":
-            yield from expand(line for line in read_lines() if line != "-")
-            continue
-        matches = [path] if os.path.exists(path) else find_matches(path) or [path]
-        searched: tuple[str, ...] = ()  # "**" matches a folder and also what is in it
-        for match in matches:
-            if match.startswith(searched):
-                continue
-            if os.path.isdir(match):
-                searched += (os.path.join(match, ""),)
-                found = find_images(match, skipped := Counter())
-                of_runs = set(filter(in_run, set(map(os.path.dirname, found))))
-                images = [path for path in found if os.path.dirname(path) not in of_runs]
-                skipped["plots of runs"] += len(found) - len(images)
-                for reason, count in (+skipped).items():
-                    print(f"skipped in {match}: {count} {reason}", file=sys.stderr)
-                yield from images or [match]
-            else:
-                yield match
-
-
-def find_matches(pattern: str) -> list[str]:
-    """Return the sorted matches of a glob. Brackets in the leading part that exists are part of its name, and so are
-    others if nothing matches them."""
-    folder, rest = pattern, ""
-    while folder and not os.path.exists(folder):
-        folder, name = os.path.split(folder)
-        rest = os.path.join(name, rest) if rest else name
-    folder = glob.escape(folder)
-    matches = glob.glob(os.path.join(folder, rest), recursive=True)
-    return sorted(matches or glob.glob(os.path.join(folder, rest.replace("[", "[[]")), recursive=True))
-
-
-def read_lines() -> Iterator[str]:
-    """Yield the non-empty lines of standard input, decoded as file names.
-
-    Raises:
-        ValueError: on Windows, a line isn't UTF-8.
-    """
-    for line in sys.stdin.buffer:
-        if name := line.rstrip(b"\r\n").removeprefix(codecs.BOM_UTF8):  # PowerShell writes a BOM
-            try:
-                yield os.fsdecode(name)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"standard input: {name!r} isn't UTF-8; run chcp 65001 first") from error
-
-
-def ask_for_paths() -> Iterator[str]:
-    """Yield typed paths, without quotes around them, until an empty line or the end of the input."""
-    while True:
-        print("image (empty line to quit): ", end="", file=sys.stderr, flush=True)
-        path = sys.stdin.readline().strip()
-        if not path:
-            return
-        yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
 
 
 @contextmanager

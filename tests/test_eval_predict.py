@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import io
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from utils.data.image_list import read_classes, read_list, write_classes
 from utils.data.loader import eval_loader
 from utils.evaluation.corruptions import CORRUPTIONS
 from utils.inference.classifier import load_classifier
+from utils.inference.image_paths import expand
 from utils.inference.outputs import compute_outputs
 from utils.inference.prediction import Prediction
 from utils.inference.save_predictions import save_labeled
@@ -227,65 +227,6 @@ def test_typed_paths_are_classified_one_by_one(trained, monkeypatch, capsys):
     assert ["dark/00" in printed[0], "light/00" in printed[1]] == [True, True]
 
 
-def test_typed_paths_may_be_quoted_folders_and_globs(monkeypatch, trained):
-    monkeypatch.setattr("sys.stdin", io.StringIO("'datasets/test/dark'\n\"datasets/test/*/00.png\"\n"))
-    assert len(list(predict.expand(predict.ask_for_paths()))) == 6 + 2
-
-
-def test_folders_globs_and_hidden_files(here):
-    for name in ("a/1.png", "a/b/2.JPG", "a/.hidden.png", "a/notes.txt", "c/x.txt"):
-        write_image(here / f"{name}.png").rename(here / name)
-    assert list(predict.expand(["a"])) == ["a/1.png", "a/b/2.JPG"]
-    assert list(predict.expand(["*"])) == ["a/1.png", "a/b/2.JPG", "c"]
-    assert list(predict.expand(["**/1.png"])) == ["a/1.png"]
-    assert list(predict.expand(["a/**"])) == ["a/1.png", "a/b/2.JPG"]
-    assert list(predict.expand(["**"])) == ["a/1.png", "a/b/2.JPG", "c"]
-    assert list(predict.expand(["c", "none*.png", "a/notes.txt"])) == ["c", "none*.png", "a/notes.txt"]
-
-
-def test_brackets_in_names_are_part_of_a_glob_or_of_a_name(here):
-    for name in ("trip [2024]/a.png", "trip [2024]/b[1].png", "trip 2/c.png"):
-        write_image(here / name)
-    both = ["trip [2024]/a.png", "trip [2024]/b[1].png"]
-    assert list(predict.expand(["trip [2024]/*.png"])) == both
-    assert list(predict.expand([f"{here}/trip [2024]/*.png"])) == [f"{here}/{name}" for name in both]
-    assert list(predict.expand(["trip [2024]/[ac]*.png"])) == both[:1]
-    assert list(predict.expand(["trip [2024]/*[1].png"])) == both[1:]
-    assert list(predict.expand(["trip [0-9]/*.png"])) == ["trip 2/c.png"]
-
-
-def test_a_subfolder_that_cannot_be_opened_is_skipped(here, monkeypatch, capsys):
-    """`os.scandir` is patched, since the user of the tests may have permission to open any folder."""
-    for name in ("a/1.png", "a/b/2.png", "c/3.png"):
-        write_image(here / name)
-    scandir = os.scandir
-
-    def refuse(path):
-        if path in (os.path.join("a", "b"), "c"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr("os.scandir", refuse)
-    assert list(predict.expand(["a"])) == ["a/1.png"]
-    assert "skipped in a: 1 a folder that can't be opened" in capsys.readouterr().err
-    assert list(predict.expand(["c"])) == ["c"]  # reading it then fails
-    assert "skipped in c: 1 a folder that can't be opened" in capsys.readouterr().err
-
-
-def test_standard_input_that_is_not_utf_8_on_windows(monkeypatch):
-    monkeypatch.setattr("os.fsdecode", lambda name: name.decode("utf-8", "surrogatepass"))
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("ä.png\r\n".encode() + "Jürgen.png".encode("cp850"))))
-    lines = predict.read_lines()
-    assert next(lines) == "ä.png"
-    with pytest.raises(ValueError, match=r"standard input: b'J\\x81rgen\.png' isn't UTF-8; run chcp 65001 first"):
-        next(lines)
-
-
-def test_typed_paths_end_with_the_input(monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("a.jpg\nb.jpg"))
-    assert list(predict.ask_for_paths()) == ["a.jpg", "b.jpg"]
-
-
 def test_saved_images_have_a_label_and_overwrite_nothing(trained, tmp_path):
     before = {path: path.read_bytes() for path in Path("datasets").rglob("*.png")}
     for _ in range(2):
@@ -331,7 +272,7 @@ def test_a_model_comes_first_and_alone(trained, tmp_path, capsys):
         predict.main(("model.pt2", image))
     shutil.copytree("logs", tmp_path / "all/logs")
     shutil.copy(image, tmp_path / "all")
-    assert [Path(path).name for path in predict.expand([str(tmp_path / "all")])] == ["00.png"]
+    assert [Path(path).name for path in expand([str(tmp_path / "all")])] == ["00.png"]
     assert "plots of runs" in capsys.readouterr().err
     evaluation.main(str(run), corrupted=0, out=str(tmp_path))
     with pytest.raises(ValueError, match="there are two models"):
