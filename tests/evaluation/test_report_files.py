@@ -21,7 +21,7 @@ from utils.data.image_list import list_in_memory, select
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
 from utils.evaluation.evaluation import Evaluation, evaluate_corrupted
-from utils.evaluation.gallery import THUMBNAIL, Gallery, shown_images, to_uri
+from utils.evaluation.gallery import Gallery, shown_images
 from utils.evaluation.mistakes import worst_mistakes
 from utils.evaluation.plots import MAX_CLASSES, plot_confusion
 from utils.evaluation.report_files import EVENTS_FOLDER, format_metrics, write_csv, write_events, write_metrics
@@ -39,6 +39,7 @@ from utils.inference.explain import explain_one
 from utils.inference.fit_calibration import TrainEmbeddings
 from utils.inference.outputs import Outputs
 from utils.inference.rejection import fit_calibration
+from utils.inference.thumbnails import THUMBNAIL, to_uri
 from utils.modeling.pixel_network import PixelNetwork
 from utils.runs.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint, save_checkpoint
 from utils.runs.log import EPOCHS

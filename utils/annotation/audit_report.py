@@ -11,7 +11,6 @@ from heapq import nsmallest
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from utils.annotation.audited_images import AuditedImage, AuditedImages
 from utils.annotation.fingerprints import Fingerprints
 from utils.annotation.folder_scan import SPLITS
 from utils.system.files import make_folder, write_json, write_text
-from utils.system.pages import render_page
+from utils.system.pages import link_to, render_page
 from utils.system.text import printable
 from utils.system.thread_map import map_parallel
 
@@ -228,12 +227,3 @@ def _as_dict(finding: Finding) -> dict[str, Any]:
         ],
         "excluded": [image.path for image in finding.excluded],
     }
-
-
-def link_to(path: str, folder: Path) -> str:
-    """The URL of a file, relative to a page in `folder`, so that both can be moved together."""
-    try:
-        relative = Path(os.path.relpath(path, folder)).as_posix()
-    except ValueError:  # on Windows the file may be on another drive
-        return Path(path).absolute().as_uri()
-    return quote(os.fsencode(relative))

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from utils.data.image_io import ImageError
 from utils.evaluation.evaluation import Evaluation
 from utils.evaluation.mistakes import nearest
-from utils.inference.explain import explain, fit, shown, titled_overlays
+from utils.inference.explain import explain, shown, titled_overlays
 from utils.inference.fit_calibration import TrainEmbeddings
+from utils.inference.thumbnails import THUMBNAIL, thumbnail_uri, to_uri
 from utils.system.text import printable
 
-THUMBNAIL = 160
-"""Longer side of an image on the page, in pixels."""
 EXPLAIN_BATCH = 8
 
 
@@ -36,18 +32,7 @@ class Gallery:
         self.evaluation = evaluation
         self.train = train
         self.preprocessing = evaluation.classifier.preprocessing
-        self.thumbnail = functools.cache(self._make_thumbnail)
-
-    def _make_thumbnail(self, path: str) -> str:
-        """A small JPEG of an image file as a data URI, or "" if the file can't be read."""
-        try:
-            with self.preprocessing.open(path) as image:
-                scale = THUMBNAIL / max(image.width, image.height)
-                size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
-                pixels = image.decode((0, 0, image.width, image.height), size).pixels
-        except ImageError:
-            return ""
-        return to_uri(fit(Image.fromarray(pixels), THUMBNAIL))
+        self.thumbnail = functools.cache(partial(thumbnail_uri, preprocessing=self.preprocessing))
 
     def figure(self, index: int) -> dict[str, Any]:
         """The template's data for an evaluated image."""
@@ -89,13 +74,6 @@ class Gallery:
             for row, figure in enumerate(figures[start : start + EXPLAIN_BATCH]):
                 overlays = titled_overlays(pixels[row], maps, row, THUMBNAIL)
                 figure["maps"] = [{"title": title, "image": to_uri(image)} for title, image in overlays.items()]
-
-
-def to_uri(image: Image.Image) -> str:
-    """An image as a JPEG in a data URI."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def shown_images(evaluation: Evaluation, indices: Sequence[int]) -> np.ndarray:
