@@ -10,7 +10,7 @@ import glob
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,7 @@ from nets.weights.digest import digest_file
 from nets.weights.pretrained import BUNDLED_WEIGHTS
 from utils.config.other_names import suggest_name
 from utils.config.train_config import Device
-from utils.data.image_io import ImageError, open_image
-from utils.inference.classifier import WEIGHTS_SUFFIX, Classifier, load_classifier
+from utils.inference.classifier import WEIGHTS_SUFFIX, load_classifier
 from utils.inference.image_paths import ask_for_paths, expand
 from utils.inference.onnx_classifier import ONNX_SUFFIX, is_onnx, open_onnx
 from utils.inference.output_formats import csv_header, to_bars, to_csv, to_json, to_line, to_row
@@ -33,7 +32,7 @@ from utils.inference.prediction_parts import PredictionParts, precision_of
 from utils.inference.prediction_sets import images_needed, keep_set, set_threshold
 from utils.inference.predictor import BATCH, Predictor, stream_dealt
 from utils.inference.rejection import UNKNOWN, Rejection
-from utils.inference.save_predictions import MIN_SIDE, copy_into, folder_names, save_labeled
+from utils.inference.save_predictions import choose_copies, copy_result
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import CONFIG_FILE, is_run
 from utils.system import cli
@@ -381,47 +380,11 @@ def print_line(line: str) -> None:
     sys.stdout.flush()
 
 
-def choose_copies(
-    model: Predictor, save: str, explain: bool, sort_into: str
-) -> dict[str, Callable[[Prediction], object]]:
-    """The functions that write images to the output folders, by folder."""
-    folders = folder_names([*model.class_names, UNKNOWN])
-    copies: dict[str, Callable[[Prediction], object]] = {}
-    if save:
-        copies[save] = lambda result: save_image(model, result, Path(save), explain)
-    if sort_into:
-        copies[sort_into] = lambda result: copy_into(result.path, Path(sort_into, folders[result.label]))
-    return copies
-
-
 def make_folders(save: str, sort_into: str, out: str) -> None:
     """Create the folders that are written to, see `make_writable`."""
     for folder, flag in ((save, "--save"), (sort_into, "--sort-into"), (out and Path(out).parent, "--out")):
         if folder:
             make_writable(Path(folder), flag)
-
-
-def copy_result(result: Prediction, copies: Mapping[str, Callable[[Prediction], object]]) -> Iterator[str]:
-    """Write an image to the output folders; yield those that it is written to."""
-    for folder, write in copies.items():
-        try:
-            write(result)
-            yield folder
-        except (ImageError, OSError) as error:
-            tqdm.write(f"error: {result.path} isn't written to {folder}/: {error}", file=sys.stderr)
-
-
-def save_image(model: Predictor, prediction: Prediction, folder: Path, explain: bool) -> None:
-    """Save an image with its label and, with `explain`, with explanation maps."""
-    image = open_image(prediction.path, model.preprocessing.max_pixels, model.preprocessing.allow_truncated)
-    maps = {}
-    if explain:
-        from utils.inference.explain import explain_one  # slow to import
-
-        assert isinstance(model, Classifier), "open_model rejects explain for other models"
-        class_id = model.class_names.index(prediction.classes[0][0])
-        maps = explain_one(model, model.load(prediction.path), class_id, MIN_SIDE)
-    save_labeled(image, prediction, folder, maps)
 
 
 def report(

@@ -29,14 +29,14 @@ def test_long_names_are_shortened(trained, tmp_path):
 
 
 def test_an_image_that_can_be_predicted_but_not_saved(trained, tmp_path, monkeypatch, capsys):
-    open_image = predict.open_image
+    open_image = save_predictions.open_image
 
     def refuse(path, *limits):
         if path == DARK:
             raise ImageError.of(path, "its last rows are damaged")
         return open_image(path, *limits)
 
-    monkeypatch.setattr(predict, "open_image", refuse)
+    monkeypatch.setattr(save_predictions, "open_image", refuse)
     assert predict.main((DARK, LIGHT), save=str(tmp_path / "s"), sort_into=str(tmp_path / "c")) == 1
     output = capsys.readouterr()
     assert output.out.count("\n") == 2

@@ -7,14 +7,20 @@ import itertools
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
+from utils.data.image_io import ImageError, open_image
+from utils.inference.classifier import Classifier
 from utils.inference.prediction import Prediction
+from utils.inference.predictor import Predictor
+from utils.inference.rejection import UNKNOWN
 from utils.system.files import WriteError, make_folder
 from utils.system.text import printable
 
@@ -24,6 +30,42 @@ MAX_SIDE = 2048
 
 MAX_BYTES = 255
 """The longest name of a file or folder that file systems allow, in bytes."""
+
+
+def choose_copies(
+    model: Predictor, save: str, explain: bool, sort_into: str
+) -> dict[str, Callable[[Prediction], object]]:
+    """The functions that write images to the output folders, by folder."""
+    folders = folder_names([*model.class_names, UNKNOWN])
+    copies: dict[str, Callable[[Prediction], object]] = {}
+    if save:
+        copies[save] = lambda result: save_image(model, result, Path(save), explain)
+    if sort_into:
+        copies[sort_into] = lambda result: copy_into(result.path, Path(sort_into, folders[result.label]))
+    return copies
+
+
+def copy_result(result: Prediction, copies: Mapping[str, Callable[[Prediction], object]]) -> Iterator[str]:
+    """Write an image to the output folders; yield those that it is written to."""
+    for folder, write in copies.items():
+        try:
+            write(result)
+            yield folder
+        except (ImageError, OSError) as error:
+            tqdm.write(f"error: {result.path} isn't written to {folder}/: {error}", file=sys.stderr)
+
+
+def save_image(model: Predictor, prediction: Prediction, folder: Path, explain: bool) -> None:
+    """Save an image with its label and, with `explain`, with explanation maps."""
+    image = open_image(prediction.path, model.preprocessing.max_pixels, model.preprocessing.allow_truncated)
+    maps = {}
+    if explain:
+        from utils.inference.explain import explain_one  # slow to import
+
+        assert isinstance(model, Classifier), "open_model rejects explain for other models"
+        class_id = model.class_names.index(prediction.classes[0][0])
+        maps = explain_one(model, model.load(prediction.path), class_id, MIN_SIDE)
+    save_labeled(image, prediction, folder, maps)
 
 
 def save_labeled(
