@@ -10,7 +10,7 @@ import glob
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,8 @@ from utils.system.text import count_of, display_width, printable, shorten
 MODEL_SUFFIXES = (ONNX_SUFFIX, WEIGHTS_SUFFIX, ".pth", ".pt", ".pt2")
 EXPLAINED = "explained"
 """The folder for `--explain` without `--save`."""
+SUGGESTED = "suggested"
+"""The folder for `--suggest-labels` without `--out`."""
 
 
 def main(
@@ -58,6 +60,7 @@ def main(
     reject_below: str = "",
     max_error: float = 0.05,
     coverage: float | None = None,
+    suggest_labels: int | None = None,
     tta: bool = False,
     raw: bool = False,
     out: str = "",
@@ -84,6 +87,8 @@ def main(
         max_error: with reject_below=auto, the error rate allowed among the accepted predictions.
         coverage: print, instead of top_k classes, as many as contain the true one with this probability, such as 0.9,
             by the validation images.
+        suggest_labels: instead of predictions, write which images to label next, so many, to suggestions.csv and
+            suggestions.html in the folder out, by default "suggested"; sort_into gets copies of these.
         tta: average the logits over test-time augmentation views: five to ten times as slow, often more accurate. The
             probabilities have a temperature of their own.
         raw: ignore the temperature that was fitted after training.
@@ -96,6 +101,11 @@ def main(
     Returns:
         The exit status: 1 if there is an image without a prediction, or that couldn't be written. It is 0 for a part.
     """
+    if suggest_labels is not None:
+        others = {"json": json_lines, "csv": csv_lines, "save": save, "explain": explain, "reject_below": reject_below}
+        others |= {"coverage": coverage is not None, "tta": tta, "part": part, "merge": merge}
+        runtime.first(lambda: check_suggestion(suggest_labels, [flag for flag, given in others.items() if given]))
+        return suggest_images(model_path, paths, suggest_labels, Path(out or SUGGESTED), sort_into, device, raw)
     chosen = runtime.first(lambda: check_parts(part, merge, out, bool(save or sort_into or explain)))
     runtime.first(lambda: check_arguments(top_k, json_lines, csv_lines, save, sort_into, out))
     model_path, paths = runtime.first(lambda: choose_model(model_path, paths))
@@ -167,6 +177,64 @@ def check_parts(part: str, merge: bool, out: str, with_copies: bool) -> Part | N
     return Part.parse(part) if part else None
 
 
+def check_suggestion(count: int, others: Sequence[str]) -> None:
+    """Raise a ValueError if `suggest_labels` is invalid, or can't be combined with the other flags that are given."""
+    if count < 1:
+        raise ValueError(f"suggest_labels={count}: give a whole number from 1 up")
+    if others:
+        raise ValueError(f"suggest_labels: can't be combined with {', '.join(others)}; it writes a table and a page")
+    if runtime.world_size > 1:
+        raise ValueError("suggest_labels: compares all images, so start it with python, not with torchrun")
+
+
+def suggest_images(
+    model_path: str, paths: tuple[str, ...], count: int, out: Path, sort_into: str, device: Device, raw: bool
+) -> int:
+    """Write which images to label next, see `utils.inference.suggestions`; return the exit status."""
+    from utils.inference.suggestions import drop_labeled, labeled_images, suggest  # slow to import
+    from utils.inference.suggestions_page import PAGE, TABLE, write_suggestions
+
+    cli.check_folder("out", str(out))
+    cli.check_folder("sort_into", sort_into)
+    model_path, paths = choose_model(model_path, paths)
+    if not paths:
+        raise ValueError("paths: suggest_labels needs them; give folders, files, globs, or - for standard input")
+    file = choose_file(model_path, device, raw, tta=False, explain=False, reject_below="", suggest=True)
+    model = load_classifier(file, device, raw)
+    if len(model.class_names) < 2:
+        raise ValueError(f"suggest_labels: {file} has a single class, so no prediction is uncertain")
+    copies = choose_copies(model, "", False, sort_into)
+    make_folders("", sort_into, str(out / TABLE))
+    found = list(expand(paths))
+    images = drop_labeled(found, labeled_images(file, model))
+    if len(images) < len(found):
+        print(f"skipped: {count_of(len(found) - len(images), 'image')} of the run's lists", file=sys.stderr)
+
+    failures: list[Failure] = []
+    suggested = suggest(model, tqdm(images, unit="image", leave=False, disable=None), count, failures.append)
+    for failure in failures:
+        print_line(to_line(failure))
+    commands = next_commands(file)
+    write_suggestions(out, suggested, len(images), model.preprocessing, commands)
+    written = Counter(folder for image in suggested for folder in copy_result(image, copies))
+    failed = f"; {len(failures)} failed" if failures else ""
+    print(f"suggested: {len(suggested)} of {count_of(len(images), 'image')}{failed}", file=sys.stderr)
+    if len(suggested) < min(count, len(images) - len(failures)):
+        print("there are no more: the other uncertain images are near-duplicates of these", file=sys.stderr)
+    for folder in copies:
+        print(f"written to {Path(folder)}: {count_of(written[folder], 'image')}", file=sys.stderr)
+    todo = f"correct the folders in {sort_into}, copy their images" if sort_into else "copy each image"
+    print(f"written to {out / TABLE} and {out / PAGE}", file=sys.stderr)
+    print(f"next: {todo} to the training folder of its class, then", *commands, sep="\n  ", file=sys.stderr)
+    return 1 if failures or any(written[folder] < len(suggested) for folder in copies) else 0
+
+
+def next_commands(checkpoint: Path) -> list[str]:
+    """What to run when the images that were suggested are in the folders of their classes."""
+    trained = ["--continue", str(checkpoint.parent)] if is_run(checkpoint.parent) else []
+    return [cli.command("python", "txt_annotation.py"), cli.command("python", "train.py", *trained)]
+
+
 def check_source(paths: tuple[str, ...], in_parts: bool) -> None:
     """Raise a ValueError if the images can't come from standard input, but would."""
     if in_parts and not paths:
@@ -212,7 +280,9 @@ def is_model(path: str) -> bool:
     )
 
 
-def choose_file(model_path: str, device: Device, raw: bool, tta: bool, explain: bool, reject_below: str) -> Path:
+def choose_file(
+    model_path: str, device: Device, raw: bool, tta: bool, explain: bool, reject_below: str, suggest: bool = False
+) -> Path:
     """The checkpoint or exported file at `model_path`, which is printed.
 
     Raises:
@@ -227,6 +297,7 @@ def choose_file(model_path: str, device: Device, raw: bool, tta: bool, explain: 
         return checkpoint
     needs_checkpoint = {
         "explain": explain,
+        "suggest_labels": suggest,
         "raw": raw,
         "tta": tta,
         "reject_below=auto": reject_below == "auto",
