@@ -203,13 +203,13 @@ def dinov2_in(shared: Path) -> Path:
     return weights
 
 
-def unpack_cifar(tar: Path, folder: Path) -> Path:
+def unpack_cifar(tar: Path, folder: Path, train_images: int = CIFAR_TRAIN) -> Path:
     """Extract the first images by name of each class of CIFAR-10 to `train` and `test` in `folder`."""
     counts: dict[tuple[str, str], int] = {}
     with tarfile.open(tar) as archive:
         for member in sorted(filter(tarfile.TarInfo.isfile, archive), key=lambda member: member.name):
             *_, split, name, file = Path(member.name).parts
-            limit = CIFAR_TRAIN if split == "train" else CIFAR_TEST
+            limit = train_images if split == "train" else CIFAR_TEST
             if counts.setdefault((split, name), 0) < limit:
                 counts[split, name] += 1
                 path = folder / split / name / file
