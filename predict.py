@@ -24,7 +24,7 @@ from nets.weights.pretrained import BUNDLED_WEIGHTS
 from utils.config.other_names import suggest_name
 from utils.config.train_config import Device
 from utils.inference.classifier import WEIGHTS_SUFFIX, load_classifier
-from utils.inference.image_paths import ask_for_paths, expand
+from utils.inference.image_paths import ask_for_paths, drop_copies, expand
 from utils.inference.onnx_classifier import ONNX_SUFFIX, is_onnx, open_onnx
 from utils.inference.output_formats import csv_header, to_bars, to_csv, to_json, to_line, to_row
 from utils.inference.prediction import Failure, Prediction
@@ -191,7 +191,7 @@ def suggest_images(
     model_path: str, paths: tuple[str, ...], count: int, out: Path, sort_into: str, device: Device, raw: bool
 ) -> int:
     """Write which images to label next, see `utils.inference.suggestions`; return the exit status."""
-    from utils.inference.suggestions import drop_labeled, labeled_images, suggest  # slow to import
+    from utils.inference.suggestions import labeled_images, suggest  # slow to import
     from utils.inference.suggestions_page import PAGE, TABLE, write_suggestions
 
     cli.check_folder("out", str(out))
@@ -206,7 +206,7 @@ def suggest_images(
     copies = choose_copies(model, "", False, sort_into)
     make_folders("", sort_into, str(out / TABLE))
     found = list(expand(paths))
-    images = drop_labeled(found, labeled_images(file, model))
+    images = drop_copies(found, labeled_images(file, model))
     if len(images) < len(found):
         print(f"skipped: {count_of(len(found) - len(images), 'image')} of the run's lists", file=sys.stderr)
 

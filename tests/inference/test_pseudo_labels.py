@@ -8,7 +8,7 @@ import train
 from tests.conftest import TINY, settings, write_image
 from utils.data.image_list import list_in_memory, read_list
 from utils.inference.classifier import load_classifier
-from utils.inference.pseudo_labels import MAX_ERROR, add_unlabeled, append, exclude_known
+from utils.inference.pseudo_labels import MAX_ERROR, add_unlabeled, append
 from utils.runs.checkpoint import BEST
 from utils.runs.folder import LIST_FILES
 from utils.training.datasets import load_data
@@ -42,14 +42,6 @@ def test_accepted_images_join_the_training_list_with_the_predicted_class(taught,
         data.train_images.name(i) for i in range(len(data.train_images))
     ]
     assert f"20 images in photos, {len(wanted)} trained on" in capsys.readouterr().out
-
-
-def test_copies_of_listed_images_are_excluded(two_classes, here):
-    first, second, *_ = sorted(two_classes.rglob("*.png"))
-    shutil.copy(first, here / "copy.png")
-    listed = list_in_memory([(0, str(first)), (0, "missing.png")])
-    paths = [str(here / "copy.png"), str(first), str(second)]
-    assert exclude_known(paths, [listed]) == [str(second)]
 
 
 def test_a_list_without_a_last_line_break_can_be_extended(here):

@@ -10,7 +10,7 @@ from PIL import Image
 import predict
 from tests.conftest import open_page, write_image
 from utils.inference.classifier import load_classifier
-from utils.inference.suggestions import drop_labeled
+from utils.inference.image_paths import drop_copies
 from utils.runs.checkpoint import find_checkpoint
 from utils.runs.folder import LIST_FILES
 
@@ -112,8 +112,8 @@ def test_copies_are_found_by_content(here):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(content)
     images = ["x/a", "x/d", "x/e", "x/f", "missing"]
-    assert drop_labeled(images, ["a", "c", "gone"]) == ["x/a", "x/f", "missing"]
-    assert drop_labeled(images, []) == images
+    assert drop_copies(images, ["a", "c", "gone"]) == ["x/a", "x/f", "missing"]
+    assert drop_copies(images, []) == images
 
 
 @pytest.mark.parametrize(

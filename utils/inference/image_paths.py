@@ -1,14 +1,18 @@
-"""The paths of the images that predict.py reads: files, folders, globs, standard input, typed paths."""
+"""The paths of the images that predict.py reads: files, folders, globs, standard input, typed paths; and which of them
+are copies of others."""
 
 from __future__ import annotations
 
 import codecs
+import functools
 import glob
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
+from nets.weights.digest import digest_file
 from utils.annotation.folder_scan import find_images
 from utils.runs.folder import in_run
 
@@ -75,3 +79,30 @@ def ask_for_paths() -> Iterator[str]:
         if not path:
             return
         yield path[1:-1] if path[0] == path[-1] and path[0] in "'\"" and len(path) > 2 else path
+
+
+def drop_copies(images: Sequence[str], listed: Iterable[str]) -> list[str]:
+    """The images without those that are copies of a file in `listed`, whatever their names."""
+    by_size: dict[int, list[str]] = defaultdict(list)
+    for path in listed:
+        by_size[_size(path)].append(path)
+    by_size.pop(-1, None)
+
+    @functools.cache
+    def digests(size: int) -> set[str]:
+        return set(map(_digest, by_size[size])) - {""}
+
+    return [path for path in images if (size := _size(path)) not in by_size or _digest(path) not in digests(size)]
+
+
+def _size(path: str) -> int:
+    """The size of a file in bytes; -1 if there is none."""
+    return os.path.getsize(path) if os.path.isfile(path) else -1
+
+
+def _digest(path: str) -> str:
+    """The SHA-256 of a file; "" if it can't be read."""
+    try:
+        return digest_file(Path(path))
+    except OSError:
+        return ""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from utils.config.train_config import TrainConfig
 from utils.data.cache_file import describe_files
 from utils.data.image_list import ImageList, list_in_memory, parse_list, read_list, write_list
 from utils.inference.classifier import Classifier, load_classifier
+from utils.inference.image_paths import drop_copies
 from utils.inference.prediction import Failure
 from utils.runs.checkpoint import find_checkpoint
 from utils.system.digests import TRAINING_CODE, digest
@@ -49,8 +49,9 @@ def add_unlabeled(config: TrainConfig, data: Data) -> Data:
         raise ValueError(f"{where}: set distill_from to a run that predicts the classes of these images")
     if not Path(config.unlabeled).is_dir():
         raise FileNotFoundError(f"{where}: there is no such folder")
-    known = [data.val_images, data.train_images, *_test_images(config, data)]
-    paths = exclude_known([os.path.abspath(path) for path in find_images(config.unlabeled, Counter())], known)
+    lists = [data.val_images, data.train_images, *_test_images(config, data)]
+    listed = (images.path(i) for images in lists for i in range(len(images)))
+    paths = drop_copies([os.path.abspath(path) for path in find_images(config.unlabeled, Counter())], listed)
     if not paths:
         raise ValueError(f"{where}: it has no images besides those of the lists")
     images = list_in_memory((0, path) for path in paths)
@@ -87,25 +88,6 @@ def predict_classes(classifier: Classifier, paths: list[str], class_names: list[
             print(f"warning: {result.error}")
         elif not result.rejected and result.label in class_names:
             yield class_names.index(result.label), result.path
-
-
-def exclude_known(paths: Iterable[str], lists: Iterable[ImageList]) -> list[str]:
-    """The paths whose file has other bytes than every image of the lists."""
-    by_size: dict[int, list[Path]] = {}
-    for images in lists:
-        for file in (Path(images.path(i)) for i in range(len(images))):
-            if file.is_file():
-                by_size.setdefault(file.stat().st_size, []).append(file)
-
-    @functools.cache
-    def digests(size: int) -> set[str]:
-        return {digest_file(file) for file in by_size.get(size, [])}
-
-    def is_known(path: str) -> bool:
-        same_size = digests(os.path.getsize(path))
-        return bool(same_size) and digest_file(Path(path)) in same_size
-
-    return [path for path in paths if not is_known(path)]
 
 
 def append(images: ImageList, more: ImageList) -> ImageList:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import heapq
-import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from nets.weights.digest import digest_file
 from utils.annotation.fingerprint_table import Fingerprint, FingerprintTable
 from utils.annotation.fingerprints import take_fingerprint
 from utils.annotation.near_duplicates import near_duplicate_groups
@@ -78,20 +74,6 @@ def drop_near_duplicates(images: Sequence[Prediction], preprocessing: Preprocess
     return [images[i] for i in distinct.tolist() if i not in repeated]
 
 
-def drop_labeled(images: Sequence[str], labeled: Iterable[str]) -> list[str]:
-    """The images without those that are copies of a file in `labeled`, whatever their names."""
-    by_size: dict[int, list[str]] = defaultdict(list)
-    for path in labeled:
-        by_size[_size(path)].append(path)
-    by_size.pop(-1, None)
-
-    @functools.cache
-    def digests(size: int) -> set[str]:
-        return set(map(_digest, by_size[size])) - {""}
-
-    return [path for path in images if (size := _size(path)) not in by_size or _digest(path) not in digests(size)]
-
-
 def labeled_images(checkpoint: Path, classifier: Classifier) -> Iterator[str]:
     """The paths in the lists of a checkpoint's run, as far as they are beside it."""
     for key in LIST_FILES:
@@ -100,16 +82,3 @@ def labeled_images(checkpoint: Path, classifier: Classifier) -> Iterator[str]:
         except ValueError:  # not a list of this run
             continue
         yield from (of_run.path(i) for i in range(len(of_run))) if of_run else ()
-
-
-def _size(path: str) -> int:
-    """The size of a file in bytes; -1 if there is none."""
-    return os.path.getsize(path) if os.path.isfile(path) else -1
-
-
-def _digest(path: str) -> str:
-    """The SHA-256 of a file; "" if it can't be read."""
-    try:
-        return digest_file(Path(path))
-    except OSError:
-        return ""
