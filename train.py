@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from utils.config.other_names import suggest_name
-from utils.config.train_config import OPTIONAL_SWITCHES, TrainConfig
+from utils.config.train_config import AUTO, OPTIONAL_SWITCHES, TrainConfig
 from utils.data.image_cache import open_cache
 from utils.data.image_list import read_first_path
 from utils.data.loader import train_loader
@@ -105,6 +105,11 @@ def main(
         raise ValueError("cross_validate: can't be combined with summary or find_lr; use one of them")
     if cross_validate and config.distill_from:
         raise ValueError("cross_validate: a teacher has seen the images of the folds; leave distill_from empty")
+    if cross_validate and config.backbone == AUTO:
+        raise ValueError(
+            "cross_validate: all folds, and the same command later, need one backbone; see what --backbone auto "
+            "--summary chooses, and set backbone to it"
+        )
     setup = prepare(config, write_lists=not summary, add_images=None if summary else add_unlabeled)
     if cross_validate:
         train_folds(setup, cross_validate, group_regex)

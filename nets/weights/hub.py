@@ -25,6 +25,7 @@ FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz", ".ckpt")
 """Suffixes of files of weights."""
 TIMEOUT = 8
 """Seconds to wait for the first answer of a server. The clients would wait and retry for minutes."""
+NOT_ASKED = "it isn't in the cache"
 MIRROR = "Or set the environment variable HF_ENDPOINT to a mirror, such as https://hf-mirror.com"
 
 
@@ -43,13 +44,14 @@ class WeightsFile:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
 
-def download_from_hub(repository: str, revision: str | None, remedy: str) -> WeightsFile:
+def download_from_hub(repository: str, revision: str | None, remedy: str, online: bool = True) -> WeightsFile:
     """Download the weights of a repository and the files that describe them, unless they are in the hub's cache.
 
     Args:
         repository: `owner/name`.
         revision: a commit, tag or branch; None for the newest. The returned origin has the commit.
         remedy: what to do without a network, for the error message.
+        online: whether to ask the hub; if not, only its cache is searched.
 
     Raises:
         FileNotFoundError: the download failed.
@@ -59,7 +61,7 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Wei
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     missing = []
-    url = obstacle = ""
+    url, obstacle = "", "" if online else NOT_ASKED
 
     def fetch(name: str, revision: str | None) -> Path | None:
         try:
@@ -73,7 +75,7 @@ def download_from_hub(repository: str, revision: str | None, remedy: str) -> Wei
 
     try:
         url = huggingface_hub.hf_hub_url(repository, HUB_FILES[0], revision=revision)
-        obstacle = find_obstacle(lambda: huggingface_hub.get_session().head(url, timeout=TIMEOUT))
+        obstacle = obstacle or find_obstacle(lambda: huggingface_hub.get_session().head(url, timeout=TIMEOUT))
         path = next(filter(None, (fetch(name, revision) for name in HUB_FILES)), None)
         if path is None:
             cause = next((error for error in missing if isinstance(error, LocalEntryNotFoundError)), None)
@@ -122,8 +124,8 @@ def _open_url(url: str) -> None:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT).close()
 
 
-def download_from_url(url: str, remedy: str) -> WeightsFile:
-    """Download the file at `url`, unless it is in torch's cache.
+def download_from_url(url: str, remedy: str, online: bool = True) -> WeightsFile:
+    """Download the file at `url`, unless it is in torch's cache; if not `online`, only search that.
 
     Its name ends with the first digits of its SHA-256, as torchvision's do. They are verified.
 
@@ -136,7 +138,7 @@ def download_from_url(url: str, remedy: str) -> WeightsFile:
     digits = re.search(r"-([0-9a-f]{8,})\.\w+$", name)[1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if obstacle := find_obstacle(lambda: _open_url(url)):
+        if obstacle := find_obstacle(lambda: _open_url(url)) if online else NOT_ASKED:
             raise FileNotFoundError(f"{name}: download from {url} failed ({obstacle}). {remedy}")
         try:
             torch.hub.download_url_to_file(url, str(path), digits)

@@ -40,7 +40,9 @@ BUNDLED_WEIGHTS = BUNDLED_FOLDER / "vit_xs_4.safetensors"
 BUBBLIIIING_FILES: dict[str, str] = {"vit_b_16": BUBBLIIIING_FILE}
 
 
-def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "model_data") -> WeightsFile:
+def find_pretrained(
+    name: str, wanted: bool | str = True, folder: str | Path = "model_data", online: bool = True
+) -> WeightsFile:
     """Find the pretrained weights of the network `name`, and download them if needed.
 
     Args:
@@ -50,6 +52,7 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
             `<name>.safetensors` or `<name>.pth` (without timm/; the base ViT also as `vit-patch_16.pth`), and then
             downloaded to a cache.
         folder: see `wanted`.
+        online: whether to download published weights that are in no cache.
 
     Raises:
         ValueError: no weights are published for `name`, or the download is damaged.
@@ -57,7 +60,7 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
     """
     folder = Path(folder)
     if isinstance(wanted, str):
-        return _find_named(wanted, folder)
+        return _find_named(wanted, folder, online)
     stem = name.removeprefix(TIMM)
     for place, file in product(
         (folder, BUNDLED_FOLDER), (BUBBLIIIING_FILES.get(name), f"{stem}.safetensors", f"{stem}.pth")
@@ -67,7 +70,7 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
             return WeightsFile(place / file, origin, PUBLISHED_PREPROCESSING.get(name, {}))
     remedy = f"Download it on a computer with internet and put it at {folder / stem}.{{}}"
     if name in TORCHVISION:
-        return download_from_url(published_by_torchvision(name)[0], remedy.format("pth"))
+        return download_from_url(published_by_torchvision(name)[0], remedy.format("pth"), online)
     repository = HUB_REPOS.get(name)
     if name.startswith(TIMM):
         repository, _ = published_by_timm(name)
@@ -77,13 +80,13 @@ def find_pretrained(name: str, wanted: bool | str = True, folder: str | Path = "
             f"{', '.join([*HUB_REPOS, *TORCHVISION])}; choose one of them, or with ten thousand images or more "
             f"train from scratch, pretrained=False"
         )
-    file = download_from_hub(repository, None, remedy.format("safetensors"))
+    file = download_from_hub(repository, None, remedy.format("safetensors"), online)
     if name.startswith(TIMM) and "license" not in file.origin and (license := clean_license(license_by_timm(name))):
         return replace(file, origin={**file.origin, "license": license})
     return file
 
 
-def _find_named(wanted: str, folder: Path) -> WeightsFile:
+def _find_named(wanted: str, folder: Path, online: bool) -> WeightsFile:
     if Path(wanted).is_file():
         return WeightsFile(Path(wanted))
     repository, _, revision = wanted.partition("@")
@@ -95,4 +98,4 @@ def _find_named(wanted: str, folder: Path) -> WeightsFile:
         )
     local = folder / f"{stem}.safetensors"
     remedy = f"Download its model.safetensors on a computer with internet and set pretrained to its path, e.g. {local}"
-    return download_from_hub(repository, revision or None, remedy)
+    return download_from_hub(repository, revision or None, remedy, online)

@@ -164,6 +164,28 @@ def test_without_a_network_there_is_one_line_with_url_place_and_mirror(here, mon
         assert part in message.replace(os.sep, "/")
 
 
+def test_weights_at_hand_are_found_without_asking_a_server(here, monkeypatch):
+    asked = []
+    monkeypatch.setattr(nets.weights.hub, "find_obstacle", lambda request: asked.append(request) or "no network")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "torch"))
+    for name in ("vit_s_16", "resnet18"):
+        with pytest.raises(FileNotFoundError, match="it isn't in the cache"):
+            find_pretrained(name, online=False)
+    cached = here / "hub/models--timm--vit_small_patch16_224.augreg_in21k_ft_in1k"
+    (file := cached / "snapshots" / COMMIT / "model.safetensors").parent.mkdir(parents=True)
+    file.write_bytes(save({"head.bias": torch.zeros(3)}))
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text(COMMIT)
+    assert find_pretrained("vit_s_16", online=False).path == file
+    published(here, monkeypatch, "resnet18")
+    (here / "torch/checkpoints").mkdir(parents=True, exist_ok=True)
+    name = next(here.glob("resnet18-*.pth"))
+    name.rename(here / "torch/checkpoints" / name.name)
+    assert find_pretrained("resnet18", online=False).path.name == name.name
+    assert not asked
+
+
 def test_a_server_that_never_answers_is_left_in_time(silent_server, here, monkeypatch):
     monkeypatch.setattr(nets.weights.hub, "TIMEOUT", 0.05)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(here / "torch"))

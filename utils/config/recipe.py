@@ -65,7 +65,7 @@ class Choice(NamedTuple):
         field: its name.
         value: what was chosen.
         reason: why.
-        by: "recipe", "weights", "demo" or "network"; the network overrides the user.
+        by: "recipe", "measurement", "weights", "demo" or "network"; the network overrides the user.
     """
 
     field: str

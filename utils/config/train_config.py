@@ -28,6 +28,8 @@ from utils.config.setting import (
     to_plain,
 )
 
+AUTO = "auto"
+"""As `TrainConfig.backbone`: chosen by measurement."""
 Device = Literal["auto", "cuda", "cpu", "mps"]
 Augmentation = Literal["none", "autoaugment", "randaugment", "trivialaugment", "augmix"]
 
@@ -121,7 +123,12 @@ class TrainConfig(NamesChecked):
     vit_s_14, vit_b_14, vit_l_14; for fine detail, but slow, vit_s_8, vit_b_8. Others: resnet18, 34, 50, 101, 152;
     mobilenetv2; vgg11, 13, 16, also with _bn; swin_transformer_tiny, _small, _base; `timm/<name>`: any timm network
     with a linear head. For images of 16 to 64 pixels: vit_xs_4, vit_t_4, vit_s_4. Larger networks are slower, but more
-    accurate given enough images."""
+    accurate given enough images. `auto`, with `pretrained=True`: the best of several pretrained ones, measured on up to
+    2,000 training images, see [recipe](recipe.md#the-backbone)."""
+
+    backbone_minutes: float = setting(0.0, FROM_0)
+    """With `backbone="auto"`: only networks whose training takes about this many minutes or less are chosen; 0: no
+    limit."""
 
     input_shape: tuple[int, int] = setting((224, 224), SIZE, shapes_images=True)
     """Height and width in pixels that images are resized to, multiples of the patch size. Larger images show finer
@@ -452,6 +459,11 @@ class TrainConfig(NamesChecked):
             f"must be at most unfreeze_epoch ({epochs}); lower it, or raise unfreeze_epoch",
         )
         self._check(
+            "backbone",
+            self.backbone != AUTO or (self.pretrained is True and not self.model_path),
+            "chooses among published weights; set pretrained to True and leave model_path empty, or name a backbone",
+        )
+        self._check(
             "stages",
             not self.stages or self.stages[-1].input_shape is None,
             "the last stage trains at the run's input_shape; remove its own",
@@ -466,6 +478,11 @@ class TrainConfig(NamesChecked):
         """A copy in which lists and class file that aren't set are those of the project `data`."""
         paths = project_files(self.data)
         return dataclasses.replace(self, **{field: getattr(self, field) or path for field, path in paths.items()})
+
+    @property
+    def leaves_choices(self) -> bool:
+        """Whether the program chooses settings when a run starts: by the recipe, or the backbone."""
+        return AUTO in (self.recipe, self.backbone)
 
     @property
     def all_stages(self) -> tuple[StageConfig, ...]:

@@ -19,7 +19,7 @@ from utils.system.folder_lock import HELD_FILE, LOCK_FILE, FolderLock, InUse
 
 CONFIG_FILE = "config.json"
 ASKED_FILE = "asked.json"
-"""The settings before the recipe filled unset fields."""
+"""The settings before the program chose those that were left to it."""
 EVENTS = "events.out.tfevents."
 """Prefix of TensorBoard's file names."""
 LIST_FILES = {"train": "train_list.txt", "val": "val_list.txt", "test": "test_list.txt"}
@@ -61,7 +61,7 @@ def create_run_folder(config: TrainConfig, asked: TrainConfig, lists: Mapping[st
     path = new_run_folder(config.save_dir, config.name)
     lock = FolderLock(path)
     write_lists(path, lists, config)
-    if asked.recipe == "auto":
+    if asked.leaves_choices:
         write_json(path / ASKED_FILE, asked.as_dict())
     write_json(path / CONFIG_FILE, config.as_dict())
     return RunFolder(path, lock, None)

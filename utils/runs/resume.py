@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from utils.config.train_config import PLAIN_DEFAULTS, RESUMABLE_FIELDS, TrainConfig, project_files, upgrade
+from utils.config.train_config import AUTO, PLAIN_DEFAULTS, RESUMABLE_FIELDS, TrainConfig, project_files, upgrade
 from utils.data.image_list import ImageList, compare_lists, read_list
 from utils.runs.checkpoint import LAST, SaveError, amend_checkpoint, load_newest, prune_periodic, read_progress
 from utils.runs.folder import (
@@ -123,8 +123,8 @@ def find_runs(config: TrainConfig, finished: bool) -> Iterator[Path]:
 
 
 def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any] | None:
-    """The values, by field, that a recipe chose for the run that `asked` resumes; None if it resumes none."""
-    if asked.resume == "no":
+    """The values, by field, that were chosen for the run that `asked` resumes; None if it resumes none."""
+    if asked.resume == "no" or not asked.leaves_choices:
         return None
     folders = _newest_first(asked.save_dir) if asked.resume == "auto" else [_folder_of(asked.resume)]
     for folder in folders:
@@ -135,8 +135,11 @@ def earlier_choices(asked: TrainConfig, class_names: list[str]) -> dict[str, Any
         if newest is None and not has_no_checkpoint(folder):
             continue
         if newest is None or newest[1]["class_names"] == class_names:
-            unset = [name for name, value in upgrade(saved).items() if value is None and name in PLAIN_DEFAULTS]
-            return {name: now[name] for name in unset}
+            values = upgrade(saved)
+            open_fields = ["backbone"] if asked.backbone == AUTO else []
+            if asked.recipe == "auto":
+                open_fields += [name for name, value in values.items() if value is None and name in PLAIN_DEFAULTS]
+            return {name: now[name] for name in open_fields}
     return None
 
 
@@ -164,7 +167,7 @@ def changed_fields(saved: Mapping[str, Any], config: TrainConfig) -> dict[str, t
     file couldn't be read, all fields differ.
     """
     now = config.with_paths().as_dict()
-    default = TrainConfig() if config.recipe == "auto" else TrainConfig().with_defaults()
+    default = TrainConfig() if config.leaves_choices else TrainConfig().with_defaults()
     before = default.as_dict() | upgrade(saved) if saved else dict.fromkeys(now)
     before |= {field: before[field] or path for field, path in project_files(before["data"] or "").items()}
     names = sorted((before.keys() | now.keys()) - RESUMABLE_FIELDS)

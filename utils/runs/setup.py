@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from nets.network import FreezableNetwork
 from utils.annotation.annotate import ensure_lists
 from utils.config.recipe import Choice, Known, choose
-from utils.config.train_config import TrainConfig
+from utils.config.train_config import AUTO, TrainConfig
 from utils.modeling.build import build_meta_network, check_network
 from utils.modeling.precision import choose_precision, pick_device
 from utils.runs.resume import earlier_choices
@@ -31,7 +32,7 @@ class Setup:
     Attributes:
         asked: the settings as the user wrote them; unset fields are None.
         config: the settings with a value in every field.
-        choices: what the recipe chose, including fields that the user set differently.
+        choices: what was measured or the recipe chose, including fields that the user set differently.
         network: on the meta device, without weights.
         precision: of matrix products: "fp32", "fp16" or "bf16".
         precision_reason: why it was chosen.
@@ -60,23 +61,22 @@ def prepare(
         FileNotFoundError, ValueError: a setting is invalid, or a file that it refers to is missing.
     """
     device = pick_device(asked.device)
-    network = build_meta_network(asked, num_classes=2)
-    if asked.recipe == "none":
+    network = None if asked.backbone == AUTO else build_meta_network(asked, num_classes=2)
+    if network is not None and asked.recipe == "none":
         check_network(network, asked.with_defaults())  # before lists are written
     project = runtime.first(lambda: ensure_lists(asked, write=write_lists))
     placed = replace(asked, data=project).with_paths()
     data = load_data(placed)
     if add_images:
         data = add_images(placed, data)
-    network.head = nn.Linear(network.head.in_features, len(data.class_names), device="meta")
-    choices = runtime.first(lambda: _choose(asked, placed, data, network, device)) if asked.recipe == "auto" else []
-    config = placed.with_defaults(**{c.field: c.value for c in choices if getattr(asked, c.field) is None})
-    check_network(network, config)
+    choices = runtime.first(lambda: _choose(placed, data, network, device, earlier_choices(asked, data.class_names)))
+    if network is None:
+        placed = replace(placed, backbone=next(choice.value for choice in choices if choice.field == "backbone"))
+        network = build_meta_network(placed, num_classes=2)
+    config, _, stages = _plan(placed, data, network, choices)
     if project != asked.data:
         choices.append(Choice("data", project, "datasets/ has no images", by="demo"))
     warn_about_input_shape(data.train_images, config.input_shape, config.max_pixels)
-    stages = plan_stages(config, len(data.train_images), network.transformer)
-    check_single_images(stages, network)
     precision = runtime.first(lambda: choose_precision(config.precision, device))
     if must_shard(config, count_parameters(network), device):
         check_sharding(config, precision[0])
@@ -84,11 +84,36 @@ def prepare(
 
 
 def _choose(
-    asked: TrainConfig, placed: TrainConfig, data: Data, network: FreezableNetwork, device: torch.device
+    asked: TrainConfig,
+    data: Data,
+    network: FreezableNetwork | None,
+    device: torch.device,
+    earlier: Mapping[str, Any] | None,
 ) -> list[Choice]:
-    """The choices of the recipe; for a resumed run, those from its start."""
-    if (earlier := earlier_choices(asked, data.class_names)) is not None:
-        return [Choice(field, value, "as chosen when the run started") for field, value in earlier.items()]
+    """The choices of backbone and recipe where `asked` leaves them to the program; for a resumed run `earlier`, those
+    from its start."""
+    if earlier is not None:
+        reason = "as chosen when the run started"
+        by = {"backbone": "measurement"}
+        return [Choice(field, value, reason, by.get(field, "recipe")) for field, value in earlier.items()]
+    if network is not None:
+        return _by_recipe(asked, data, network, device)
+    from utils.runs.backbone_search import choose_backbone  # imports scikit-learn
+
+    def plan(name: str) -> tuple[TrainConfig, FreezableNetwork, list[Stage]]:
+        named = replace(asked, backbone=name)
+        network = build_meta_network(named, num_classes=2)
+        return _plan(named, data, network, _by_recipe(named, data, network, device))
+
+    choice = choose_backbone(asked, data, device, plan)
+    named = replace(asked, backbone=choice.value)
+    return [choice, *_by_recipe(named, data, build_meta_network(named, num_classes=2), device)]
+
+
+def _by_recipe(asked: TrainConfig, data: Data, network: FreezableNetwork, device: torch.device) -> list[Choice]:
+    """The choices of the recipe; none without it."""
+    if asked.recipe == "none":
+        return []
     known = Known(
         class_counts=np.bincount(data.train_images.class_ids),
         pretrained=bool(asked.pretrained or asked.model_path),
@@ -97,9 +122,25 @@ def _choose(
         parameters=count_parameters(network) - count_parameters(network.head),
         on_cpu=device.type == "cpu",
         ranks=runtime.world_size,
-        tested=Path(placed.test_annotation_path).is_file(),
+        tested=Path(asked.test_annotation_path).is_file(),
     )
     return choose(asked, known)
+
+
+def _plan(
+    asked: TrainConfig, data: Data, network: FreezableNetwork, choices: list[Choice]
+) -> tuple[TrainConfig, FreezableNetwork, list[Stage]]:
+    """The settings with `choices` in unset fields, the network with its head, and the stages.
+
+    Raises:
+        ValueError: the network can't be trained with them.
+    """
+    network.head = nn.Linear(network.head.in_features, len(data.class_names), device="meta")
+    config = asked.with_defaults(**{c.field: c.value for c in choices if getattr(asked, c.field) is None})
+    check_network(network, config)
+    stages = plan_stages(config, len(data.train_images), network.transformer)
+    check_single_images(stages, network)
+    return config, network, stages
 
 
 def count_layers(network: FreezableNetwork) -> int:
