@@ -50,12 +50,10 @@ class Setup:
 
 
 def prepare(
-    asked: TrainConfig,
-    write_lists: bool = True,
-    add_images: Callable[[TrainConfig, Data], Data] | None = None,
+    asked: TrainConfig, write_lists: bool = True, add_images: Callable[[TrainConfig, Data], Data] | None = None
 ) -> Setup:
-    """Plan a run. Nothing is written, except, with `write_lists`, missing lists. `add_images` adds to the lists that
-    are read.
+    """Plan a run. Nothing is written, except, with `write_lists`, missing lists, and downloads for `backbone="auto"`.
+    `add_images` adds to the lists that are read.
 
     Raises:
         FileNotFoundError, ValueError: a setting is invalid, or a file that it refers to is missing.
@@ -93,9 +91,11 @@ def _choose(
     """The choices of backbone and recipe where `asked` leaves them to the program; for a resumed run `earlier`, those
     from its start."""
     if earlier is not None:
-        reason = "as chosen when the run started"
         by = {"backbone": "measurement"}
-        return [Choice(field, value, reason, by.get(field, "recipe")) for field, value in earlier.items()]
+        return [
+            Choice(field, value, "as chosen when the run started", by.get(field, "recipe"))
+            for field, value in earlier.items()
+        ]
     if network is not None:
         return _by_recipe(asked, data, network, device)
     from utils.runs.backbone_search import choose_backbone  # imports scikit-learn
