@@ -29,7 +29,7 @@ from utils.system.thread_map import map_parallel
 from utils.training.feature_cache import MAX_BATCH
 from utils.training.stages import Stage, num_cached_views
 
-INVERSE_PENALTIES = 10.0 ** np.arange(-4, 0)
+INVERSE_PENALTIES = 10.0 ** np.arange(-4, 1)
 """Values of C to choose from, scikit-learn's inverse strength of the penalty."""
 FOLDS = 5
 
