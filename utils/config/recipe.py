@@ -114,6 +114,7 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
             *((16, "more steps") if small_batch else (64, "enough images for larger batches")),
         ),
         Choice("train_crop", 0.3, "the run is too short for small crops"),
+        Choice("label_smoothing", 0.1, "few images are learned by heart otherwise"),
         *_without_dropout("the weights were trained without it"),
         Choice("drop_path_rate", 0.0, "the weights were trained without it"),
     ]
