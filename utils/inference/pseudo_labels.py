@@ -19,7 +19,7 @@ from utils.data.image_list import ImageList, list_in_memory, parse_list, read_li
 from utils.inference.classifier import Classifier, load_classifier
 from utils.inference.image_paths import drop_copies
 from utils.inference.prediction import Failure
-from utils.runs.checkpoint import find_checkpoint
+from utils.runs.teacher import find_teacher
 from utils.system.digests import TRAINING_CODE, digest
 from utils.system.files import make_folder
 from utils.system.runtime import runtime
@@ -55,7 +55,7 @@ def add_unlabeled(config: TrainConfig, data: Data) -> Data:
     if not paths:
         raise ValueError(f"{where}: it has no images besides those of the lists")
     images = list_in_memory((0, path) for path in paths)
-    teacher = find_checkpoint(config.distill_from)
+    teacher = find_teacher(config)
     name = digest([digest_file(teacher), *data.class_names, *describe_files(images, TRAINING_CODE)])
     file = Path(config.cache_dir, f"pseudo-labels-{name}.txt")
     runtime.first(lambda: file.is_file() or write_predicted(file, teacher, paths, config, data.class_names))

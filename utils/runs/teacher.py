@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from utils.config.train_config import TrainConfig
 from utils.data.preprocessing import Preprocessing
 from utils.modeling.pixel_network import PixelNetwork, cast_for_inference
 from utils.modeling.precision import autocast
-from utils.runs.checkpoint import find_checkpoint, load_checkpoint
+from utils.runs.checkpoint import BEST, load_checkpoint
 from utils.system.text import shorten_list
 
 
@@ -48,6 +49,21 @@ class Teacher:
             return self.network(pixels).float()[:, self.order]
 
 
+def find_teacher(config: TrainConfig) -> Path:
+    """The checkpoint that `distill_from` selects. A folder of runs isn't searched, since a newer run would change it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    place = Path(config.distill_from)
+    file = place if place.is_file() else place / BEST
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"distill_from={config.distill_from!r}: must be the folder of a run that has {BEST}, or a checkpoint"
+        )
+    return file
+
+
 def load_teacher(
     config: TrainConfig, class_names: Sequence[str], device: torch.device, precision: str
 ) -> Teacher | None:
@@ -59,7 +75,7 @@ def load_teacher(
     """
     if not config.distill_from:
         return None
-    path = find_checkpoint(config.distill_from)
+    path = find_teacher(config)
     checkpoint = load_checkpoint(path, training_state=False)
     names = checkpoint["class_names"]
     if missing := sorted(set(class_names) - set(names)):
