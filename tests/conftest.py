@@ -25,6 +25,7 @@ from utils.config.train_config import TrainConfig
 from utils.export import formats, onnx_write
 from utils.inference.classifier import load_classifier
 from utils.runs.checkpoint import LAST, find_checkpoint
+from utils.runs.run import Run
 from utils.training.optimizer import set_learning_rate
 
 # A second thread is slower for networks as small as these, and one thread has a fixed order of summation.
@@ -147,6 +148,20 @@ def write_scene(datasets: Path) -> None:
             image = scene.copy()
             image.paste((200, 30 if name == "good" else 90, i), (10 * i, 100, 10 * i + 8, 108))
             image.save(datasets / name / f"{i}.png")
+
+
+def train_one_epoch(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a run that is interrupted after its first epoch."""
+    finish = Run.finish_epoch
+
+    def interrupt(self, metrics):
+        finish(self, metrics)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish_epoch", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(config)
 
 
 def write_back(run: Path, epoch: int) -> None:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 import train
-from tests.conftest import TINY, settings, write_image
+from tests.conftest import TINY, settings, train_one_epoch, write_image
 from utils.data.image_list import list_in_memory, read_list
 from utils.inference.classifier import load_classifier
 from utils.inference.pseudo_labels import MAX_ERROR, add_unlabeled, append
@@ -54,17 +54,7 @@ def test_a_list_without_a_last_line_break_can_be_extended(here):
 
 
 def test_a_run_with_unlabeled_images_resumes(taught, here, monkeypatch):
-    from utils.runs.run import Run
-
-    def interrupt(self, metrics):
-        finish(self, metrics)
-        raise KeyboardInterrupt
-
-    finish = Run.finish_epoch
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish_epoch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(taught)
+    train_one_epoch(taught, monkeypatch)
     train.main(taught)
     (run,) = (here / "students").iterdir()
     assert len(read_list(run / LIST_FILES["train"], 2)) == len(add_unlabeled(taught, load_data(taught)).train_images)

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest, ttest_rel
 
 import train
-from tests.conftest import TINY, settings
+from tests.conftest import TINY, settings, train_one_epoch
 from tests.faults.harness import digest
 from utils.metrics.paired import LEVEL, is_worse
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
@@ -96,15 +96,7 @@ def test_an_interrupted_run_still_knows_its_start(two_classes, here, monkeypatch
 
 
 def test_a_run_with_changed_lists_is_not_compared_with_its_start(two_classes, here, monkeypatch):
-    def interrupt(self, metrics):
-        finish(self, metrics)
-        raise KeyboardInterrupt
-
-    finish = Run.finish_epoch
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish_epoch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(settings(**PROBE))
+    train_one_epoch(settings(**PROBE), monkeypatch)
     lines = (here / "cls_val.txt").read_text().splitlines(keepends=True)
     (here / "cls_val.txt").write_text("".join(lines[:-1]))
     train.main(settings(**PROBE | {"accept_changed_lists": True}))

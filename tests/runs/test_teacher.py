@@ -7,11 +7,10 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 import train
-from tests.conftest import TINY, settings
+from tests.conftest import TINY, settings, train_one_epoch
 from tests.faults.harness import digest
 from utils.inference.classifier import load_classifier
 from utils.runs.checkpoint import BEST, LAST, find_checkpoint, load_checkpoint
-from utils.runs.run import Run
 from utils.runs.teacher import load_teacher
 from utils.training.loss import DISTILL_TEMPERATURE, DISTILLED, TrainingLoss, divergence
 from utils.training.stages import num_cached_views, plan_stages
@@ -94,15 +93,7 @@ def test_a_student_follows_its_teacher_and_an_interrupted_one_ends_equal(two_cla
     alone, taught = students_weights(), students_weights(distill_from=str(teacher))
     assert alone != taught
 
-    def interrupt(self, metrics):
-        finish(self, metrics)
-        raise KeyboardInterrupt
-
-    finish = Run.finish_epoch
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish_epoch", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train.main(settings(**STUDENT | {"distill_from": str(teacher)}))
+    train_one_epoch(settings(**STUDENT | {"distill_from": str(teacher)}), monkeypatch)
     assert students_weights(distill_from=str(teacher)) == taught
 
 
