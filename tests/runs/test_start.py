@@ -104,6 +104,15 @@ def test_a_run_with_changed_lists_is_not_compared_with_its_start(two_classes, he
     assert (last["epoch"], last["start"]) == (2, {})
 
 
+def test_the_last_epoch_takes_the_place_of_a_best_one_that_is_gone(two_classes, here, monkeypatch, capsys):
+    harm(monkeypatch)  # so epoch 0 stays the best
+    train_one_epoch(settings(**PROBE), monkeypatch)
+    (only_run(here) / BEST).unlink()
+    train.main(settings(**PROBE))
+    assert f"{BEST} is gone; {LAST} takes its place" in capsys.readouterr().out
+    assert (best := load_checkpoint(only_run(here) / BEST))["finished"] and best["epoch"] == 2
+
+
 def test_checkpoints_without_a_start_are_read(two_classes, here):
     from nets.weights import tree
 

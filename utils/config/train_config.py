@@ -85,8 +85,8 @@ class TrainConfig(NamesChecked):
     # Data
 
     data: str = setting("", resumable=True)
-    """Folder of a project, written by `txt_annotation.py --out`: its lists and class file, for several projects side by
-    side. Empty: the lists are in the working folder, and the class file is in `model_data/`."""
+    """Folder of a project, with its lists and its class file, as `txt_annotation.py --out` writes it, for several
+    projects side by side. Empty: the lists are in the working folder, and the class file is in `model_data/`."""
 
     classes_path: str | None = None
     """File of class names, one per line; the line number is the class id. None: `cls_classes.txt` in `data`."""

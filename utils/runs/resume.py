@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from utils.runs.folder import (
     remove_leftovers,
     write_lists,
 )
-from utils.system.files import write_whole
+from utils.system.files import copy_whole
 from utils.system.folder_lock import FolderLock
 from utils.system.text import shorten_list
 
@@ -247,8 +246,7 @@ def _prepare_resume(
         # First free disk space, since a full disk may have interrupted the run; keep at least one, it may be `newest`.
         prune_periodic(run.path, max(1, config.keep_periodic))
         if newest.name != LAST:
-            with write_whole(run.path / LAST) as target, newest.open("rb") as source:
-                shutil.copyfileobj(source, target)
+            copy_whole(newest, run.path / LAST)
     if changed:  # the digests before the copies: a copy that doesn't match its digest counts as changed by a user
         digests = {key: images.digest() for key, images in lists.items()}
         # The validation at the start was of other images.

@@ -35,6 +35,7 @@ from utils.runs.folder import RunFolder
 from utils.runs.history import Row, format_row, select_best, start_row
 from utils.runs.log import RunLog
 from utils.runs.saving import Saver, must_divide, write_pieces
+from utils.system.files import copy_whole
 from utils.system.runtime import RankLost, runtime
 from utils.system.signals import (
     Stopped,
@@ -268,7 +269,11 @@ class Run:
         network. If a process was killed in between, `fit`, which needs the trained head, isn't called again.
         """
         best, last = self.folder / BEST, self.folder / LAST
-        fitted = None if runtime.first(lambda: read_progress(best).finished) else fit()
+        if runtime.first(lambda: not best.is_file()):
+            print(f"warning: {best} is gone; {last.name} takes its place")
+            runtime.first(lambda: copy_whole(last, best))
+        progress = runtime.first(lambda: read_progress(best))
+        fitted = None if progress and progress.finished else fit()
         with defer_signals():
             runtime.first(lambda: self._mark_finished(best, last, fitted))
             self.finished = True

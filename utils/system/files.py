@@ -97,6 +97,12 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+def copy_whole(source: Path, target: Path) -> None:
+    """Replace `target` atomically by a copy of a file, see `write_whole`."""
+    with write_whole(target) as copy, source.open("rb") as file:
+        shutil.copyfileobj(file, copy)
+
+
 def is_partial(path: Path) -> bool:
     """Whether `write_whole` has made a file, by its name. Other programs' partial files have other names."""
     return bool(re.fullmatch(rf".+\.[0-9a-f]{{{TOKEN}}}{re.escape(PARTIAL)}", path.name, re.DOTALL))
