@@ -213,6 +213,7 @@ def start_stage(run: Run, stage: Stage, inputs: StageInputs) -> tuple[StageInput
         if trainer.ema:
             trainer.ema.resize(model, stage.input_shape)
         model.resize(stage.input_shape)
+        trainer.lowest = {}  # losses at another input shape aren't comparable
         inputs = inputs.renewed(inputs.network)
     stage.frozen.apply(model)
     if trainer.ema:

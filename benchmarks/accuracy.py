@@ -31,12 +31,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from measure import DEVICE, PRECISION, Finished, print_result
 from scipy import stats
 from sklearn.linear_model import LogisticRegressionCV
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from time_to_accuracy import (
     BATCH,
@@ -75,7 +76,30 @@ def run_timm_usual(data: Path, weights: Path, side: int, epochs: int, seed: int)
 
 def run_timm_mild(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
     """The same with as little augmentation as Thaw's recipe."""
-    return run_timm(data, weights, side, seed, 1, epochs, scale=(0.3, 1.0), color_jitter=None)
+    return run_timm(data, weights, side, seed, 1, epochs, **MILD)
+
+
+MILD = {"scale": (0.3, 1.0), "color_jitter": None}
+"""As little augmentation as Thaw's recipe has."""
+
+
+def run_timm_probed(data: Path, weights: Path, side: int, epochs: int, seed: int) -> Result:
+    """The same, starting from the head of a logistic regression (LP-FT: Kumar et al., 2022)."""
+
+    @torch.no_grad()
+    def init_head(model: nn.Module) -> None:
+        loader, _ = timm_loaders(data, side, workers=1)
+        head, model.head = model.head, nn.Identity()
+        regression = fit_regression(model.eval(), loader)
+        model.head = head
+        scaler, last = regression[0], regression[-1]
+        weight, bias = last.coef_ / scaler.scale_, last.intercept_
+        if len(weight) == 1:  # two classes: scikit-learn only has a row for the second
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        head.weight.copy_(torch.from_numpy(weight))
+        head.bias.copy_(torch.from_numpy(bias - weight @ scaler.mean_))
+
+    return run_timm(data, weights, side, seed, 1, epochs, init_head, **MILD)
 
 
 class Cast(nn.Module):
@@ -106,7 +130,8 @@ def run_fastai(data: Path, weights: Path, side: int, epochs: int, seed: int) -> 
 
     set_seed(seed)
     transforms = [*aug_transforms(size=side), Normalize.from_stats(MEAN, STD)]
-    options = {"item_tfms": Resize(round(side / 0.875)), "batch_tfms": transforms, "bs": BATCH, "num_workers": 1}
+    options = {"item_tfms": Resize(round(side / 0.875)), "batch_tfms": transforms, "num_workers": 1}
+    options["bs"] = min(BATCH, sum(path.is_file() for path in (data / "train").rglob("*")))
     images = ImageDataLoaders.from_folder(data, train="train", valid="test", device=DEVICE, **options)
     model = Cast(build_timm(weights, side, len(images.vocab)))
 
@@ -135,14 +160,20 @@ def run_logistic(data: Path, weights: Path, side: int, epochs: int, seed: int) -
     loader, test_loader = timm_loaders(data, side, workers=1)
     model = build_timm(weights, side, 0).eval()
     started = time.perf_counter()
-    regression = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=8, cv=5, max_iter=1000))
-    regression.fit(*features(model, loader))
+    regression = fit_regression(model, loader)
     seconds = time.perf_counter() - started
     return seconds, float(regression.score(*features(model, test_loader)))
 
 
+def fit_regression(model: nn.Module, loader: Any) -> Pipeline:
+    """Logistic regression on the features of the images, with five folds, or as many as the smallest class allows."""
+    x, y = features(model, loader)
+    folds = min(5, int(np.bincount(y).min()))
+    return make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=8, cv=folds, max_iter=1000)).fit(x, y)
+
+
 @torch.inference_mode()
-def features(model: nn.Module, loader: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def features(model: nn.Module, loader: Any) -> tuple[np.ndarray, np.ndarray]:
     """Features (N, C) of the images, and class ids (N,)."""
     rows, targets = [], []
     for pixels, batch_targets in loader:

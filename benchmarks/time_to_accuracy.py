@@ -52,9 +52,9 @@ USUAL = {"auto_augment": "original"}
 
 def timm_loaders(data: Path, side: int, workers: int, **augmentation: object) -> tuple[object, object]:
     """timm's loaders of the training images, with `augmentation` if there is any, and of the test images."""
-    options = {"input_size": (3, side, side), "batch_size": BATCH, "mean": MEAN, "std": STD, "num_workers": workers}
-    options |= {"device": DEVICE, "use_prefetcher": False, "crop_pct": 0.875}
     train_set, test_set = (create_dataset("", root=str(data / split)) for split in ("train", "test"))
+    options = {"input_size": (3, side, side), "mean": MEAN, "std": STD, "num_workers": workers, "device": DEVICE}
+    options |= {"batch_size": min(BATCH, len(train_set)), "use_prefetcher": False, "crop_pct": 0.875}
     loader = create_loader(train_set, is_training=bool(augmentation), **options, **augmentation)
     return loader, create_loader(test_set, is_training=False, **options)
 
@@ -68,18 +68,26 @@ def build_timm(weights: Path, side: int, classes: int) -> nn.Module:
 
 
 def run_timm(
-    data: Path, weights: Path, side: int, seed: int, workers: int, epochs: int = EPOCHS, **augmentation: object
+    data: Path,
+    weights: Path,
+    side: int,
+    seed: int,
+    workers: int,
+    epochs: int = EPOCHS,
+    init_head: Callable[[nn.Module], None] = lambda _: None,
+    **augmentation: object,
 ) -> tuple[float, float]:
-    """Seconds of training and the final test accuracy."""
+    """Seconds of training, with `init_head`, which gives the network its first head, and the final test accuracy."""
     torch.manual_seed(seed)
     loader, test_loader = timm_loaders(data, side, workers, **(augmentation or USUAL))
     model = build_timm(weights, side, len(loader.dataset.reader.class_to_idx))
+    started = time.perf_counter()
+    init_head(model)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-4, weight_decay=0.05, layer_decay=0.75)
     steps = len(loader)
     warm = min(steps, epochs * steps // EPOCHS + 1)
     warm_up = {"warmup_t": warm, "warmup_lr_init": 1e-6, "warmup_prefix": True}
     schedule = CosineLRScheduler(optimizer, epochs * steps - warm, lr_min=1e-6, t_in_epochs=False, **warm_up)
-    started = time.perf_counter()
     for epoch in range(epochs):
         model.train()
         for i, (pixels, targets) in enumerate(loader):

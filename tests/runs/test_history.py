@@ -11,7 +11,8 @@ SMALL, LARGE = (96, 96), (224, 224)
 
 
 def rows_of(losses, error=0.0, worse=(), start=None):
-    """Rows of epochs with these calibrated losses, from epoch 1; before them epoch 0 with the loss `start`."""
+    """Rows of epochs of an earlier version with these calibrated losses, from epoch 1; before them epoch 0 with the
+    loss `start`."""
     numbered = [*([(0, start)] if start is not None else []), *enumerate(losses, 1)]
     return [
         {"epoch": number, "loss": 0.7, "top1": 0.5, "val_loss": loss, "val_top1": 0.6, "seconds": 1.0, "skipped": 0}
@@ -30,6 +31,19 @@ def test_the_latest_within_one_standard_error_of_the_lowest():
     assert selected(rows_of(losses)) == [1, 2, 2, 2, 2, 2]
     assert selected(rows_of(losses, error=0.1)) == [1, 2, 2, 4, 4, 4]
     assert selected(rows_of(losses, error=0.15)) == [1, 2, 3, 4, 4, 6]
+
+
+def test_a_paired_comparison_replaces_the_standard_error_of_the_loss():
+    """Also where the losses alone say otherwise."""
+    rows = rows_of([0.9, 0.5, 0.62, 0.58], error=0.01, start=0.4)
+    beaten = [0, 1, 1, 0, 1]
+    rows = [row | {"val_beaten": float(flag)} for row, flag in zip(rows, beaten, strict=True)]
+    assert selected(rows) == [0, 0, 0, 3, 3]
+    assert format_row(rows[:4], [LARGE] * 4, True).endswith(
+        "(best so far: the latest within a standard error of epoch 0)"
+    )
+    rows[4]["val_beaten"] = math.nan  # of an earlier version
+    assert selected(rows) == [0, 0, 0, 3, 3]
 
 
 def test_losses_of_another_input_shape_are_not_compared():
@@ -65,16 +79,16 @@ def test_the_line_of_an_epoch_has_the_reason():
     rows = rows_of([0.5, 0.52, 0.9], error=0.05, worse={3}, start=0.6)
 
     def ending(count, is_best):
-        return format_row(rows[:count], 3, is_best).partition(" s")[2]
+        return format_row(rows[:count], [LARGE] * 3, is_best).partition(" s")[2]
 
-    assert format_row(rows[:1], 3, True).startswith("epoch 0/3: before training; validation loss 0.600")
+    assert format_row(rows[:1], [LARGE] * 3, True).startswith("epoch 0/3: before training; validation loss 0.600")
     assert ending(1, True) == ""
     assert ending(2, True) == " (best so far)"
     assert ending(3, True) == " (best so far: the latest within a standard error of epoch 1)"
     assert ending(4, False) == " (worse than epoch 0)"
     other = rows_of([0.3, 0.4], worse={1}, start=0.5)
-    assert format_row(other, 2, True).endswith("(best so far: epoch 1 is worse than epoch 0 in accuracy)")
-    assert format_row(rows_of([0.3, 0.4]), 2, True).endswith("(best so far of this input shape)")
+    assert format_row(other, [LARGE] * 2, True).endswith("(best so far: epoch 1 is worse than epoch 0 in accuracy)")
+    assert format_row(rows_of([0.3, 0.4]), [SMALL, LARGE], True).endswith("(best so far)")
 
 
 def test_rows_of_an_earlier_version_are_logged_by_name(tmp_path):

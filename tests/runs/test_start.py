@@ -11,7 +11,7 @@ from scipy.stats import binomtest, ttest_rel
 import train
 from tests.conftest import TINY, settings, train_one_epoch
 from tests.faults.harness import digest
-from utils.metrics.paired import LEVEL, is_worse
+from utils.metrics.paired import LEVEL, ONE_ERROR, is_higher, is_worse
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 from utils.runs.run import Run
 
@@ -138,6 +138,31 @@ def test_worse_is_what_the_tests_of_scipy_say():
         assert is_worse(losses, correct, base_losses, base_correct) == bool(by_accuracy or by_loss)
         found.add((bool(by_accuracy), bool(by_loss)))
     assert len(found) == 4
+
+
+def test_few_images_decide_less_than_many():
+    """The level of one standard error, against scipy; four images, one of which got worse, decide nothing."""
+    generator = np.random.default_rng(2)
+    for count in (3, 10, 1000):
+        base, other = generator.exponential(size=(2, count))
+        expected = ttest_rel(other, base, alternative="greater").pvalue < ONE_ERROR
+        assert is_higher(other, base, ONE_ERROR) == expected
+    base, worse = np.array([0.01, 0.02, 0.01, 0.03]), np.array([0.01, 0.02, 0.01, 0.93])
+    assert not is_higher(worse, base, ONE_ERROR)
+    assert is_higher(np.tile(worse, 10), np.tile(base, 10), ONE_ERROR)
+    shift = 1.05 / 100  # standard errors of ten thousand differences of deviation 1
+    many = generator.normal(size=10_000)
+    many = (many - many.mean()) / many.std(ddof=1)
+    assert is_higher(many + shift, np.zeros(10_000), ONE_ERROR)
+    assert not is_higher(many + shift - 0.1 / 100, np.zeros(10_000), ONE_ERROR)
+
+
+def test_the_lowest_validation_so_far_is_what_later_ones_are_compared_with(two_classes, here):
+    train.main(settings(**PROBE | {"unfreeze_epoch": 3, "init_lr": 1e-2}))
+    last = load_checkpoint(only_run(here) / LAST)
+    fair = [row["val_calibrated_loss"] for row in last["history"] if not row["val_worse"]]
+    assert last["lowest"]["losses"].mean().item() == pytest.approx(min(fair), rel=1e-5)
+    assert last["history"][0]["val_beaten"] == 0
 
 
 def test_equal_validations_are_rarely_worse():

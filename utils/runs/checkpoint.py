@@ -19,8 +19,8 @@ from utils.config.train_config import check_saved
 from utils.runs.history import COLUMNS
 from utils.system.files import WriteError, format_bytes, free_bytes, try_unlink, write_whole
 
-FORMAT_VERSION = 6
-OLD_VERSIONS, OLD_SUFFIX = (4, 5), ".pth"
+FORMAT_VERSION = 7
+OLD_VERSIONS, OLD_SUFFIX = (4, 5, 6), ".pth"
 """The formats of earlier versions, which are still read: 4 was pickled, in files with this suffix."""
 SUFFIX = ".safetensors"
 LAST = f"last_epoch_weights{SUFFIX}"
@@ -48,6 +48,7 @@ KEYS: dict[str, Any] = {
     "epoch_hits": Tensor,
     "micro_batches": int,
     "start": dict[str, Tensor],
+    "lowest": dict[str, Tensor],
     "best_val_loss": float,
     "history": list[dict[str, float]],
     "finished": bool,
@@ -169,9 +170,10 @@ def _check_content(content: dict[str, Any], keys: Set[str]) -> None:
         raise ValueError(f"scaler must have {', '.join(sorted(SCALER))}, or nothing")
     if not all(row.keys() >= set(COLUMNS) for row in content["history"]):
         raise ValueError(f"a row of history lacks some of {', '.join(COLUMNS)}")
-    sizes = {tensor.shape for tensor in content["start"].values()}
-    if content["start"].keys() not in (set(), {"losses", "correct"}) or len(sizes) > 1:
-        raise ValueError("start must have losses and correct, one for each validation image, or nothing")
+    for name in ("start", "lowest"):
+        sizes = {tensor.shape for tensor in content[name].values()}
+        if content[name].keys() not in (set(), {"losses", "correct"}) or len(sizes) > 1:
+            raise ValueError(f"{name} must have losses and correct, one for each validation image, or nothing")
     if content["epoch_losses"].ndim != 1 or content["epoch_losses"].shape != content["epoch_hits"].shape:
         raise ValueError("epoch_losses and epoch_hits must have one value per step of the epoch")
     check_arguments(content["model"])
@@ -188,7 +190,7 @@ def _read(path: Path, skip: tuple[str, ...]) -> Any:
 def _upgrade(content: Any) -> Any:
     """The content of a checkpoint of an earlier version as in this one."""
     if isinstance(content, dict) and content.get("format_version") in OLD_VERSIONS:
-        content |= {"format_version": FORMAT_VERSION, "start": {}}
+        content = {"start": {}, "lowest": {}} | content | {"format_version": FORMAT_VERSION}
         if "arithmetic" in content:  # its name in still earlier versions
             content["environment"] = content.pop("arithmetic")
     return content

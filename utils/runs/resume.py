@@ -249,8 +249,9 @@ def _prepare_resume(
             copy_whole(newest, run.path / LAST)
     if changed:  # the digests before the copies: a copy that doesn't match its digest counts as changed by a user
         digests = {key: images.digest() for key, images in lists.items()}
-        # The validation at the start was of other images.
-        amend_checkpoint(run.path / LAST, {"lists": digests, "start": {}})
-        run.checkpoint["start"] = {}
+        # Earlier validations were of other images.
+        forgotten = {"start": {}, "lowest": {}}
+        amend_checkpoint(run.path / LAST, {"lists": digests} | forgotten)
+        run.checkpoint.update(forgotten)
     write_lists(run.path, lists, config)
     return run

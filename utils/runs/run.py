@@ -254,7 +254,7 @@ class Run:
         self.best = select_best(self.history, self.config.epoch_shapes)
         content = self._content(gather=not self.divided)
         is_best = self.best == len(self.history) - 1
-        print(format_row(self.history, self.config.epochs, is_best))
+        print(format_row(self.history, self.config.epoch_shapes, is_best))
         # Log first: a run that is killed in between repeats the epoch and rewrites its log.
         if self.log:
             self.log.log_epoch(self.history)

@@ -17,7 +17,7 @@ from nets.network import FreezableNetwork
 from utils.config.train_config import TrainConfig
 from utils.data.preprocessing import Preprocessing
 from utils.metrics.classification import cross_entropy, top_k_accuracy
-from utils.metrics.paired import is_worse
+from utils.metrics.paired import ONE_ERROR, is_higher, is_worse
 from utils.metrics.temperature import calibrated_losses
 from utils.modeling.build import BuiltNetwork, build_network
 from utils.modeling.pixel_network import PixelNetwork
@@ -58,6 +58,8 @@ class Trainer:
         scaler: loss scaler for fp16.
         epoch: the epoch in progress.
         start: losses and correct, (N,) each, of the validation before the first step; empty: there was none.
+        lowest: the same of the validation with the lowest mean loss so far, without those that are worse than the
+            start; empty: there was none at this input shape.
         step: optimizer steps so far.
     """
 
@@ -92,6 +94,7 @@ class Trainer:
         self._requests = torch.zeros(3, device=device)
         self.epoch = Epoch(device)
         self.start: dict[str, Tensor] = {}
+        self.lowest: dict[str, Tensor] = {}
         self.step = 0
 
     def train_step(
@@ -258,7 +261,8 @@ class Trainer:
 
     def validate(self, loader: DataLoader, is_start: bool = False) -> dict[str, float]:
         """Compute loss and accuracy over all images of `loader`, the loss after temperature scaling with its standard
-        error, and whether they are worse than at the start, see `is_worse`.
+        error, whether they are worse than at the start, see `is_worse`, and whether they are beaten by the lowest
+        loss so far.
 
         Args:
             is_start: this is the validation before the first step, with which later ones are compared.
@@ -273,6 +277,8 @@ class Trainer:
         metrics, images = runtime.first(lambda: self._validation_metrics(logits, targets))
         if is_start:
             self.start = images
+        if not metrics["val_worse"] and not (self.lowest and self.lowest["losses"].mean() <= images["losses"].mean()):
+            self.lowest = images
         return metrics
 
     def _validation_metrics(self, logits: Tensor, targets: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -290,6 +296,7 @@ class Trainer:
             "val_calibrated_loss": calibrated,
             "val_calibrated_loss_error": losses.std(correction=0).item() / len(losses) ** 0.5,
             "val_worse": float(self._is_worse_than_start(images)),
+            "val_beaten": float(self._is_beaten(images)),
         }
         return metrics, images
 
@@ -298,6 +305,10 @@ class Trainer:
             return False
         return is_worse(*(images[name].numpy() for name in images), *(self.start[name].numpy() for name in images))
 
+    def _is_beaten(self, images: dict[str, Tensor]) -> bool:
+        """Whether the losses are more than a standard error of the difference above the lowest so far."""
+        return bool(self.lowest) and is_higher(images["losses"].numpy(), self.lowest["losses"].numpy(), ONE_ERROR)
+
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, without the weights."""
         return {
@@ -305,12 +316,14 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "micro_batches": self.micro_batches.count,
             "start": self.start,
+            "lowest": self.lowest,
             **self.epoch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state."""
-        self.step, self.micro_batches.count, self.start = state["step"], state["micro_batches"], state["start"]
+        self.step, self.micro_batches.count = state["step"], state["micro_batches"]
+        self.start, self.lowest = state["start"], state["lowest"]
         if state["scaler"]:  # empty if the scaler wasn't enabled
             self.scaler.load_state_dict(state["scaler"])
         self.epoch.load_state_dict(state)
