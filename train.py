@@ -103,8 +103,12 @@ def main(
         raise ValueError("group_regex: needs cross_validate; for a single split pass it to txt_annotation.py")
     if cross_validate and (summary or find_lr):
         raise ValueError("cross_validate: can't be combined with summary or find_lr; use one of them")
-    if cross_validate and config.distill_from:
-        raise ValueError("cross_validate: a teacher has seen the images of the folds; leave distill_from empty")
+    if cross_validate and (config.distill_from or config.unlabeled):
+        raise ValueError(
+            "cross_validate: a teacher has seen the images of the folds; leave distill_from and unlabeled empty"
+        )
+    if find_lr and config.distill_from:
+        raise ValueError("find_lr: can't be combined with distill_from, which changes the loss; leave it empty")
     if cross_validate and config.backbone == AUTO:
         raise ValueError(
             "cross_validate: all folds, and the same command later, need one backbone; see what --backbone auto "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
+
 CARD = "README.md"
 """The model card in a repository of the Hugging Face hub. It starts with YAML between lines of three hyphens."""
 UNKNOWN = "unknown: ask its author"
@@ -24,18 +26,23 @@ def read_license(card: Path) -> str:
     front = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
     if not front:
         return ""
-    names = _values(front[1], "license")
+    try:
+        values = yaml.safe_load(front[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ""
+    if not isinstance(values, dict):
+        return ""
+    names = _texts(values.get("license"))
     if names in ([], ["other"]):
-        names = _values(front[1], "license_name") or names
-    if names and re.search(r"^extra_gated_", front[1], re.MULTILINE):
+        names = _texts(values.get("license_name")) or names
+    if names and any(str(key).startswith("extra_gated_") for key in values):
         names.append("gated")
     return clean_license(", ".join(names))
 
 
-def _values(front: str, key: str) -> list[str]:
-    """Return the words of a value in YAML, which may be a list."""
-    found = re.search(rf"^{key}:(.*(?:\n[ \t]*-.*)*)", front, re.MULTILINE)
-    return re.findall(r"\w[\w.+-]*", found[1]) if found else []
+def _texts(value: object) -> list[str]:
+    """Return a text, or the texts in a list."""
+    return [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
 
 
 def clean_license(text: object) -> str:

@@ -20,7 +20,10 @@ from nets.weights.pretrained import BUNDLED_WEIGHTS, find_pretrained
         ("license: cc-by-4.0\nextra_gated_prompt: sign here", "cc-by-4.0, gated"),
         ("license: unknown", ""),
         ("tags:\n- license: mit", ""),
-        ("license: \x1b[31m<b>mit", "31m, b, mit"),
+        ("license: \x1b[31m<b>mit", ""),  # not YAML
+        ("license: [mit", ""),
+        ("license: apache-2.0  # see LICENSE", "apache-2.0"),
+        ("license: Some <b>Custom License", "some bcustom license"),
         (f"license: {'a' * 500}", "a" * MAX_LENGTH),
     ],
 )

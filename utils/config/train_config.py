@@ -169,10 +169,9 @@ class TrainConfig(NamesChecked):
     forward pass of the teacher. Empty: none."""
 
     refit_head: bool | None = setting(False, by_recipe=True)
-    """After training, fit the head by logistic regression to the features of training and validation images, unless
-    that is significantly worse (each validation image is predicted by a head fitted without it). A gain with few
-    images, for up to 5,000. Then only a test list shows how good the network is, since the validation images are
-    trained on."""
+    """After training, fit the head by logistic regression to the features of training and validation images, unless it
+    is significantly worse without the latter. A gain with few images; not with more than 5,000 (or five of each class).
+    Then only a test list shows how good the network is, since the validation images are trained on."""
 
     # Stages
 

@@ -55,6 +55,7 @@ def write_model_card(folder: Path, checkpoint: Path, classifier: Classifier, met
         letterbox=classifier.preprocessing.letterbox_image,
         shape=classifier.preprocessing.input_shape,
         counts=count_images(checkpoint, classifier),
+        refitted=classifier.config.get("refit_head", False),
         calibrated=classifier.calibration is not None
         or metadata.temperature != 1,  # exported weights have no calibration
         metrics=read_metrics(checkpoint, metadata.provenance["checkpoint_sha256"]),

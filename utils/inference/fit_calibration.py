@@ -68,35 +68,27 @@ def calibrate_checkpoint(
     options = {"num_workers": config.num_workers, "skip_unreadable": True}
     train = compute_outputs(classifier, sample, title="embedding", keep_logits=False, **options)
     val = compute_outputs(classifier, val_images, title="calibrating", **options)
-    rows = sample_indices(val_images, MAX_TTA_IMAGES, config.seed)
+    tta_images = select(val_images, sample_indices(val_images, MAX_TTA_IMAGES, config.seed))
     batch_size = max(1, MAX_VIEWS // classifier.tta_views.shape[0])
-    tta_images = select(val_images, rows)
     tta = compute_outputs(classifier, tta_images, batch_size=batch_size, title="calibrating TTA", tta=True, **options)
     refit = config.refit_head and len(sample) == len(train_images)
     if config.refit_head and not refit:
         print(f"refit_head: not done, since there are more than {max_embeddings} training images")
     balanced = "balanced" in (config.sampler, config.class_weights)
-    return runtime.first(
-        lambda: _fit(
-            checkpoint, sample, train, val, tta._replace(indices=torch.from_numpy(rows)[tta.indices]), refit, balanced
-        )
-    )
+    return runtime.first(lambda: _fit(checkpoint, sample, train, val, tta, refit, balanced))
 
 
 def _fit(
     checkpoint: Path, sample: ImageList, train: Outputs, val: Outputs, tta: Outputs, refit: bool, balanced: bool
 ) -> Fitted:
     """Fit head and calibration to outputs for training and validation images, and for some of the latter with TTA, and
-    save the embeddings of training images. All indices are of the training or validation list."""
+    save the embeddings of training images."""
     if not len(val.indices) or not len(train.indices):
         print("warning: not calibrated, since no image could be read; the network's own probabilities are used")
         return Fitted({})
-    head = _refit(train, val, balanced) if refit and len(train.class_ids.unique()) > 1 else None
-    if head:
-        val = val._replace(logits=head.predict(val.embeddings, torch.arange(len(val.embeddings))))
-        both = torch.isin(tta.indices, val.indices)
-        tta = Outputs(*(values[both] for values in tta))
-        tta = tta._replace(logits=head.predict(tta.embeddings, torch.searchsorted(val.indices, tta.indices)))
+    head = _refit(train, val, balanced) if refit else None
+    if head:  # calibrated with the head that hasn't seen the validation images
+        val, tta = (outputs._replace(logits=head.probe.predict(outputs.embeddings)) for outputs in (val, tta))
     calibration = fit_calibration(val.logits, val.embeddings, val.class_ids, train.embeddings, train.class_ids)
     if len(tta.indices):
         calibration = replace(calibration, tta_temperature=fit_temperature(tta.logits, tta.class_ids))
@@ -107,22 +99,26 @@ def _fit(
 
 
 def _refit(train: Outputs, val: Outputs, balanced: bool) -> Refit | None:
-    """The head fitted once more; None: it is significantly worse than the trained one."""
+    """The head fitted once more; None: it can't be, or is significantly worse than the trained one, without the
+    validation images."""
     from utils.training.linear_probe import refit_head  # imports scikit-learn
 
+    known = train.class_ids.unique()
+    if len(known) < 2 or not torch.isin(val.class_ids, known).any():
+        print("refit_head: not done, since it needs two classes, and validation images of them")
+        return None
     arrays = (x.numpy() for x in (train.embeddings, train.class_ids, val.embeddings, val.class_ids))
     refit = refit_head(*arrays, val.logits.shape[1], balanced)
-    new_logits = refit.predict(val.embeddings, torch.arange(len(val.embeddings)))
     (old, old_correct), (new, new_correct) = (
         (calibrated_losses(logits, val.class_ids).numpy(), (logits.argmax(dim=1) == val.class_ids).numpy())
-        for logits in (val.logits, new_logits)
+        for logits in (val.logits, refit.probe.predict(val.embeddings))
     )
     worse = is_worse(new, new_correct, old, old_correct)
     used = "the trained head is used, since the new one is worse" if worse else "the new head is used"
     print(
-        f"refit_head: logistic regression on {len(train.indices)} training and {len(val.indices)} validation images, "
-        f"C={refit.inverse_penalty:.1g}: calibrated validation loss {old.mean():.3f} -> {new.mean():.3f}, top-1 "
-        f"{old_correct.mean():.1%} -> {new_correct.mean():.1%}, of each image without itself; {used}"
+        f"refit_head: regression on {len(train.indices)} training images, C={refit.probe.inverse_penalty:.1g}: "
+        f"calibrated validation loss {old.mean():.3f} -> {new.mean():.3f}, top-1 {old_correct.mean():.1%} -> "
+        f"{new_correct.mean():.1%}; then on {len(val.indices)} validation images, too; {used}"
     )
     return None if worse else refit
 

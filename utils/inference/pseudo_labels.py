@@ -19,8 +19,8 @@ from utils.data.image_list import ImageList, list_in_memory, parse_list, read_li
 from utils.inference.classifier import Classifier, load_classifier
 from utils.inference.image_paths import drop_copies
 from utils.inference.prediction import Failure
-from utils.runs.teacher import find_teacher
-from utils.system.digests import TRAINING_CODE, digest
+from utils.runs.teacher import check_teacher_classes, find_teacher
+from utils.system.digests import digest
 from utils.system.files import make_folder
 from utils.system.runtime import runtime
 from utils.system.text import count_of, shorten_list
@@ -35,8 +35,8 @@ def add_unlabeled(config: TrainConfig, data: Data) -> Data:
     teacher accepts its prediction, with the predicted class.
 
     This is self-training (Lee, "Pseudo-Label", 2013); the threshold comes from the teacher's validation images, as for
-    `predict.py --reject-below auto`. Images of the validation and the test list are excluded. The predictions are kept
-    in `cache_dir`, so a resumed run has the same list.
+    `predict.py --reject-below auto`. Copies of listed images are excluded. The predictions are kept in `cache_dir`: a
+    resumed run has the same list if the folder is unchanged.
 
     Raises:
         FileNotFoundError: there is no such folder or teacher.
@@ -51,20 +51,25 @@ def add_unlabeled(config: TrainConfig, data: Data) -> Data:
         raise FileNotFoundError(f"{where}: there is no such folder")
     lists = [data.val_images, data.train_images, *_test_images(config, data)]
     listed = (images.path(i) for images in lists for i in range(len(images)))
-    paths = drop_copies([os.path.abspath(path) for path in find_images(config.unlabeled, Counter())], listed)
+    skipped: Counter[str] = Counter()
+    paths = drop_copies([os.path.abspath(path) for path in find_images(config.unlabeled, skipped)], listed)
+    for reason, count in skipped.items():
+        print(f"skipped in {config.unlabeled}: {count} {reason}")
     if not paths:
         raise ValueError(f"{where}: it has no images besides those of the lists")
     images = list_in_memory((0, path) for path in paths)
     teacher = find_teacher(config)
-    name = digest([digest_file(teacher), *data.class_names, *describe_files(images, TRAINING_CODE)])
+    name = digest([digest_file(teacher), *data.class_names, *describe_files(images, ())])
     file = Path(config.cache_dir, f"pseudo-labels-{name}.txt")
     runtime.first(lambda: file.is_file() or write_predicted(file, teacher, paths, config, data.class_names))
+    if not file.is_file():
+        raise ValueError(f"cache_dir={config.cache_dir!r}: all machines need the same folder; it lacks {file.name}")
     labeled = read_list(file, len(data.class_names)) if file.stat().st_size else list_in_memory([])
     counts = np.bincount(labeled.class_ids, minlength=len(data.class_names))
-    per_class = ", ".join(f"{name} {count}" for name, count in zip(data.class_names, counts, strict=True))
+    per_class = [f"{name} {count}" for name, count in zip(data.class_names, counts, strict=True)]
     print(
         f"unlabeled: {count_of(len(paths), 'image')} in {config.unlabeled}, {len(labeled)} trained on with their "
-        f"predicted classes ({shorten_list(per_class.split(', '))}); the list is {file}"
+        f"predicted classes ({shorten_list(per_class, 20)}); the list is {file}"
     )
     return data._replace(train_images=append(data.train_images, labeled))
 
@@ -72,7 +77,9 @@ def add_unlabeled(config: TrainConfig, data: Data) -> Data:
 def write_predicted(file: Path, teacher: Path, paths: list[str], config: TrainConfig, class_names: list[str]) -> None:
     """Write the list of the images whose prediction is accepted."""
     make_folder(config.cache_dir)
-    write_list(file, predict_classes(load_classifier(teacher, config.device), paths, class_names))
+    classifier = load_classifier(teacher, config.device)
+    check_teacher_classes(config, classifier.class_names, class_names)
+    write_list(file, predict_classes(classifier, paths, class_names))
 
 
 def predict_classes(classifier: Classifier, paths: list[str], class_names: list[str]) -> Iterator[tuple[int, str]]:

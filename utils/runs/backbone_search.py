@@ -127,6 +127,8 @@ def choose_backbone(asked: TrainConfig, data: Data, device: torch.device, plan: 
                 measured.append(measure(planned, candidate, data, images, device, deadline))
             except TooSlow as error:
                 skipped.append(f"  {name} not measured: {error}")
+            except torch.OutOfMemoryError:
+                skipped.append(f"  {name} not measured: it doesn't fit into the memory of the device")
     if missing:
         skipped.append(f"  not at hand, and not downloaded: {', '.join(missing)}; {REMEDY}")
     print("\n".join([*([format_measured(measured)] if measured else []), *skipped]))
@@ -196,6 +198,7 @@ def measure(
         ImageError: no image of a class can be read.
     """
     config, network, stages = planned
+    candidate.model.resize(config.input_shape)  # it was built for the first stage
     features = compute_features(candidate.model, candidate.config, images, device, deadline)
     hits = cross_validate(features.values, images.class_ids, config.seed)
     counts = len(data.train_images), len(data.val_images)
@@ -222,7 +225,7 @@ def select_backbone(measured: Sequence[Measured], max_minutes: float) -> Choice:
     if not in_time:
         fastest = min(measured, key=lambda each: each.minutes)
         raise ValueError(
-            f"backbone_minutes={max_minutes:g}: {fastest.backbone}, the fastest, takes about {fastest.minutes:.2g}; "
+            f"backbone_minutes={max_minutes:g}: {fastest.backbone}, the fastest, takes about {fastest.minutes:.1f}; "
             f"raise it, or set fewer epochs, a smaller input_shape or freeze_blocks to all"
         )
     best = max(in_time, key=lambda each: each.accuracy)

@@ -132,7 +132,8 @@ def _prepare_fold(title: str, config: TrainConfig, images: ImageList, validated:
         write_list(path, [(int(images.class_ids[i]), images.path(i)) for i in np.flatnonzero(which)])
     cache_dir = str(Path(config.cache_dir, FOLDER, digest([repr(config)]), *folder.parts[-2:]))
     paths = {field: str(path) for field, path in lists.items()}
-    return Fold(title, folder, replace(config, save_dir=str(folder), cache_dir=cache_dir, **paths))
+    changes = {"save_dir": str(folder), "cache_dir": cache_dir, "refit_head": False}  # it isn't in the history
+    return Fold(title, folder, replace(config, **changes, **paths))
 
 
 def format_folds(rows: list[dict[str, Any]], selected_last: bool) -> str:

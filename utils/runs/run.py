@@ -281,14 +281,15 @@ class Run:
     def _mark_finished(self, best: Path, last: Path, fitted: tuple[dict[str, Any], Sequence[Tensor]] | None) -> None:
         if fitted:
             calibration, head = fitted
+            content = load_checkpoint(best, training_state=False)
             changes = {"calibration": calibration, "finished": True, "optimizer": {}, "weights_in_training": {}}
+            changes["config"] = content["config"] | {"refit_head": bool(head)}  # whether it was
             if head:
-                weights = load_checkpoint(best)["weights"]
-                changes["weights"] = weights | dict(zip(("head.weight", "head.bias"), head, strict=True))
+                changes["weights"] = content["weights"] | dict(zip(("head.weight", "head.bias"), head, strict=True))
             amend_checkpoint(best, changes, whole=True)
-        same_network = read_progress(best).step == read_progress(last).step and not self.config.refit_head
-        calibration = load_checkpoint(best, training_state=False)["calibration"] if same_network else {}
-        amend_checkpoint(last, {"calibration": calibration, "finished": True})
+        content = load_checkpoint(best, training_state=False)
+        same_network = content["step"] == read_progress(last).step and not content["config"]["refit_head"]
+        amend_checkpoint(last, {"calibration": content["calibration"] if same_network else {}, "finished": True})
         prune_pieces(self.folder)
 
     @contextmanager

@@ -28,7 +28,7 @@ def settings_to_resume(run: str) -> TrainConfig:
 
 def settings_to_continue(run: str) -> TrainConfig:
     """The settings of a new run that trains the best checkpoint of a finished one further: all layers, for
-    `MORE_EPOCHS` epochs, at a tenth of the learning rate. The head is kept.
+    `MORE_EPOCHS` epochs, at a tenth of the learning rate. The head is kept, unless it was fitted to validation images.
 
     Raises:
         FileNotFoundError, ValueError: see `_read`; or the run has no best checkpoint.
@@ -41,10 +41,13 @@ def settings_to_continue(run: str) -> TrainConfig:
         config,
         model_path=str(best),
         pretrained=False,
-        head_init="random",  # the head of the checkpoint replaces it
+        # The head of the checkpoint replaces a random one. One that was fitted to validation images, too, would make
+        # epoch 0 look better than it is.
+        head_init="probe" if config.refit_head else "random",
         stages=(),
         freeze_train=False,
         unfreeze_epoch=MORE_EPOCHS,
+        epoch_repeats=1,
         init_lr=config.init_lr * LOWER,
         min_lr=config.min_lr * LOWER,
         resume="auto",

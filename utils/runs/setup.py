@@ -18,6 +18,7 @@ from utils.config.train_config import AUTO, TrainConfig
 from utils.modeling.build import build_meta_network, check_network
 from utils.modeling.precision import choose_precision, pick_device
 from utils.runs.resume import earlier_choices
+from utils.runs.teacher import find_teacher
 from utils.system.runtime import runtime
 from utils.training.datasets import Data, load_data
 from utils.training.sharding import check_sharding, must_shard
@@ -59,6 +60,8 @@ def prepare(
         FileNotFoundError, ValueError: a setting is invalid, or a file that it refers to is missing.
     """
     device = pick_device(asked.device)
+    if asked.distill_from:
+        find_teacher(asked)  # before anything takes long
     network = None if asked.backbone == AUTO else build_meta_network(asked, num_classes=2)
     if network is not None and asked.recipe == "none":
         check_network(network, asked.with_defaults())  # before lists are written
@@ -122,6 +125,7 @@ def _by_recipe(asked: TrainConfig, data: Data, network: FreezableNetwork, device
         parameters=count_parameters(network) - count_parameters(network.head),
         on_cpu=device.type == "cpu",
         ranks=runtime.world_size,
+        val_images=len(data.val_images),
         tested=Path(asked.test_annotation_path).is_file(),
     )
     return choose(asked, known)

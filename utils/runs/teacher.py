@@ -35,7 +35,7 @@ class Teacher:
     ) -> None:
         self.network = network
         self.input_shape = input_shape
-        self.order = list(order)
+        self.order = torch.tensor(order, device=next(network.parameters()).device)
         self.precision = precision
         self.digest = digest
 
@@ -46,7 +46,7 @@ class Teacher:
             resized = F.interpolate(pixels.float(), self.input_shape, mode="bilinear", antialias=True)
             pixels = resized.round_().clamp_(0, 255).to(torch.uint8)
         with autocast(pixels.device, self.precision):
-            return self.network(pixels).float()[:, self.order]
+            return self.network(pixels).float().index_select(1, self.order)
 
 
 def find_teacher(config: TrainConfig) -> Path:
@@ -64,6 +64,15 @@ def find_teacher(config: TrainConfig) -> Path:
     return file
 
 
+def check_teacher_classes(config: TrainConfig, names: Sequence[str], class_names: Sequence[str]) -> None:
+    """Raise a ValueError if a class of the student isn't among the `names` of the teacher's."""
+    if missing := sorted(set(class_names) - set(names)):
+        raise ValueError(
+            f"distill_from={config.distill_from!r}: it doesn't know the classes {shorten_list(missing)}; train it on "
+            f"the same classes first"
+        )
+
+
 def load_teacher(
     config: TrainConfig, class_names: Sequence[str], device: torch.device, precision: str
 ) -> Teacher | None:
@@ -78,13 +87,12 @@ def load_teacher(
     path = find_teacher(config)
     checkpoint = load_checkpoint(path, training_state=False)
     names = checkpoint["class_names"]
-    if missing := sorted(set(class_names) - set(names)):
-        raise ValueError(
-            f"distill_from={config.distill_from!r}: it doesn't know the classes {shorten_list(missing)}; train it on "
-            f"the same classes first"
-        )
-    model = restore_model(checkpoint["model"], checkpoint["weights"])
-    preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
+    check_teacher_classes(config, names, class_names)
+    try:
+        model = restore_model(checkpoint["model"], checkpoint["weights"])
+        preprocessing = Preprocessing.from_dict(checkpoint["preprocessing"])
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"distill_from: {path} can't be used: its contents are inconsistent ({error})") from error
     network = cast_for_inference(PixelNetwork(model, preprocessing, device), precision).eval()
     order = [names.index(name) for name in class_names]
     return Teacher(network, preprocessing.input_shape, order, precision, digest_file(path))

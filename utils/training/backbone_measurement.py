@@ -132,14 +132,15 @@ def estimate_seconds(
     train, val = counts
     load, forward = features.seconds, features.forward_seconds
     total = (train + val) * load if config.head_init == "probe" else 0.0
+    seen = train * config.epoch_repeats  # in each epoch
     for stage in stages:
         stage.frozen.apply(network)
         parameters = list(network.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
         epochs, views = stage.end - stage.start, num_cached_views(stage, config)
         if views:
-            seconds = (views * train + val) * load + epochs * (3 * train + val) * trained * forward
+            seconds = (views * train + val) * load + epochs * (3 * seen + val) * trained * forward
         else:
-            seconds = epochs * (train * max(load, (1 + 2 * trained) * forward) + val * load)
+            seconds = epochs * (seen * max(load, (1 + 2 * trained) * forward) + val * load)
         total += seconds * math.prod(stage.input_shape) / math.prod(config.input_shape)
     return total

@@ -1,4 +1,4 @@
-"""Initializes the head with logistic regression on the features of the backbone."""
+"""Fits the head by logistic regression to the features of the backbone: before training, and once more after it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,6 @@ INVERSE_PENALTIES = 10.0 ** np.arange(-5, 1.5, 0.5)
 """Values of C to choose from, scikit-learn's inverse strength of the penalty."""
 
 
-FOLDS = 5
-"""Into which validation images are divided to predict each without itself."""
-
-
 class Probe(NamedTuple):
     """A fitted head.
 
@@ -42,6 +38,10 @@ class Probe(NamedTuple):
     inverse_penalty: float
     val_loss: float
     val_top1: float
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Logits (n, classes) of features (n, C)."""
+        return features @ self.weight.T + self.bias
 
 
 def init_head(
@@ -109,25 +109,14 @@ class Refit(NamedTuple):
     """A head fitted once more.
 
     Attributes:
-        weight: (classes, C).
+        weight: (classes, C), fitted to training and validation features.
         bias: (classes,).
-        inverse_penalty: the best of `INVERSE_PENALTIES`.
-        fold_of: (m,), the fold of each validation image.
-        others: for each fold weight and bias of a head that was fitted without it.
+        probe: the head that was fitted to the training features alone, with the same penalty.
     """
 
     weight: Tensor
     bias: Tensor
-    inverse_penalty: float
-    fold_of: Tensor
-    others: list[tuple[Tensor, Tensor]]
-
-    def predict(self, features: Tensor, rows: Tensor) -> Tensor:
-        """Logits (n, classes) of features (n, C) of the validation images at `rows`, (n,), by heads that were fitted
-        without them."""
-        weights, biases = (torch.stack(tensors) for tensors in zip(*self.others, strict=True))
-        logits = torch.einsum("nc,fkc->nfk", features, weights) + biases  # (n, folds, classes)
-        return logits[torch.arange(len(rows)), self.fold_of[rows]]
+    probe: Probe
 
 
 def refit_head(
@@ -135,19 +124,12 @@ def refit_head(
 ) -> Refit:
     """Fit a logistic regression to training and validation features together, with the penalty that `fit_probe` chooses
     on the latter; for the arguments see there."""
-    penalty = fit_probe(x, y, val_x, val_y, num_classes, balanced).inverse_penalty
-
-    def fit(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        all_x, all_y = np.concatenate([x, val_x[rows]]), np.concatenate([y, val_y[rows]])
-        scaler = StandardScaler().fit(all_x)
-        scaled = scaler.transform(all_x)
-        regression = make_regression(balanced).set_params(C=penalty).fit(scaled, all_y)
-        return _unscale(regression, scaler, scaled, num_classes)
-
-    folds = min(FOLDS, len(val_x))
-    fold_of = np.random.default_rng(0).permutation(len(val_x)) % folds
-    others = [fit(np.flatnonzero(fold_of != fold)) for fold in range(folds)]
-    return Refit(*fit(np.arange(len(val_x))), penalty, torch.from_numpy(fold_of), others)
+    probe = fit_probe(x, y, val_x, val_y, num_classes, balanced)
+    all_x, all_y = np.concatenate([x, val_x]), np.concatenate([y, val_y])
+    scaler = StandardScaler().fit(all_x)
+    scaled = scaler.transform(all_x)
+    regression = make_regression(balanced).set_params(C=probe.inverse_penalty).fit(scaled, all_y)
+    return Refit(*_unscale(regression, scaler, scaled, num_classes), probe)
 
 
 def make_regression(balanced: bool) -> LogisticRegression:

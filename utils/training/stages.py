@@ -106,14 +106,9 @@ def check_single_images(stages: Sequence[Stage], network: FreezableNetwork) -> N
 def num_cached_views(stage: Stage, config: TrainConfig) -> int:
     """The number of cached views of each image that `stage` trains on; 0: it trains on images.
 
-    A stage with no more epochs than views trains on images, since caching would save no computation, and so does one
-    with a teacher, which needs the images.
+    A stage that sees each image no more often than there are views trains on images, since caching would save no
+    computation, and so does one with a teacher, which needs the images.
     """
-    if (
-        not stage.frozen
-        or not config.cache_features
-        or config.distill_from
-        or stage.end - stage.start <= config.feature_views
-    ):
-        return 0
-    return config.feature_views
+    visits = (stage.end - stage.start) * config.epoch_repeats
+    cached = stage.frozen and config.cache_features and not config.distill_from and visits > config.feature_views
+    return config.feature_views if cached else 0
