@@ -16,7 +16,7 @@ import train
 from nets.factory import build_meta_model, build_model
 from nets.weights.pretrained import BUNDLED_WEIGHTS, HUB_REPOS
 from tests.conftest import TINY, write_back
-from utils.config.train_config import TrainConfig
+from utils.config.train_config import StageConfig, TrainConfig
 from utils.data.image_list import list_in_memory
 from utils.runs import backbone_search
 from utils.runs.backbone_search import CANDIDATES, Measured, format_measured, sample_images, select_backbone
@@ -151,6 +151,26 @@ def test_run_stores_the_choice_and_resumes_with_it(candidates, capsys, monkeypat
         assert only_run() == run
     with pytest.raises(ValueError, match="no candidate could be measured"):
         train.main(config)  # a new run
+
+
+def test_networks_are_measured_at_the_shape_of_the_run_with_smaller_first_stages(candidates, capsys):
+    stages = (StageConfig(1, "nothing", 8, (4, 4)), StageConfig(1, "nothing", 8))
+    setup = prepare(TrainConfig(**SEARCH | {"recipe": "none", "stages": stages}))
+    assert setup.config.backbone == "vit_xs_4"
+    assert "not measured" not in capsys.readouterr().out
+
+
+def test_a_network_that_does_not_fit_into_memory_is_listed(candidates, monkeypatch, capsys):
+    compute = backbone_search.compute_features
+
+    def limited(model, config, *rest):
+        if config.backbone == "vit_xs_4":
+            raise torch.OutOfMemoryError
+        return compute(model, config, *rest)
+
+    monkeypatch.setattr(backbone_search, "compute_features", limited)
+    assert prepare(TrainConfig(**SEARCH | {"recipe": "none"})).config.backbone == "vit_of_the_tests"
+    assert "vit_xs_4 not measured: it doesn't fit into the memory of the device" in capsys.readouterr().out
 
 
 def test_the_same_images_give_the_same_choice_for_the_recipe(candidates):

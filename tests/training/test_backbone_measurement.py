@@ -135,3 +135,14 @@ def test_estimated_time(name, head_init):
     probe = 120 * 0.5 if head_init == "probe" else 0
     assert estimate(last) == pytest.approx(probe + 130)
     assert estimate(stage, last) == pytest.approx(probe + expected + 130, rel=0.03)
+
+
+def test_repeats_of_the_list_take_time():
+    network, stages = build_meta_model("vit_of_the_tests", 2, (8, 8)), (StageConfig(1, "nothing"),)
+
+    def estimate(repeats):
+        config = settings(**TINY | {"head_init": "random", "stages": stages, "epoch_repeats": repeats})
+        return estimate_seconds(config, network, plan_stages(config, 100, transformer=True), (100, 20), FEATURES)
+
+    validation = 20 * FEATURES.seconds
+    assert estimate(7) - validation == pytest.approx(7 * (estimate(1) - validation))
