@@ -258,6 +258,14 @@ def browser():
         chromium.close()
 
 
+def wait_for_property(page, selector: str, name: str, value: object) -> None:
+    """Wait until an element has this property. `page.wait_for_function` is stopped by the page's security policy unless
+    the function is true at once."""
+    from playwright.sync_api import expect
+
+    expect(page.locator(selector)).to_have_js_property(name, value)
+
+
 def open_page(browser, path: Path, width: int = 1280, scheme: str = "light"):
     """The page, its errors (console, dialogs, requests), and the seconds it took to load."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from tests.conftest import open_page, touch, write_image, write_scene
+from tests.conftest import open_page, touch, wait_for_property, write_image, write_scene
 from utils.annotation import fingerprints, near_duplicates
 from utils.annotation.annotate import annotate
 from utils.annotation.audit import Finding, audit_counts, audit_images
@@ -579,7 +579,7 @@ def test_the_page_fits_the_screen_and_enlarges_images(here, browser, width):
     page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator("#samples figure img").first.click()
-    page.wait_for_function("document.querySelector('dialog img').naturalWidth === 300")
+    wait_for_property(page, "dialog img", "naturalWidth", 300)
     assert page.locator("dialog").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator("dialog").click()

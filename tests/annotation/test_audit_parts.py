@@ -180,7 +180,7 @@ def test_an_older_part_doesnt_hide_a_changed_image(folders, images_read):
 
 
 def test_a_part_in_use_is_left_to_the_next_run(folders, monkeypatch, capsys):
-    monkeypatch.setattr(fingerprints, "LOCK_TIMEOUT", 1)
+    monkeypatch.setattr(fingerprints, "LOCK_TIMEOUT", 3)  # of a busy machine: threads wait for each other, too
     read_parts(1, 2, 3)
     with closing(sqlite3.connect(TWO)) as other:
         other.execute("BEGIN EXCLUSIVE")

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import eval as evaluation_script
 from nets.factory import build_model
-from tests.conftest import SMALL, open_page, settings, write_image
+from tests.conftest import SMALL, open_page, settings, wait_for_property, write_image
 from utils.data.image_list import list_in_memory, select
 from utils.data.preprocessing import Preprocessing
 from utils.data.transforms import EvalTransform
@@ -390,9 +390,9 @@ def test_tables_that_do_not_fit_say_so(here, browser):
     page, _, _ = open_page(browser, make_page(here, [f"class {i}" for i in range(60)], n=2000, accuracy=4.0), 390)
     table = page.locator(".scroll", has=page.locator(".matrix"))
     assert "scroll in it" in table.locator("xpath=preceding-sibling::p").inner_text()
-    assert table.evaluate("table => table.className") == "scroll more-right more-below"
+    wait_for_property(page, ".scroll:has(.matrix)", "className", "scroll more-right more-below")
     table.evaluate("table => table.scrollTo(1e6, 1e6)")
-    page.wait_for_function("document.querySelector('.matrix').closest('.scroll').className === 'scroll'")
+    wait_for_property(page, ".scroll:has(.matrix)", "className", "scroll")
 
 
 @pytest.mark.slow
