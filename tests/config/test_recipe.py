@@ -60,10 +60,6 @@ def test_choices_depend_on_what_is_known():
     assert apply(AUTO, known(pretrained=False)).optimizer_type == "muon"
     assert apply(AUTO, known(pretrained=False, transformer=False)).optimizer_type == "adamw"
     assert apply(AUTO, known(transformer=False)).layer_decay == 1
-    assert apply(AUTO, known()).refit_head is True
-    assert apply(AUTO, known(tested=False)).refit_head is False
-    assert apply(AUTO, known(val_images=9)).refit_head is False
-    assert apply(AUTO, known(class_counts=np.array([4000, 4000]))).refit_head is False
     assert apply(AUTO, known(class_counts=np.array([50, 600]))).sampler == "balanced"
     assert apply(AUTO, known(class_counts=np.array([100, 0, 600]))).sampler == "shuffle"
     for millions, rate in ((3, 0.0), (22, 0.05), (86, 0.2), (304, 0.45), (632, 0.6)):

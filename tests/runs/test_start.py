@@ -11,7 +11,7 @@ from scipy.stats import binomtest, ttest_rel
 import train
 from tests.conftest import TINY, settings, train_one_epoch
 from tests.faults.harness import digest
-from utils.metrics.paired import LEVEL, ONE_ERROR, is_higher, is_worse
+from utils.metrics.paired import CERTAIN, LEVEL, ONE_ERROR, is_higher, is_worse
 from utils.runs.checkpoint import BEST, LAST, load_checkpoint
 from utils.runs.run import Run
 
@@ -24,7 +24,7 @@ def only_run(here):
 
 
 def harm(monkeypatch):
-    """Make every training step set the weights of the head to noise."""
+    """Make every training step set the head to zero, so that all classes are equally likely."""
     from utils.training.trainer import Trainer
 
     step = Trainer.train_step
@@ -32,8 +32,8 @@ def harm(monkeypatch):
     def harmful_step(self, *args, **named):
         result = step(self, *args, **named)
         with torch.no_grad():
-            torch.manual_seed(self.step)
-            self.network.model.head.weight.normal_()
+            for parameter in self.network.model.head.parameters():
+                parameter.zero_()
         return result
 
     monkeypatch.setattr(Trainer, "train_step", harmful_step)
@@ -129,12 +129,13 @@ def test_worse_is_what_the_tests_of_scipy_say():
     found = set()
     for shift in np.linspace(0, 0.3, 40):
         base_losses = generator.exponential(size=200)
-        losses = base_losses + generator.normal(shift / 3, 0.5, size=200)
+        losses = base_losses + generator.normal(shift / 6, 0.5, size=200)
         base_correct = generator.random(200) < 0.8
         correct = base_correct ^ (generator.random(200) < shift)
         lost, gained = (base_correct & ~correct).sum(), (correct & ~base_correct).sum()
         by_accuracy = lost + gained > 0 and binomtest(lost, lost + gained, alternative="greater").pvalue < LEVEL
-        by_loss = ttest_rel(losses, base_losses, alternative="greater").pvalue < LEVEL
+        by_loss = ttest_rel(np.maximum(losses, CERTAIN), np.maximum(base_losses, CERTAIN), alternative="greater").pvalue
+        by_loss = by_loss < LEVEL
         assert is_worse(losses, correct, base_losses, base_correct) == bool(by_accuracy or by_loss)
         found.add((bool(by_accuracy), bool(by_loss)))
     assert len(found) == 4
@@ -144,7 +145,7 @@ def test_few_images_decide_less_than_many():
     """The level of one standard error, against scipy; four images, one of which got worse, decide nothing."""
     generator = np.random.default_rng(2)
     for count in (3, 10, 1000):
-        base, other = generator.exponential(size=(2, count))
+        base, other = CERTAIN + generator.exponential(size=(2, count))
         expected = ttest_rel(other, base, alternative="greater").pvalue < ONE_ERROR
         assert is_higher(other, base, ONE_ERROR) == expected
     base, worse = np.array([0.01, 0.02, 0.01, 0.03]), np.array([0.01, 0.02, 0.01, 0.93])
@@ -152,9 +153,15 @@ def test_few_images_decide_less_than_many():
     assert is_higher(np.tile(worse, 10), np.tile(base, 10), ONE_ERROR)
     shift = 1.05 / 100  # standard errors of ten thousand differences of deviation 1
     many = generator.normal(size=10_000)
-    many = (many - many.mean()) / many.std(ddof=1)
-    assert is_higher(many + shift, np.zeros(10_000), ONE_ERROR)
-    assert not is_higher(many + shift - 0.1 / 100, np.zeros(10_000), ONE_ERROR)
+    many, base = 10 + (many - many.mean()) / many.std(ddof=1), np.full(10_000, 10.0)
+    assert is_higher(many + shift, base, ONE_ERROR)
+    assert not is_higher(many + shift - 0.1 / 100, base, ONE_ERROR)
+
+
+def test_losses_of_images_that_are_certain_are_equal():
+    base = np.array([0.001, 0.002, 0.001, 0.9])
+    assert not is_higher(base + np.array([0.01, 0.02, 0.03, 0]), base, ONE_ERROR)
+    assert is_higher(base + np.array([0.31, 0.32, 0.33, 0.3]), base, ONE_ERROR)
 
 
 def test_the_lowest_validation_so_far_is_what_later_ones_are_compared_with(two_classes, here):

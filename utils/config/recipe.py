@@ -26,9 +26,6 @@ LAYER_DECAY, LAYERS = 0.7, 14
 """Layer decay of a network with so many layers; with more of them the first one has the same rate. Bao et al., "BEiT",
 2022, also have a weaker decay for ViT-L than for ViT-B."""
 
-REFIT_VAL_IMAGES, REFIT_IMAGES = 10, 5_000
-"""Validation images at least, which choose the penalty, and training images at most for fitting the head once more."""
-
 DROP_PATH_RATES = ((15, 0.0), (50, 0.05), (200, 0.2), (450, 0.45))
 """Stochastic depth from scratch, by a transformer's size in million parameters; 0.6 for larger ones. The rates of
 ViT-S, B, L and H are those of Touvron et al., "DeiT III: Revenge of the ViT", 2022."""
@@ -48,8 +45,6 @@ class Known(NamedTuple):
         parameters: number of parameters of the network.
         on_cpu: whether the device is a CPU.
         ranks: number of processes.
-        val_images: number of validation images.
-        tested: whether there is a test list.
     """
 
     class_counts: np.ndarray
@@ -59,8 +54,6 @@ class Known(NamedTuple):
     parameters: int
     on_cpu: bool
     ranks: int = 1
-    val_images: int = 100
-    tested: bool = True
 
 
 class Choice(NamedTuple):
@@ -123,8 +116,6 @@ def _for_pretrained(config: TrainConfig, known: Known) -> list[Choice]:
         *_without_dropout("the weights were trained without it"),
         Choice("drop_path_rate", 0.0, "the weights were trained without it"),
     ]
-    if known.tested and known.val_images >= REFIT_VAL_IMAGES and known.class_counts.sum() <= REFIT_IMAGES:
-        choices.append(Choice("refit_head", True, "the test list judges, so validation images can be trained on"))
     if known.on_cpu:
         choices.append(Choice("augmentation", "none", "the run is too short for augmentation to help"))
     if known.transformer and known.layers > 1:

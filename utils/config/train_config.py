@@ -168,7 +168,7 @@ class TrainConfig(NamesChecked):
     how much the probabilities differ from the teacher's for the same image. For small networks; each step also takes a
     forward pass of the teacher. Empty: none."""
 
-    refit_head: bool | None = setting(False, by_recipe=True)
+    refit_head: bool = False
     """After training, fit the head by logistic regression to the features of training and validation images, unless it
     is significantly worse without the latter. A gain with few images; not with more than 5,000 (or five of each class).
     Then only a test list shows how good the network is, since the validation images are trained on."""

@@ -6,6 +6,9 @@ import numpy as np
 
 LEVEL = 0.025
 """Significance level of each of the two tests, 5 % in all."""
+CERTAIN = 0.05
+"""Loss of a class with a probability of 95 %. Below it, losses differ by the scale of the logits, which label smoothing
+limits, rather than by what a network knows."""
 ONE_ERROR = 0.159
 """Level at which many images have a difference of one standard error."""
 
@@ -36,10 +39,10 @@ def is_worse(losses: np.ndarray, correct: np.ndarray, base_losses: np.ndarray, b
 
 def is_higher(losses: np.ndarray, base_losses: np.ndarray, level: float) -> bool:
     """Whether losses (N,) are higher than those of the same images in another validation, by a paired one-sided t-test
-    (Student, 1908) at `level`. With few images, only large differences are."""
+    (Student, 1908) at `level`. With few images, only large differences are. Losses below `CERTAIN` count as equal."""
     from scipy.stats import ttest_1samp  # slow to import
 
-    differences = losses.astype(float) - base_losses
+    differences = np.maximum(losses.astype(float), CERTAIN) - np.maximum(base_losses, CERTAIN)
     if np.ptp(differences) == 0:  # the test isn't defined
         return len(differences) > 1 and bool(differences[0] > 0)
     return bool(ttest_1samp(differences, 0, alternative="greater").pvalue < level)

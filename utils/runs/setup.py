@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,8 +124,6 @@ def _by_recipe(asked: TrainConfig, data: Data, network: FreezableNetwork, device
         parameters=count_parameters(network) - count_parameters(network.head),
         on_cpu=device.type == "cpu",
         ranks=runtime.world_size,
-        val_images=len(data.val_images),
-        tested=Path(asked.test_annotation_path).is_file(),
     )
     return choose(asked, known)
 
