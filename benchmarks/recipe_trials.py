@@ -69,6 +69,7 @@ class Trial:
         smoothing: `label_smoothing`.
         crop: `train_crop`.
         layer_decay: as in the config.
+        warm_up: steps over which the learning rate rises at first, instead of a twentieth of the run.
         frozen: number of first blocks that are frozen with the embeddings; -1: nothing is.
         tokens: share of the patch tokens that a block sees in training (PatchDropout: Liu et al., 2022,
             https://arxiv.org/abs/2208.07220).
@@ -84,6 +85,7 @@ class Trial:
     smoothing: float = 0.0
     crop: float = 0.3
     layer_decay: float = 0.7
+    warm_up: int = 0
     frozen: int = -1
     tokens: float = 1.0
     lora: int = 0
@@ -102,10 +104,12 @@ TRIALS: dict[str, Trial] = {
     "label_smoothing 0.1": SMOOTHED,
     "label_smoothing 0.2": Trial(smoothing=0.2),
     "smoothed, init_lr 0.002": replace(SMOOTHED, rate=2e-3),
+    "smoothed, validation images are trained on": replace(SMOOTHED, with_val=True),
     "smoothed, six blocks frozen": replace(SMOOTHED, frozen=6),
     "smoothed, random head": replace(SMOOTHED, probe=False),
     "smoothed, train_crop 0.6": replace(SMOOTHED, crop=0.6),
     "smoothed, layer_decay 0.85": replace(SMOOTHED, layer_decay=0.85),
+    "smoothed, 20 steps of warm-up": replace(SMOOTHED, warm_up=20),
     "smoothed, batch size 8": replace(SMOOTHED, batch=8),
     "smoothed, LoRA of rank 8, init_lr 0.016": replace(SMOOTHED, lora=8, rate=0.016, layer_decay=1.0),
 }
@@ -257,8 +261,9 @@ def train(model: FreezableNetwork, images: Labelled, side: int, trial: Trial, se
             order = generator.sample(range(len(images)), len(images))
         rows = [images[order.pop()] for _ in range(batch)]
         pixels = normalize(torch.stack([augment(image) for image, _ in rows])).to(DEVICE)
+        rate = learning_rate_at(step / steps, 1, peak, peak / 100, "cos") * min(1, (step + 1) / max(1, trial.warm_up))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step / steps, 1, peak, peak / 100, "cos") * group["lr_scale"]
+            group["lr"] = rate * group["lr_scale"]
         with autocast(DEVICE, PRECISION):
             logits = model(pixels)
         targets = torch.tensor([k for _, k in rows], device=DEVICE)
