@@ -44,7 +44,8 @@ def select_best(rows: Sequence[Mapping[str, float]], shapes: Sequence[tuple[int,
     best = 0
     for group in _by_shape(rows, shapes):
         fair = [i for i in group if rows[i].get("val_worse") != 1]
-        best = max((i for i in fair if not _is_beaten(rows[i], [rows[k] for k in fair])), default=best)
+        candidates = [rows[i] for i in fair]
+        best = max((i for i in fair if not _is_beaten(rows[i], candidates)), default=best)
     return best
 
 

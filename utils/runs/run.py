@@ -279,15 +279,15 @@ class Run:
             self.finished = True
 
     def _mark_finished(self, best: Path, last: Path, fitted: tuple[dict[str, Any], Sequence[Tensor]] | None) -> None:
+        content = load_checkpoint(best, training_state=False)
         if fitted:
             calibration, head = fitted
-            content = load_checkpoint(best, training_state=False)
             changes = {"calibration": calibration, "finished": True, "optimizer": {}, "weights_in_training": {}}
             changes["config"] = content["config"] | {"refit_head": bool(head)}  # whether it was
             if head:
                 changes["weights"] = content["weights"] | dict(zip(("head.weight", "head.bias"), head, strict=True))
             amend_checkpoint(best, changes, whole=True)
-        content = load_checkpoint(best, training_state=False)
+            content |= changes
         same_network = content["step"] == read_progress(last).step and not content["config"]["refit_head"]
         amend_checkpoint(last, {"calibration": content["calibration"] if same_network else {}, "finished": True})
         prune_pieces(self.folder)
